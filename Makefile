@@ -1,0 +1,50 @@
+# make demo    from a dataset to a served model on this machine: installs, starts a local Ray head, submits the job
+# make down    ends what `make demo` started
+# make test    the tests         make lint    ruff, mypy and the import rules         make clean    removes .venv
+#
+# Options: PORT=8000 (HTTP endpoint)  DASHBOARD_PORT=8265  PYTHON=python3 (3.11 or newer)
+
+PYTHON ?= python3
+PORT ?= 8000
+DASHBOARD_PORT ?= 8265
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DELETE_ON_ERROR:
+.PHONY: demo down test lint clean
+
+demo: $(VENV)/.runtime
+	@$(BIN)/python -m pipelines.local demo --port $(PORT) --dashboard-port $(DASHBOARD_PORT)
+
+down:
+	@if [ -x $(BIN)/python ]; then $(BIN)/python -m pipelines.local down; else echo "nothing to stop"; fi
+
+test: $(VENV)/.dev
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	@$(BIN)/ruff check rcd_core pipelines tests
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+clean: down
+	rm -rf $(VENV) .rcd build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+# Stamp files: an install is repeated only when the pins or the dependencies change.
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than Python 3.11; give a newer one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@echo "installing into $(VENV) (minutes, once)"
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@# First and by exact version, so that pip takes a CPU wheel where one is provided.
+	@$(PIP) install --quiet --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
+	@touch $@
+
+$(VENV)/.runtime: $(VENV)/.torch pyproject.toml
+	@$(PIP) install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	@$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $(VENV)/.runtime $@

@@ -1,0 +1,49 @@
+"""Residual Context Diffusion: the method, free of Ray. Public names load on first use, so the import stays light."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rcd_core.decoding import Decoder, DecodeSettings, Generation, LocalReference, Reference, WarmStart
+    from rcd_core.errors import UserError
+    from rcd_core.families import DiffusionModel, ModelConfig, load_model, new_model
+    from rcd_core.residual import entropy_weight, inject_residual, soft_embedding
+    from rcd_core.signals import ReferenceSignals
+    from rcd_core.training.objective import TrainingBatch, training_loss
+
+_HOMES = {
+    "rcd_core.decoding": ("Decoder", "DecodeSettings", "Generation", "LocalReference", "Reference", "WarmStart"),
+    "rcd_core.errors": ("UserError",),
+    "rcd_core.families": ("DiffusionModel", "ModelConfig", "load_model", "new_model"),
+    "rcd_core.residual": ("entropy_weight", "inject_residual", "soft_embedding"),
+    "rcd_core.signals": ("ReferenceSignals",),
+    "rcd_core.training.objective": ("TrainingBatch", "training_loss"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'rcd_core' has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)
+
+
+__all__ = [
+    "DecodeSettings",
+    "Decoder",
+    "DiffusionModel",
+    "Generation",
+    "LocalReference",
+    "ModelConfig",
+    "Reference",
+    "ReferenceSignals",
+    "TrainingBatch",
+    "UserError",
+    "WarmStart",
+    "entropy_weight",
+    "inject_residual",
+    "load_model",
+    "new_model",
+    "soft_embedding",
+    "training_loss",
+]

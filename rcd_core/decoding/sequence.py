@@ -1,0 +1,276 @@
+"""One request in the engine: its canvas, its blocks, its residual state, and which pass it needs next.
+
+Shapes: T canvas length, b block length, m masked positions that carry a residual, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rcd_core.decoding.settings import DecodeSettings
+from rcd_core.errors import UserError
+from rcd_core.families import DiffusionModel
+
+PassKind = Literal["prefill", "denoise", "store"]
+NUM_SEED_BITS = 31
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward over canvas positions [start, end) that sees keys [0, num_keys). `cached`: through the slot."""
+
+    kind: PassKind
+    start: int
+    end: int
+    num_keys: int
+    cached: bool
+
+
+@dataclass
+class Forwards:
+    """Target passes by kind; reference = one per warm-started block, context included; a guidance pair counts as one."""
+
+    prefill: int = 0
+    denoise: int = 0
+    store: int = 0
+    reference: int = 0
+
+    @property
+    def total(self) -> int:
+        """Target passes of every kind."""
+        return self.prefill + self.denoise + self.store
+
+
+@dataclass(frozen=True)
+class Step:
+    """One denoising pass, absolute positions. alpha: the weights used in this pass's input, aligned with masked."""
+
+    masked: list[int]
+    argmax: list[int]
+    confidence: list[float]
+    committed: list[int]
+    alpha: list[float]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """token_ids: new tokens before the stop token and within max_new_tokens (infill: the filled tokens, in order).
+    canvas_ids: prompt and every decoded block, uncut. settings: what was in effect, every default filled in."""
+
+    token_ids: list[int]
+    canvas_ids: list[int]
+    num_forwards: Forwards
+    finish_reason: Literal["stop", "length", "filled"]
+    settings: DecodeSettings
+    steps: list[Step]
+
+
+@dataclass
+class Residual:
+    """The residual state of a request: (m,) ascending positions, (m,) alpha, (m, D) delta. Never V numbers."""
+
+    positions: NDArray[np.int64]
+    alpha: Tensor
+    delta: Tensor
+
+    def keep(self, chosen: NDArray[np.bool_], index: Tensor) -> Residual:
+        return Residual(self.positions[chosen], self.alpha[index], self.delta[index])
+
+
+@dataclass
+class Sequence:
+    """The state of one request. `stored`: canvas positions [0, stored) have exact keys and values in the slot."""
+
+    model: DiffusionModel
+    settings: DecodeSettings  # resolved: nothing left to default
+    canvas: NDArray[np.int64]
+    num_prompt: int  # tokens before the first new one; the whole canvas for infill
+    infill: bool
+    blocks: list[tuple[int, int]]
+    block_index: int = 0
+    step: int = 0
+    stored: int = 0
+    slot: int = -1
+    started: bool = False  # the block's start (first residual) is in place
+    finished: bool = False
+    stopped: bool = False
+    empty_pass_due: bool = False
+    residual: Residual | None = None
+    forwards: Forwards = field(default_factory=Forwards)
+    steps: list[Step] = field(default_factory=list)
+    wanted: NDArray[np.bool_] = field(init=False)  # positions that were masked at the beginning
+
+    def __post_init__(self) -> None:
+        self.wanted = self.canvas == self.model.mask_token_id
+
+    # -- where we are
+    @property
+    def block(self) -> tuple[int, int]:
+        return self.blocks[self.block_index]
+
+    @property
+    def scope_end(self) -> int:
+        """Residuals and predictions reach to here: the block's end, or the canvas' for scope all_masked."""
+        wide = self.settings.residual and self.settings.residual_scope == "all_masked"
+        return len(self.canvas) if wide else self.block[1]
+
+    def masked_positions(self, end: int | None = None) -> NDArray[np.int64]:
+        start = self.block[0]
+        end = self.block[1] if end is None else end
+        return np.flatnonzero(self.canvas[start:end] == self.model.mask_token_id) + start
+
+    @property
+    def block_done(self) -> bool:
+        return len(self.masked_positions()) == 0
+
+    def quota(self) -> int:
+        """Commits planned for this pass. SDAR: the block length over the steps, whatever is masked (semantics.md 1.6);
+        LLaDA: the masks present at the block's start, and one under a threshold (semantics.md 2.2, 3)."""
+        s = self.settings
+        assert s.denoising_steps is not None
+        if not self.model.blocks_from_prompt_end:
+            start, end = self.block
+            count = s.block_length or end - start
+        elif s.policy == "low_confidence_dynamic":
+            return 1
+        else:
+            start, end = self.block
+            count = int(self.wanted[start:end].sum())
+        each, extra = divmod(count, s.denoising_steps)
+        return each + (self.step < extra)
+
+    # -- what comes next
+    def next_pass(self) -> Pass:
+        start, end = self.block
+        length = len(self.canvas)
+        if self.model.blocks_from_prompt_end:
+            if self.settings.cache == "none":
+                return Pass("denoise", 0, length, length, False)
+            if self.step == 0:
+                return Pass("denoise", 0, length, length, True)
+            return Pass("denoise", start, length if self.settings.cache == "prefix" else end, length, True)
+        if self.settings.cache == "none":
+            return Pass("denoise", 0, end, end, False)
+        if self.block_done:  # compat_passes only: the authors store a finished block at once
+            return Pass("store", start, end, end, True)
+        first = self.block_index == 0
+        if self.stored < start and (first or self.settings.compat_passes):
+            return Pass("prefill" if first else "store", self.stored, start, start, True)
+        # Finished blocks that are not stored yet ride along with this block's first pass.
+        return Pass("denoise", self.stored, end, end, cached=self.stored > 0 or start > 0)
+
+    def advance(self) -> None:
+        """Called when the current block holds no mask and nothing is due for it: on to the next block or the end."""
+        self.residual, self.started, self.step = None, False, 0
+        early = not self.infill and (not self.settings.compat_passes or not self.model.blocks_from_prompt_end)
+        end = self.block[1]
+        if early and np.isin(self.canvas[self.num_prompt : end], self.settings.stop_token_ids or ()).any():
+            self.finished = self.stopped = True
+        elif self.block_index + 1 == len(self.blocks):
+            self.finished = True
+        else:
+            self.block_index += 1
+
+    # -- what came out
+    def output(self) -> Generation:
+        end = self.block[1]
+        canvas = self.canvas if self.infill or self.model.blocks_from_prompt_end and not self.stopped else self.canvas[:end]
+        if self.infill:
+            return self._generation(self.canvas[self.wanted], canvas, "filled")
+        new = self.canvas[self.num_prompt : end][: self.settings.max_new_tokens]
+        stops = np.flatnonzero(np.isin(new, self.settings.stop_token_ids or ()))
+        if len(stops):
+            return self._generation(new[: stops[0]], canvas, "stop")
+        return self._generation(new, canvas, "length")
+
+    def _generation(
+        self, tokens: NDArray[np.int64], canvas: NDArray[np.int64], reason: Literal["stop", "length", "filled"]
+    ) -> Generation:
+        return Generation(tokens.tolist(), canvas.tolist(), self.forwards, reason, self.settings, self.steps)
+
+
+def resolve_settings(settings: DecodeSettings, model: DiffusionModel, has_reference: bool) -> DecodeSettings:
+    """Fill every default from the checkpoint, then the family, and refuse what this model cannot honour."""
+    rcd = model.info.rcd
+    block_length = settings.block_length or model.info.block_length
+    allowed_caches = ("none", "prefix", "dual") if model.blocks_from_prompt_end else ("none", "block")
+    cache = settings.cache or ("none" if model.blocks_from_prompt_end else "block")
+    if cache not in allowed_caches:
+        raise UserError(f"cache is {cache!r}; allowed for {model.family}: {', '.join(allowed_caches)}")
+    if settings.cfg_scale and (cache != "none" or not model.blocks_from_prompt_end):
+        raise UserError(f"cfg_scale is {settings.cfg_scale}; guidance is LLaDA's and needs cache='none'")
+    if settings.residual_scope == "all_masked" and not model.blocks_from_prompt_end:
+        raise UserError("residual_scope is 'all_masked'; SDAR sees no later blocks, use 'block'")
+    if settings.residual_scope == "all_masked" and cache == "dual":
+        raise UserError("residual_scope is 'all_masked' with cache='dual', whose passes cover one block; use 'block'")
+    steps = settings.denoising_steps or block_length
+    if steps > block_length:
+        raise UserError(f"denoising_steps is {steps}; it must be at most block_length, {block_length}")
+    start = settings.start or rcd.get("start") or model.default_start
+    if settings.residual and not has_reference and (start == "reference" or settings.residual_source == "reference"):
+        name = "residual_source" if settings.residual_source == "reference" else "start"
+        raise UserError(f"{name} is 'reference' but no reference model is loaded; load one, or set start='zero'")
+    alpha = settings.alpha or rcd.get("alpha") or "normalized_entropy"
+    alpha_scale = settings.alpha_scale or rcd.get("alpha_scale")
+    if settings.residual and alpha == "calibrated_entropy" and alpha_scale is None:
+        raise UserError("alpha is 'calibrated_entropy' but the checkpoint stores no alpha_scale; set alpha_scale (nats)")
+    stops = model.info.eos_token_ids if settings.stop_token_ids is None else settings.stop_token_ids
+    seed = settings.seed
+    if seed is None:
+        seed = int(np.random.SeedSequence().generate_state(1)[0] & ((1 << NUM_SEED_BITS) - 1))
+    return replace(
+        settings,
+        block_length=block_length,
+        denoising_steps=steps,
+        cache=cache,
+        start=start,
+        alpha=alpha,
+        alpha_scale=alpha_scale,
+        stop_token_ids=tuple(stops),
+        seed=seed,
+    )
+
+
+def make_sequence(
+    model: DiffusionModel, ids: list[int], settings: DecodeSettings, *, infill: bool, has_reference: bool
+) -> Sequence:
+    """Check one request and lay out its canvas and blocks. Raises UserError naming the field."""
+    name = "canvas" if infill else "prompt"
+    resolved = resolve_settings(settings, model, has_reference)
+    given = np.asarray(ids, dtype=np.int64)
+    if given.ndim != 1 or not len(given):
+        raise UserError(f"the {name} is empty; give at least one token")
+    if given.min() < 0 or given.max() >= model.vocab_size:
+        bad = int(given.max() if given.max() >= model.vocab_size else given.min())
+        raise UserError(f"the {name} holds token id {bad}; ids run from 0 to {model.vocab_size - 1}")
+    holds_mask = bool((given == model.mask_token_id).any())
+    if infill and not holds_mask:
+        raise UserError(f"the canvas holds no mask token (id {model.mask_token_id}); there is nothing to fill")
+    if not infill and holds_mask:
+        raise UserError(f"the prompt holds the mask token (id {model.mask_token_id}); use infill to fill it")
+    b = resolved.block_length
+    assert b is not None
+    origin = 0
+    if infill:
+        canvas = given.copy()
+        if model.blocks_from_prompt_end:
+            origin = int(np.argmax(given == model.mask_token_id))
+    else:
+        if model.blocks_from_prompt_end:
+            origin = len(given)
+        total = origin + -(-(len(given) + resolved.max_new_tokens - origin) // b) * b
+        canvas = np.full(total, model.mask_token_id, dtype=np.int64)
+        canvas[: len(given)] = given
+    if len(canvas) > model.max_positions:
+        raise UserError(
+            f"{len(canvas)} positions are needed ({len(given)} given, max_new_tokens {resolved.max_new_tokens}, rounded "
+            f"up to blocks of {b}); the model has {model.max_positions}"
+        )
+    starts = range(origin, len(canvas), b)
+    blocks = [(s, min(s + b, len(canvas))) for s in starts if (canvas[s : s + b] == model.mask_token_id).any()]
+    return Sequence(model, resolved, canvas, len(canvas) if infill else len(given), infill, blocks)

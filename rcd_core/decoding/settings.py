@@ -1,0 +1,85 @@
+"""DecodeSettings: one name for one thing in Python, recipes, the command line and HTTP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from rcd_core.errors import UserError
+from rcd_core.residual import AlphaRule
+
+Policy = Literal["sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded"]
+Start = Literal["reference", "zero", "self", "dirichlet"]
+CacheMode = Literal["none", "block", "prefix", "dual"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeSettings:
+    """How one request is decoded. None means: the checkpoint's value, else the family's default.
+
+    denoising_steps: passes a block is planned for (None = block_length); fixes the smallest commit per pass.
+    confidence_threshold: commit every masked token above it (low_confidence_dynamic), at least the planned number.
+    entropy_bound: nats; entropy_bounded commits the most certain tokens whose entropies sum to less.
+    residual: feed discarded distributions back (RCD, Eq. 2); False is plain block decoding.
+    start: the first residual of a block (method.md 6). residual_temperature: T_res, on alpha only, unless
+    delta_temperature is "residual". residual_top_k: sparse delta with mean tail; None is dense.
+    compat_passes: True makes exactly the passes the authors' code makes (a separate store pass per block).
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    block_length: int | None = None
+    denoising_steps: int | None = None
+    max_new_tokens: int = 256
+    policy: Policy = "low_confidence_dynamic"
+    confidence_threshold: float = 0.85
+    entropy_bound: float | None = None
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    cfg_scale: float = 0.0
+    stop_token_ids: tuple[int, ...] | None = None
+    cache: CacheMode | None = None
+    compat_passes: bool = False
+    residual: bool = False
+    residual_source: Literal["self", "reference"] = "self"
+    start: Start | None = None
+    residual_temperature: float = 1.0
+    delta_temperature: Literal["one", "residual"] = "one"
+    alpha: AlphaRule | None = None
+    alpha_scale: float | None = None
+    residual_top_k: int | None = None
+    residual_scope: Literal["block", "all_masked"] = "block"
+    trace: bool = False
+
+    def __post_init__(self) -> None:
+        self._choice("policy", get_args(Policy))
+        self._choice("start", (None, *get_args(Start)))
+        self._choice("cache", (None, *get_args(CacheMode)))
+        self._choice("alpha", (None, *get_args(AlphaRule)))
+        self._choice("residual_source", ("self", "reference"))
+        self._choice("delta_temperature", ("one", "residual"))
+        self._choice("residual_scope", ("block", "all_masked"))
+        for name in ("block_length", "denoising_steps", "max_new_tokens", "top_k", "residual_top_k"):
+            self._require(name, lambda v: isinstance(v, int) and v >= 1, "an integer of at least 1")
+        self._require("confidence_threshold", lambda v: 0.0 <= v <= 1.0, "a number in [0, 1]")
+        self._require("top_p", lambda v: 0.0 < v <= 1.0, "a number in (0, 1]")
+        for name in ("temperature", "cfg_scale"):
+            self._require(name, lambda v: 0.0 <= v < float("inf"), "a finite number of at least 0")
+        for name in ("entropy_bound", "residual_temperature", "alpha_scale"):
+            self._require(name, lambda v: 0.0 < v < float("inf"), "a finite number above 0")
+        if self.policy == "entropy_bounded" and self.entropy_bound is None:
+            raise UserError("policy is 'entropy_bounded' but entropy_bound is not set; give nats, for example 0.35")
+
+    def _choice(self, name: str, allowed: tuple[Any, ...]) -> None:
+        value = getattr(self, name)
+        if value not in allowed:
+            raise UserError(f"{name} is {value!r}; allowed: {', '.join(str(a) for a in allowed)}")
+
+    def _require(self, name: str, holds: Any, wanted: str) -> None:
+        value = getattr(self, name)
+        if value is None and name not in ("max_new_tokens", "confidence_threshold"):
+            return
+        if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
+            raise UserError(f"{name} is {value!r}; it must be {wanted}")

@@ -1,0 +1,85 @@
+"""Forward process: which tokens of an example are masked, as a counter-based hash.
+
+Noise is a pure function of (seed, draw, example id, position): no generator state, so a row never depends on its
+neighbours, on the worker that computes it or on the order of computation. The same function feeds training from
+examples, the reference-signal cache and validation, which is what makes "same start, same tokens" exact.
+
+Shapes: L sequence length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rcd_core.errors import UserError
+
+_MASK64 = (1 << 64) - 1
+_MAX_REDRAWS = 10  # as SDAR's training code: redraw an empty mask up to ten times, then force one token
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseSettings:
+    """Noise of masked diffusion training. Each token is masked with p = (1 - eps) t + eps, t ~ U[0, 1) per example.
+
+    draws: how many different masks an example gets; epoch e uses draw e mod draws.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    seed: int = 0
+    draws: int = 4
+    eps: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.draws < 1:
+            raise UserError(f"noise.draws is {self.draws}; it must be at least 1")
+        if not 0.0 <= self.eps < 1.0:
+            raise UserError(f"noise.eps is {self.eps}; it must lie in [0, 1)")
+
+
+def splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64 finaliser: a bijection on 64-bit integers with good avalanche (Steele et al. 2014)."""
+    with np.errstate(over="ignore"):
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def hash_key(*parts: int | str) -> int:
+    """A 64-bit key of the parts, stable across machines and Python versions (unlike the built-in hash)."""
+    text = "\x1f".join(f"{type(p).__name__}:{p}" for p in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def uniforms(key: int, count: int) -> NDArray[np.float64]:
+    """(count,) numbers in [0, 1): the i-th depends on (key, i) only."""
+    counters = np.arange(count, dtype=np.uint64) ^ splitmix64(np.array([key & _MASK64], dtype=np.uint64))
+    return (splitmix64(counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def mask_example(
+    maskable: NDArray[np.bool_], example_id: str, draw: int, settings: NoiseSettings
+) -> tuple[NDArray[np.bool_], float]:
+    """Draw the masked positions of one example (semantics.md 1.9 and 2.3).
+
+    maskable: (L,) True where the token carries a label. Returns ((L,) masked, p = the masking probability used).
+    At least one position is masked unless none is maskable: an empty mask is redrawn, at last one token is forced.
+    """
+    if not maskable.any():
+        raise UserError(f"example {example_id!r} has no labelled token; remove it or mend its labels")
+    length = maskable.shape[0]
+    for attempt in range(_MAX_REDRAWS):
+        u = uniforms(hash_key(settings.seed, draw, example_id, attempt), length + 1)
+        p = (1.0 - settings.eps) * float(u[0]) + settings.eps
+        masked = (u[1:] < p) & maskable
+        if masked.any():
+            return masked, p
+    candidates = np.flatnonzero(maskable)
+    masked = np.zeros_like(maskable)
+    masked[candidates[int(u[0] * len(candidates))]] = True
+    return masked, p

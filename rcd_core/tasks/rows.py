@@ -1,0 +1,120 @@
+"""Rows of data files: JSON Lines and Parquet, read one by one; a bad row is reported and never ends the reading."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from rcd_core import storage
+from rcd_core.errors import UserError
+
+_FIRST_ROWS = 20  # looked at to learn which columns there are
+_DETAIL = 200  # characters of a bad row that are kept
+
+
+class BadRow(Exception):
+    """A row that cannot be used. `reason` is one of few and is counted, `detail` tells this row from others."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail[:_DETAIL]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a file. number: line (JSON Lines) or row (Parquet), from 1. Exactly one of values, bad is given."""
+
+    number: int
+    values: dict[str, str] | None = None
+    bad: BadRow | None = None
+
+
+def read_rows(path: str, columns: Mapping[str, str]) -> Iterator[Row]:
+    """Rows of a .jsonl or .parquet file, as texts. columns: our field -> the column it is read from.
+
+    Blank lines are passed over. Raises UserError where the file itself cannot be read.
+    """
+    for number, record in _records(path, list(columns.values())):
+        try:
+            yield Row(number, values={field: _text(record, column) for field, column in columns.items()})
+        except BadRow as bad:
+            yield Row(number, bad=bad)
+
+
+def check_columns(path: str, columns: Mapping[str, str], key: str) -> None:
+    """UserError unless the file can be read and has every column in its first rows. key: the recipe key to blame."""
+    if path.endswith(".parquet"):
+        with _readable(path):
+            from pyarrow import parquet
+
+            with storage.open_input(path) as stream:
+                present = parquet.read_schema(stream).names
+    else:
+        records = [record for _, record in islice(_records(path, []), _FIRST_ROWS)]
+        if not records:
+            raise UserError(f"{key}: {path} holds no rows")
+        objects = [record for record in records if isinstance(record, dict)]
+        if not objects:
+            raise UserError(f"{key}: none of the first {len(records)} lines of {path} is a JSON object; see JSON Lines")
+        present = sorted({str(name) for record in objects for name in record})
+    for field, column in columns.items():
+        if column not in present:
+            raise UserError(
+                f"{key}: {path} has no column {column!r} for our field {field!r}; it has {', '.join(present)}; "
+                f"set data.fields.{field} to the right one"
+            )
+
+
+def _records(path: str, columns: list[str]) -> Iterator[tuple[int, Any]]:
+    """(number, what the row holds): a mapping when all is well, a BadRow or something else when not."""
+    with _readable(path):
+        if path.endswith(".parquet"):
+            from pyarrow import parquet
+
+            with storage.open_input(path) as stream, parquet.ParquetFile(stream) as file:
+                number = 0
+                for batch in file.iter_batches(batch_size=1024, columns=columns):
+                    for record in batch.to_pylist():
+                        number += 1
+                        yield number, record
+        else:
+            with storage.open_input(path) as stream:
+                for number, line in enumerate(io.BufferedReader(stream), start=1):
+                    if not line.strip():
+                        continue
+                    try:
+                        yield number, json.loads(line)
+                    except ValueError as error:  # broken UTF-8 is one, too
+                        yield number, BadRow("not JSON", f"{error}: {line[:80]!r}")
+
+
+def _text(record: Any, column: str) -> str:
+    if isinstance(record, BadRow):
+        raise record
+    if not isinstance(record, dict):
+        raise BadRow("not a JSON object", repr(record))
+    value = record.get(column)
+    if value is None:
+        raise BadRow(f"missing {column!r}", repr(record))
+    if not isinstance(value, str):
+        raise BadRow(f"{column!r} is no text", repr(value))
+    if not value.strip():
+        raise BadRow(f"empty {column!r}", repr(record))
+    return value
+
+
+@contextmanager
+def _readable(path: str) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"data file {path} does not exist; mend the path in data.train or data.test") from error
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"data file {path} cannot be read: {error}") from error

@@ -1,0 +1,146 @@
+"""The masked-diffusion objective, plain or with residual inputs: one function for base, reference, target, baseline.
+
+Loss = sum over masked positions of w_i * -log P(x_i | inputs), divided by a normaliser (Eq. 4; semantics.md 1.9, 2.3).
+The head runs on masked positions only, in chunks.
+
+Shapes: B rows, L tokens, N masked positions in row-major order, M tokens that enter the model, V, D.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rcd_core.attention import block_causal_mask, block_diffusion_layout
+from rcd_core.errors import UserError
+from rcd_core.families import DiffusionModel
+from rcd_core.residual import AlphaRule, inject_residual
+from rcd_core.signals import Signals, residual_state
+
+IGNORED = -100
+_CHUNK_BYTES = 256 << 20  # fp32 logits of one chunk
+
+Residual = tuple[Tensor, Tensor] | Signals
+LossWeight = Literal["inverse_t", "uniform"]
+
+
+@dataclass
+class TrainingBatch:
+    """Rows of one or more samples each.
+
+    input_ids (B, L) clean; labels (B, L), -100 where not trained; noisy_ids (B, L); masked (B, L) bool;
+    p_mask (B, L) the probability each token was masked with. sample_ids (B, L): number of the sample in its row,
+    -1 padding; positions (B, L) from each sample's start. Both default to one sample per row without padding.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    noisy_ids: Tensor
+    masked: Tensor
+    p_mask: Tensor
+    block_length: int
+    sample_ids: Tensor | None = None
+    positions: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        num_rows, length = self.input_ids.shape
+        if self.p_mask.dim() == 1:
+            self.p_mask = self.p_mask[:, None].expand(num_rows, length)
+        if self.positions is None:
+            self.positions = torch.arange(length, device=self.input_ids.device).expand(num_rows, length)
+        if self.sample_ids is None:
+            self.sample_ids = torch.zeros_like(self.input_ids)
+        if self.block_length < 1:
+            raise UserError(f"block_length is {self.block_length}; it must be at least 1")
+
+    def to(self, device: torch.device | str) -> TrainingBatch:
+        fields = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return TrainingBatch(**fields)
+
+
+def masked_hidden(model: DiffusionModel, batch: TrainingBatch, residual: tuple[Tensor, Tensor] | None) -> Tensor:
+    """(N, D) final hidden states at the masked positions, with residual inputs there if given (alpha, delta)."""
+    assert batch.sample_ids is not None and batch.positions is not None
+    if model.attention_block(batch.block_length) is None:
+        ids, masked, positions = batch.noisy_ids, batch.masked, batch.positions
+        lengths = (batch.sample_ids >= 0).sum(1)
+        full = bool((lengths == ids.shape[1]).all())
+        mask = None if full else block_causal_mask(positions, lengths, ids.shape[1], None)
+    else:
+        layout = block_diffusion_layout(batch.masked, batch.sample_ids, batch.positions, batch.block_length)
+        pick = layout.source
+        ids = torch.where(layout.noisy, batch.noisy_ids.gather(1, pick), batch.input_ids.gather(1, pick))
+        masked = batch.masked.gather(1, pick) & layout.noisy & layout.valid
+        positions, mask = batch.positions.gather(1, pick), layout.mask
+    embeds = model.embedding(ids)
+    if residual is not None:
+        alpha, delta = residual
+        embeds = inject_residual(embeds, masked, alpha, delta, model.embedding.weight[model.mask_token_id])
+    return model.hidden(embeds, positions, mask)[masked]
+
+
+def masked_cross_entropy(model: DiffusionModel, hidden: Tensor, labels: Tensor) -> Tensor:
+    """(N, D), (N,) -> (N,) -log P. Never holds (N, V) in fp32: chunks are recomputed in the backward pass."""
+    rows = max(1, _CHUNK_BYTES // (4 * model.vocab_size))
+
+    def chunk_loss(h: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(model.head(h).float(), y, reduction="none")
+
+    if hidden.shape[0] <= rows:
+        return chunk_loss(hidden, labels)
+    parts = zip(hidden.split(rows), labels.split(rows), strict=True)
+    return torch.cat([checkpoint(chunk_loss, h, y, use_reentrant=False) for h, y in parts])
+
+
+def normalizer(batch: TrainingBatch, family: str, weight: LossWeight) -> Tensor:
+    """What the weighted sum is divided by, over a batch; it adds up over the batches of one optimiser step.
+
+    inverse_t: the labelled tokens (SDAR) or, for LLaDA where each row is first divided by its own labelled tokens, the
+    rows. uniform: the masked tokens.
+    """
+    if weight == "uniform":
+        return batch.masked.sum()
+    if family == "llada":
+        return torch.tensor(batch.input_ids.shape[0], device=batch.input_ids.device)
+    return (batch.labels != IGNORED).sum()
+
+
+def loss_sum(
+    model: DiffusionModel,
+    batch: TrainingBatch,
+    residual: tuple[Tensor, Tensor] | None = None,
+    weight: LossWeight = "inverse_t",
+) -> Tensor:
+    """The weighted sum over the batch's masked positions, not yet normalised. Scalar."""
+    hidden = masked_hidden(model, batch, residual)
+    losses = masked_cross_entropy(model, hidden, batch.input_ids[batch.masked])
+    if weight == "uniform":
+        return losses.sum()
+    weights = 1.0 / batch.p_mask[batch.masked]
+    if model.family == "llada":
+        answer = (batch.labels != IGNORED).sum(1, keepdim=True).expand_as(batch.masked)
+        weights = weights / answer[batch.masked]
+    return (losses * weights).sum()
+
+
+def training_loss(
+    model: DiffusionModel,
+    batch: TrainingBatch,
+    residual: Residual | None = None,
+    *,
+    weight: LossWeight = "inverse_t",
+    alpha: AlphaRule = "normalized_entropy",
+    alpha_scale: float | None = None,
+) -> Tensor:
+    """The loss of one batch as the family's authors normalise it.
+
+    residual: None for plain masked SFT, (alpha (N,), delta (N, D)) as they are, or the reference's signals at the
+    masked positions, from which alpha follows by rule and delta by the model's live embedding table.
+    """
+    if residual is not None and not isinstance(residual, tuple):
+        residual = residual_state(residual, model.embedding.weight, alpha, alpha_scale)
+    return loss_sum(model, batch, residual, weight) / normalizer(batch, model.family, weight)

@@ -1,0 +1,48 @@
+"""TrainSettings: the optimiser side of a training stage. What is learned (plain or residual) is ResidualSettings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rcd_core.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """One optimiser step sees `batch_size` rows in all, whatever the number of workers.
+
+    steps: optimiser steps. warmup: share of the steps with linearly rising learning rate. micro_batch_size: rows a
+    worker holds at once (None: its whole share); the rest is gradient accumulation. loss_weight: "inverse_t" is the
+    paper's 1/t, "uniform" counts every masked token once. checkpoint_every, log_every: in steps.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    steps: int
+    batch_size: int
+    micro_batch_size: int | None = None
+    learning_rate: float = 1e-5
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_norm: float = 1.0
+    loss_weight: Literal["inverse_t", "uniform"] = "inverse_t"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    checkpoint_every: int = 500
+    log_every: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise UserError(f"train.micro_batch_size is {self.micro_batch_size}; it must be at least 1")
+        if not self.learning_rate > 0:
+            raise UserError(f"train.learning_rate is {self.learning_rate}; it must be above 0")
+        if not 0.0 <= self.warmup < 1.0:
+            raise UserError(f"train.warmup is {self.warmup}; it is a share of the steps, in [0, 1)")
+        if not self.clip_norm > 0:
+            raise UserError(f"train.clip_norm is {self.clip_norm}; it must be above 0")

@@ -1,0 +1,55 @@
+"""Fixtures shared by all tests: one real Ray cluster per session, and the golden vectors."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """A small Ray on this machine, started once; its address. Four logical CPUs, whatever the machine has.
+
+    RAY_ADDRESS names it for as long as it lives, so that `ray.init()` and subprocesses join it and no other Ray.
+    """
+    import ray
+
+    # Short, because Unix sockets lie inside; own, because another Ray may run here.
+    temp_dir = tempfile.mkdtemp(prefix="rcd-test-", dir="/tmp")
+    patch = pytest.MonkeyPatch()
+    patch.delenv("RAY_ADDRESS", raising=False)
+    patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+    patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    context = ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=200 * 1024**2,
+        _temp_dir=temp_dir,
+        namespace="rcd-tests",
+        log_to_driver=False,
+    )
+    address = context.address_info["gcs_address"]
+    patch.setenv("RAY_ADDRESS", address)
+    try:
+        yield address
+    finally:
+        ray.shutdown()
+        patch.undo()
+        shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The directory of golden vectors; each sub-directory says where its numbers come from."""
+    path = ROOT / "tests" / "golden"
+    if not path.is_dir():
+        pytest.skip("tests/golden is not there")
+    return path
