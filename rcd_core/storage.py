@@ -104,6 +104,12 @@ def size(path: str) -> int:
     return int(found)
 
 
+def modified(path: str) -> int:
+    """Time of the last change in nanoseconds, 0 where the storage does not say. Raises FileNotFoundError."""
+    size(path)
+    return int(_info(path).mtime_ns or 0)
+
+
 def list_files(directory: str, suffix: str = "") -> list[str]:
     """Full names of the files directly in `directory` that end in `suffix`, sorted; [] when there is no directory."""
     return [join(directory, i.base_name) for i in _children(directory) if i.is_file and _shown(i.base_name, suffix)]
