@@ -4,17 +4,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rcd_core.decoding import Decoder, DecodeSettings, Generation, LocalReference, Reference, WarmStart
+    from rcd_core.decoding.decoder import Decoder
+    from rcd_core.decoding.engine import Engine
+    from rcd_core.decoding.reference import LocalReference, Reference, WarmStart
+    from rcd_core.decoding.sequence import Generation
+    from rcd_core.decoding.settings import DecodeSettings
     from rcd_core.errors import UserError
-    from rcd_core.families import DiffusionModel, ModelConfig, load_model, new_model
+    from rcd_core.families.base import DiffusionModel
+    from rcd_core.families.config import ModelConfig
+    from rcd_core.families.loading import load_model, new_model
     from rcd_core.residual import entropy_weight, inject_residual, soft_embedding
     from rcd_core.signals import ReferenceSignals
     from rcd_core.training.objective import TrainingBatch, training_loss
 
 _HOMES = {
-    "rcd_core.decoding": ("Decoder", "DecodeSettings", "Generation", "LocalReference", "Reference", "WarmStart"),
+    "rcd_core.decoding.decoder": ("Decoder",),
+    "rcd_core.decoding.engine": ("Engine",),
+    "rcd_core.decoding.reference": ("LocalReference", "Reference", "WarmStart"),
+    "rcd_core.decoding.sequence": ("Generation",),
+    "rcd_core.decoding.settings": ("DecodeSettings",),
     "rcd_core.errors": ("UserError",),
-    "rcd_core.families": ("DiffusionModel", "ModelConfig", "load_model", "new_model"),
+    "rcd_core.families.base": ("DiffusionModel",),
+    "rcd_core.families.config": ("ModelConfig",),
+    "rcd_core.families.loading": ("load_model", "new_model"),
     "rcd_core.residual": ("entropy_weight", "inject_residual", "soft_embedding"),
     "rcd_core.signals": ("ReferenceSignals",),
     "rcd_core.training.objective": ("TrainingBatch", "training_loss"),
@@ -32,6 +44,7 @@ __all__ = [
     "DecodeSettings",
     "Decoder",
     "DiffusionModel",
+    "Engine",
     "Generation",
     "LocalReference",
     "ModelConfig",

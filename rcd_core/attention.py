@@ -18,7 +18,13 @@ from transformers import AttentionInterface
 
 
 def sdpa_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """(B, H, Q, d) x (B, Hkv, K, d) -> (B, Q, H, d). Without a mask attention is full, never causal."""
     grouped = query.shape[1] != key.shape[1]
@@ -29,7 +35,13 @@ def sdpa_attention(
 
 
 def eager_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """The same in plain matrix products: the reference that other backends are checked against."""
     groups = query.shape[1] // key.shape[1]
@@ -76,7 +88,9 @@ class BlockDiffusionLayout:
     mask: Tensor
 
 
-def block_diffusion_layout(masked: Tensor, sample_ids: Tensor, positions: Tensor, block_length: int) -> BlockDiffusionLayout:
+def block_diffusion_layout(
+    masked: Tensor, sample_ids: Tensor, positions: Tensor, block_length: int
+) -> BlockDiffusionLayout:
     """masked (B, L) bool; sample_ids (B, L), -1 = padding; positions (B, L) counted from each sample's start."""
     num_rows, length = masked.shape
     device = masked.device

@@ -21,7 +21,7 @@ def entropy_histogram(entropies: NDArray[np.float32]) -> NDArray[np.int64]:
 
 
 def entropy_quantile(histogram: Sequence[int], quantile: float) -> float:
-    """The entropy in nats below which a share `quantile` lies, linear within a bin; what calibrated alpha divides by."""
+    """The entropy in nats below which a share `quantile` lies, linear within a bin: h of calibrated alpha."""
     counts = np.asarray(histogram, dtype=np.int64)
     total = int(counts.sum())
     if not total:

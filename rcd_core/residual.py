@@ -86,7 +86,11 @@ def alpha_from_statistics(
 
 
 def entropy_weight(
-    logits: Tensor, rule: AlphaRule = "normalized_entropy", *, temperature: float = 1.0, alpha_scale: float | None = None
+    logits: Tensor,
+    rule: AlphaRule = "normalized_entropy",
+    *,
+    temperature: float = 1.0,
+    alpha_scale: float | None = None,
 ) -> Tensor:
     """(N, V) logits -> (N,) alpha (Eq. 3; `temperature` is T_res of Algorithm 2)."""
     scaled = logits / temperature

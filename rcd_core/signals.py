@@ -9,8 +9,8 @@ Shapes: N positions, K kept entries, V vocabulary, D width. Padding of unequal K
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class ReferenceSignals:
         if logits.dim() != 2:
             raise UserError(f"logits have shape {tuple(logits.shape)}; (positions, vocabulary) is needed")
         vocab_size = logits.shape[1]
-        if not 1 <= k:
+        if not k >= 1:
             raise UserError(f"k is {k}; keep at least 1 entry per position")
         z = logits.float()
         if torch.isnan(z).any() or torch.isposinf(z).any():
@@ -78,7 +78,7 @@ class ReferenceSignals:
             cls.from_logits(
                 rows @ lm_head_weight.T, k, alpha_temperature=alpha_temperature, delta_temperature=delta_temperature
             )
-            for rows in hidden.split(tile)
+            for rows in torch.split(hidden, tile)
         ]
         return cls.cat(parts) if parts else cls.empty(k, alpha_temperature, delta_temperature)
 
@@ -132,9 +132,14 @@ class ReferenceSignals:
     def __iter__(self) -> Iterator[ReferenceSignals]:
         return (self[i : i + 1] for i in range(len(self)))
 
-    def _map(self, function: Any) -> ReferenceSignals:
-        tensors = (function(t) for t in (self.topk_ids, self.topk_logprobs, self.entropy, self.tail_mass))
-        return ReferenceSignals(*tensors, self.alpha_temperature, self.delta_temperature)
+    def _map(self, function: Callable[[Tensor], Tensor]) -> ReferenceSignals:
+        return replace(
+            self,
+            topk_ids=function(self.topk_ids),
+            topk_logprobs=function(self.topk_logprobs),
+            entropy=function(self.entropy),
+            tail_mass=function(self.tail_mass),
+        )
 
     @staticmethod
     def cat(parts: Sequence[ReferenceSignals]) -> ReferenceSignals:
@@ -165,7 +170,10 @@ class ReferenceSignals:
         kept = torch.isfinite(self.topk_logprobs)
         offsets = pa.array([0, *kept.sum(1).cumsum(0).tolist()], pa.int32())
         ids, logprobs = self.topk_ids[kept].cpu().numpy(), self.topk_logprobs[kept].cpu().numpy()
-        metadata = {"alpha_temperature": repr(self.alpha_temperature), "delta_temperature": repr(self.delta_temperature)}
+        metadata = {
+            "alpha_temperature": repr(self.alpha_temperature),
+            "delta_temperature": repr(self.delta_temperature),
+        }
         table = pa.table(
             {
                 "topk_ids": pa.ListArray.from_arrays(offsets, pa.array(ids, pa.int32())),

@@ -35,7 +35,7 @@ def is_absolute(path: str) -> bool:
 
 def join(base: str, *parts: str) -> str:
     """`base` and `parts` with single slashes between; works on paths and URIs alike."""
-    return "/".join([base.rstrip("/") if len(base) > 1 else base, *(part.strip("/") for part in parts)])
+    return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
 def basename(path: str) -> str:

@@ -69,13 +69,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a directory, a URI or a hub id; no code of the checkpoint is run."""
-    from transformers import AutoTokenizer
-
     from rcd_core.storage import is_uri, local_copy
 
+    loader: Any
     try:
-        local = local_copy(str(path)) if is_uri(str(path)) else path
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(local))
+        local = local_copy(str(path)) if is_uri(str(path)) else Path(path)
+        if (local / "tokenizer.json").exists():
+            # Complete in itself, and this class does not import torch, which takes a worker seconds.
+            from transformers import PreTrainedTokenizerFast as loader
+        else:
+            from transformers import AutoTokenizer as loader
+        tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(str(local))
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer {str(path)!r} cannot be loaded; give a directory or a hub id: {error}") from error
     return tokenizer

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rcd_core.families import DiffusionModel
+from rcd_core.families.base import DiffusionModel
 
 
 class SlotCache:

@@ -13,14 +13,15 @@ import numpy as np
 import torch
 
 from rcd_core.attention import block_causal_mask
-from rcd_core.families import DiffusionModel
+from rcd_core.families.base import DiffusionModel
 from rcd_core.signals import DenseSignals, ReferenceSignals, Signals
 
 
 @dataclass(frozen=True)
 class WarmStart:
     """canvas_ids: everything the reference may see, masks in place (SDAR: up to the block's end; LLaDA: the whole
-    canvas). positions: the masked positions wanted, absolute and ascending. top_k None: whole distributions (local only)."""
+    canvas). positions: the masked positions wanted, absolute and ascending. top_k None: whole distributions, local
+    references only."""
 
     canvas_ids: tuple[int, ...]
     positions: tuple[int, ...]

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rcd_core.decoding.settings import DecodeSettings
+from rcd_core.decoding.settings import DecodeSettings, Start
 from rcd_core.errors import UserError
-from rcd_core.families import DiffusionModel
+from rcd_core.families.base import DiffusionModel
 
 PassKind = Literal["prefill", "denoise", "store"]
 NUM_SEED_BITS = 31
@@ -33,7 +34,7 @@ class Pass:
 
 @dataclass
 class Forwards:
-    """Target passes by kind; reference = one per warm-started block, context included; a guidance pair counts as one."""
+    """Target passes by kind, a guidance pair being one; reference = one per warm-started block, context included."""
 
     prefill: int = 0
     denoise: int = 0
@@ -78,7 +79,9 @@ class Residual:
     alpha: Tensor
     delta: Tensor
 
-    def keep(self, chosen: NDArray[np.bool_], index: Tensor) -> Residual:
+    def keep(self, chosen: NDArray[np.bool_]) -> Residual:
+        """The state at some of the positions: (m,) True = keep."""
+        index = torch.from_numpy(np.flatnonzero(chosen)).to(self.alpha.device)
         return Residual(self.positions[chosen], self.alpha[index], self.delta[index])
 
 
@@ -179,7 +182,9 @@ class Sequence:
     # -- what came out
     def output(self) -> Generation:
         end = self.block[1]
-        canvas = self.canvas if self.infill or self.model.blocks_from_prompt_end and not self.stopped else self.canvas[:end]
+        canvas = (
+            self.canvas if self.infill or self.model.blocks_from_prompt_end and not self.stopped else self.canvas[:end]
+        )
         if self.infill:
             return self._generation(self.canvas[self.wanted], canvas, "filled")
         new = self.canvas[self.num_prompt : end][: self.settings.max_new_tokens]
@@ -211,14 +216,16 @@ def resolve_settings(settings: DecodeSettings, model: DiffusionModel, has_refere
     steps = settings.denoising_steps or block_length
     if steps > block_length:
         raise UserError(f"denoising_steps is {steps}; it must be at most block_length, {block_length}")
-    start = settings.start or rcd.get("start") or model.default_start
+    start: Start = settings.start or rcd.get("start") or model.default_start
     if settings.residual and not has_reference and (start == "reference" or settings.residual_source == "reference"):
         name = "residual_source" if settings.residual_source == "reference" else "start"
         raise UserError(f"{name} is 'reference' but no reference model is loaded; load one, or set start='zero'")
     alpha = settings.alpha or rcd.get("alpha") or "normalized_entropy"
     alpha_scale = settings.alpha_scale or rcd.get("alpha_scale")
     if settings.residual and alpha == "calibrated_entropy" and alpha_scale is None:
-        raise UserError("alpha is 'calibrated_entropy' but the checkpoint stores no alpha_scale; set alpha_scale (nats)")
+        raise UserError(
+            "alpha is 'calibrated_entropy' but the checkpoint stores no alpha_scale; set alpha_scale (nats)"
+        )
     stops = model.info.eos_token_ids if settings.stop_token_ids is None else settings.stop_token_ids
     seed = settings.seed
     if seed is None:
@@ -268,8 +275,8 @@ def make_sequence(
         canvas[: len(given)] = given
     if len(canvas) > model.max_positions:
         raise UserError(
-            f"{len(canvas)} positions are needed ({len(given)} given, max_new_tokens {resolved.max_new_tokens}, rounded "
-            f"up to blocks of {b}); the model has {model.max_positions}"
+            f"{len(canvas)} positions are needed ({len(given)} given, max_new_tokens {resolved.max_new_tokens}, "
+            f"rounded up to blocks of {b}); the model has {model.max_positions}"
         )
     starts = range(origin, len(canvas), b)
     blocks = [(s, min(s + b, len(canvas))) for s in starts if (canvas[s : s + b] == model.mask_token_id).any()]

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rcd_core.attention import block_causal_mask
+from rcd_core.decoding.settings import Start
 from rcd_core.errors import UserError
 
 
@@ -45,7 +46,7 @@ class DiffusionModel(nn.Module):
     family: ClassVar[str]
     threshold_inclusive: ClassVar[bool]  # commit at confidence >= threshold (Fast-dLLM) or > threshold (SDAR)
     blocks_from_prompt_end: ClassVar[bool]  # LLaDA counts blocks from the prompt's end, SDAR from position 0
-    default_start: ClassVar[str]  # method.md 6: v2's start of a block per family
+    default_start: ClassVar[Start]  # method.md 6: v2's start of a block per family
 
     def __init__(self, backbone: Any, info: CheckpointInfo) -> None:
         super().__init__()
@@ -105,9 +106,7 @@ class DiffusionModel(nn.Module):
         rotary = body.rotary_emb(embeds, positions)
         h = embeds
         for layer in body.layers:
-            h = layer(
-                h, attention_mask=mask, position_ids=positions, position_embeddings=rotary, past_key_values=cache
-            )
+            h = layer(h, attention_mask=mask, position_ids=positions, position_embeddings=rotary, past_key_values=cache)
         return body.norm(h)  # type: ignore[no-any-return]
 
     def head(self, hidden: Tensor) -> Tensor:

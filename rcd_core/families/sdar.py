@@ -33,7 +33,9 @@ class SDARModel(DiffusionModel):
             "model_type": "sdar",
             "attention_bias": c.attention_bias,
             "block_size": self.info.block_length,
-            "eos_token_id": self.info.eos_token_ids[0] if len(self.info.eos_token_ids) == 1 else list(self.info.eos_token_ids),
+            "eos_token_id": self.info.eos_token_ids[0]
+            if len(self.info.eos_token_ids) == 1
+            else list(self.info.eos_token_ids),
             "head_dim": c.head_dim,
             "hidden_act": c.hidden_act,
             "hidden_size": c.hidden_size,

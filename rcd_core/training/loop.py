@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rcd_core.errors import UserError
-from rcd_core.families import DiffusionModel
+from rcd_core.families.base import DiffusionModel
 from rcd_core.noise import hash_key, uniforms
 from rcd_core.residual import ResidualSettings
 from rcd_core.signals import ReferenceSignals, residual_state
@@ -137,7 +138,7 @@ def train(
         if done % settings.log_every == 0 or done == settings.steps:
             callbacks.log({"step": done, "learning_rate": rate, "grad_norm": norm.item(), **meter.flush(done)})
         if done % settings.checkpoint_every == 0 and done < settings.steps:
-            callbacks.checkpoint(done, lambda directory, at=done: save_checkpoint(directory, model, optimizer, at))
+            callbacks.checkpoint(done, partial(save_checkpoint, model=model, optimizer=optimizer, step=done))
             last_checkpoint = done
     model.eval()
 
@@ -166,7 +167,13 @@ class Meter:
 
 
 def _prefetched(
-    source: RowSource, settings: TrainSettings, rank: int, world: int, first: int, model: DiffusionModel, block_length: int
+    source: RowSource,
+    settings: TrainSettings,
+    rank: int,
+    world: int,
+    first: int,
+    model: DiffusionModel,
+    block_length: int,
 ) -> Iterator[tuple[int, list[tuple[list[Row], TrainingBatch, ReferenceSignals | None]]]]:
     """The steps from `first` on, each prepared in a thread while the one before is computed."""
     share = settings.batch_size // world
@@ -210,7 +217,9 @@ def _signals(
         assert reference is not None
         return reference_signals(reference, batch, top_k)
     if cached is None:
-        raise UserError("residual.source is 'signals' but the rows carry none; train on the output of the stage `signals`")
+        raise UserError(
+            "residual.source is 'signals' but the rows carry none; train on the output of the stage `signals`"
+        )
     return cached.to(model.device)
 
 

@@ -8,8 +8,8 @@ Shapes: B rows, L tokens, N masked positions in row-major order, M tokens that e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rcd_core.attention import block_causal_mask, block_diffusion_layout
 from rcd_core.errors import UserError
-from rcd_core.families import DiffusionModel
+from rcd_core.families.base import DiffusionModel
 from rcd_core.residual import AlphaRule, inject_residual
 from rcd_core.signals import Signals, residual_state
 
@@ -58,8 +58,8 @@ class TrainingBatch:
             raise UserError(f"block_length is {self.block_length}; it must be at least 1")
 
     def to(self, device: torch.device | str) -> TrainingBatch:
-        fields = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        return TrainingBatch(**fields)
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 def masked_hidden(model: DiffusionModel, batch: TrainingBatch, residual: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -92,7 +92,7 @@ def masked_cross_entropy(model: DiffusionModel, hidden: Tensor, labels: Tensor) 
 
     if hidden.shape[0] <= rows:
         return chunk_loss(hidden, labels)
-    parts = zip(hidden.split(rows), labels.split(rows), strict=True)
+    parts = zip(torch.split(hidden, rows), torch.split(labels, rows), strict=True)
     return torch.cat([checkpoint(chunk_loss, h, y, use_reentrant=False) for h, y in parts])
 
 

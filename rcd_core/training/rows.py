@@ -91,7 +91,12 @@ class SignalSource:
     """The reference-signal cache: shard s holds rows [s * rows_per_shard, (s + 1) * rows_per_shard)."""
 
     def __init__(
-        self, directory: str, shards: Sequence[str], rows_per_shard: int, num_rows: int, temperatures: tuple[float, float]
+        self,
+        directory: str,
+        shards: Sequence[str],
+        rows_per_shard: int,
+        num_rows: int,
+        temperatures: tuple[float, float],
     ) -> None:
         self.directory, self.shards = directory, list(shards)
         self.rows_per_shard, self.num_rows, self.temperatures = rows_per_shard, num_rows, temperatures
@@ -112,7 +117,16 @@ class SignalSource:
             *self.temperatures,
         )
         p = float(c["p_mask"][place])
-        return Row(index, c["example_id"][place].as_py(), int(c["draw"][place]), input_ids, c["labels"][place], masked, p, signals)
+        return Row(
+            index,
+            c["example_id"][place].as_py(),
+            int(c["draw"][place]),
+            input_ids,
+            c["labels"][place],
+            masked,
+            p,
+            signals,
+        )
 
     def _shard(self, shard: int) -> dict[str, Any]:
         if shard not in self._loaded:
@@ -123,12 +137,19 @@ class SignalSource:
                 with storage.open_input(path) as file:
                     table = pq.read_table(file)
             except (OSError, ValueError) as error:
-                raise UserError(f"signal shard {path} cannot be read ({error}); run the stage `signals` again") from error
+                raise UserError(
+                    f"signal shard {path} cannot be read ({error}); run the stage `signals` again"
+                ) from error
             columns: dict[str, Any] = {"example_id": table["example_id"]}
             columns |= {name: table[name].to_numpy() for name in ("draw", "p_mask")}
             for name in ("input_ids", "labels", "masked_positions"):
                 columns[name] = FlatLists(table[name])
-            for name, dtype in (("topk_ids", "int32"), ("topk_logprobs", "float16"), ("entropy", "float32"), ("tail_mass", "float32")):
+            for name, dtype in (
+                ("topk_ids", "int32"),
+                ("topk_logprobs", "float16"),
+                ("entropy", "float32"),
+                ("tail_mass", "float32"),
+            ):
                 columns[name] = FlatLists(table[name], dtype)
             while len(self._loaded) > 1:  # this one and the previous are enough for reading in order
                 self._loaded.pop(next(iter(self._loaded)))
@@ -145,7 +166,8 @@ class FlatLists:
         self.values = array.values.to_numpy(zero_copy_only=False).astype(dtype)
 
     def __getitem__(self, index: int) -> NDArray[Any]:
-        return self.values[self.offsets[index] : self.offsets[index + 1]]
+        row: NDArray[Any] = self.values[self.offsets[index] : self.offsets[index + 1]]
+        return row
 
 
 def read_examples(files: Sequence[str]) -> Any:

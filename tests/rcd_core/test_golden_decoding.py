@@ -136,7 +136,10 @@ def test_rcd(models: dict[str, Any], case: dict[str, Any]) -> None:
     check_steps(out.steps, case["steps"], 1e-3)
     for step, want in zip(out.steps, case["steps"], strict=True):
         torch.testing.assert_close(
-            torch.tensor(step.alpha, dtype=torch.float64), torch.tensor(want["alpha_in"], dtype=torch.float64), atol=2e-4, rtol=0
+            torch.tensor(step.alpha, dtype=torch.float64),
+            torch.tensor(want["alpha_in"], dtype=torch.float64),
+            atol=2e-4,
+            rtol=0,
         )
 
 

@@ -69,7 +69,10 @@ def test_sdar_training(vectors: dict[str, Any], case: dict[str, Any]) -> None:
     assert loss.item() == pytest.approx(case["loss"], rel=1e-5)
     check_gradients(model, case["grad_norms"])
     parameters = dict(model.backbone.named_parameters())
-    for stored, parameter in (("grad_final_norm", "model.norm.weight"), ("grad_l0_q_norm", "model.layers.0.self_attn.q_norm.weight")):
+    for stored, parameter in (
+        ("grad_final_norm", "model.norm.weight"),
+        ("grad_l0_q_norm", "model.layers.0.self_attn.q_norm.weight"),
+    ):
         torch.testing.assert_close(parameters[parameter].grad, v[f"{name}_{stored}"].reshape(-1), rtol=1e-3, atol=1e-4)
 
 
@@ -86,7 +89,9 @@ def test_llada_training(vectors: dict[str, Any], case: dict[str, Any]) -> None:
     loss.backward()
     assert loss.item() == pytest.approx(case["loss"], rel=1e-5)
     check_gradients(model, case["grad_norms"])
-    torch.testing.assert_close(model.backbone.model.norm.weight.grad, v[f"train_{kind}_grad_ln_f"].reshape(-1), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        model.backbone.model.norm.weight.grad, v[f"train_{kind}_grad_ln_f"].reshape(-1), rtol=1e-3, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("case", RCD_LOSS, ids=lambda c: c["name"])
@@ -128,7 +133,11 @@ def test_one_state(vectors: dict[str, Any], family: str, source: str, temperatur
     name = next(
         k.removesuffix("_alpha")
         for k in v
-        if k.startswith(f"{family}_step_") and k.endswith("_alpha") and source in k and str(temperature) in k and variant in k
+        if k.startswith(f"{family}_step_")
+        and k.endswith("_alpha")
+        and source in k
+        and str(temperature) in k
+        and variant in k
     )
     model = load_model(GOLDEN / f"{family}_tiny")
     table = model.embedding.weight.detach()
@@ -141,7 +150,10 @@ def test_one_state(vectors: dict[str, Any], family: str, source: str, temperatur
     blended = inject_residual(plain, mask, alpha, delta, table[model.mask_token_id])
     torch.testing.assert_close(blended, v[f"{name}_emb"], atol=1e-4, rtol=0)
     temperatures = {"alpha_temperature": temperature, "delta_temperature": temperature if variant == "Tres" else 1.0}
-    for signals in (DenseSignals(logits, **temperatures), ReferenceSignals.from_logits(logits, len(table), **temperatures)):
+    for signals in (
+        DenseSignals(logits, **temperatures),
+        ReferenceSignals.from_logits(logits, len(table), **temperatures),
+    ):
         torch.testing.assert_close(signals.alpha(len(table)), alpha, atol=1e-5, rtol=0)
         torch.testing.assert_close(signals.soft_embedding(table), delta, atol=2e-3, rtol=0)  # fp16 log-probabilities
 

@@ -1,0 +1,62 @@
+"""Decoder: prompts or canvases in, generations out. The batch form of the engine, for evaluation and scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+
+from rcd_core.decoding.engine import Engine
+from rcd_core.decoding.reference import LocalReference, Reference
+from rcd_core.decoding.sequence import Generation, Sequence, make_sequence
+from rcd_core.decoding.settings import DecodeSettings
+from rcd_core.families.base import DiffusionModel
+
+
+class Decoder:
+    """Decodes prompts or fills canvases with a target and, for warm starts, a reference (model or remote)."""
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        reference: DiffusionModel | Reference | None = None,
+        *,
+        max_batch: int = 256,
+    ) -> None:
+        self.model = model
+        self.reference = LocalReference(reference) if isinstance(reference, DiffusionModel) else reference
+        self.max_batch = max_batch
+
+    def generate(
+        self, prompts: Many[Many[int]], settings: DecodeSettings | Many[DecodeSettings] | None = None
+    ) -> list[Generation]:
+        """Continue each prompt (token ids). One DecodeSettings for all, or one per prompt."""
+        return self._decode(prompts, settings, infill=False)
+
+    def infill(
+        self, canvases: Many[Many[int]], settings: DecodeSettings | Many[DecodeSettings] | None = None
+    ) -> list[Generation]:
+        """Replace every mask token of each canvas, wherever it stands, and change nothing else."""
+        return self._decode(canvases, settings, infill=True)
+
+    def check(self, ids: Many[int], settings: DecodeSettings, *, infill: bool = False) -> Sequence:
+        """The request as the engine would take it; raises UserError for one it would refuse."""
+        return make_sequence(self.model, list(ids), settings, infill=infill, has_reference=self.reference is not None)
+
+    def _decode(
+        self, inputs: Many[Many[int]], settings: DecodeSettings | Many[DecodeSettings] | None, *, infill: bool
+    ) -> list[Generation]:
+        if settings is None or isinstance(settings, DecodeSettings):
+            settings = [settings or DecodeSettings()] * len(inputs)
+        sequences = [self.check(ids, s, infill=infill) for ids, s in zip(inputs, settings, strict=True)]
+        if not sequences:
+            return []
+        engine = Engine(
+            self.model,
+            self.reference,
+            max_batch=min(self.max_batch, len(sequences)),
+            max_length=max(len(s.canvas) for s in sequences),
+        )
+        for sequence in sequences:
+            engine.add(sequence)
+        while engine.busy:
+            engine.step()
+        return [s.output() for s in sequences]
