@@ -119,7 +119,8 @@ def wilson_interval(successes: float, trials: int, z: float = Z_95) -> tuple[flo
     center = p + z * z / (2 * trials)
     spread = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
-    return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)
+    # At 0 and 1 the end equals p exactly, but for rounding.
+    return min(p, max(0.0, (center - spread) / scale)), max(p, min(1.0, (center + spread) / scale))
 
 
 def curve(outcomes: Outcomes, reference_weight: float) -> list[Point]:

@@ -101,7 +101,7 @@ def train(
         lr=settings.learning_rate,
         betas=settings.betas,
         weight_decay=settings.weight_decay,
-        fused=device.type == "cuda",
+        fused=True,
     )
     first = _load_checkpoint(resume, model, optimizer) if resume else 0
     if world > 1:

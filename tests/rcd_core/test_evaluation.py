@@ -31,6 +31,8 @@ def test_wilson_interval_solves_its_defining_equation() -> None:
 def test_wilson_interval_of_known_values() -> None:
     assert wilson_interval(0, 10) == pytest.approx((0.0, 0.27753), abs=1e-5)
     assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)  # Newcombe 1998, table I
+    assert [wilson_interval(0, n)[0] for n in range(1, 50)] == [0.0] * 49
+    assert [wilson_interval(n, n)[1] for n in range(1, 50)] == [1.0] * 49
     with pytest.raises(UserError, match="no problems"):
         wilson_interval(0, 0)
 

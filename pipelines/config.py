@@ -1,0 +1,209 @@
+"""The recipe: one strict, typed description of a whole run. Settings classes of rcd_core are its sections, not copied.
+
+    recipe = load_recipe("demo", ["target.train.steps=100"])
+    print(dump_recipe(recipe))     # the effective recipe, as YAML that loads again
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+
+from pipelines.recipe_file import apply_overrides, explain, read_recipe
+from pipelines.rules import problems
+from rcd_core import storage
+from rcd_core.decoding.settings import DecodeSettings, Start
+from rcd_core.errors import UserError
+from rcd_core.families.config import ModelConfig
+from rcd_core.noise import NoiseSettings
+from rcd_core.residual import ResidualSettings
+from rcd_core.training.settings import TrainSettings
+
+# A checkpoint (path, URI or hub id) or the sizes of a model to make. The tags keep pydantic's complaints to one line.
+ModelSource = Annotated[
+    Annotated[str, Tag("<checkpoint>")] | Annotated[ModelConfig, Tag("<config>")],
+    Discriminator(lambda value: "<checkpoint>" if isinstance(value, str) else "<config>"),
+]
+DataSource = Annotated[
+    Annotated[str, Tag("<one>")] | Annotated[tuple[str, ...], Tag("<many>"), Field(min_length=1)],
+    Discriminator(lambda value: "<many>" if isinstance(value, list | tuple) else "<one>"),
+]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class DataSettings(Section):
+    """What is learned and tested on; comments on every key stand in recipes/demo.yaml."""
+
+    task: str
+    train: DataSource
+    test: DataSource
+    num_train: Count | None = None
+    num_test: Count | None = None
+    fields: dict[str, str] = {}
+    max_length: Count = 256
+    min_length: Count | None = None
+    pad_multiple: Count | None = None
+    max_bad_rows: Share = 0.01
+
+
+class TokenizerSettings(Section):
+    path: str | None = None
+    vocab_size: Annotated[int, Field(ge=260)] = 512  # 256 bytes and four special tokens must fit
+
+
+class BaseStage(Section):
+    start: ModelSource
+    train: TrainSettings
+
+
+class ReferenceStage(Section):
+    start: ModelSource
+    train: TrainSettings | None = None
+
+
+class SignalSettings(Section):
+    top_k: Count = 32
+    alpha_temperature: Annotated[float, Field(gt=0)] = 1.0
+    delta_temperature: Annotated[float, Field(gt=0)] = 1.0
+    rows_per_shard: Count = 4096
+    batch_rows: Count = 256
+
+
+class TargetStage(Section):
+    start: ModelSource | None = None
+    train: TrainSettings
+    residual: ResidualSettings = ResidualSettings()
+
+
+class EvaluateSettings(Section):
+    num_examples: Count | None = None
+    batch_size: Count = 256
+    decode: DecodeSettings = DecodeSettings()
+    thresholds: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+    starts: Annotated[tuple[Start, ...], Field(min_length=1)] = ("zero", "reference")
+
+
+class DeploySettings(Section):
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    model_id: str = "rcd"
+    start: Start = "reference"
+    decode: DecodeSettings = DecodeSettings()
+    baseline: bool = False
+
+
+class Resources(Section):
+    """What the stages ask of the cluster. Never part of a stage's key: results do not depend on it."""
+
+    num_workers: Count = 1
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    signal_actors: Count = 1
+    evaluate_actors: Count = 1
+    timeout_s: Annotated[float, Field(ge=0)] = 600
+
+
+@dataclass(frozen=True)
+class Training:
+    """What one training stage does. start None: the checkpoint of the base stage. residual None: plain masked SFT."""
+
+    start: str | ModelConfig | None
+    train: TrainSettings
+    residual: ResidualSettings | None
+
+
+class Recipe(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    storage: str
+    seed: Annotated[int, Field(ge=0)] = 0
+    block_length: Count
+    noise: NoiseSettings = NoiseSettings()
+    data: DataSettings
+    tokenizer: TokenizerSettings = TokenizerSettings()
+    base: BaseStage | None = None
+    reference: ReferenceStage
+    signals: SignalSettings = SignalSettings()
+    target: TargetStage
+    variants: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")], ResidualSettings] = {}
+    baseline: bool = True
+    evaluate: EvaluateSettings = EvaluateSettings()
+    deploy: DeploySettings = DeploySettings()
+    resources: Resources = Resources()
+
+    @property
+    def run_directory(self) -> str:
+        return storage.join(self.storage, self.name)
+
+    def residuals(self) -> dict[str, ResidualSettings]:
+        """How each target is trained with residuals, by the recipe's section for it."""
+        return {"target.residual": self.target.residual} | {f"variants.{n}": r for n, r in self.variants.items()}
+
+    def training(self, stage: str) -> Training:
+        """The work of a training stage: base, reference, target, target-<variant> or baseline."""
+        if stage == "base" and self.base:
+            return Training(self.base.start, self.base.train, None)
+        if stage == "reference" and self.reference.train:
+            return Training(self.reference.start, self.reference.train, None)
+        if stage == "baseline":
+            return Training(self.target.start, self.target.train, None)
+        if stage == "target":
+            return Training(self.target.start, self.target.train, self.target.residual)
+        variant = stage.removeprefix("target-")
+        if variant not in self.variants:
+            raise UserError(f"stage {stage!r} trains nothing in recipe {self.name}")
+        return Training(self.target.start, self.target.train, self.variants[variant])
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read recipes/<name>.yaml or a YAML file, apply `--set` overrides "a.b=VALUE", validate.
+
+    Raises one UserError that lists every problem: key path, value, remedy.
+    """
+    raw = read_recipe(name_or_path)
+    apply_overrides(raw, overrides)
+    return parse_recipe(raw, name_or_path)
+
+
+def parse_recipe(raw: dict[str, Any], label: str = "") -> Recipe:
+    """A Recipe from the plain mapping that a YAML file holds."""
+    raw = dict(raw)
+    if raw.get("storage") is None:
+        raw["storage"] = "~/rcd-runs"
+    if isinstance(raw["storage"], str):
+        raw["storage"] = os.path.expanduser(raw["storage"])
+    _complete_variants(raw)
+    try:
+        # By way of JSON: strict there still takes a list for a tuple and a mapping for a settings class.
+        recipe = Recipe.model_validate_json(json.dumps(raw), strict=True)
+        found = list(problems(recipe))
+    except ValidationError as error:
+        found = explain(error, Recipe)
+    if found:
+        label = f"recipe {label or raw.get('name')}"
+        raise UserError(f"{label}: {found[0]}" if len(found) == 1 else "\n  ".join([f"{label} has problems:", *found]))
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The effective recipe as YAML: every key, defaults and overrides included."""
+    return str(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120))
+
+
+def _complete_variants(raw: dict[str, Any]) -> None:
+    """A variant names only what it changes: the rest is the target's."""
+    target, variants = raw.get("target"), raw.get("variants")
+    residual = target.get("residual") if isinstance(target, dict) else None
+    if isinstance(residual, dict) and isinstance(variants, dict):
+        full = {name: {**residual, **changes} for name, changes in variants.items() if isinstance(changes, dict)}
+        raw["variants"] = {**variants, **full}

@@ -1,0 +1,286 @@
+"""prepare: rows of a data set -> tokenised examples in Parquet, and the tokenizer they were made with.
+
+    python pipelines/prepare.py --recipe demo
+
+Ray Data reads and tokenises in parallel; the result is sorted by example id and cut into files of a fixed number of
+rows, so it is the same whatever the cluster and the layout of blocks. A row that cannot be used is left out, counted
+by reason and listed in bad.parquet; more than data.max_bad_rows of them stop the run. A row above data.max_length is
+such a row; one below data.min_length was excluded by request and is counted apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+import ray.data
+
+from pipelines.config import Recipe
+from pipelines.ordering import collect, in_order
+from pipelines.rules import SYNTHETIC
+from pipelines.run import StageContext
+from pipelines.sources import Source, check_sources, columns_of, local_sources, row_limit, training_texts
+from rcd_core import storage
+from rcd_core.errors import UserError
+from rcd_core.tasks import SPLITS, get_task
+from rcd_core.tasks.encoding import TOO_SHORT, Encoder, content_id
+from rcd_core.tasks.rows import BadRow, Row, read_rows
+from rcd_core.tokenizer import load_tokenizer, mask_token_id, tokenizer_sha256, train_tokenizer
+
+ROWS_PER_FILE = 4096
+ROWS_PER_GROUP = 512
+ROWS_PER_BATCH = 512
+TOKENIZER_ROWS = 10_000  # the tokenizer is trained on the first so many good rows
+
+_IDS = pa.list_(pa.int32())
+SCHEMAS = {
+    "train": pa.schema(
+        {"example_id": pa.string(), "input_ids": _IDS, "labels": _IDS, "prompt_length": pa.int32()},
+    ),
+    "test": pa.schema({"example_id": pa.string(), "prompt_ids": _IDS, "prompt": pa.string(), "answer": pa.string()}),
+}
+_ORIGIN = pa.schema({"source": pa.string(), "row": pa.int64(), "reason": pa.string(), "detail": pa.string()})
+_ROWS = pa.unify_schemas([_ORIGIN, pa.schema({"values": pa.list_(pa.string())})])
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How rows become examples; hashable, so that a worker loads its tokenizer once."""
+
+    task: str
+    split: str
+    tokenizer: str
+    pad_multiple: int
+    max_length: int
+    min_length: int | None
+
+    @property
+    def schema(self) -> pa.Schema:
+        return pa.unify_schemas([SCHEMAS[self.split], _ORIGIN])
+
+
+def run(ctx: StageContext) -> dict[str, Any]:
+    """Write train/, test/, tokenizer/ and bad.parquet. The summary has file names in order, counts and digests."""
+    check_sources(ctx.recipe)
+    for split in SPLITS:
+        storage.remove(storage.join(ctx.directory, split))
+    sources = {split: local_sources(ctx, split) for split in SPLITS}
+    tokenizer = _save_tokenizer(ctx, sources["train"])
+    encoded = {}
+    for split in SPLITS:
+        with ctx.console.status(f"prepare: tokenising the {split} rows"):
+            encoded[split] = _encode(ctx, split, sources[split]).materialize()
+    counts = _set_bad_rows_aside(ctx, encoded)
+    files = {}
+    fingerprint = hashlib.sha256(tokenizer_sha256(tokenizer).encode())
+    for split in SPLITS:
+        with ctx.console.status(f"prepare: writing the {split} examples"):
+            files[split], counted = _write(ctx, split, encoded[split], fingerprint)
+        counts[split] |= counted
+    storage.remove(storage.join(ctx.directory, "sources"))
+    return {
+        **files,
+        "counts": counts,
+        "vocab_size": len(tokenizer),
+        "mask_token_id": mask_token_id(tokenizer),
+        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+        "fingerprint": fingerprint.hexdigest(),
+    }
+
+
+# -- tokenizer
+
+
+def _save_tokenizer(ctx: StageContext, sources: list[Source]) -> Any:
+    """The recipe's tokenizer, or one trained on the first TOKENIZER_ROWS training rows; a copy goes to tokenizer/."""
+    settings = ctx.recipe.tokenizer
+    if settings.path is not None:
+        tokenizer = load_tokenizer(settings.path)
+    else:
+        with ctx.console.status("prepare: training the tokenizer"):
+            tokenizer = train_tokenizer(training_texts(ctx.recipe, sources, TOKENIZER_ROWS), settings.vocab_size)
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer.save_pretrained(directory)
+        storage.upload_dir(directory, storage.join(ctx.directory, "tokenizer"))
+    return tokenizer
+
+
+# -- rows to examples, in Ray tasks
+
+
+def _encode(ctx: StageContext, split: str, sources: list[Source]) -> ray.data.Dataset:
+    """A row of the result is an example, or has a reason why it is none."""
+    recipe, limit = ctx.recipe, row_limit(ctx.recipe, split)
+    read: Any
+    if not sources:
+        limit = limit or 0  # a recipe with synthetic data says how many
+        read = partial(_synthetic_rows, task=recipe.data.task, split=split, seed=recipe.seed)
+        rows = ray.data.range(limit, override_num_blocks=-(-limit // ROWS_PER_FILE))
+        rows = rows.map_batches(read, batch_size=ROWS_PER_BATCH, batch_format="pyarrow")
+    else:
+        # "The first so many rows" is one task's work; without a limit each file is read by a task of its own.
+        groups = [sources] if limit else [[source] for source in sources]
+        read = partial(_file_rows, groups=groups, columns=columns_of(recipe), limit=limit)
+        rows = ray.data.range(len(groups), override_num_blocks=len(groups))
+        rows = rows.map_batches(read, batch_size=1, batch_format="pyarrow")
+        rows = rows.repartition(target_num_rows_per_block=ROWS_PER_FILE)
+    encoding = Encoding(
+        task=recipe.data.task,
+        split=split,
+        tokenizer=storage.join(ctx.directory, "tokenizer"),
+        pad_multiple=recipe.data.pad_multiple or recipe.block_length,
+        max_length=recipe.data.max_length,
+        min_length=recipe.data.min_length,
+    )
+    return rows.map_batches(
+        partial(_encode_batch, encoding=encoding), batch_size=ROWS_PER_BATCH, batch_format="pyarrow"
+    )
+
+
+def _synthetic_rows(indices: pa.Table, task: str, split: str, seed: int) -> pa.Table:
+    of = get_task(task)
+    return _row_table((SYNTHETIC, Row(i, values=of.synthetic(i, split, seed))) for i in indices["id"].to_pylist())
+
+
+def _file_rows(
+    index: pa.Table, groups: list[list[Source]], columns: dict[str, str], limit: int | None
+) -> Iterator[pa.Table]:
+    sources = groups[index["id"][0].as_py()]
+    every = ((source.label, row) for source in sources for row in read_rows(source.path, columns))
+    rows = islice(every, limit)
+    while batch := list(islice(rows, ROWS_PER_FILE)):
+        yield _row_table(batch)
+
+
+def _row_table(rows: Iterable[tuple[str, Row]]) -> pa.Table:
+    records = []
+    for source, row in rows:
+        record: dict[str, Any] = {"source": source, "row": row.number}
+        if row.values is not None:
+            record["values"] = list(row.values.values())
+        elif row.bad is not None:
+            record |= {"reason": row.bad.reason, "detail": row.bad.detail}
+        records.append(record)
+    return pa.Table.from_pylist(records, schema=_ROWS)
+
+
+@lru_cache(maxsize=2)
+def _encoder(encoding: Encoding) -> Encoder:
+    tokenizer = load_tokenizer(encoding.tokenizer)
+    return Encoder(get_task(encoding.task), tokenizer, encoding.pad_multiple, encoding.max_length, encoding.min_length)
+
+
+def _encode_batch(rows: pa.Table, encoding: Encoding) -> pa.Table:
+    encoder = _encoder(encoding)
+    records = rows.to_pylist()
+    for record in records:
+        if record["reason"] is None:
+            try:
+                record |= _example(encoder, encoding.split, record)
+            except BadRow as bad:
+                record |= {"reason": bad.reason, "detail": bad.detail}
+    return pa.Table.from_pylist(records, schema=encoding.schema)
+
+
+def _example(encoder: Encoder, split: str, record: dict[str, Any]) -> dict[str, Any]:
+    problem = encoder.problem(dict(zip(encoder.task.fields, record["values"], strict=True)))
+    example_id = f"{record['row']:08d}" if record["source"] == SYNTHETIC else content_id(problem)
+    example = encoder.train(problem) if split == "train" else encoder.test(problem)
+    return {"example_id": example_id, **asdict(example)}
+
+
+# -- results
+
+
+def _set_bad_rows_aside(ctx: StageContext, encoded: dict[str, ray.data.Dataset]) -> dict[str, dict[str, Any]]:
+    """Write bad.parquet, count; UserError where a split has more bad rows than allowed, or no good one."""
+    path = storage.join(ctx.directory, "bad.parquet")
+    counts, tables, problems = {}, [], []
+    for split, data in encoded.items():
+        num_rows, unused = data.count(), collect(data, _unused, _ORIGIN)
+        short = pc.equal(unused["reason"], TOO_SHORT)
+        bad = unused.filter(pc.invert(short)).sort_by([("source", "ascending"), ("row", "ascending")])
+        reasons = dict(sorted(Counter(bad["reason"].to_pylist()).items()))
+        counts[split] = {"rows": num_rows, "bad": reasons, "below_min_length": len(unused) - len(bad)}
+        tables.append(bad.add_column(0, "split", pa.array([split] * len(bad), pa.string())))
+        if len(bad) > ctx.recipe.data.max_bad_rows * num_rows:
+            problems.append(_too_many(ctx.recipe, split, bad, reasons, num_rows))
+        elif num_rows == len(unused):
+            problems.append(f"data.{split}: no row is left of {num_rows}; {len(unused) - len(bad)} are {TOO_SHORT}")
+    table = pa.concat_tables(tables)
+    with storage.open_output(path) as stream:
+        pq.write_table(table, stream)
+    if problems:
+        raise UserError("\n".join(problems) + f"\nall bad rows are listed in {path}")
+    if len(table):
+        ctx.console.print(f"prepare: left out {len(table)} bad rows, listed in {path}", soft_wrap=True)
+    return counts
+
+
+def _too_many(recipe: Recipe, split: str, bad: pa.Table, reasons: dict[str, int], num_rows: int) -> str:
+    first = [f"{b['source']}:{b['row']}: {b['reason']}: {b['detail']}" for b in bad.slice(0, 3).to_pylist()]
+    return (
+        f"data.{split}: {len(bad)} of {num_rows} rows cannot be used, more than data.max_bad_rows "
+        f"({recipe.data.max_bad_rows:g}) allows: {', '.join(f'{n} x {reason}' for reason, n in reasons.items())}; "
+        "mend them, or raise data.max_bad_rows to go on without them. The first:\n  " + "\n  ".join(first)
+    )
+
+
+def _write(
+    ctx: StageContext, split: str, encoded: ray.data.Dataset, fingerprint: Any
+) -> tuple[list[str], dict[str, int]]:
+    """Files of ROWS_PER_FILE rows in the order of example ids; an example that occurs twice is trained on once."""
+    files: list[str] = []
+    previous, copies, num_examples, num_duplicates = "", 0, 0, 0
+    for table in in_order(encoded, SCHEMAS[split], "example_id", ROWS_PER_FILE):
+        ids, keep = [], []
+        for example_id in table["example_id"].to_pylist():
+            copies = copies + 1 if example_id == previous else 0
+            previous = example_id
+            num_duplicates += copies > 0
+            keep.append(split == "test" or not copies)
+            ids.append(f"{example_id}-{copies}" if copies else example_id)
+        table = table.set_column(0, "example_id", pa.array(ids)).filter(pa.array(keep))
+        files.append(f"part-{len(files):05d}.parquet")
+        with storage.open_output(storage.join(ctx.directory, split, files[-1])) as stream:
+            pq.write_table(table, stream, compression="zstd", row_group_size=ROWS_PER_GROUP)
+        num_examples += len(table)
+        _digest(table, fingerprint)
+    return files, {"examples": num_examples, "duplicates": num_duplicates}
+
+
+def _unused(rows: pa.Table) -> pa.Table:
+    return rows.filter(pc.is_valid(rows["reason"])).select(_ORIGIN.names)
+
+
+def _digest(table: pa.Table, digest: Any) -> None:
+    """Feed the content of a table; the bytes of its file would also depend on the version of the writer."""
+    for column in table.columns:
+        if pa.types.is_list(column.type):
+            digest.update(pc.list_value_length(column).to_numpy().astype("<i4").tobytes())
+            column = pc.list_flatten(column)
+        if pa.types.is_string(column.type):
+            digest.update("\0".join(column.to_pylist()).encode())
+        else:
+            digest.update(column.to_numpy().astype("<i4").tobytes())
+
+
+if __name__ == "__main__":
+    from pipelines.driver import stage_main
+
+    stage_main("prepare")

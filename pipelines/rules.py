@@ -1,0 +1,164 @@
+"""Rules of a recipe that no single key can know: keys against each other, and against the files they name."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from rcd_core import storage
+from rcd_core.errors import UserError
+from rcd_core.tasks import TASKS
+
+if TYPE_CHECKING:
+    from pipelines.config import Recipe
+
+SYNTHETIC = "synthetic"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_DATA = re.compile(r"hf://[\w.-]+/[\w.-]+(@[\w.-]+)?(:\S+)?")
+_DATA_SUFFIXES = (".jsonl", ".parquet")
+_ABSOLUTE = "a job's working directory is a temporary copy: give an absolute path or a URI"
+
+
+def is_hub_id(text: str) -> bool:
+    """True for "owner/name", a checkpoint or tokenizer of the Hugging Face hub."""
+    return _HUB_ID.fullmatch(text) is not None
+
+
+def problems(recipe: Recipe) -> Iterator[str]:
+    """Contradictions between keys, and paths that are not absolute; nothing is read."""
+    data, target, reference = recipe.data, recipe.target, recipe.reference
+    multiple = data.pad_multiple or recipe.block_length
+    if not storage.is_absolute(recipe.storage):
+        yield f"storage is {recipe.storage!r}, a relative path; {_ABSOLUTE}"
+    if data.task not in TASKS:
+        yield f"data.task is {data.task!r}; known tasks: {', '.join(sorted(TASKS))}"
+    yield from _source_problems("train", data.train, data.num_train)
+    yield from _source_problems("test", data.test, data.num_test)
+    if multiple % recipe.block_length:
+        yield f"data.pad_multiple is {multiple}; it must be a multiple of block_length {recipe.block_length}"
+    if data.max_length < multiple:
+        yield f"data.max_length is {data.max_length}; it must hold at least {multiple} tokens, the padding multiple"
+    if data.min_length is not None and data.min_length > data.max_length:
+        yield f"data.min_length is {data.min_length}, above data.max_length {data.max_length}; nothing would be left"
+    for key, start in checkpoints(recipe).items():
+        yield from _checkpoint_problems(key, start)
+        if recipe.tokenizer.path is None:
+            yield f"tokenizer.path is null but {key} is a checkpoint; set it to that checkpoint's tokenizer"
+    if target.start is None and recipe.base is None:
+        yield "target.start and base are both null; give the target a checkpoint or describe a base to train"
+    if target.start is not None and recipe.base is not None:
+        yield "base is described but target.start does not use it; set one of them to null"
+    if reference.train is None and not isinstance(reference.start, str):
+        yield "reference.train is null but reference.start is no checkpoint; describe its training or name a checkpoint"
+    for key, residual in recipe.residuals().items():
+        if residual.source == "online" and residual.alpha == "calibrated_entropy" and residual.alpha_scale is None:
+            yield f"{key}.alpha_scale is null; with source 'online' there are no signals to take it from: give nats"
+    if recipe.deploy.baseline and not recipe.baseline:
+        yield "deploy.baseline is true but baseline is false; there would be no baseline to deploy"
+
+
+def checkpoints(recipe: Recipe) -> dict[str, str]:
+    """Checkpoints from outside the run and the recipe keys that name them."""
+    starts = {
+        "base.start": recipe.base.start if recipe.base else None,
+        "reference.start": recipe.reference.start,
+        "target.start": recipe.target.start,
+        "tokenizer.path": recipe.tokenizer.path,
+    }
+    return {key: start for key, start in starts.items() if isinstance(start, str)}
+
+
+def data_files(source: str | tuple[str, ...]) -> list[str]:
+    """The files a data key names; none for synthetic and hub data."""
+    paths = [source] if isinstance(source, str) else list(source)
+    return [path for path in paths if path != SYNTHETIC and not path.startswith("hf://")]
+
+
+def _source_problems(key: str, source: str | tuple[str, ...], count: int | None) -> Iterator[str]:
+    for path in (source,) if isinstance(source, str) else source:
+        if path == SYNTHETIC:
+            if count is None:
+                yield f"data.num_{key} is null but data.{key} is synthetic, which has no end; say how many examples"
+        elif path.startswith("hf://"):
+            if not _HUB_DATA.fullmatch(path):
+                yield f"data.{key} is {path!r}; a hub data set is written hf://owner/name[@config][:split]"
+        elif not storage.is_absolute(path):
+            yield f"data.{key} is {path!r}, a relative path; {_ABSOLUTE}"
+        elif not path.endswith(_DATA_SUFFIXES):
+            yield f"data.{key} is {path!r}; its name must end in {' or '.join(_DATA_SUFFIXES)}"
+
+
+def _checkpoint_problems(key: str, start: str) -> Iterator[str]:
+    if storage.is_absolute(start):
+        return
+    if not is_hub_id(start):
+        yield f"{key} is {start!r}, a relative path; {_ABSOLUTE}, or a hub id owner/name"
+    elif os.path.exists(start):
+        yield f"{key} is {start!r}, a hub id that is also a relative path here; if the path is meant, make it absolute"
+
+
+# -- what the keys name, read before anything starts -----------------------------------------------------------------
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Every file and checkpoint the recipe names is there and fits. Raises UserError naming key, file and remedy."""
+    for key, source in (("data.train", recipe.data.train), ("data.test", recipe.data.test)):
+        for path in data_files(source):
+            if not _reach(key, path):
+                raise UserError(f"{key}: {path} does not exist; mend the path or copy the file there")
+            if storage.is_directory(path) or storage.size(path) == 0:
+                raise UserError(f"{key}: {path} is no file with content; name a .jsonl or .parquet file")
+        if any(p.startswith("hf://") for p in ([source] if isinstance(source, str) else source)):
+            _require_datasets(key)
+    outside = {key: path for key, path in checkpoints(recipe).items() if storage.is_absolute(path)}
+    for key, path in outside.items():
+        if key == "tokenizer.path":
+            _require_file(key, path, "tokenizer_config.json", "it must hold a Hugging Face tokenizer")
+        else:
+            _require_file(key, path, "config.json", "it must hold a Hugging Face checkpoint")
+            if not storage.list_files(path, ".safetensors"):
+                raise UserError(f"{key}: {path} has no *.safetensors; convert the weights, pickled ones are not read")
+    if "reference.start" in outside and "target.start" in outside:
+        _same_vocabulary(outside["reference.start"], outside["target.start"])
+
+
+def _reach(key: str, path: str) -> bool:
+    try:
+        return storage.exists(path)
+    except OSError as error:
+        raise UserError(f"{key}: {path} cannot be reached ({error}); check the address and your credentials") from error
+
+
+def _require_file(key: str, directory: str, name: str, why: str) -> None:
+    if not _reach(key, directory):
+        raise UserError(f"{key}: {directory} does not exist; {why}")
+    if not storage.exists(storage.join(directory, name)):
+        raise UserError(f"{key}: {directory} has no {name}; {why}")
+
+
+def _require_datasets(key: str) -> None:
+    if importlib.util.find_spec("datasets") is None:
+        raise UserError(f"{key} is a hub data set, which needs the package `datasets`; pip install datasets")
+
+
+def _same_vocabulary(reference: str, target: str) -> None:
+    sizes = [storage.read_json(storage.join(path, "config.json")).get("vocab_size") for path in (reference, target)]
+    remedy = "reference.start must be a checkpoint with the target's tokenizer"
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"reference.start {reference} has a vocabulary of {sizes[0]} tokens, target.start {target} one of "
+            f"{sizes[1]}; {remedy}"
+        )
+    words = [_words(path) for path in (reference, target)]
+    if None not in words and words[0] != words[1]:
+        raise UserError(f"reference.start {reference} and target.start {target} number their tokens apart; {remedy}")
+
+
+def _words(checkpoint: str) -> Any:
+    """The token -> id mapping of tokenizer.json; None where the tokenizer has another form."""
+    path = storage.join(checkpoint, "tokenizer.json")
+    return json.loads(storage.read_bytes(path)).get("model", {}).get("vocab") if storage.exists(path) else None

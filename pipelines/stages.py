@@ -1,0 +1,132 @@
+"""The stages of a recipe: what each is made from, in the order in which they run.
+
+    prepare -> base -> reference -> signals -> target, target-<variant>, baseline -> evaluate -> deploy
+
+Stage files are named, not imported: a stage that is skipped costs nothing, and they never import each other.
+"""
+
+from __future__ import annotations
+
+from pipelines.config import Recipe
+from pipelines.rules import data_files
+from pipelines.run import Stage
+from rcd_core import storage
+from rcd_core.families.config import ModelConfig
+from rcd_core.residual import ResidualSettings
+
+_TRAINING = ("block_length", "noise", "seed")
+
+
+def stages_of(recipe: Recipe) -> dict[str, Stage]:
+    """Stage name -> Stage, in running order."""
+    stages = [
+        _prepare(recipe),
+        *([_base(recipe)] if recipe.base else []),
+        _reference(recipe),
+        *([_signals(recipe)] if any(r.source == "signals" for r in recipe.residuals().values()) else []),
+        _target(recipe, "target", "target.residual", recipe.target.residual),
+        *(_target(recipe, f"target-{name}", f"variants.{name}", r) for name, r in recipe.variants.items()),
+        *([_target(recipe, "baseline")] if recipe.baseline else []),
+    ]
+    models = tuple(stage.name for stage in stages if stage.name.startswith(("target", "baseline")))
+    return {stage.name: stage for stage in [*stages, _evaluate(recipe, models), _deploy(recipe)]}
+
+
+def _prepare(recipe: Recipe) -> Stage:
+    files = {"data.train": tuple(data_files(recipe.data.train)), "data.test": tuple(data_files(recipe.data.test))}
+    tokenizer = _outside("tokenizer.path", recipe.tokenizer.path)
+    return Stage(
+        name="prepare",
+        function="pipelines.prepare:run",
+        sections=("data", "tokenizer", "block_length", "seed"),
+        outside={**{key: paths for key, paths in files.items() if paths}, **tokenizer},
+        bundles=({"CPU": 1.0},),
+    )
+
+
+def _base(recipe: Recipe) -> Stage:
+    return Stage(
+        name="base",
+        function="pipelines.train:run",
+        inputs=("prepare",),
+        sections=("base", *_TRAINING),
+        outside=_outside("base.start", recipe.base.start if recipe.base else None),
+        bundles=_workers(recipe, recipe.resources.num_workers),
+    )
+
+
+def _reference(recipe: Recipe) -> Stage:
+    outside = _outside("reference.start", recipe.reference.start)
+    if recipe.reference.train is None:
+        return Stage(
+            name="reference",
+            function="pipelines.run:use_checkpoint",
+            sections=("reference",),
+            outside=outside,
+            needs_cluster=False,
+        )
+    return Stage(
+        name="reference",
+        function="pipelines.train:run",
+        inputs=("prepare",),
+        sections=("reference", *_TRAINING),
+        outside=outside,
+        bundles=_workers(recipe, recipe.resources.num_workers),
+    )
+
+
+def _signals(recipe: Recipe) -> Stage:
+    return Stage(
+        name="signals",
+        function="pipelines.precompute:run",
+        inputs=("prepare", "reference"),
+        # As many rows as the targets will train on.
+        sections=("signals", "target.train.steps", "target.train.batch_size", *_TRAINING),
+        bundles=_workers(recipe, recipe.resources.signal_actors),
+    )
+
+
+def _target(recipe: Recipe, name: str, section: str | None = None, residual: ResidualSettings | None = None) -> Stage:
+    """A target, or the baseline, which is the same without a residual."""
+    source = {"signals": ("signals",), "online": ("reference",), "none": ()}[residual.source if residual else "none"]
+    return Stage(
+        name=name,
+        function="pipelines.train:run",
+        inputs=("prepare", *source, *(("base",) if recipe.target.start is None else ())),
+        sections=("target.start", "target.train", *((section,) if section else ()), *_TRAINING),
+        outside=_outside("target.start", recipe.target.start),
+        bundles=_workers(recipe, recipe.resources.num_workers),
+    )
+
+
+def _evaluate(recipe: Recipe, models: tuple[str, ...]) -> Stage:
+    return Stage(
+        name="evaluate",
+        function="pipelines.evaluate:run",
+        inputs=("prepare", *models, "reference"),
+        sections=("evaluate", "block_length", "data.task", "seed"),
+        bundles=_workers(recipe, recipe.resources.evaluate_actors),
+        report="pipelines.evaluate:report",
+    )
+
+
+def _deploy(recipe: Recipe) -> Stage:
+    return Stage(
+        name="deploy",
+        function="pipelines.serve:run",
+        inputs=("prepare", "target", "reference", *(("baseline",) if recipe.deploy.baseline else ())),
+        sections=("deploy", "block_length", "data.task", "signals.top_k"),
+        always=True,  # the application may have been removed since
+        report="pipelines.serve:report",
+        teardown="pipelines.serve:teardown",
+    )
+
+
+def _outside(key: str, start: str | ModelConfig | None) -> dict[str, str]:
+    """A checkpoint whose files enter the key; a hub id stands for itself, in the recipe's section."""
+    return {key: start} if isinstance(start, str) and storage.is_absolute(start) else {}
+
+
+def _workers(recipe: Recipe, count: int) -> tuple[dict[str, float], ...]:
+    one = {"CPU": recipe.resources.cpus_per_worker, "GPU": recipe.resources.gpus_per_worker}
+    return ({name: amount for name, amount in one.items() if amount},) * count

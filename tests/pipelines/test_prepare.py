@@ -1,0 +1,243 @@
+"""prepare on real Ray: the same examples whatever the blocks, bad rows set aside, faults named before work starts."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from pipelines import ordering, prepare
+from pipelines.config import parse_recipe
+from pipelines.run import RunDirectory, StageContext
+from rcd_core.errors import UserError
+from rcd_core.tasks.encoding import UNLABELLED
+from rcd_core.tokenizer import load_tokenizer, mask_token_id
+
+MODEL = {
+    "family": "sdar",
+    "hidden_size": 16,
+    "num_layers": 1,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "intermediate_size": 32,
+}
+TRAIN = {"steps": 1, "batch_size": 1}
+
+
+@pytest.fixture
+def context(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., StageContext]:
+    """context(data={...}, **sections) -> the StageContext of a prepare stage."""
+
+    def make(data: dict[str, Any], **sections: Any) -> StageContext:
+        recipe = parse_recipe(
+            {
+                "name": sections.pop("name", "run"),
+                "storage": str(tmp_path),
+                "block_length": 8,
+                "tokenizer": {"vocab_size": 300},
+                "data": {"task": "gsm8k", **data},
+                "base": {"start": MODEL, "train": TRAIN},
+                "reference": {"start": MODEL, "train": TRAIN},
+                "target": {"train": TRAIN},
+                **sections,
+            }
+        )
+        console = Console(file=io.StringIO(), width=200)
+        run = RunDirectory(recipe.run_directory)
+        return StageContext(recipe=recipe, run=run, stage="prepare", key="", inputs=(), console=console)
+
+    return make
+
+
+def rows_of(ctx: StageContext, split: str, summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """All rows in the order of the manifest."""
+    return [r for name in summary[split] for r in pq.read_table(f"{ctx.directory}/{split}/{name}").to_pylist()]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any] | str]) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def problem(i: int) -> dict[str, Any]:
+    return {"question": f"What is {i}+1?", "answer": f"{i}+1=<<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}"}
+
+
+def test_synthetic_canvas(ray_cluster: str, context: Callable[..., StageContext]) -> None:
+    ctx = context(
+        {"task": "sudoku", "train": "synthetic", "test": "synthetic", "num_train": 70, "num_test": 5, "max_length": 37},
+        block_length=37,
+    )
+    summary = prepare.run(ctx)
+    assert summary["counts"]["train"] == {"rows": 70, "bad": {}, "below_min_length": 0, "examples": 70, "duplicates": 0}
+    tokenizer = load_tokenizer(f"{ctx.directory}/tokenizer")
+    assert (summary["vocab_size"], summary["mask_token_id"]) == (len(tokenizer), mask_token_id(tokenizer))
+    train, test = rows_of(ctx, "train", summary), rows_of(ctx, "test", summary)
+    assert [row["example_id"] for row in train] == [f"{i:08d}" for i in range(70)]
+    assert pq.read_schema(f"{ctx.directory}/train/{summary['train'][0]}") == prepare.SCHEMAS["train"]
+    assert pq.read_schema(f"{ctx.directory}/test/{summary['test'][0]}") == prepare.SCHEMAS["test"]
+    assert all(len(row["input_ids"]) == len(row["labels"]) == 37 for row in train)
+    assert all(20 <= sum(label != UNLABELLED for label in row["labels"]) <= 28 for row in train)
+    assert all(20 <= row["prompt_ids"].count(summary["mask_token_id"]) <= 28 for row in test)
+    assert all(tokenizer.decode(row["prompt_ids"]) == row["prompt"] for row in test)
+
+
+def test_result_does_not_depend_on_blocks_or_files(
+    ray_cluster: str, context: Callable[..., StageContext], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problems: list[Any] = [problem(i) for i in range(300)]
+    one = write_jsonl(tmp_path / "one.jsonl", problems)
+    parts = [write_jsonl(tmp_path / f"{i}.jsonl", problems[i::3]) for i in range(3)]
+    pq.write_table(pa.Table.from_pylist(problems), tmp_path / "rows.parquet")
+    monkeypatch.setattr(prepare, "ROWS_PER_FILE", 128)
+    kept = {}
+    # One tokenizer for all: which rows it is trained on depends on the order of the files, as it says.
+    first = context({"train": one, "test": one}, name="first")
+    tokenizer = {"path": f"{first.directory}/tokenizer"}
+    kept["first"] = (first, prepare.run(first))
+    for name, source, batch, at_once in (
+        ("parts", parts[::-1], 7, 1 << 30),
+        ("parquet", str(tmp_path / "rows.parquet"), 64, 20_000),
+    ):
+        monkeypatch.setattr(prepare, "ROWS_PER_BATCH", batch)
+        monkeypatch.setattr(ordering, "BYTES_AT_ONCE", at_once)
+        ctx = context({"train": source, "test": source}, name=name, tokenizer=tokenizer)
+        kept[name] = (ctx, prepare.run(ctx))
+    (ctx, expected), *others = kept.values()
+    assert [pq.read_metadata(f"{ctx.directory}/train/{name}").num_rows for name in expected["train"]] == [128, 128, 44]
+    for other, summary in others:
+        assert summary == expected
+        for split in ("train", "test"):
+            assert rows_of(other, split, summary) == rows_of(ctx, split, expected)
+    ids = [row["example_id"] for row in rows_of(ctx, "train", expected)]
+    assert ids == sorted(ids)
+
+
+def test_bad_rows_are_counted_listed_and_left_out(
+    ray_cluster: str, context: Callable[..., StageContext], tmp_path: Path
+) -> None:
+    train = write_jsonl(
+        tmp_path / "train.jsonl",
+        [
+            problem(1),
+            "{broken",
+            {"question": "no answer"},
+            {"question": "", "answer": "#### 1"},
+            {"question": "q", "answer": 5},
+            {"question": "no number", "answer": "five"},
+            {"question": " ".join(map(str, range(200))), "answer": "#### 1"},
+            {"question": "spells <|MASK|>", "answer": "#### 1"},
+            "",
+            problem(1),
+            problem(2),
+        ],
+    )
+    test = write_jsonl(tmp_path / "test.jsonl", [problem(1), problem(1), problem(3)])
+    ctx = context({"train": train, "test": test, "max_bad_rows": 0.7})
+    summary = prepare.run(ctx)
+    assert summary["counts"]["train"] == {
+        "rows": 10,
+        "bad": {
+            "'answer' is no text": 1,
+            "above data.max_length": 1,
+            "empty 'question'": 1,
+            "mask token in the text": 1,
+            "missing 'answer'": 1,
+            "not JSON": 1,
+            "not a problem of this task": 1,
+        },
+        "below_min_length": 0,
+        "examples": 2,
+        "duplicates": 1,
+    }
+    bad = pq.read_table(f"{ctx.directory}/bad.parquet").to_pylist()
+    assert [(row["split"], row["source"], row["row"]) for row in bad] == [("train", train, i) for i in range(2, 9)]
+    assert "7 bad rows" in ctx.console.file.getvalue()  # type: ignore[attr-defined]
+    # A problem asked twice is evaluated twice, under two names; an example is trained on once.
+    ids = [row["example_id"] for row in rows_of(ctx, "test", summary)]
+    assert len(set(ids)) == 3 and sum(i.endswith("-1") for i in ids) == 1
+
+    strict = context({"train": train, "test": test, "max_bad_rows": 0.2}, name="strict")
+    with pytest.raises(UserError) as error:
+        prepare.run(strict)
+    message = str(error.value)
+    assert "data.train: 7 of 10 rows" in message and "data.max_bad_rows (0.2)" in message
+    assert "1 x not JSON" in message and f"{train}:2: not JSON" in message and "bad.parquet" in message
+    assert not (Path(strict.directory) / "train").exists()
+
+
+def test_padding_limits_and_filters(ray_cluster: str, context: Callable[..., StageContext], tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [problem(i) for i in range(20)] + [problem(10**12)])
+    ctx = context({"train": source, "test": source, "pad_multiple": 16, "num_train": 5, "min_length": 1})
+    summary = prepare.run(ctx)
+    assert summary["counts"]["train"]["rows"] == 5 and summary["counts"]["test"]["rows"] == 21
+    rows = rows_of(ctx, "train", summary)
+    tokenizer = load_tokenizer(f"{ctx.directory}/tokenizer")
+    first = {f"What is {i}+1?" for i in range(5)}
+    assert {str(tokenizer.decode(r["input_ids"])).split("\n")[1].removesuffix("<|im_end|>") for r in rows} == first
+    for row in rows:
+        assert len(row["input_ids"]) % 16 == 0
+        assert row["labels"][: row["prompt_length"]] == [UNLABELLED] * row["prompt_length"]
+        assert row["labels"][row["prompt_length"] :] == row["input_ids"][row["prompt_length"] :]
+    length = min(len(row["input_ids"]) for row in rows)
+    long = context({"train": source, "test": source, "min_length": length, "max_bad_rows": 0}, name="long")
+    counts = prepare.run(long)["counts"]
+    assert counts["train"]["examples"] + counts["train"]["below_min_length"] == 21
+    assert counts["train"]["below_min_length"] > 0 and counts["test"]["examples"] == 21  # tests are not filtered
+    nothing = context({"train": source, "test": source, "min_length": 200}, name="nothing")
+    with pytest.raises(UserError, match="data.train: no row is left of 21"):
+        prepare.run(nothing)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"train": "{dir}/gone.jsonl"}, "gone.jsonl does not exist"),
+        ({"fields": {"answer": "solution"}}, r"data\.train: .*no column 'solution' for our field 'answer'; it has ans"),
+        ({"fields": {"reply": "answer"}}, r"data\.fields\.reply: .*question, answer"),
+        ({"train": "synthetic", "num_train": 5}, r"data\.train is 'synthetic' but task 'gsm8k' has no generator"),
+        ({"train": ["synthetic", "{dir}/a.jsonl"], "num_train": 5}, r"data\.train mixes"),
+    ],
+)
+def test_faults_are_named_before_anything_is_done(
+    context: Callable[..., StageContext], tmp_path: Path, data: dict[str, Any], says: str
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [problem(1)])
+    filled = json.loads(json.dumps({"train": source, "test": source, **data}).replace("{dir}", str(tmp_path)))
+    ctx = context(filled)
+    with pytest.raises(UserError, match=says):
+        prepare.run(ctx)
+    assert not Path(ctx.directory).exists()
+
+
+def test_hub_data_needs_its_extra(context: Callable[..., StageContext], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    ctx = context({"train": "hf://openai/gsm8k@main", "test": "hf://openai/gsm8k@main"})
+    with pytest.raises(UserError, match=r"data\.train.*'datasets'.*extra `hub`"):
+        prepare.run(ctx)
+
+
+def test_hub_data_is_copied_with_its_mapped_columns(
+    ray_cluster: str, context: Callable[..., StageContext], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets", reason="the extra `hub` is not installed")
+    asked = []
+
+    def load_dataset(name: str, config: str | None, split: str) -> Any:
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list([{**problem(i), "more": i} for i in range(10)])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    ctx = context({"train": "hf://owner/name@main", "test": "hf://owner/name:validation", "num_train": 4})
+    counts = prepare.run(ctx)["counts"]
+    assert asked == [("owner/name", "main", "train"), ("owner/name", None, "validation")]
+    assert (counts["train"]["examples"], counts["test"]["examples"]) == (4, 10)
+    assert not (Path(ctx.directory) / "sources").exists()
