@@ -1,6 +1,7 @@
 # make demo    from a dataset to a served model on this machine: installs, starts a local Ray head, submits the job
 # make down    ends what `make demo` started
 # make test    the tests         make lint    ruff, mypy and the import rules         make clean    removes .venv
+# make drill   slower tests: the job killed in every stage
 #
 # Options: PORT=8000 (HTTP endpoint)  DASHBOARD_PORT=8265  PYTHON=python3 (3.11 or newer)
 
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DELETE_ON_ERROR:
-.PHONY: demo down test lint clean
+.PHONY: demo down test drill lint clean
 
 demo: $(VENV)/.runtime
 	@$(BIN)/python -m pipelines.local demo --port $(PORT) --dashboard-port $(DASHBOARD_PORT)
@@ -22,6 +23,9 @@ down:
 
 test: $(VENV)/.dev
 	@$(BIN)/python -m pytest
+
+drill: $(VENV)/.dev
+	@$(BIN)/python -m pytest -m drill -s
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check rcd_core pipelines tests

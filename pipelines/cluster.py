@@ -21,6 +21,7 @@ def connect(verbose: bool = False) -> None:
     """
     # Read when ray.data is imported, here and in the workers.
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "0" if verbose else "1")
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "INFO" if verbose else "ERROR")
     import logging
 
     import ray

@@ -57,6 +57,11 @@ def problems(recipe: Recipe) -> Iterator[str]:
     for key, residual in recipe.residuals().items():
         if residual.source == "online" and residual.alpha == "calibrated_entropy" and residual.alpha_scale is None:
             yield f"{key}.alpha_scale is null; with source 'online' there are no signals to take it from: give nats"
+    workers = recipe.resources.num_workers
+    trainings = {"base.train": recipe.base and recipe.base.train, "reference.train": reference.train}
+    for key, train in (trainings | {"target.train": target.train}).items():
+        if train and train.batch_size % workers:
+            yield f"{key}.batch_size is {train.batch_size}, no multiple of resources.num_workers {workers}; change one"
     if recipe.deploy.baseline and not recipe.baseline:
         yield "deploy.baseline is true but baseline is false; there would be no baseline to deploy"
 

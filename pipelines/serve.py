@@ -64,7 +64,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
 
 def report(ctx: StageContext) -> None:
     """Print the endpoint, a command that tries it on one line, and how to stop it."""
-    summary, name = ctx.run.manifest(ctx.stage), ctx.recipe.name
+    summary = ctx.run.manifest(ctx.stage)
     if summary is None:
         return
     example = summary["summary"]["example"]
@@ -74,7 +74,8 @@ def report(ctx: StageContext) -> None:
     ctx.console.out(f"curl -s {endpoint(ctx.recipe)}{example['path']} -H 'Content-Type: application/json' -d {body}")
     ctx.console.print(
         "stop it: `make down` ends the local head with all on it; "
-        f"`python pipelines/full.py --recipe {name} --teardown` removes this application",
+        # The recipe as it was run: with --set its name and port may be others than the file's.
+        f"`python pipelines/full.py --recipe {storage.join(ctx.run.path, 'recipe.yaml')} --teardown` removes only this",
         markup=False,
         soft_wrap=True,
     )

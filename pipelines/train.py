@@ -54,12 +54,6 @@ class TrainJob:
 def run(ctx: StageContext) -> dict[str, Any]:
     """Train the stage's model and leave it in <stage>/model. Summary: digest of the weights, steps, last metrics."""
     job = make_job(ctx)
-    workers = ctx.recipe.resources.num_workers
-    if job.settings.batch_size % workers:
-        raise UserError(
-            f"{ctx.stage}: train.batch_size {job.settings.batch_size} is no multiple of "
-            f"resources.num_workers {workers}; change either"
-        )
     with _Progress(ctx, job.settings.steps):
         _fit(ctx, job)
     model = storage.join(ctx.directory, "model")
@@ -221,18 +215,17 @@ def train_worker(config: dict[str, Any]) -> None:
 def _start_model(job: TrainJob) -> Any:
     import torch
 
-    from rcd_core.families.loading import load_model, new_model
     from rcd_core.families.base import CheckpointInfo
-    from rcd_core.tokenizer import load_tokenizer
+    from rcd_core.families.loading import load_model, new_model
+    from rcd_core.tokenizer import load_tokenizer, mask_token_id, stop_token_ids
 
     if isinstance(job.start, str):
         model = load_model(job.start, dtype=torch.float32)
     else:
         tokenizer = load_tokenizer(job.tokenizer)
-        stops = (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>"))
         info = CheckpointInfo(
-            mask_token_id=tokenizer.mask_token_id,
-            eos_token_ids=tuple(dict.fromkeys(i for i in stops if i is not None)),
+            mask_token_id=mask_token_id(tokenizer),
+            eos_token_ids=stop_token_ids(tokenizer),
             pad_token_id=tokenizer.pad_token_id,
             block_length=job.block_length,
         )

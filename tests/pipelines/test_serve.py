@@ -189,7 +189,7 @@ def test_the_printed_command_works(deployed: StageContext) -> None:
         pytest.skip("curl is not installed")
     answer = json.loads(subprocess.run(shlex.split(line), capture_output=True, check=True, timeout=60).stdout)
     assert answer["choices"][0]["text"][0:2] == "12" and answer["model"] == "tiny-rcd"
-    assert "--recipe tiny --teardown" in printed(deployed).replace("\n", " ")
+    assert f"--recipe {deployed.run.path}/recipe.yaml --teardown" in printed(deployed).replace("\n", "")
 
 
 def test_the_same_key_is_left_alone_and_another_is_deployed(deployed: StageContext) -> None:
