@@ -62,6 +62,9 @@ def problems(recipe: Recipe) -> Iterator[str]:
     for key, train in (trainings | {"target.train": target.train}).items():
         if train and train.batch_size % workers:
             yield f"{key}.batch_size is {train.batch_size}, no multiple of resources.num_workers {workers}; change one"
+    policy, thresholds = recipe.evaluate.decode.policy, recipe.evaluate.thresholds
+    if policy != "low_confidence_dynamic" and len(thresholds) > 1:
+        yield f"evaluate.decode.policy is {policy!r}, which looks at no threshold; give evaluate.thresholds one value"
     if recipe.deploy.baseline and not recipe.baseline:
         yield "deploy.baseline is true but baseline is false; there would be no baseline to deploy"
 

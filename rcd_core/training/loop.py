@@ -114,17 +114,25 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = rate
         batches = [(rows, batch.to(device), signals) for rows, batch, signals in micro_batches]
-        total = sum(normalizer(batch, model.family, settings.loss_weight).double() for _, batch, _ in batches)
-        total = _all_reduce(torch.as_tensor(total, device=device).reshape(1))
+        parts = [normalizer(batch, model.family, settings.loss_weight).double() for _, batch, _ in batches]
+        total = torch.stack(parts).sum().to(device)
+        # Under way while the passes are computed: the losses are summed first and normalised afterwards.
+        pending = dist.all_reduce(total, async_op=True) if world > 1 else None
+        sums = []
         for i, (rows, batch, signals) in enumerate(batches):
             signals = _signals(residual, signals, reference, model, batch, online_top_k)
             synchronised = i + 1 == len(batches) or not isinstance(module, DistributedDataParallel)
             with contextlib.nullcontext() if synchronised else module.no_sync(), autocast:  # type: ignore[union-attr, operator]
                 loss, alpha = module(batch, signals, _keep(rows, residual, settings).to(device))
-            # DDP averages gradients over ranks; the step's loss is a sum over ranks divided by the whole normaliser.
-            scaled = loss * (world / total.item())
-            scaled.backward()
-            meter.add(loss.detach() / total.item(), alpha, batch)
+            loss.backward()
+            sums.append((loss.detach(), alpha, batch))
+        if pending is not None:
+            pending.wait()
+        normalized = total.item()
+        for loss, alpha, batch in sums:
+            meter.add(loss / normalized, alpha, batch)
+        # DDP averages gradients over ranks; the step's loss is a sum over ranks divided by the whole normaliser.
+        torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], world / normalized)
         norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
         if not torch.isfinite(norm):
             ids = ", ".join(r.example_id for rows, _, _ in batches for r in rows[:4])
