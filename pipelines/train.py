@@ -57,13 +57,14 @@ def run(ctx: StageContext) -> dict[str, Any]:
     with _Progress(ctx, job.settings.steps):
         _fit(ctx, job)
     model = storage.join(ctx.directory, "model")
-    last = json.loads(storage.read_bytes(storage.join(ctx.directory, "metrics.jsonl")).splitlines()[-1])
+    lines = [json.loads(line) for line in storage.read_bytes(storage.join(ctx.directory, "metrics.jsonl")).splitlines()]
+    _write_events(storage.join(ctx.directory, "tensorboard"), lines)
     storage.remove(storage.join(ctx.directory, "ray"))
     digest = storage.sha256(storage.join(model, "model.safetensors"))
     config = storage.read_json(storage.join(model, "config.json"))
     return {
         "steps": job.settings.steps,
-        "loss": round(last["loss"], 6),
+        "loss": round(lines[-1]["loss"], 6),
         "rcd": config.get("rcd"),
         "weights_sha256": digest,
         "fingerprint": [digest, config.get("rcd")],
@@ -207,7 +208,6 @@ def train_worker(config: dict[str, Any]) -> None:
             reference=reference,
             resume=resume,
         )
-        metrics.close()
     if rank == 0:
         _export(job, model)
 
@@ -259,11 +259,10 @@ def _export(job: TrainJob, model: Any) -> None:
 
 
 class _Metrics:
-    """Rank 0's metrics.jsonl and TensorBoard events; what lies after the resumed step is dropped and made again."""
+    """Rank 0's metrics.jsonl; what lies after the resumed step is dropped and made again."""
 
     def __init__(self, job: TrainJob, rank: int, resume: Path | None) -> None:
         self.path = storage.join(job.directory, "metrics.jsonl") if rank == 0 else None
-        self.board = storage.join(job.directory, "tensorboard")
         self.lines: list[dict[str, float]] = []
         if resume and self.path and storage.exists(self.path):
             done = json.loads((resume / "progress.json").read_text())["step"]
@@ -276,20 +275,19 @@ class _Metrics:
         self.lines.append(metrics)
         storage.write_bytes(self.path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
 
-    def close(self) -> None:
-        """TensorBoard events are written once, whole, from the lines: they cannot disagree with them."""
-        if self.path is None:
-            return
-        from torch.utils.tensorboard import SummaryWriter
 
-        with tempfile.TemporaryDirectory() as directory:
-            with SummaryWriter(directory) as writer:
-                for line in self.lines:
-                    for name, value in line.items():
-                        if name != "step":
-                            writer.add_scalar(f"train/{name}", value, int(line["step"]))
-            storage.remove(self.board)
-            storage.upload_dir(directory, self.board)
+def _write_events(board: str, lines: list[dict[str, float]]) -> None:
+    """TensorBoard events, written once, whole, from the metrics: they cannot disagree with them."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with tempfile.TemporaryDirectory() as directory:
+        with SummaryWriter(directory) as writer:
+            for line in lines:
+                for name, value in line.items():
+                    if name != "step":
+                        writer.add_scalar(f"train/{name}", value, int(line["step"]))
+        storage.remove(board)
+        storage.upload_dir(directory, board)
 
 
 class _Progress:

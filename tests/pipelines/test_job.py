@@ -72,7 +72,7 @@ class Job:
         try:
             out = process.communicate(timeout=timeout)[0]
         finally:
-            process.kill()
+            process.kill()  # changes nothing when it has ended
         assert process.returncode == code, out
         return out
 
@@ -191,7 +191,8 @@ def check_endpoint(job: Job, out: str) -> None:
     text = answer["choices"][0]["text"]
     assert re.fullmatch(re.escape(prompt).replace(re.escape("<|MASK|>"), "(?s:.+?)"), text), (prompt, text)
     assert answer["rcd"]["forwards"]["reference"] == 1, "deployed with a warm start"
-    chat = ask(job, "/v1/chat/completions", {"messages": [{"role": "user", "content": "héllo"}], "max_tokens": 8})
+    messages = [{"role": "user", "content": "héllo"}]
+    chat = ask(job, "/v1/chat/completions", {"model": "rcd-demo", "messages": messages, "max_tokens": 8})
     assert chat["object"] == "chat.completion" and chat["usage"]["prompt_tokens"] > 0
 
 
