@@ -22,10 +22,6 @@ def connect(verbose: bool = False) -> None:
     # Read when ray.data is imported, here and in the workers.
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "0" if verbose else "1")
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "INFO" if verbose else "ERROR")
-    if os.environ.get("RAY_ADDRESS", "").startswith(("127.0.0.1:", "localhost:")):
-        # Despite its name the one switch by which Ray leaves a loopback address as it is, instead of taking the
-        # machine's outward address, where a head that is bound to loopback does not listen.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import logging
 
     import ray
