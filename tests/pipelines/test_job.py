@@ -223,7 +223,7 @@ BAD: list[tuple[list[str], str]] = [
     (["data.train=/nowhere/train.jsonl"], "/nowhere/train.jsonl"),
     (["target.start=/nowhere/model"], "target.start"),
     (["target.train.batch_size=7"], "resources.num_workers 2"),
-    (["resources.num_workers=64", "resources.timeout_s=1", "base.train.batch_size=64"], "CPU"),
+    (["resources.cpus_per_worker=64", "resources.timeout_s=1"], "CPU 64"),
 ]
 
 

@@ -39,7 +39,7 @@ TRAINED = {"base", "reference", "signals", "target", "target-paper_alpha", "base
     ("override", "changed"),
     [
         ("deploy.port=81", {"deploy"}),
-        ("resources.num_workers=7", set()),
+        ("resources.num_workers=4", set()),
         ("target.train.log_every=1", set()),
         ("data.max_bad_rows=0.5", set()),
         ("evaluate.thresholds=[0.5]", {"evaluate"}),
