@@ -22,7 +22,7 @@ import numpy as np
 
 from pipelines.run import StageContext
 from rcd_core import storage
-from rcd_core.calibrate import NUM_BINS, entropy_histogram
+from rcd_core.calibrate import entropy_histogram
 from rcd_core.noise import NoiseSettings
 
 SCHEMA_VERSION = 1
@@ -193,7 +193,6 @@ class SignalActor:
             "vocab_size": self.model.vocab_size,
             "entropy_histogram": entropy_histogram(entropies).tolist(),
         }
-        assert len(sidecar["entropy_histogram"]) == NUM_BINS
         storage.write_json(job.sidecar(shard), sidecar)
 
     def _batch(self, indices: range) -> Any:

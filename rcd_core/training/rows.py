@@ -49,11 +49,6 @@ class RowPlan:
     num_examples: int
     noise: NoiseSettings
 
-    @property
-    def num_distinct(self) -> int:
-        """After so many rows the same (example, draw) pairs come again, in the same order."""
-        return self.num_examples * self.noise.draws
-
     def permutation(self, draw: int) -> NDArray[np.int64]:
         """(N,) order of the examples in one draw, by sorting hashes: no generator, no state."""
         counters = np.arange(self.num_examples, dtype=np.uint64)
