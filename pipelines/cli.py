@@ -1,59 +1,37 @@
-"""The `rcd` command. `rcd runs` lists the runs of a storage directory, with the state of their stages."""
+"""The `rcd` command: one module per sub-command, imported when it is asked for, so that `rcd --help` is quick."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
-
-from rich.console import Console
-from rich.table import Table
+from importlib import import_module
 
 from pipelines.driver import user_message
-from pipelines.lease import describe, read_lease
-from pipelines.run import RunDirectory
-from rcd_core import storage
 from rcd_core.errors import UserError
+
+# Each module has add_arguments(parser) and run(options) -> exit code.
+COMMANDS = {
+    "generate": ("pipelines.cli_generate", "generate text with a checkpoint"),
+    "runs": ("pipelines.cli_runs", "list runs and the state of their stages"),
+    "signals": ("pipelines.cli_signals", "look at reference signals, or plan them"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(prog="rcd", description="Residual Context Diffusion: runs and models.")
     commands = parser.add_subparsers(dest="command", required=True)
-    runs = commands.add_parser("runs", help="list runs and the state of their stages")
-    runs.add_argument("--storage", default="~/rcd-runs", metavar="DIR", help="absolute directory or URI of the runs")
+    for name, (module, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text)
+        if name in argv[:1]:
+            import_module(module).add_arguments(command)
     options = parser.parse_args(argv)
     try:
-        list_runs(os.path.expanduser(options.storage), Console())
+        return int(import_module(COMMANDS[options.command][0]).run(options))
     except UserError as error:
         print(f"error: {user_message(error)}", file=sys.stderr)
         return 2
-    return 0
-
-
-def list_runs(directory: str, console: Console) -> None:
-    """Print one row per run of a storage directory. Raises UserError when there is no such directory."""
-    if not storage.exists(directory):
-        raise UserError(f"--storage {directory} does not exist; give the storage of your recipes, or run one first")
-    table = Table("run", "done", "partial", "in use by")
-    for path in storage.list_directories(directory):
-        if storage.exists(storage.join(path, "recipe.yaml")):
-            done, partial = stage_states(path)
-            lease = read_lease(path)
-            table.add_row(storage.basename(path), " ".join(done), " ".join(partial), describe(lease) if lease else "")
-    if table.row_count:
-        console.print(table)
-    else:
-        console.print(f"no runs in {directory}", markup=False)
-
-
-def stage_states(run_directory: str) -> tuple[list[str], list[str]]:
-    """(finished stages, begun but unfinished ones), each in the order in which they finished or were begun."""
-    run = RunDirectory(run_directory)
-    names = [storage.basename(path) for path in storage.list_directories(run_directory)]
-    manifests = {name: run.manifest(name) for name in names}
-    done = sorted((m["created"], name) for name, m in manifests.items() if m)
-    return [name for _, name in done], [n for n in names if manifests[n] is None and run.partial_key(n)]
 
 
 if __name__ == "__main__":

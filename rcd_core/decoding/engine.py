@@ -212,6 +212,7 @@ def _step(s: Sequence, positions: NDArray[np.int64], prediction: Prediction) -> 
         masked=positions[inside].tolist(),
         argmax=prediction.tokens[inside].tolist(),
         confidence=prediction.confidence[inside].tolist(),
+        entropy=prediction.entropy[inside].tolist(),
         committed=positions[prediction.commit].tolist(),
         alpha=alpha[inside].tolist(),
     )

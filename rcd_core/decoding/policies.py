@@ -1,8 +1,9 @@
 """Which masked tokens a pass commits (semantics.md 1.6, 3). A policy sees a block of every request at once.
 
-Arrays: R requests, b block columns. masked (R, b) bool; confidence (R, b); entropy (R, b) nats; quota (R,) planned
-commits of this pass; threshold (R,); bound (R,) nats. Each returns (R, b) bool, a subset of masked, at least one per
-request that has a mask left: so decoding always ends. A policy that revises committed tokens would return more.
+Arrays: R requests, b block columns. masked (R, b) bool; confidence (R, b); entropy (R, b) nats; lot (R, b) uniform
+random numbers; quota (R,) planned commits of this pass; threshold (R,); bound (R,) nats. Each returns (R, b) bool, a
+subset of masked, at least one per request that has a mask left: so decoding always ends. A policy that revises
+committed tokens would return more.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class BlockView:
     masked: Bools
     confidence: Floats
     entropy: Floats
+    lot: Floats
     quota: NDArray[np.int64]
     threshold: Floats
     bound: Floats
@@ -61,9 +63,15 @@ def entropy_bounded(view: BlockView) -> Bools:
     return _lowest(view.entropy, view.masked, (sums < view.bound[:, None]).sum(1))
 
 
+def random(view: BlockView) -> Bools:
+    """`quota` masked columns by lot: LLaDA's remasking "random" (semantics.md 2.2)."""
+    return _lowest(view.lot, view.masked, view.quota)
+
+
 POLICIES: dict[str, Callable[[BlockView], Bools]] = {
     "sequential": sequential,
     "low_confidence_static": low_confidence_static,
     "low_confidence_dynamic": low_confidence_dynamic,
     "entropy_bounded": entropy_bounded,
+    "random": random,
 }

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rcd_core.decoding.policies import POLICIES, BlockView
-from rcd_core.decoding.sampling import SamplingColumns, choose_tokens
+from rcd_core.decoding.sampling import SamplingColumns, SpecialTokens, choose_tokens
 from rcd_core.decoding.sequence import Sequence
 from rcd_core.decoding.settings import DecodeSettings
 from rcd_core.families.base import DiffusionModel
@@ -31,17 +31,19 @@ Positions = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Prediction:
-    """For one request's positions (n,): the tokens, their confidence, which to commit, and the residual there."""
+    """For one request's positions (n,): the tokens, their confidence, the entropy in nats of the whole prediction,
+    which to commit, and the residual there."""
 
     tokens: NDArray[np.int64]
     confidence: NDArray[np.float32]
+    entropy: NDArray[np.float32]
     commit: NDArray[np.bool_]
     residual: tuple[Tensor, Tensor] | None  # (n,) alpha, (n, D) delta
 
 
 def temperatures(settings: DecodeSettings) -> dict[str, float]:
     """T_res is for alpha only, unless delta_temperature says otherwise (Algorithm 2, lines 23-25)."""
-    t = settings.residual_temperature
+    t = settings.residual_temperature or 1.0
     return {"alpha_temperature": t, "delta_temperature": t if settings.delta_temperature == "residual" else 1.0}
 
 
@@ -90,7 +92,8 @@ def predict(
     feeding = any(kinds)
     alpha = torch.zeros(len(owner) if feeding else 0, device=hidden.device)
     delta = torch.zeros(len(alpha), hidden.shape[1], device=hidden.device, dtype=hidden.dtype)
-    tokens, confidence, certainty = [], [], []
+    special = SpecialTokens(model.mask_token_id, model.info.eos_token_ids, model.info.end_token_ids)
+    tokens, confidence, entropies = [], [], []
     tile = max(1, _TILE_BYTES // (4 * model.vocab_size))
     for start in range(0, len(owner), tile):
         rows = slice(start, min(start + tile, len(owner)))
@@ -100,10 +103,10 @@ def predict(
             plain = model.head(bare[rows]).float()
             # Scale 0 is no guidance: (0 + 1) * (z - u) + u would differ from z by rounding.
             logits = torch.where(scale > 0, plain + (scale + 1) * (logits - plain), logits)
-        chosen = choose_tokens(logits, columns[rows], model.mask_token_id, not model.blocks_from_prompt_end)
+        chosen = choose_tokens(logits, columns[rows], special, not model.blocks_from_prompt_end)
         tokens.append(chosen[0])
         confidence.append(chosen[1])
-        certainty.append(entropy(logits))
+        entropies.append(entropy(logits))
         for kind in {kinds[i] for i in owner[rows]} - {None}:
             assert kind is not None
             mine = np.flatnonzero([kinds[i] == kind for i in owner[rows]])
@@ -111,12 +114,12 @@ def predict(
             a, d = kind.state(logits[index], model.embedding.weight)
             alpha[start + index], delta[start + index] = a.to(alpha.dtype), d.to(delta.dtype)
     # One copy to the host per pass: policies and canvases live there.
-    on_host = [torch.cat(part).cpu().numpy() for part in (tokens, confidence, certainty)]
+    on_host = [torch.cat(part).cpu().numpy() for part in (tokens, confidence, entropies)]
     ends = np.cumsum(counts)
     parts = [slice(int(e) - n, int(e)) for e, n in zip(ends, counts, strict=True)]
     commits = _select(model, sequences, reached, [on_host[1][p] for p in parts], [on_host[2][p] for p in parts])
     return [
-        Prediction(on_host[0][p], on_host[1][p], commit, (alpha[p], delta[p]) if kind else None)
+        Prediction(on_host[0][p], on_host[1][p], on_host[2][p], commit, (alpha[p], delta[p]) if kind else None)
         for p, commit, kind in zip(parts, commits, kinds, strict=True)
     ]
 
@@ -142,11 +145,17 @@ def _sampling_columns(model: DiffusionModel, sequences: list[Sequence], reached:
     def column(values: Iterable[float], dtype: torch.dtype) -> Tensor:
         return torch.tensor(np.repeat(list(values), counts), dtype=dtype, device=model.device)
 
+    flags = {
+        "filtered": (s.settings.filtered_confidence for s in sequences),
+        "no_eos": (s.settings.logits_eos_inf for s in sequences),
+        "eos_last": (s.settings.confidence_eos_eot_inf for s in sequences),
+    }
     return SamplingColumns(
         temperature=column((s.settings.temperature for s in sequences), torch.float32),
         top_k=column((s.settings.top_k or model.vocab_size for s in sequences), torch.int64),
         top_p=column((s.settings.top_p or 1.0 for s in sequences), torch.float32),
         uniform=torch.from_numpy(uniform).to(model.device),
+        **{name: column(values, torch.bool) for name, values in flags.items()},
     )
 
 
@@ -155,18 +164,20 @@ def _select(
     sequences: list[Sequence],
     reached: list[Positions],
     confidence: list[NDArray[np.float32]],
-    certainty: list[NDArray[np.float32]],
+    entropies: list[NDArray[np.float32]],
 ) -> list[NDArray[np.bool_]]:
     """Per request a (n,) choice among its reached positions inside its block, by its own policy."""
     shape = (len(sequences), max(s.block[1] - s.block[0] for s in sequences))
     masked = np.zeros(shape, dtype=bool)
-    grids = np.zeros((2, *shape))
+    grids = np.zeros((3, *shape))
     inside = [p < s.block[1] for s, p in zip(sequences, reached, strict=True)]
     offsets = [p[i] - s.block[0] for s, p, i in zip(sequences, reached, inside, strict=True)]
     for row, at in enumerate(offsets):
         masked[row, at] = True
         grids[0, row, at] = confidence[row][inside[row]]
-        grids[1, row, at] = certainty[row][inside[row]]
+        grids[1, row, at] = entropies[row][inside[row]]
+        if sequences[row].settings.policy == "random":
+            grids[2, row, at] = [_lot(sequences[row], int(p)) for p in reached[row][inside[row]]]
     chosen = np.zeros(shape, dtype=bool)
     quota = np.array([s.quota() for s in sequences])
     threshold = np.array([s.settings.confidence_threshold for s in sequences])
@@ -177,6 +188,7 @@ def _select(
             masked[mine],
             grids[0, mine],
             grids[1, mine],
+            grids[2, mine],
             quota[mine],
             threshold[mine],
             bound[mine],
@@ -187,3 +199,7 @@ def _select(
     for row, at in enumerate(offsets):
         commits[row][inside[row]] = chosen[row, at]
     return commits
+
+
+def _lot(s: Sequence, position: int) -> float:
+    return float(uniforms(hash_key("lot", s.settings.seed or 0, position, s.step), 1)[0])

@@ -8,7 +8,7 @@ Shapes: N positions, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -16,15 +16,28 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SamplingColumns:
-    """Per position: temperature (N,), 0 = argmax; top_k (N,), V = off; top_p (N,), 1 = off; uniform (N,)."""
+    """Per position: temperature (N,), 0 = argmax; top_k (N,), V = off; top_p (N,), 1 = off; uniform (N,) draws;
+    filtered (N,) bool: confidence after top-k and top-p; no_eos, eos_last (N,) bool: LLaDA's two EOS options."""
 
     temperature: Tensor
     top_k: Tensor
     top_p: Tensor
     uniform: Tensor
+    filtered: Tensor
+    no_eos: Tensor
+    eos_last: Tensor
 
     def __getitem__(self, index: slice | Tensor) -> SamplingColumns:
-        return SamplingColumns(self.temperature[index], self.top_k[index], self.top_p[index], self.uniform[index])
+        return SamplingColumns(*(getattr(self, f.name)[index] for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """mask: never chosen. eos, ends: what logits_eos_inf and confidence_eos_eot_inf are about (ids)."""
+
+    mask: int
+    eos: tuple[int, ...] = ()
+    ends: tuple[int, ...] = ()
 
 
 def filtered_probabilities(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
@@ -43,26 +56,42 @@ def filtered_probabilities(logits: Tensor, temperature: Tensor, top_k: Tensor, t
 
 
 def choose_tokens(
-    logits: Tensor, columns: SamplingColumns, mask_token_id: int, tempered_confidence: bool
+    logits: Tensor, columns: SamplingColumns, special: SpecialTokens, tempered_confidence: bool
 ) -> tuple[Tensor, Tensor]:
     """(N, V) fp32 logits -> (tokens (N,), confidence (N,)). The mask token is never chosen.
 
-    Confidence is the token's probability in the full softmax: before top-k and top-p, and at the sampling temperature
-    if `tempered_confidence` (SDAR's evaluation code) or at temperature 1 (LLaDA).
+    Confidence is the token's probability in the full softmax: before top-k and top-p (unless `filtered`), and at the
+    sampling temperature if `tempered_confidence` (SDAR's evaluation code) or at temperature 1 (LLaDA). Where eos_last
+    holds it is taken without the ends of sequence and turn, which so get 0 (LLaDA's code at temperature 0; above that
+    it spares EOS by an aliasing slip, which is not followed).
     """
+    logits = _without(logits, special.eos, columns.no_eos)
     allowed = logits.clone()
-    allowed[:, mask_token_id] = float("-inf")
+    allowed[:, special.mask] = float("-inf")
     tokens = allowed.argmax(-1)
     drawn = (columns.temperature > 0).nonzero().flatten()
     divisor = torch.ones_like(columns.temperature)
+    filtered = torch.zeros_like(columns.temperature)
     if len(drawn):
         c = columns[drawn]
-        cdf = filtered_probabilities(allowed[drawn], c.temperature, c.top_k, c.top_p).double().cumsum(-1)
+        probs = filtered_probabilities(allowed[drawn], c.temperature, c.top_k, c.top_p)
+        cdf = probs.double().cumsum(-1)
         target = c.uniform.double() * cdf[:, -1]
         # right=True: the first index whose running sum exceeds u, never a token of probability 0.
         picked = torch.searchsorted(cdf, target[:, None], right=True).flatten()
         tokens[drawn] = picked.clamp(max=logits.shape[1] - 1)
+        filtered[drawn] = probs.gather(1, tokens[drawn][:, None]).squeeze(1)
         if tempered_confidence:
             divisor[drawn] = c.temperature
-    logp = torch.log_softmax(logits / divisor[:, None], dim=-1)
-    return tokens, logp.gather(1, tokens[:, None]).squeeze(1).exp()
+    logp = torch.log_softmax(_without(logits, special.ends, columns.eos_last) / divisor[:, None], dim=-1)
+    confidence = logp.gather(1, tokens[:, None]).squeeze(1).exp()
+    return tokens, torch.where(columns.filtered, filtered, confidence)
+
+
+def _without(logits: Tensor, ids: tuple[int, ...], rows: Tensor) -> Tensor:
+    """Logits with `ids` at -inf in the rows where `rows` (N,) is True."""
+    if not ids or not bool(rows.any()):
+        return logits
+    dropped = torch.zeros_like(logits, dtype=torch.bool)
+    dropped[:, list(ids)] = rows[:, None]
+    return logits.masked_fill(dropped, float("-inf"))

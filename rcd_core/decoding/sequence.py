@@ -49,11 +49,13 @@ class Forwards:
 
 @dataclass(frozen=True)
 class Step:
-    """One denoising pass, absolute positions. alpha: the weights used in this pass's input, aligned with masked."""
+    """One denoising pass, absolute positions. Aligned with masked: argmax, confidence, entropy (nats) of this pass's
+    predictions; alpha, the weights used in its input."""
 
     masked: list[int]
     argmax: list[int]
     confidence: list[float]
+    entropy: list[float]
     committed: list[int]
     alpha: list[float]
 
@@ -236,6 +238,7 @@ def resolve_settings(settings: DecodeSettings, model: DiffusionModel, has_refere
         denoising_steps=steps,
         cache=cache,
         start=start,
+        residual_temperature=settings.residual_temperature or rcd.get("residual_temperature") or 1.0,
         alpha=alpha,
         alpha_scale=alpha_scale,
         stop_token_ids=tuple(stops),

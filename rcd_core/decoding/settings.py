@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from rcd_core.errors import UserError
 from rcd_core.residual import AlphaRule
 
-Policy = Literal["sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded"]
+Policy = Literal["sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded", "random"]
 Start = Literal["reference", "zero", "self", "dirichlet"]
 CacheMode = Literal["none", "block", "prefix", "dual"]
 
@@ -20,9 +20,13 @@ class DecodeSettings:
     denoising_steps: passes a block is planned for (None = block_length); fixes the smallest commit per pass.
     confidence_threshold: commit every masked token above it (low_confidence_dynamic), at least the planned number.
     entropy_bound: nats; entropy_bounded commits the most certain tokens whose entropies sum to less.
+    policy "random" is LLaDA's random remasking: the planned number of masked tokens, drawn by the seed.
+    filtered_confidence: confidence after top-k and top-p, as SDAR's generate.py has it; False is before both.
+    logits_eos_inf: never predict an end of sequence; confidence_eos_eot_inf: commit ends of sequence or turn last (both
+    LLaDA's, semantics.md 2.2).
     residual: feed discarded distributions back (RCD, Eq. 2); False is plain block decoding.
-    start: the first residual of a block (method.md 6). residual_temperature: T_res, on alpha only, unless
-    delta_temperature is "residual". residual_top_k: sparse delta with mean tail; None is dense.
+    start: the first residual of a block (method.md 6). residual_temperature: T_res (None: the checkpoint's, else 1), on
+    alpha only, unless delta_temperature is "residual". residual_top_k: sparse delta with mean tail; None is dense.
     compat_passes: True makes exactly the passes the authors' code makes (a separate store pass per block).
     """
 
@@ -38,14 +42,17 @@ class DecodeSettings:
     top_k: int | None = None
     top_p: float | None = None
     seed: int | None = None
+    filtered_confidence: bool = False
     cfg_scale: float = 0.0
+    logits_eos_inf: bool = False
+    confidence_eos_eot_inf: bool = False
     stop_token_ids: tuple[int, ...] | None = None
     cache: CacheMode | None = None
     compat_passes: bool = False
     residual: bool = False
     residual_source: Literal["self", "reference"] = "self"
     start: Start | None = None
-    residual_temperature: float = 1.0
+    residual_temperature: float | None = None
     delta_temperature: Literal["one", "residual"] = "one"
     alpha: AlphaRule | None = None
     alpha_scale: float | None = None
@@ -69,6 +76,8 @@ class DecodeSettings:
             self._require(name, lambda v: 0.0 <= v < float("inf"), "a finite number of at least 0")
         for name in ("entropy_bound", "residual_temperature", "alpha_scale"):
             self._require(name, lambda v: 0.0 < v < float("inf"), "a finite number above 0")
+        if self.filtered_confidence and not self.temperature:
+            raise UserError("filtered_confidence is true but temperature is 0, where nothing is drawn; set temperature")
         if self.policy == "entropy_bounded" and self.entropy_bound is None:
             raise UserError("policy is 'entropy_bounded' but entropy_bound is not set; give nats, for example 0.35")
 

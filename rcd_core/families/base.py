@@ -29,6 +29,11 @@ class CheckpointInfo:
     pad_token_id: int
     block_length: int
     rcd: dict[str, Any] = field(default_factory=dict)
+    turn_end_ids: tuple[int, ...] = ()  # ends of a chat turn that are no end of sequence (LLaDA's <|eot_id|>)
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys((*self.eos_token_ids, *self.turn_end_ids)))
 
 
 class KVCache(Protocol):

@@ -16,6 +16,7 @@ from rcd_core.families.config import ModelConfig
 MODEL_TYPES = ("llada", "llama")
 MASK_TOKEN_ID = 126336
 EOS_TOKEN_ID = 126081
+TURN_END_ID = 126348  # <|eot_id|>
 BLOCK_LENGTH = 32
 
 # LLaDA name -> Llama name inside a layer. Two tensors are called ff_out: the MLP output here, the head outside.
@@ -146,6 +147,7 @@ def checkpoint_info(config: dict[str, Any], generation: dict[str, Any]) -> Check
         pad_token_id=int(eos_ids[0] if pad is None else pad),
         block_length=config.get("block_length") or BLOCK_LENGTH,
         rcd=config.get("rcd") or {},
+        turn_end_ids=(TURN_END_ID,) if eos_ids == (EOS_TOKEN_ID,) else (),
     )
 
 

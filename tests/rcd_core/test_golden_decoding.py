@@ -76,6 +76,23 @@ def test_sdar(models: dict[str, Any], case: dict[str, Any]) -> None:
     check_steps(out.steps, [s for s in case["steps"] if s["kind"] == "denoise"], 1e-4)
 
 
+def test_sdar_confidence_after_filtering(models: dict[str, Any]) -> None:
+    """generate.py's own sampler with top_k = 1: every confidence is 1, so a block goes in one pass."""
+    case = json.loads((GOLDEN / "sdar_vectors.json").read_text())["generate_py_own_sampler_topk1"]
+    settings = DecodeSettings(
+        block_length=case["block_length"],
+        max_new_tokens=case["gen_length"],
+        temperature=1.0,
+        top_k=1,
+        filtered_confidence=True,
+        stop_token_ids=(),
+        compat_passes=True,
+    )
+    out = Decoder(models["sdar"]).generate([case["prompt"]], settings)[0]
+    assert out.canvas_ids == case["final_ids"]
+    assert out.num_forwards.total == case["n_forward"]
+
+
 def test_sdar_saving_passes_changes_nothing(models: dict[str, Any]) -> None:
     """Merged store passes and no cache at all give the same text; merging saves one pass per block. One batch."""
     cases = [c for c in SDAR if c["stop"] is None]
