@@ -1,20 +1,36 @@
-"""Attention layouts by index arithmetic, and the backend the transformer layers call.
+"""The attention backends that transformer layers call with a Layout in place of a mask. None is full attention.
 
-A layout says which query may see which key. None is full attention (LLaDA without padding); a bool tensor
-(B, 1, Q, K), True = may attend, is everything else. It is built from position and block numbers, never from a
-(2L)^2 triangle that is cut up afterwards.
+sdpa    PyTorch's scaled dot product; small passes with one boolean mask for all layers, large ones in tiles of queries
+        that each take only the keys some query of the tile sees: extra memory grows linearly with the length.
+eager   plain matrix products: the reference that the others are checked against.
+flex    FlexAttention with a BlockMask built from the extents of 128-token tiles, compiled on GPUs.
+flash   flash-attn (an extra) where queries see a whole prefix: LLaDA, and SDAR's passes over one block, that is all of
+        decoding but prefill; it has no block-shaped masks, so other layouts take the sdpa way.
 
-Shapes: B rows, H heads, Q queries, K keys, L tokens, M tokens of a packed training row.
+Shapes: B rows, H query heads, G key/value heads, Q queries, K keys, d head width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib.util
+import math
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
+
+from rcd_core.errors import UserError
+from rcd_core.layouts import Layout
+
+# Pairs of query and key (rows included) up to which one mask serves a whole pass.
+DENSE_PAIRS = 1 << 20
+TILE = 256  # queries of a tile beyond that
+FLEX_TILE = 128
+
+_attend = nn.functional.scaled_dot_product_attention
 
 
 def sdpa_attention(
@@ -22,15 +38,17 @@ def sdpa_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Layout | None,
     scaling: float,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """(B, H, Q, d) x (B, Hkv, K, d) -> (B, Q, H, d). Without a mask attention is full, never causal."""
+    """(B, H, Q, d) x (B, G, K, d) -> (B, Q, H, d). Without a layout attention is full, never causal."""
     grouped = query.shape[1] != key.shape[1]
-    out = nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=grouped
-    )
+    if attention_mask is not None and query.shape[2] > TILE and math.prod(attention_mask.shape) > DENSE_PAIRS:
+        out = _tiled(query, key, value, attention_mask, scaling)
+    else:
+        bias = None if attention_mask is None else _bias(attention_mask, query.dtype)
+        out = _attend(query, key, value, attn_mask=bias, scale=scaling, enable_gqa=grouped)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -39,86 +57,187 @@ def eager_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Layout | None,
     scaling: float,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The same in plain matrix products: the reference that other backends are checked against."""
+    """The same in plain matrix products, with the whole mask."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, float("-inf"))
+        scores = scores + _bias(attention_mask, query.dtype)
     weights = torch.softmax(scores.float(), dim=-1).to(query.dtype)
     return (weights @ value).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register("rcd_sdpa", sdpa_attention)
-AttentionInterface.register("rcd_eager", eager_attention)
-BACKENDS = {"sdpa": "rcd_sdpa", "eager": "rcd_eager"}
+def flex_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Layout | None,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """FlexAttention; on CPUs it runs uncompiled and only forward (PyTorch has no backward there)."""
+    on_gpu = query.device.type == "cuda"
+    if not on_gpu and torch.is_grad_enabled() and query.requires_grad:
+        raise UserError("attention is 'flex', which PyTorch cannot train on a CPU; use 'sdpa'")
+    grouped = query.shape[1] != key.shape[1]
+    block_mask = None if attention_mask is None else _block_mask(attention_mask)
+    function = _flex(on_gpu)
+    out = function(query, key, value, block_mask=block_mask, scale=scaling, enable_gqa=grouped)
+    return out.transpose(1, 2).contiguous(), None
 
 
-def block_causal_mask(query_positions: Tensor, key_lengths: Tensor, num_keys: int, block_length: int | None) -> Tensor:
-    """SDAR's decoding layout: query i may attend key j iff j // b <= i // b (semantics.md 1.4), and j < key length.
+def flash_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Layout | None,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """flash-attn where the layout allows it, else the sdpa way. Keys behind a row's length are left out, not masked."""
+    if attention_mask is not None and attention_mask.lengths is None:
+        return sdpa_attention(module, query, key, value, attention_mask, scaling)
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
 
-    query_positions (B, Q) absolute; key_lengths (B,); block_length None is LLaDA: every key below the length.
-    Returns (B, 1, Q, num_keys).
-    """
-    keys = torch.arange(num_keys, device=query_positions.device)
-    visible = (keys < key_lengths[:, None]).unsqueeze(1)  # (B, 1, K)
-    if block_length is not None:
-        visible = visible & (keys // block_length <= (query_positions // block_length).unsqueeze(-1))
-    return visible.expand(-1, query_positions.shape[1], -1).unsqueeze(1)
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))  # (B, Q, H, d)
+    if attention_mask is None:
+        return flash_attn_func(q, k, v, softmax_scale=scaling, causal=False), None
+    num_rows, num_queries, num_keys = attention_mask.shape
+    lengths = attention_mask.lengths
+    assert lengths is not None
+    present = torch.arange(num_keys, device=lengths.device) < lengths[:, None]
+    ends = nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    starts = torch.arange(0, (num_rows + 1) * num_queries, num_queries, device=lengths.device, dtype=torch.int32)
+    flat = q.reshape(num_rows * num_queries, *q.shape[2:])
+    out = flash_attn_varlen_func(
+        flat, k[present], v[present], starts, ends, num_queries, num_keys, softmax_scale=scaling, causal=False
+    )
+    return out.view(q.shape), None
 
 
-@dataclass(frozen=True)
-class BlockDiffusionLayout:
-    """[noisy | clean] training tokens of SDAR (semantics.md 1.9), dead ones left out.
-
-    A noisy block without a masked token carries no loss and is seen by nobody else; a clean block is only read by
-    later noisy blocks of its sample. So it is exact to keep just the noisy blocks with a masked token, and the clean
-    blocks before the last of these: a prompt costs L tokens, not 2L, and a sample of one block half.
-
-    source (B, M): index of the token in the row; noisy, valid (B, M) bool; mask (B, 1, M, M).
-    """
-
-    source: Tensor
-    noisy: Tensor
-    valid: Tensor
-    mask: Tensor
+_FUNCTIONS = {
+    "sdpa": sdpa_attention,
+    "eager": eager_attention,
+    "flex": flex_attention,
+    "flash": flash_attention,
+}
+BACKENDS = {name: f"rcd_{name}" for name in _FUNCTIONS}  # our name -> transformers' registry
+for _name, _function in _FUNCTIONS.items():
+    AttentionInterface.register(BACKENDS[_name], _function)
 
 
-def block_diffusion_layout(
-    masked: Tensor, sample_ids: Tensor, positions: Tensor, block_length: int
-) -> BlockDiffusionLayout:
-    """masked (B, L) bool; sample_ids (B, L), -1 = padding; positions (B, L) counted from each sample's start."""
-    num_rows, length = masked.shape
-    device = masked.device
-    # One number per (sample, block), increasing along the row; padding gets its own, dropped below.
-    stride = length // block_length + 2
-    block = (sample_ids + 1) * stride + positions // block_length
-    num_blocks = int(block.max()) + 1
-    masked_blocks = torch.zeros(num_rows, num_blocks, device=device).scatter_add_(1, block, masked.float()) > 0
-    keep_noisy = masked_blocks.gather(1, block) & (sample_ids >= 0)
-    # Last masked block of each sample: clean blocks strictly before it are needed.
-    num_samples = int(sample_ids.max()) + 2
-    last = torch.full((num_rows, num_samples), -1, device=device, dtype=torch.long)
-    last.scatter_reduce_(1, sample_ids + 1, torch.where(keep_noisy, block, -1), "amax")
-    keep_clean = (block < last.gather(1, sample_ids + 1)) & (sample_ids >= 0)
+def backend_key(attention: str, device: torch.device | str = "cpu") -> str:
+    """The registry's key of a backend; UserError for one that is unknown or cannot run here."""
+    if attention not in BACKENDS:
+        raise UserError(f"attention is {attention!r}; allowed: {', '.join(BACKENDS)}")
+    if attention == "flash":
+        if importlib.util.find_spec("flash_attn") is None:
+            raise UserError(
+                "attention is 'flash' but the package flash-attn is not installed: pip install 'rcd-ray[flash]'"
+            )
+        if torch.device(device).type != "cuda":
+            raise UserError(f"attention is 'flash' but the device is {device}; flash-attn runs on CUDA, use 'sdpa'")
+    return BACKENDS[attention]
 
-    keep = torch.cat([keep_noisy, keep_clean], dim=1)  # (B, 2L)
-    width = int(keep.sum(1).max())
-    order = (~keep).to(torch.int8).argsort(dim=1, stable=True)[:, :width]  # kept ones first, in order
-    valid = keep.gather(1, order)
-    noisy = order < length
-    source = order % length
-    q_sample, q_block = sample_ids.gather(1, source), block.gather(1, source)
-    same_sample = q_sample.unsqueeze(2) == q_sample.unsqueeze(1)
-    q_noisy, k_noisy = noisy.unsqueeze(2), noisy.unsqueeze(1)
-    q_blk, k_blk = q_block.unsqueeze(2), q_block.unsqueeze(1)
-    own = (q_noisy == k_noisy) & (q_blk == k_blk)
-    clean_prefix = ~k_noisy & torch.where(q_noisy, k_blk < q_blk, k_blk <= q_blk)
-    mask = same_sample & (own | clean_prefix) & valid.unsqueeze(1)
-    # A padding query sees itself, so that no softmax row is empty.
-    mask = mask | (~valid.unsqueeze(2) & torch.eye(width, dtype=torch.bool, device=device))
-    return BlockDiffusionLayout(source, noisy, valid, mask.unsqueeze(1))
+
+# -- sdpa
+
+
+def _bias(layout: Layout, dtype: torch.dtype) -> Tensor:
+    """(B, 1, Q, K), 0 or -inf, made once for all layers; from a boolean mask sdpa would make one in each."""
+    if dtype not in layout.memo:
+        visible = layout.visible()
+        layout.memo[dtype] = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, float("-inf"))
+    bias: Tensor = layout.memo[dtype]
+    return bias
+
+
+def _tiled(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float) -> Tensor:
+    """(B, H, Q, d), a tile of queries at a time; with gradients each tile is computed anew in the backward pass, so
+    that no mask outlives its tile."""
+    num_queries = query.shape[2]
+    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    parts = []
+    for start in range(0, num_queries, TILE):
+        rows = slice(start, min(start + TILE, num_queries))
+        arguments = (query[:, :, rows], key, value, layout, rows, scaling)
+        parts.append(checkpoint(_tile, *arguments, use_reentrant=False) if needs_grad else _tile(*arguments))
+    return torch.cat(parts, dim=2)
+
+
+def _tile(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rows: slice, scaling: float) -> Tensor:
+    mask = layout.visible(rows)
+    seen = mask.any(2).any(0).flatten().nonzero().flatten()  # keys that some query of some row sees
+    grouped = query.shape[1] != key.shape[1]
+    key, value = key.index_select(2, seen), value.index_select(2, seen)
+    return _attend(query, key, value, attn_mask=mask.index_select(3, seen), scale=scaling, enable_gqa=grouped)
+
+
+# -- flex
+
+
+@cache
+def _flex(compiled: bool) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention as function
+
+    return torch.compile(function, dynamic=True) if compiled else function
+
+
+def _block_mask(layout: Layout) -> Any:
+    """A BlockMask of 128 x 128 tiles, made once for all layers. A tile is computed where the extents of its codes allow
+    a visible pair, and without a mask where they prove all pairs visible: (Q K / 128^2) work, never Q x K."""
+    if "flex" in layout.memo:
+        return layout.memo["flex"]
+    from torch.nn.attention.flex_attention import BlockMask
+
+    num_rows, num_queries, num_keys = layout.shape
+    big = torch.iinfo(torch.int32).max
+    low = _extents(layout.low, num_queries, big)
+    high = _extents(layout.high, num_queries, big)
+    own = _extents(layout.own, num_queries, big)
+    code = _extents(layout.code, num_keys, big)
+
+    def meet(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
+        return (a[0][:, :, None] <= b[1][:, None, :]) & (b[0][:, None, :] <= a[1][:, :, None])
+
+    some = meet((low[0], high[1]), code) | meet(own, code)
+    every = (low[1][:, :, None] <= code[0][:, None, :]) & (code[1][:, None, :] <= high[0][:, :, None])
+    # A tile that reaches over the end is never "every": its missing tokens are the mask's business.
+    every[:, -1] &= num_queries % FLEX_TILE == 0
+    every[:, :, -1] &= num_keys % FLEX_TILE == 0
+
+    def ordered(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        counts = chosen.sum(-1, dtype=torch.int32)
+        indices = (~chosen).to(torch.int8).argsort(dim=-1, stable=True).int()
+        return counts[:, None], indices[:, None].contiguous()
+
+    low_n, high_n, own_n, code_n = layout.low, layout.high, layout.own, layout.code
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        c = code_n[b, k]
+        return ((c >= low_n[b, q]) & (c <= high_n[b, q])) | (c == own_n[b, q])
+
+    mask = BlockMask.from_kv_blocks(
+        *ordered(some & ~every),
+        *ordered(some & every),
+        BLOCK_SIZE=FLEX_TILE,
+        mask_mod=mask_mod,
+        seq_lengths=(num_queries, num_keys),
+    )
+    layout.memo["flex"] = mask
+    return mask
+
+
+def _extents(values: Tensor, length: int, big: int) -> tuple[Tensor, Tensor]:
+    """(B, N) -> smallest and largest value of each tile, both (B, tiles)."""
+    missing = -length % FLEX_TILE
+    shape = (values.shape[0], -1, FLEX_TILE)
+    smallest = nn.functional.pad(values, (0, missing), value=big).view(shape).amin(-1)
+    largest = nn.functional.pad(values, (0, missing), value=-big).view(shape).amax(-1)
+    return smallest, largest

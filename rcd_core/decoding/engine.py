@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rcd_core.attention import block_causal_mask
 from rcd_core.decoding.cache import SlotCache
 from rcd_core.decoding.prediction import Prediction, dirichlet, predict, temperatures
 from rcd_core.decoding.reference import Reference, WarmStart
 from rcd_core.decoding.sequence import Pass, Residual, Sequence, Step
 from rcd_core.families.base import DiffusionModel
+from rcd_core.layouts import Layout, block_causal
 from rcd_core.residual import inject_residual
 from rcd_core.signals import ReferenceSignals, Signals, residual_state
 
@@ -165,14 +165,14 @@ class Engine:
             view = self._cache.view(slots, torch.from_numpy(written).to(device), num_keys)
         return model.hidden(embeds, at_positions, layout, view)
 
-    def _layout(self, group: list[Job], positions: Tensor, num_keys: int) -> Tensor:
-        """(R, 1, Q, K) True = may attend; requests may differ in block length."""
+    def _layout(self, group: list[Job], positions: Tensor, num_keys: int) -> Layout:
+        """Who sees whom in this pass; requests may differ in block length."""
         lengths = torch.tensor([p.num_keys for _, p in group], device=positions.device)
-        blocks = [self.model.attention_block(s.settings.block_length or 0) for s, _ in group]
-        if len(set(blocks)) == 1:
-            return block_causal_mask(positions, lengths, num_keys, blocks[0])
-        rows = zip(positions.split(1), lengths.split(1), blocks, strict=True)  # type: ignore[no-untyped-call]
-        return torch.cat([block_causal_mask(q, n, num_keys, b) for q, n, b in rows])
+        blocks = [b for s, _ in group if (b := self.model.attention_block(s.settings.block_length or 0))]
+        if not blocks:
+            return block_causal(positions, lengths, num_keys, None)
+        one_block = all(p.start // b == (p.end - 1) // b for (_, p), b in zip(group, blocks, strict=True))
+        return block_causal(positions, lengths, num_keys, torch.tensor(blocks, device=positions.device), one_block)
 
     # -- what a pass changes
     def _apply(self, s: Sequence, positions: NDArray[np.int64], prediction: Prediction) -> None:

@@ -12,8 +12,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from rcd_core.attention import block_causal_mask
 from rcd_core.families.base import DiffusionModel
+from rcd_core.layouts import block_causal
 from rcd_core.signals import DenseSignals, ReferenceSignals, Signals
 
 
@@ -81,7 +81,8 @@ class LocalReference:
         lengths = torch.tensor([len(r.canvas_ids) for r in requests], device=device)
         positions = torch.arange(width, device=device).expand(len(requests), -1)
         block = model.attention_block(requests[0].block_length)
-        layout = block_causal_mask(positions, lengths, width, block)
+        blocks = None if block is None else torch.full_like(lengths, block)
+        layout = block_causal(positions, lengths, width, blocks)
         hidden = model.hidden(model.embedding(torch.from_numpy(ids).to(device)), positions, layout)
         return hidden[torch.from_numpy(wanted).to(device)]
 

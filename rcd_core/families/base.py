@@ -5,19 +5,17 @@ Shapes: B rows, Q query tokens, L tokens, V vocabulary, D width.
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rcd_core.attention import block_causal_mask
 from rcd_core.decoding.settings import Start
-from rcd_core.errors import UserError
+from rcd_core.families.weights import MAX_SHARD_BYTES, write_json, write_weights
+from rcd_core.layouts import PADDING, Layout, block_causal
 
 
 @dataclass
@@ -104,14 +102,17 @@ class DiffusionModel(nn.Module):
 
     # -- computation
     def hidden(
-        self, embeds: Tensor, positions: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
+        self, embeds: Tensor, positions: Tensor, layout: Layout | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """(B, Q, D) input embeddings at absolute (B, Q) positions -> (B, Q, D) final hidden states."""
+        """(B, Q, D) input embeddings at absolute (B, Q) positions -> (B, Q, D) final hidden states. layout None: each
+        token sees all."""
         body = self.backbone.model
         rotary = body.rotary_emb(embeds, positions)
         h = embeds
         for layer in body.layers:
-            h = layer(h, attention_mask=mask, position_ids=positions, position_embeddings=rotary, past_key_values=cache)
+            h = layer(
+                h, attention_mask=layout, position_ids=positions, position_embeddings=rotary, past_key_values=cache
+            )
         return body.norm(h)  # type: ignore[no-any-return]
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -125,30 +126,48 @@ class DiffusionModel(nn.Module):
         block = self.attention_block(block_length or self.info.block_length)
         num_rows, length = input_ids.shape
         positions = torch.arange(length, device=input_ids.device).expand(num_rows, -1)
-        mask = None
+        layout = None
         if block is not None or attention_mask is not None:
             lengths = torch.full((num_rows,), length, device=input_ids.device)
-            mask = block_causal_mask(positions, lengths, length, block)
+            blocks = None if block is None else torch.full_like(lengths, block)
+            layout = block_causal(positions, lengths, length, blocks)
             if attention_mask is not None:
-                mask = mask & attention_mask.bool()[:, None, None, :]
-        return self.head(self.hidden(self.embedding(input_ids), positions, mask))
+                code = torch.where(attention_mask.bool(), layout.code, PADDING)
+                layout = replace(layout, code=code, lengths=None)
+        return self.head(self.hidden(self.embedding(input_ids), positions, layout))
 
     # -- files
-    def save_pretrained(self, directory: str | Path, tokenizer: Any = None) -> None:
-        """Write config.json and model.safetensors in the authors' format, and the tokenizer if given."""
+    def save_pretrained(
+        self, directory: str | Path, tokenizer: Any = None, max_shard_bytes: int = MAX_SHARD_BYTES
+    ) -> None:
+        """Write the checkpoint in the authors' format: weights under their names, config.json, generation_config.json,
+        the RCD settings as config.json's `rcd`, and the tokenizer with its chat template if given.
+
+        Weights above max_shard_bytes are sharded. config.json is taken away first and written last: a directory that
+        was not finished has none, and does not load.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.json").unlink(missing_ok=True)
         config, weights = self.official_files()
-        if self.info.rcd:
-            config["rcd"] = self.info.rcd
-        (directory / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-        save_file(plain, directory / "model.safetensors", metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
+        write_weights(directory, weights, max_shard_bytes)
+        eos = self.info.eos_token_ids
+        ids = {"eos_token_id": eos[0] if len(eos) == 1 else list(eos), "pad_token_id": self.info.pad_token_id}
+        write_json(directory / "generation_config.json", ids)
+        if self.info.rcd:
+            config["rcd"] = self.info.rcd
+        write_json(directory / "config.json", config)
 
+    def special_ids(self) -> dict[str, int | None]:
+        """The special ids as the authors' config.json has them: one eos, the id that pads too (semantics.md 1.3, 2.1).
 
-def require_fields(config: dict[str, Any], names: tuple[str, ...], where: Path) -> None:
-    missing = [name for name in names if config.get(name) is None]
-    if missing:
-        raise UserError(f"{where}: config.json lacks {', '.join(missing)}; is the download complete?")
+        All of them are in generation_config.json.
+        """
+        eos, pad = self.info.eos_token_ids, self.info.pad_token_id
+        return {
+            "eos_token_id": pad if pad in eos else next(iter(eos), None),
+            "mask_token_id": self.info.mask_token_id,
+            "pad_token_id": pad,
+        }

@@ -5,22 +5,25 @@ Families are recognised from config.json. Only safetensors are read and no code 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from huggingface_hub.errors import StrictDataclassError
 
-from rcd_core.attention import BACKENDS
+from rcd_core.attention import backend_key
 from rcd_core.errors import UserError
 from rcd_core.families import llada, sdar
 from rcd_core.families.base import CheckpointInfo, DiffusionModel
 from rcd_core.families.config import ModelConfig
+from rcd_core.families.files import CheckpointFiles, read_json, released_name
+from rcd_core.families.weights import StoredTensor, list_weights, read_weights
 
 _FAMILIES = (sdar, llada)
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def load_model(
@@ -32,36 +35,39 @@ def load_model(
     """Load an SDAR, LLaDA, Qwen3 or Llama checkpoint in eval mode.
 
     path: a directory, an s3:// or gs:// URI, or a hub id. dtype None keeps the checkpoint's own.
-    Raises UserError for an unknown architecture, missing or pickled weights, or names that do not fit.
+    Raises UserError for an architecture that is not supported, and for weights that are missing, pickled, damaged or
+    do not fit config.json.
     """
     directory = checkpoint_directory(path)
-    config = _read_json(directory / "config.json")
+    config = read_json(directory / "config.json")
     family = _family_of(config, directory)
-    backend = _backend(attention)
-    weights = family.rename_weights(_read_weights(directory))
-    backbone_config = family.backbone_config(config, directory)
+    backend = backend_key(attention, device)
+    stored = _renamed(family, list_weights(directory))
+    try:
+        backbone_config = family.backbone_config(config, directory, _HEAD in stored)
+    except (TypeError, StrictDataclassError) as error:  # a field of the wrong type, as transformers finds it
+        raise UserError(f"{directory}: config.json does not describe a model: {error}") from error
+    info = family.checkpoint_info(_files(directory, str(path), config))
+    _check_ids(info, backbone_config.vocab_size, directory)
     with torch.device("meta"):
         backbone = family.build_backbone(backbone_config)
-    if backbone_config.tie_word_embeddings:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    _check_names(backbone.state_dict().keys(), weights.keys(), directory)
+    wanted = {name: tuple(tensor.shape) for name, tensor in backbone.state_dict().items()}
+    tied = backbone_config.tie_word_embeddings
+    if tied:  # a head in the files is a copy, and transformers leaves it aside too
+        del wanted[_HEAD]
+        stored.pop(_HEAD, None)
+    _check_fit(wanted, stored, directory)
     if dtype is None:
-        dtype = weights["model.embed_tokens.weight"].dtype
-    weights = {name: tensor.to(device=device, dtype=dtype) for name, tensor in weights.items()}
+        dtype = stored[_EMBEDDING].dtype
+    weights = dict(read_weights(stored, device, dtype))
+    if tied:
+        weights[_HEAD] = weights[_EMBEDDING]
     backbone.load_state_dict(weights, assign=True)
-    if backbone_config.tie_word_embeddings:
+    if tied:
         backbone.tie_weights()
     # Rotary tables are not in the files; on the meta device they were never computed.
     backbone.model.rotary_emb = type(backbone.model.rotary_emb)(backbone_config).to(device)
     backbone.config._attn_implementation = backend
-    generation_file = directory / "generation_config.json"
-    generation = _read_json(generation_file) if generation_file.exists() else {}
-    info = family.checkpoint_info(config, generation)
-    if not 0 <= info.mask_token_id < backbone_config.vocab_size:
-        raise UserError(
-            f"{directory}: mask_token_id {info.mask_token_id} lies outside the vocabulary of "
-            f"{backbone_config.vocab_size}; set mask_token_id in config.json"
-        )
     model: DiffusionModel = family.MODEL(backbone, info)
     return model.eval()
 
@@ -85,7 +91,7 @@ def new_model(
                 module.reset_parameters()
         std = start.hidden_size**-0.5 if start.tie_embeddings else 1.0
         torch.nn.init.normal_(backbone.model.embed_tokens.weight, std=std)
-    backbone.config._attn_implementation = _backend(attention)
+    backbone.config._attn_implementation = backend_key(attention)
     model: DiffusionModel = family.MODEL(backbone, info)
     return model
 
@@ -109,23 +115,26 @@ def checkpoint_directory(path: str | Path) -> Path:
     try:
         return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
     except Exception as error:
-        raise UserError(
-            f"checkpoint {text!r} is neither a local directory nor to be had from the hub: {error}"
-        ) from error
+        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+        where = "to be had from the hub"
+        if offline:
+            where = "in the hub's cache, and HF_HUB_OFFLINE is set, so that nothing is downloaded"
+        raise UserError(f"checkpoint {text!r} is neither a local directory nor {where}: {error}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object")
-    return content
+def _files(directory: Path, path: str, config: dict[str, Any]) -> CheckpointFiles:
+    generation = directory / "generation_config.json"
+    return CheckpointFiles(directory, released_name(path), config, read_json(generation) if generation.exists() else {})
 
 
 def _family_of(config: dict[str, Any], directory: Path) -> Any:
     kind = config.get("model_type")
+    experts = [name for name in _EXPERTS if config.get(name)]
+    if experts or "moe" in str(kind):
+        why = f"model_type {kind!r}" + (f", {experts[0]} {config[experts[0]]}" if experts else "")
+        raise UserError(f"{directory}: a mixture of experts ({why}) is not supported; use a dense checkpoint")
+    if config.get("quantization_config"):
+        raise UserError(f"{directory}: config.json has a quantization_config; use the checkpoint it was quantised from")
     for family in _FAMILIES:
         if kind in family.MODEL_TYPES:
             return family
@@ -133,35 +142,35 @@ def _family_of(config: dict[str, Any], directory: Path) -> Any:
     raise UserError(f"{directory}: model_type is {kind!r}; supported: {known}")
 
 
-def _backend(attention: str) -> str:
-    if attention not in BACKENDS:
-        raise UserError(f"attention is {attention!r}; allowed: {', '.join(BACKENDS)}")
-    return BACKENDS[attention]
+def _check_ids(info: CheckpointInfo, vocab_size: int, directory: Path) -> None:
+    """Both are put into inputs; an eos outside the vocabulary is never met and does no harm."""
+    for name, value in (("mask_token_id", info.mask_token_id), ("pad_token_id", info.pad_token_id)):
+        if not 0 <= value < vocab_size:
+            raise UserError(
+                f"{directory}: {name} {value} lies outside the vocabulary of {vocab_size}; set {name} in config.json"
+            )
 
 
-def _read_weights(directory: Path) -> dict[str, Tensor]:
-    files = sorted(directory.glob("*.safetensors"))
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(_read_json(index)["weight_map"].values()))
-        files = [directory / name for name in names]
-        absent = [f.name for f in files if not f.exists()]
-        if absent:
-            raise UserError(f"{directory}: shards named in the index are missing: {', '.join(absent)}")
-    if not files:
-        pickled = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern)]
-        why = f"only pickled weights ({', '.join(pickled)}), which can run code" if pickled else "no *.safetensors"
-        raise UserError(f"{directory}: {why}; convert the checkpoint to safetensors")
-    weights: dict[str, Tensor] = {}
-    for file in files:
-        weights.update(load_file(file))
-    return weights
+def _renamed(family: Any, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Keyed by the backbone's names; UserError where two tensors of the files would be one of the model's."""
+    renamed: dict[str, StoredTensor] = {}
+    for name, entry in stored.items():
+        first = renamed.setdefault(family.backbone_name(name), entry)
+        if first is not entry:
+            raise UserError(f"{entry.file}: {name} is the same weight as {first.name}; one of them must go")
+    return renamed
 
 
-def _check_names(wanted: Iterable[str], found: Iterable[str], directory: Path) -> None:
-    missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+def _check_fit(wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor], directory: Path) -> None:
+    missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
     if missing or extra:
         raise UserError(f"{directory}: weights do not fit config.json; missing {missing[:4]}, unexpected {extra[:4]}")
+    for name, entry in stored.items():
+        if entry.shape != wanted[name]:
+            raise UserError(
+                f"{entry.file}: {entry.name} is {entry.shape}, but by config.json it is {wanted[name]}; one of the two "
+                "is of another model"
+            )
 
 
 __all__ = ["CheckpointInfo", "DiffusionModel", "ModelConfig", "checkpoint_directory", "load_model", "new_model"]

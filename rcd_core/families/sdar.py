@@ -8,8 +8,11 @@ from typing import Any
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from rcd_core.families.base import CheckpointInfo, DiffusionModel, require_fields
+from rcd_core.errors import UserError
+from rcd_core.families.base import CheckpointInfo, DiffusionModel
 from rcd_core.families.config import ModelConfig
+from rcd_core.families.files import CheckpointFiles, require_fields
+from rcd_core.families.rope import read_rope, write_rope
 
 MODEL_TYPES = ("sdar", "qwen3")
 MASK_TOKEN_ID = 151669  # <|MASK|> of every published SDAR tokenizer
@@ -32,27 +35,27 @@ class SDARModel(DiffusionModel):
             "architectures": ["SDARForCausalLM"],
             "model_type": "sdar",
             "attention_bias": c.attention_bias,
+            "attention_dropout": 0.0,
             "block_size": self.info.block_length,
-            "eos_token_id": self.info.eos_token_ids[0]
-            if len(self.info.eos_token_ids) == 1
-            else list(self.info.eos_token_ids),
             "head_dim": c.head_dim,
             "hidden_act": c.hidden_act,
             "hidden_size": c.hidden_size,
             "initializer_range": c.initializer_range,
             "intermediate_size": c.intermediate_size,
-            "mask_token_id": self.info.mask_token_id,
             "max_position_embeddings": c.max_position_embeddings,
+            "max_window_layers": c.num_hidden_layers,
             "num_attention_heads": c.num_attention_heads,
             "num_hidden_layers": c.num_hidden_layers,
             "num_key_value_heads": c.num_key_value_heads,
-            "pad_token_id": self.info.pad_token_id,
             "rms_norm_eps": c.rms_norm_eps,
-            "rope_scaling": None,
-            "rope_theta": c.rope_parameters["rope_theta"],
+            "sliding_window": None,
             "tie_word_embeddings": c.tie_word_embeddings,
             "torch_dtype": str(self.dtype).removeprefix("torch."),
+            "use_cache": True,
+            "use_sliding_window": False,
             "vocab_size": c.vocab_size,
+            **write_rope(c.rope_parameters),
+            **self.special_ids(),
         }
         weights = dict(self.backbone.state_dict())
         if c.tie_word_embeddings:
@@ -60,13 +63,18 @@ class SDARModel(DiffusionModel):
         return config, weights
 
 
-def backbone_config(config: dict[str, Any], where: Path) -> Qwen3Config:
-    """Qwen3Config of an SDAR or Qwen3 config.json."""
+def backbone_config(config: dict[str, Any], where: Path, has_head: bool) -> Qwen3Config:
+    """Qwen3Config of an SDAR or Qwen3 config.json. has_head: whether the files hold a head, for a silent config."""
     require_fields(
         config, ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"), where
     )
-    heads = config["num_attention_heads"]
-    rope = config.get("rope_parameters") or {"rope_type": "default", "rope_theta": config.get("rope_theta", 1e6)}
+    windowed = config.get("use_sliding_window") and config.get("sliding_window") is not None
+    if windowed or set(config.get("layer_types") or ()) - {"full_attention"}:
+        raise UserError(
+            f"{where}: config.json asks for sliding-window attention (use_sliding_window, layer_types), which block "
+            "diffusion does not have; set use_sliding_window to false and drop layer_types to use full attention"
+        )
+    heads, tied = config["num_attention_heads"], config.get("tie_word_embeddings")
     return Qwen3Config(
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
@@ -74,13 +82,13 @@ def backbone_config(config: dict[str, Any], where: Path) -> Qwen3Config:
         num_hidden_layers=config["num_hidden_layers"],
         num_attention_heads=heads,
         num_key_value_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        head_dim=config.get("head_dim") or 128,  # the authors' class default, whatever the width
         hidden_act=config.get("hidden_act", "silu"),
         max_position_embeddings=config.get("max_position_embeddings", 32768),
         initializer_range=config.get("initializer_range", 0.02),
         rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-        tie_word_embeddings=config.get("tie_word_embeddings", False),
-        rope_parameters=rope,
+        tie_word_embeddings=not has_head if tied is None else tied,
+        rope_parameters=read_rope(config, where),
         attention_bias=config.get("attention_bias", False),
     )
 
@@ -89,21 +97,19 @@ def build_backbone(config: Qwen3Config) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def checkpoint_info(config: dict[str, Any], generation: dict[str, Any]) -> CheckpointInfo:
-    eos = generation.get("eos_token_id", config.get("eos_token_id"))
-    eos_ids = EOS_TOKEN_IDS if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-    pad = config.get("pad_token_id", generation.get("pad_token_id"))
+def checkpoint_info(files: CheckpointFiles) -> CheckpointInfo:
+    eos = files.eos_token_ids(EOS_TOKEN_IDS)
     return CheckpointInfo(
-        mask_token_id=config.get("mask_token_id", MASK_TOKEN_ID),
-        eos_token_ids=tuple(int(e) for e in eos_ids),
-        pad_token_id=int(eos_ids[-1] if pad is None else pad),
-        block_length=config.get("block_size") or BLOCK_LENGTH,
-        rcd=config.get("rcd") or {},
+        mask_token_id=files.mask_token_id(MASK_TOKEN_ID),
+        eos_token_ids=eos,
+        pad_token_id=files.pad_token_id((eos or EOS_TOKEN_IDS)[-1]),
+        block_length=files.block_length(("block_size", "block_length"), BLOCK_LENGTH),
+        rcd=files.rcd(),
     )
 
 
-def rename_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return weights  # SDAR kept Qwen3's names
+def backbone_name(name: str) -> str:
+    return name  # SDAR kept Qwen3's names
 
 
 def fresh_config(start: ModelConfig, vocab_size: int) -> Qwen3Config:

@@ -8,6 +8,7 @@ Shapes: B rows, L tokens, N masked positions in row-major order, M tokens that e
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rcd_core.attention import block_causal_mask, block_diffusion_layout
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
+from rcd_core.layouts import bidirectional, block_diffusion
 from rcd_core.residual import AlphaRule, inject_residual
 from rcd_core.signals import Signals, residual_state
 
@@ -32,19 +33,21 @@ LossWeight = Literal["inverse_t", "uniform"]
 class TrainingBatch:
     """Rows of one or more samples each.
 
-    input_ids (B, L) clean; labels (B, L), -100 where not trained; noisy_ids (B, L); masked (B, L) bool;
-    p_mask (B, L) the probability each token was masked with. sample_ids (B, L): number of the sample in its row,
-    -1 padding; positions (B, L) from each sample's start. Both default to one sample per row without padding.
+    input_ids (B, L) clean; labels (B, L), -100 where not trained, or prompt_lengths (B,) instead: all behind the prompt
+    is trained; noisy_ids (B, L); masked (B, L) bool; p_mask (B, L) or (B,) the probability each token was masked with.
+    sample_ids (B, L): number of the sample in its row, -1 padding; positions (B, L) from each sample's start. Both
+    default to one sample per row without padding.
     """
 
     input_ids: Tensor
-    labels: Tensor
+    labels: Tensor | None
     noisy_ids: Tensor
     masked: Tensor
     p_mask: Tensor
     block_length: int
     sample_ids: Tensor | None = None
     positions: Tensor | None = None
+    prompt_lengths: Tensor | None = None
 
     def __post_init__(self) -> None:
         num_rows, length = self.input_ids.shape
@@ -54,6 +57,11 @@ class TrainingBatch:
             self.positions = torch.arange(length, device=self.input_ids.device).expand(num_rows, length)
         if self.sample_ids is None:
             self.sample_ids = torch.zeros_like(self.input_ids)
+        if self.labels is None:
+            if self.prompt_lengths is None:
+                raise UserError("the training batch has neither labels nor prompt_lengths; give one of them")
+            trained = (self.positions >= self.prompt_lengths[:, None]) & (self.sample_ids >= 0)
+            self.labels = torch.where(trained, self.input_ids, IGNORED)
         if self.block_length < 1:
             raise UserError(f"block_length is {self.block_length}; it must be at least 1")
 
@@ -67,20 +75,18 @@ def masked_hidden(model: DiffusionModel, batch: TrainingBatch, residual: tuple[T
     assert batch.sample_ids is not None and batch.positions is not None
     if model.attention_block(batch.block_length) is None:
         ids, masked, positions = batch.noisy_ids, batch.masked, batch.positions
-        lengths = (batch.sample_ids >= 0).sum(1)
-        full = bool((lengths == ids.shape[1]).all())
-        mask = None if full else block_causal_mask(positions, lengths, ids.shape[1], None)
+        layout = bidirectional(batch.sample_ids)
     else:
-        layout = block_diffusion_layout(batch.masked, batch.sample_ids, batch.positions, batch.block_length)
-        pick = layout.source
-        ids = torch.where(layout.noisy, batch.noisy_ids.gather(1, pick), batch.input_ids.gather(1, pick))
-        masked = batch.masked.gather(1, pick) & layout.noisy & layout.valid
-        positions, mask = batch.positions.gather(1, pick), layout.mask
+        packed = block_diffusion(batch.masked, batch.sample_ids, batch.positions, batch.block_length)
+        pick, layout = packed.source, packed.layout
+        ids = torch.where(packed.noisy, batch.noisy_ids.gather(1, pick), batch.input_ids.gather(1, pick))
+        masked = batch.masked.gather(1, pick) & packed.noisy & packed.valid
+        positions = batch.positions.gather(1, pick)
     embeds = model.embedding(ids)
     if residual is not None:
         alpha, delta = residual
         embeds = inject_residual(embeds, masked, alpha, delta, model.embedding.weight[model.mask_token_id])
-    return model.hidden(embeds, positions, mask)[masked]
+    return model.hidden(embeds, positions, layout)[masked]
 
 
 def masked_cross_entropy(model: DiffusionModel, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -99,13 +105,15 @@ def masked_cross_entropy(model: DiffusionModel, hidden: Tensor, labels: Tensor) 
 def normalizer(batch: TrainingBatch, family: str, weight: LossWeight) -> Tensor:
     """What the weighted sum is divided by, over a batch; it adds up over the batches of one optimiser step.
 
-    inverse_t: the labelled tokens (SDAR) or, for LLaDA where each row is first divided by its own labelled tokens, the
-    rows. uniform: the masked tokens.
+    inverse_t: the labelled tokens (SDAR) or, for LLaDA where each sample is first divided by its own labelled tokens,
+    the samples. uniform: the masked tokens.
     """
     if weight == "uniform":
         return batch.masked.sum()
     if family == "llada":
-        return torch.tensor(batch.input_ids.shape[0], device=batch.input_ids.device)
+        assert batch.sample_ids is not None
+        return (batch.sample_ids.amax(1) + 1).sum()
+    assert batch.labels is not None
     return (batch.labels != IGNORED).sum()
 
 
@@ -122,14 +130,17 @@ def loss_sum(
         return losses.sum()
     weights = 1.0 / batch.p_mask[batch.masked]
     if model.family == "llada":
-        answer = (batch.labels != IGNORED).sum(1, keepdim=True).expand_as(batch.masked)
-        weights = weights / answer[batch.masked]
+        assert batch.labels is not None and batch.sample_ids is not None
+        samples = batch.sample_ids + 1
+        labelled = torch.zeros(len(samples), int(samples.max()) + 1, device=samples.device)
+        labelled.scatter_add_(1, samples, (batch.labels != IGNORED).float())
+        weights = weights / labelled.gather(1, samples)[batch.masked]
     return (losses * weights).sum()
 
 
 def training_loss(
     model: DiffusionModel,
-    batch: TrainingBatch,
+    batch: TrainingBatch | Mapping[str, Any],
     residual: Residual | None = None,
     *,
     weight: LossWeight = "inverse_t",
@@ -138,9 +149,14 @@ def training_loss(
 ) -> Tensor:
     """The loss of one batch as the family's authors normalise it.
 
-    residual: None for plain masked SFT, (alpha (N,), delta (N, D)) as they are, or the reference's signals at the
-    masked positions, from which alpha follows by rule and delta by the model's live embedding table.
+    batch: a TrainingBatch, or a mapping with its fields. residual: None for plain masked SFT, (alpha (N,),
+    delta (N, D)) as they are, or the reference's signals at the masked positions, from which alpha follows by rule and
+    delta by the model's live embedding table.
     """
+    if not isinstance(batch, TrainingBatch):
+        batch = TrainingBatch(**{"labels": None, **batch})
+    if bool((batch.masked & (batch.labels == IGNORED)).any()):
+        raise UserError("masked covers tokens whose label is -100; only labelled tokens may be masked")
     if residual is not None and not isinstance(residual, tuple):
         residual = residual_state(residual, model.embedding.weight, alpha, alpha_scale)
     return loss_sum(model, batch, residual, weight) / normalizer(batch, model.family, weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,23 +11,23 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
 
 from rcd_core import ModelConfig, UserError, load_model, new_model
 from rcd_core.families.base import CheckpointInfo
+from tests.rcd_core.checkpoints import GOLDEN, checkpoint, same_weights
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 SIZES = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 48}
 INFO = CheckpointInfo(mask_token_id=9, eos_token_ids=(1, 2), pad_token_id=1, block_length=5, rcd={"alpha": "one"})
+
+
+# Of the golden files: what says nothing about the network, and SDAR's switches that do (the tiny one differs).
+NOT_EXPORTED = {"transformers_version", "bos_token_id", "fuse_cross_entropy", "use_cache"}
 
 
 def fresh(family: str, **changes: Any) -> Any:
     config = ModelConfig(family=family, **{**SIZES, **changes})  # type: ignore[arg-type]
     return new_model(config, vocab_size=50, info=INFO, seed=3)
-
-
-def same_weights(a: Any, b: Any) -> bool:
-    left, right = a.state_dict(), b.state_dict()
-    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -38,14 +39,7 @@ def test_saved_and_loaded_is_bit_equal(family: str, tied: bool, tmp_path: Path) 
     assert same_weights(model, back)
     ids = torch.randint(0, 50, (2, 11))
     assert torch.equal(model.logits(ids), back.logits(ids))
-    want = INFO if family == "sdar" else CheckpointInfo(**{**vars(INFO), "eos_token_ids": (1,)})
-    assert (back.info.mask_token_id, back.info.pad_token_id, back.info.block_length, back.info.rcd) == (
-        9,
-        1,
-        5,
-        INFO.rcd,
-    )
-    assert back.info.eos_token_ids == want.eos_token_ids
+    assert back.info == INFO
     names = load_file(tmp_path / "model.safetensors").keys()
     head = "lm_head.weight" if family == "sdar" else "model.transformer.ff_out.weight"
     assert (head in names) is not tied, "a tied head is not written twice"
@@ -59,8 +53,8 @@ def test_export_has_the_authors_names(family: str, tmp_path: Path) -> None:
     old, new = load_file(source / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
     theirs, ours = (json.loads((d / "config.json").read_text()) for d in (source, tmp_path))
-    for key in ("model_type", "mask_token_id", "vocab_size", "rope_theta", "architectures"):
-        assert theirs[key] == ours[key]
+    theirs = {k: v for k, v in theirs.items() if k not in NOT_EXPORTED}
+    assert {k: ours[k] for k in theirs} == theirs
 
 
 def test_shards_and_an_index_load(tmp_path: Path) -> None:
@@ -74,19 +68,76 @@ def test_shards_and_an_index_load(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     shutil.copy(source / "config.json", tmp_path)
     assert same_weights(load_model(tmp_path), load_model(source))
-    (tmp_path / "b.safetensors").unlink()
-    with pytest.raises(UserError, match="missing: b.safetensors"):
-        load_model(tmp_path)
 
 
-def test_plain_qwen3_loads_as_a_start(tmp_path: Path) -> None:
-    config = json.loads((GOLDEN / "sdar_tiny" / "config.json").read_text())
-    config |= {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
-    del config["block_size"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    shutil.copy(GOLDEN / "sdar_tiny" / "model.safetensors", tmp_path)
-    model = load_model(tmp_path)
-    assert model.family == "sdar" and model.info.block_length == 4
+@pytest.mark.parametrize(
+    ("name", "block_length"),
+    [
+        ("SDAR-8B-Chat-b32", 32),
+        ("RCD-SDAR-8B-b64-Thinking", 64),
+        ("SDAR-1.7B-Chat", 4),
+        ("SDAR-1.7B-b128", 4),
+        ("SDAR-b8x", 4),
+        ("models--JetLM--SDAR-4B-Chat-b16/snapshots/0a1b", 16),
+    ],
+)
+def test_block_length_is_the_configs_else_the_names(name: str, block_length: int, tmp_path: Path) -> None:
+    bare = checkpoint(tmp_path / name, drop=("block_size",))
+    assert load_model(bare).info.block_length == load_model(f"{bare}/").info.block_length == block_length
+    trained = checkpoint(tmp_path / name, drop=("block_size",), rcd={"block_length": 12})
+    assert load_model(trained).info.block_length == 12
+    assert load_model(checkpoint(tmp_path / name, block_size=7)).info.block_length == 7
+
+
+@pytest.mark.parametrize("family", ["sdar", "llada"])
+def test_all_ids_that_end_a_sequence_survive(family: str, tmp_path: Path) -> None:
+    """As in the releases: one id in config.json, which pads too, and all of them in generation_config.json."""
+    source = checkpoint(tmp_path / "a", f"{family}_tiny", eos_token_id=3)
+    (source / "generation_config.json").write_text('{"eos_token_id": [5, 3, 6], "pad_token_id": 3}')
+    if family == "llada":
+        checkpoint(source, "llada_tiny", eos_token_id=3, pad_token_id=3)
+    model = load_model(source)
+    assert model.info.eos_token_ids == (5, 3, 6) and model.info.pad_token_id == 3
+    model.save_pretrained(tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["eos_token_id"] == 3
+    assert GenerationConfig.from_pretrained(tmp_path / "b").eos_token_id == [5, 3, 6]
+    assert load_model(tmp_path / "b").info == model.info
+
+
+def test_stored_rcd_settings_come_back_and_are_checked(tmp_path: Path) -> None:
+    rcd = {"start": "self", "residual_temperature": 1.5, "block_length": 4, "alpha": "calibrated_entropy"}
+    rcd |= {"alpha_scale": 1.73, "residual_dropout": 0.25, "of_a_later_release": [1]}
+    assert load_model(checkpoint(tmp_path, rcd=rcd)).info.rcd == rcd
+    for field, value, message in [
+        ("start", "warm", "rcd.start is 'warm'; allowed: reference, zero, self, dirichlet"),
+        ("alpha", "entropy", "rcd.alpha is 'entropy'; allowed: normalized_entropy"),
+        ("residual_temperature", 0, "rcd.residual_temperature is 0; it must be a finite number above 0"),
+        ("alpha_scale", -1.0, "rcd.alpha_scale is -1.0"),
+        ("alpha_scale", "1", "rcd.alpha_scale is '1'"),
+        ("block_length", 0, "rcd.block_length is 0; it must be an integer >= 1"),
+        ("residual_dropout", 1.5, "rcd.residual_dropout is 1.5"),
+    ]:
+        with pytest.raises(UserError, match=f"config.json's {re.escape(message)}"):
+            load_model(checkpoint(tmp_path, rcd={**rcd, field: value}))
+    with pytest.raises(UserError, match=r"config.json's rcd is \[\]; it must be an object"):
+        load_model(checkpoint(tmp_path, rcd=[]))
+
+
+def test_a_hub_id_is_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub cache as a download leaves it, and no network: also the name of the model, which has the block length."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    repository, commit = tmp_path / "models--JetLM--SDAR-1.7B-Chat-b16", "0123456789abcdef0123456789abcdef01234567"
+    checkpoint(repository / "snapshots" / commit, drop=("block_size",))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    model = load_model("JetLM/SDAR-1.7B-Chat-b16")
+    assert model.info.block_length == 16 and same_weights(model, load_model(GOLDEN / "sdar_tiny"))
+    with pytest.raises(UserError, match="'JetLM/nothing' is neither a local .* HF_HUB_OFFLINE is set"):
+        load_model("JetLM/nothing")
 
 
 def test_dtype_and_attention_are_as_asked() -> None:

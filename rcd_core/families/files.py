@@ -1,0 +1,149 @@
+"""What a checkpoint's json files and its name say about it: special ids, block length, RCD settings.
+
+The values are semantics.md 1.3 and 2.1; what a family falls back on where the files are silent is the family's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from rcd_core.decoding.settings import Start
+from rcd_core.errors import UserError
+from rcd_core.residual import AlphaRule
+
+_BLOCK_IN_NAME = re.compile(r"-b(4|8|16|32|64)(?![0-9A-Za-z])")  # SDAR-8B-Chat-b32, RCD-SDAR-8B-b64-Thinking
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """config.json and generation_config.json ({} where absent) of a directory, and the name it was asked for by."""
+
+    directory: Path
+    name: str
+    config: dict[str, Any]
+    generation: dict[str, Any]
+
+    def eos_token_ids(self, default: tuple[int, ...]) -> tuple[int, ...]:
+        """All ids that end a sequence: generation_config.json's, which lists several, before config.json's one."""
+        for file, content in (("generation_config.json", self.generation), ("config.json", self.config)):
+            value = content.get("eos_token_id")
+            if value is not None:
+                ids = value if isinstance(value, list) else [value]
+                return tuple(self._integer(file, "eos_token_id", i, least=0) for i in ids)
+        return default
+
+    def pad_token_id(self, default: int) -> int:
+        for file, content in (("config.json", self.config), ("generation_config.json", self.generation)):
+            if content.get("pad_token_id") is not None:
+                return self._integer(file, "pad_token_id", content["pad_token_id"], least=0)
+        return default
+
+    def mask_token_id(self, default: int | None) -> int:
+        """config.json's, else the mask token that the tokenizer declares, else the default (None: UserError)."""
+        if self.config.get("mask_token_id") is not None:
+            return self._integer("config.json", "mask_token_id", self.config["mask_token_id"], least=0)
+        declared = self._tokenizer_mask()
+        if declared is None and default is None:
+            raise UserError(
+                f"{self.directory}: neither config.json nor the tokenizer names a mask token, and plain "
+                f"{self.config.get('model_type')} has none; set mask_token_id in config.json to an id that no text uses"
+            )
+        return declared if declared is not None else int(default)  # type: ignore[arg-type]
+
+    def block_length(self, fields: tuple[str, ...], default: int) -> int:
+        """The first of the family's fields that is set, else rcd.block_length, else the released name, else default."""
+        for field in fields:
+            if self.config.get(field) is not None:
+                return self._integer("config.json", field, self.config[field], least=1)
+        stored = self.rcd().get("block_length")
+        if stored is not None:
+            return int(stored)
+        in_name = _BLOCK_IN_NAME.findall(self.name)
+        return int(in_name[-1]) if in_name else default
+
+    def rcd(self) -> dict[str, Any]:
+        """The settings stored with an RCD checkpoint, {} for any other. Fields that this release does not know stay."""
+        rcd = self.config.get("rcd")
+        if rcd is None:
+            return {}
+        if not isinstance(rcd, dict):
+            raise UserError(f"{self.directory}: config.json's rcd is {rcd!r}; it must be an object")
+        for field, allowed in (("start", get_args(Start)), ("alpha", get_args(AlphaRule))):
+            if rcd.get(field) is not None and rcd[field] not in allowed:
+                raise UserError(
+                    f"{self.directory}: config.json's rcd.{field} is {rcd[field]!r}; allowed: {', '.join(allowed)}"
+                )
+        if rcd.get("block_length") is not None:
+            self._integer("config.json", "rcd.block_length", rcd["block_length"], least=1)
+        for field in ("residual_temperature", "alpha_scale"):
+            self._number(rcd, field, lambda v: 0.0 < v < float("inf"), "a finite number above 0")
+        self._number(rcd, "residual_dropout", lambda v: 0.0 <= v <= 1.0, "a number in [0, 1]")
+        return rcd
+
+    def _tokenizer_mask(self) -> int | None:
+        """Id of the mask token named in tokenizer_config.json, looked up where either generation of files lists it."""
+        path = self.directory / "tokenizer_config.json"
+        declared = read_json(path) if path.exists() else {}
+        text = _text(declared.get("mask_token"))
+        if text is None:
+            return None
+        listed = [(_text(token), int(i)) for i, token in declared.get("added_tokens_decoder", {}).items()]
+        path = self.directory / "tokenizer.json"
+        if not listed and path.exists():
+            listed = [(_text(token), int(token["id"])) for token in read_json(path).get("added_tokens", [])]
+        return dict(listed).get(text)
+
+    def _integer(self, file: str, field: str, value: Any, least: int) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UserError(f"{self.directory}: {file}'s {field} is {value!r}; it must be an integer >= {least}")
+        return value
+
+    def _number(self, rcd: dict[str, Any], field: str, holds: Any, wanted: str) -> None:
+        value = rcd.get(field)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not holds(value)):
+            raise UserError(f"{self.directory}: config.json's rcd.{field} is {value!r}; it must be {wanted}")
+
+
+def released_name(path: str) -> str:
+    """The part of a path, URI or hub id that carries the model's name, for a hub cache's snapshot too."""
+    text = path if "://" in path else os.path.abspath(path)
+    parts = text.rstrip("/").split("/")
+    if len(parts) > 2 and parts[-2] == "snapshots":  # models--OWNER--NAME/snapshots/COMMIT
+        return parts[-3]
+    return parts[-1]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}; is the download complete?") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return content
+
+
+def require_fields(config: dict[str, Any], names: tuple[str, ...], where: Path) -> None:
+    missing = [name for name in names if config.get(name) is None]
+    if missing:
+        raise UserError(f"{where}: config.json lacks {', '.join(missing)}; is the download complete?")
+
+
+def require_values(config: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
+    """UserError for a field that is set to another value than the one kind of network that is supported."""
+    for field, value in wanted.items():
+        if config.get(field) is not None and config[field] != value:
+            raise UserError(
+                f"{where}: config.json's {field} is {config[field]!r}; only {json.dumps(value)} is supported"
+            )
+
+
+def _text(token: Any) -> str | None:
+    """A token in the tokenizers' files is its text or an object with `content`."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
