@@ -13,17 +13,16 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
+from rcd_core.kernels.fused_loss import weighted_cross_entropy
 from rcd_core.layouts import bidirectional, block_diffusion
 from rcd_core.residual import AlphaRule, inject_residual
 from rcd_core.signals import Signals, residual_state
 
 IGNORED = -100
-_CHUNK_BYTES = 256 << 20  # fp32 logits of one chunk
 
 Residual = tuple[Tensor, Tensor] | Signals
 LossWeight = Literal["inverse_t", "uniform"]
@@ -89,19 +88,6 @@ def masked_hidden(model: DiffusionModel, batch: TrainingBatch, residual: tuple[T
     return model.hidden(embeds, positions, layout)[masked]
 
 
-def masked_cross_entropy(model: DiffusionModel, hidden: Tensor, labels: Tensor) -> Tensor:
-    """(N, D), (N,) -> (N,) -log P. Never holds (N, V) in fp32: chunks are recomputed in the backward pass."""
-    rows = max(1, _CHUNK_BYTES // (4 * model.vocab_size))
-
-    def chunk_loss(h: Tensor, y: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(model.head(h).float(), y, reduction="none")
-
-    if hidden.shape[0] <= rows:
-        return chunk_loss(hidden, labels)
-    parts = zip(torch.split(hidden, rows), torch.split(labels, rows), strict=True)
-    return torch.cat([checkpoint(chunk_loss, h, y, use_reentrant=False) for h, y in parts])
-
-
 def normalizer(batch: TrainingBatch, family: str, weight: LossWeight) -> Tensor:
     """What the weighted sum is divided by, over a batch; it adds up over the batches of one optimiser step.
 
@@ -125,17 +111,22 @@ def loss_sum(
 ) -> Tensor:
     """The weighted sum over the batch's masked positions, not yet normalised. Scalar."""
     hidden = masked_hidden(model, batch, residual)
-    losses = masked_cross_entropy(model, hidden, batch.input_ids[batch.masked])
-    if weight == "uniform":
-        return losses.sum()
+    weights = loss_weights(model.family, batch, weight)
+    return weighted_cross_entropy(hidden, model.lm_head_weight, batch.input_ids[batch.masked], weights)[0]
+
+
+def loss_weights(family: str, batch: TrainingBatch, weight: LossWeight) -> Tensor:
+    """(N,) what each masked position's cross entropy is multiplied by."""
     weights = 1.0 / batch.p_mask[batch.masked]
-    if model.family == "llada":
+    if weight == "uniform":
+        return torch.ones_like(weights)
+    if family == "llada":
         assert batch.labels is not None and batch.sample_ids is not None
         samples = batch.sample_ids + 1
         labelled = torch.zeros(len(samples), int(samples.max()) + 1, device=samples.device)
         labelled.scatter_add_(1, samples, (batch.labels != IGNORED).float())
         weights = weights / labelled.gather(1, samples)[batch.masked]
-    return (losses * weights).sum()
+    return weights
 
 
 def training_loss(

@@ -1,0 +1,75 @@
+"""Linear head and cross entropy in one, in chunks, gradients included: (N, V) never exists, and no product is repeated.
+
+The weights of the positions are known beforehand, and what comes back in the backward pass is one number; so the
+gradients can be made in the forward pass, chunk by chunk, while the logits are at hand: three products per chunk where
+recomputation costs four.
+
+Shapes: N masked positions, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 256 << 20  # logits of one chunk, fp32
+
+
+def weighted_cross_entropy(
+    hidden: Tensor, head_weight: Tensor, labels: Tensor, weights: Tensor, chunk_rows: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """(sum_i weights_i * loss_i, loss (N,)) with loss_i = -log softmax(hidden_i W^T)[labels_i], both fp32.
+
+    The sum is differentiable in hidden and head_weight, the losses are for looking at. hidden (N, D), head_weight
+    (V, D), labels (N,) int64, weights (N,). Products run in hidden's dtype (under autocast: its dtype), reductions in
+    fp32. N = 0 gives 0. chunk_rows: rows per chunk, by default CHUNK_BYTES of logits.
+    """
+    rows = chunk_rows or max(1, CHUNK_BYTES // (4 * head_weight.shape[0]))
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    found: tuple[Tensor, Tensor] = _WeightedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, head_weight, labels, weights.float(), rows, dtype
+    )
+    return found
+
+
+class _WeightedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head_weight: Tensor, labels: Tensor, weights: Tensor, rows: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        needs_hidden, needs_head = ctx.needs_input_grad[:2]
+        head = head_weight.to(dtype)
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        # Summed over the chunks in fp32, so that many chunks lose nothing in bf16.
+        grad_head = torch.zeros_like(head_weight, dtype=torch.float32) if needs_head else None
+        losses = torch.empty(hidden.shape[0], device=hidden.device)
+        for start in range(0, hidden.shape[0], rows):
+            part = slice(start, start + rows)
+            h, y, w = hidden[part].to(dtype), labels[part, None], weights[part]
+            logits = (h @ head.T).float()
+            norm = logits.logsumexp(-1)
+            losses[part] = norm - logits.gather(1, y)[:, 0]
+            if grad_hidden is None and grad_head is None:
+                continue
+            # d loss / d logits = w (softmax - onehot), in place of the logits.
+            grad = logits.sub_(norm[:, None]).exp_()
+            grad.scatter_add_(1, y, torch.full_like(y, -1, dtype=grad.dtype))
+            grad = grad.mul_(w[:, None]).to(dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = (grad @ head).to(hidden.dtype)
+            if grad_head is not None:
+                if dtype == torch.float32:
+                    grad_head.addmm_(grad.T, h)
+                else:
+                    grad_head += grad.T @ h
+        ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head_weight.dtype))
+        ctx.mark_non_differentiable(losses)
+        return (losses * weights).sum(), losses
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [None if g is None else g.mul_(upstream[0].to(g.dtype)) for g in ctx.saved_tensors]
+        return scaled[0], scaled[1], None, None, None, None
