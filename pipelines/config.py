@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 import yaml
@@ -24,6 +24,7 @@ from rcd_core.families.config import ModelConfig
 from rcd_core.noise import NoiseSettings
 from rcd_core.residual import ResidualSettings
 from rcd_core.training.settings import TrainSettings
+from rcd_core.training.signal_rule import SignalRule
 
 # A checkpoint (path, URI or hub id) or the sizes of a model to make. The tags keep pydantic's complaints to one line.
 ModelSource = Annotated[
@@ -36,6 +37,7 @@ DataSource = Annotated[
 ]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 class Section(BaseModel):
@@ -73,11 +75,18 @@ class ReferenceStage(Section):
 
 
 class SignalSettings(Section):
-    top_k: Count = 32
-    alpha_temperature: Annotated[float, Field(gt=0)] = 1.0
-    delta_temperature: Annotated[float, Field(gt=0)] = 1.0
-    rows_per_shard: Count = 4096
-    batch_rows: Count = 256
+    top_k: Annotated[int, Field(ge=1, le=32767)] = 32  # num_kept is stored in 16 bits
+    keep_mass: Annotated[float, Field(gt=0, le=1)] | None = None
+    alpha_temperature: Positive = 1.0
+    delta_temperature: Positive = 1.0
+    shard_mb: Annotated[float, Field(gt=0, le=1024)] = 128  # Arrow counts a list's entries in 31 bits
+    batch_tokens: Count = 16384
+    max_bad_rows: Share = 0.01
+
+    @property
+    def rule(self) -> SignalRule:
+        """The part of the section that the online path needs as well."""
+        return SignalRule(**{f.name: getattr(self, f.name) for f in fields(SignalRule)})
 
 
 class TargetStage(Section):
@@ -112,6 +121,7 @@ class Resources(Section):
     signal_actors: Count = 1
     evaluate_actors: Count = 1
     timeout_s: Annotated[float, Field(ge=0)] = 600
+    no_progress_timeout_s: Positive | None = None
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--storage", metavar="DIR", help="absolute directory or URI of the runs; short for --set storage=DIR")
     add("--stages", metavar="A,B", help="only these; patterns like 'target*' work")
     add("--redo", action="append", default=[], metavar="STAGE", help="make a stage, and what depends on it, again")
+    add("--repair", action="store_true", help="check the bytes of finished signals, compute damaged shards again")
     add("--dry-run", action="store_true", help="print effective recipe, plan and resources; start nothing")
     add("--teardown", action="store_true", help="remove what this recipe's run has deployed")
     add("--verbose", action="store_true", help="show Ray's own progress bars and logs")
@@ -109,6 +110,8 @@ class _Job:
     def main(self) -> int:
         if self.options.teardown:
             return self._teardown()
+        if self.options.repair:
+            self.chosen = [name for name in self.chosen if self.stages[name].repair]
         check_inputs(self.recipe)
         plan = self._plan(self.redo)
         if self.options.dry_run:
@@ -141,7 +144,7 @@ class _Job:
                 raise UserError(f"storage {self.recipe.storage} cannot be written: {error}; mend --storage") from error
             self.run.lease = lease
             try:
-                self._drive(stopper)
+                self._repair() if self.options.repair else self._drive(stopper)
             finally:
                 lease.release()
         return 0
@@ -203,6 +206,18 @@ class _Job:
             console=self.console,
             verbose=self.options.verbose,
         )
+
+    def _repair(self) -> None:
+        """Mend finished results in place: same key, and for what depends on them the same content."""
+        plan = self._plan()
+        for name in self.chosen:
+            if plan[name].action != "skip":
+                raise UserError(f"--repair: stage {name} is not done here ({plan[name].why}); run without --repair")
+            stage = self.stages[name]
+            self._wait(stage, free=True)
+            if summary := resolve(str(stage.repair))(self._context(stage)):
+                self.run.mend(name, summary)
+            self._say(f"{name}: repaired" if summary else f"{name}: nothing to repair", style="bold")
 
     def _teardown(self) -> int:
         for name in self.chosen:

@@ -8,6 +8,7 @@ Stages that are done are skipped, so the same command goes on after any interrup
     python pipelines/full.py --recipe demo --dry-run                       # effective recipe, plan, resources
     python pipelines/full.py --recipe demo --set target.train.steps=100 --redo target
     python pipelines/full.py --recipe demo --stages prepare,base
+    python pipelines/full.py --recipe demo --repair                        # compute damaged signal shards again
     python pipelines/full.py --recipe demo --teardown                      # remove the served model
 """
 

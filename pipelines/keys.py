@@ -21,6 +21,7 @@ _NEUTRAL = (
     "*.train.checkpoint_every",
     "*.train.log_every",
     "data.max_bad_rows",
+    "signals.max_bad_rows",
     "evaluate.batch_size",
 )
 _CHECKPOINT_FILES = (".safetensors", ".json", ".txt", ".jinja", ".model")

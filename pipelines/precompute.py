@@ -1,17 +1,19 @@
 """signals: the frozen reference's predictions for every masked token of the training rows, in sharded Parquet.
 
     python pipelines/precompute.py --recipe demo
+    python pipelines/precompute.py --recipe demo --repair     # check every shard's bytes, compute damaged ones again
 
-A shard is a fixed list of rows in training order, planned before anything is computed and cut into fixed batches, so
-the numbers do not depend on how many actors there are. Ray Data maps a pool of reference actors over the shard
-descriptors. A shard is written whole, renamed, then gets its sidecar; what has a valid sidecar is not computed again.
+Planned before anything is computed (signal_plan.py): a shard is a fixed list of rows in training order, cut into fixed
+batches, so the numbers do not depend on how many actors there are. Ray Data maps a pool of reference actors
+(signal_actor.py) over the shards' numbers; the rows go from an actor straight to storage (signal_files.py). What has a
+valid sidecar is not computed again.
 """
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,224 +22,188 @@ if __name__ == "__main__":
 
 import numpy as np
 
+from pipelines import signal_files
+from pipelines.cluster import describe_all
 from pipelines.run import StageContext
+from pipelines.signal_actor import SignalActor, SignalJob
+from pipelines.signal_plan import plan_shards
+from pipelines.waiting import Waiting
 from rcd_core import storage
-from rcd_core.calibrate import entropy_histogram
-from rcd_core.noise import NoiseSettings
-
-SCHEMA_VERSION = 1
-ROWS_PER_GROUP = 128
-
-
-@dataclass(frozen=True, kw_only=True)
-class SignalJob:
-    """What an actor needs to compute any shard."""
-
-    directory: str
-    reference: str
-    examples: tuple[str, ...]
-    noise: NoiseSettings
-    block_length: int
-    top_k: int
-    alpha_temperature: float
-    delta_temperature: float
-    num_rows: int
-    rows_per_shard: int
-    batch_rows: int
-    threads: int
-
-    @property
-    def num_shards(self) -> int:
-        return -(-self.num_rows // self.rows_per_shard)
-
-    def shard_name(self, shard: int) -> str:
-        return f"shard-{shard:05d}.parquet"
-
-    def sidecar(self, shard: int) -> str:
-        return storage.join(self.directory, self.shard_name(shard) + ".json")
+from rcd_core.errors import UserError
+from rcd_core.training.examples import Chunks
+from rcd_core.training.signal_format import SCHEMA_VERSION
+from rcd_core.training.signal_rows import damage, noise_record
 
 
 def run(ctx: StageContext) -> dict[str, Any]:
     """Compute the missing shards. Summary: what the rows are and how to read them; the trainer checks it."""
     job = make_job(ctx)
-    sidecars = {shard: found for shard in range(job.num_shards) if (found := _valid_sidecar(job, shard))}
-    todo = [shard for shard in range(job.num_shards) if shard not in sidecars]
-    if sidecars:
-        ctx.console.print(f"  signals: {len(sidecars)} of {job.num_shards} shards are already there")
-    for done, (shard, sidecar) in enumerate(_compute(ctx, job, todo), start=1):
-        sidecars[shard] = sidecar
+    signal_files.remove_leftovers(job.directory)
+    found = Found(ctx, job)
+    todo = [shard for shard in range(job.num_shards) if not found.add(shard)]
+    if len(todo) < job.num_shards:
+        ctx.console.print(f"  signals: {job.num_shards - len(todo)} of {job.num_shards} shards are already there")
+    for done, shard in enumerate(_compute(ctx, job, todo), start=1):
+        if not found.add(shard):
+            raise UserError(f"{signal_files.sidecar_path(job.directory, shard)} does not describe its shard; run again")
         if done % max(1, len(todo) // 10) == 0:
-            ctx.console.print(f"  signals: {len(sidecars)} of {job.num_shards} shards")
-    ordered = [sidecars[shard] for shard in range(job.num_shards)]
-    prepare = ctx.input("prepare")["summary"]
-    histogram = np.sum([s["entropy_histogram"] for s in ordered], axis=0, dtype=np.int64)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "shards": [job.shard_name(shard) for shard in range(job.num_shards)],
-        "rows": job.num_rows,
-        "rows_per_shard": job.rows_per_shard,
-        "masked_tokens": sum(s["masked_tokens"] for s in ordered),
-        "bytes": sum(s["bytes"] for s in ordered),
-        "top_k": job.top_k,
-        "alpha_temperature": job.alpha_temperature,
-        "delta_temperature": job.delta_temperature,
-        "family": ordered[0]["family"],
-        "vocab_size": ordered[0]["vocab_size"],
-        "mask_token_id": prepare["mask_token_id"],
-        "tokenizer_sha256": prepare["tokenizer_sha256"],
-        "block_length": job.block_length,
-        "noise": {"seed": job.noise.seed, "draws": job.noise.draws, "eps": job.noise.eps},
-        "entropy_histogram": histogram.tolist(),
-        "fingerprint": [s["sha256"] for s in ordered],
-    }
+            ctx.console.print(f"  signals: {job.num_shards - len(todo) + done} of {job.num_shards} shards")
+    signal_files.remove_leftovers(job.directory)
+    return found.summary()
+
+
+def repair(ctx: StageContext) -> dict[str, Any] | None:
+    """Check the bytes of every shard of a finished stage; the new summary where some had to be computed again."""
+    job, manifest = make_job(ctx), ctx.run.manifest(ctx.stage)
+    if manifest is None:
+        raise UserError(f"--repair mends finished signals, but {job.directory} has no manifest; run without --repair")
+    old = manifest["summary"]
+    damaged = []
+    for shard, name in enumerate(old["shards"]):
+        path = storage.join(job.directory, name)
+        problem = damage(path, old["shard_bytes"][shard], old["shard_sha256"][shard])
+        if not problem and not job.valid_sidecar(shard):
+            problem = "its sidecar is missing or describes other rows"
+        if problem:
+            ctx.console.print(f"  signals: {name} is damaged: {problem}", markup=False, soft_wrap=True)
+            signal_files.forget(job.directory, shard)
+            damaged.append(name)
+    ctx.console.print(f"  signals: {len(old['shards'])} shards checked, {len(damaged)} to compute again")
+    return run(ctx) if damaged else None
 
 
 def make_job(ctx: StageContext) -> SignalJob:
     """The plan: a pure function of the recipe and the examples' manifest."""
-    recipe = ctx.recipe
-    prepare = ctx.input("prepare")["summary"]
-    # As many rows as the targets train on, but never the same (example, draw) twice.
-    steps = [recipe.training(s).train for s in ("target", *(f"target-{name}" for name in recipe.variants))]
-    wanted = max(t.steps * t.batch_size for t in steps)
-    num_examples = prepare["counts"]["train"]["examples"]
+    recipe, prepare = ctx.recipe, ctx.input("prepare")["summary"]
     return SignalJob(
         directory=ctx.directory,
         reference=ctx.checkpoint("reference"),
         examples=tuple(storage.join(ctx.input_dir("prepare"), "train", name) for name in prepare["train"]),
+        chunks=Chunks.from_manifest(prepare["chunks"]),
         noise=recipe.noise,
         block_length=recipe.block_length,
-        top_k=recipe.signals.top_k,
-        alpha_temperature=recipe.signals.alpha_temperature,
-        delta_temperature=recipe.signals.delta_temperature,
-        num_rows=min(wanted, num_examples * recipe.noise.draws),
-        rows_per_shard=recipe.signals.rows_per_shard,
-        batch_rows=recipe.signals.batch_rows,
+        rule=recipe.signals.rule,
+        row_offsets=tuple(plan_shards(recipe, prepare)),
+        batch_tokens=recipe.signals.batch_tokens,
         threads=max(1, int(recipe.resources.cpus_per_worker)),
     )
 
 
-def _valid_sidecar(job: SignalJob, shard: int) -> dict[str, Any] | None:
-    """The sidecar of a shard that is whole, by its size; None when it must be computed."""
-    try:
-        sidecar: dict[str, Any] = storage.read_json(job.sidecar(shard))
-        whole = storage.size(storage.join(job.directory, job.shard_name(shard))) == sidecar["bytes"]
-    except FileNotFoundError:
-        return None
-    return sidecar if whole else None
+def _compute(ctx: StageContext, job: SignalJob, shards: list[int]) -> Iterator[int]:
+    """Yields each shard when it is on storage, in whatever order they are done.
 
-
-def _compute(ctx: StageContext, job: SignalJob, shards: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    Ray computes a shard again whose actor or node was lost; an error in the code ends the job at once.
+    """
     if not shards:
         return
     import ray.data
     from ray.data import ActorPoolStrategy
+    from ray.data.exceptions import ExecutionTimeoutError
 
     resources = ctx.recipe.resources
-    found = ray.data.from_items([{"shard": s} for s in shards], override_num_blocks=len(shards)).map_batches(
+    actors, timeout_s = min(resources.signal_actors, len(shards)), resources.no_progress_timeout_s
+    numbers = ray.data.from_items([{"shard": s} for s in shards], override_num_blocks=len(shards))
+    data = numbers.map_batches(
         SignalActor,
         fn_constructor_kwargs={"job": job},
         batch_size=1,
-        compute=ActorPoolStrategy(size=min(resources.signal_actors, len(shards))),
+        compute=ActorPoolStrategy(min_size=1, max_size=actors, initial_size=actors, max_tasks_in_flight_per_actor=2),
         num_cpus=resources.cpus_per_worker,
         num_gpus=resources.gpus_per_worker,
     )
-    for row in found.iter_rows():
-        yield int(row["shard"]), storage.read_json(job.sidecar(int(row["shard"])))
+    # Ray ends a job that moves no block for half an hour, which one shard of a slow model, or a node on its way, can
+    # take. Ours to decide: the recipe says when to give up, and until then the waiting is announced.
+    data.context.execution_no_progress_timeout_s = timeout_s or -1
+    one = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
+    pool = describe_all([{k: v for k, v in one.items() if v}] * actors)
+    with Waiting(ctx.console, f"signals: waiting for a shard, of up to {pool},", len(shards)) as waiting:
+        try:
+            for row in data.iter_rows():
+                waiting.progress()
+                yield int(row["shard"])
+        except ExecutionTimeoutError as error:
+            raise UserError(
+                f"signals: no shard was finished for {timeout_s:g} s, resources.no_progress_timeout_s; raise it, set "
+                "it to null to wait for ever, or lower signals.shard_mb; the finished shards are kept"
+            ) from error
 
 
-class SignalActor:
-    """Holds the reference and computes one shard per call."""
+class Found:
+    """What the sidecars say together; of each only a few numbers are kept."""
 
-    def __init__(self, job: SignalJob) -> None:
-        import torch
+    def __init__(self, ctx: StageContext, job: SignalJob) -> None:
+        self.ctx, self.job = ctx, job
+        self.shards: dict[int, dict[str, Any]] = {}
+        self.histogram = np.zeros(0, dtype=np.int64)
+        self.reasons: Counter[str] = Counter()
 
-        from rcd_core.families.loading import load_model
-        from rcd_core.training.rows import ExampleSource
+    def add(self, shard: int) -> bool:
+        """Take note of a shard; False where it has no valid sidecar. UserError once too many rows are bad."""
+        sidecar = self.job.valid_sidecar(shard)
+        if sidecar is None:
+            return False
+        histogram = np.asarray(sidecar.pop("entropy_histogram"), dtype=np.int64)
+        self.histogram = self.histogram + histogram if len(self.histogram) else histogram
+        bad = sidecar.pop("bad_rows")
+        self.shards[shard] = sidecar | {"num_bad": len(bad)}
+        self.reasons.update(row["reason"] for row in bad)
+        limit = self.ctx.recipe.signals.max_bad_rows
+        if sum(self.reasons.values()) > limit * self.job.num_rows:
+            path = self._side_table()
+            raise UserError(
+                f"signals: {sum(self.reasons.values())} of {self.job.num_rows} rows cannot be used, more than "
+                f"signals.max_bad_rows ({limit:g}) allows: {self._counted()}; they are listed in {path}: mend the "
+                "examples, or raise signals.max_bad_rows to go on without them"
+            )
+        return True
 
-        self.job = job
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cpu":
-            torch.set_num_threads(job.threads)
-        self.model = load_model(job.reference, device=device, dtype=torch.bfloat16 if device == "cuda" else None)
-        self.source = ExampleSource(job.examples, job.noise)
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        for shard in batch["shard"]:
-            self._shard(int(shard))
-        return batch
-
-    def _shard(self, shard: int) -> None:
-        import hashlib
-        import io
-
-        import pyarrow.parquet as pq
-
-        job = self.job
-        last = min((shard + 1) * job.rows_per_shard, job.num_rows)
-        starts = range(shard * job.rows_per_shard, last, job.batch_rows)
-        tables = [self._batch(range(first, min(first + job.batch_rows, last))) for first in starts]
-        import pyarrow as pa
-
-        table = pa.concat_tables(tables)
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd", row_group_size=ROWS_PER_GROUP)
-        data = buffer.getvalue()
-        storage.write_bytes(storage.join(job.directory, job.shard_name(shard)), data)
-        entropies = table["entropy"].combine_chunks().values.to_numpy(zero_copy_only=False)
-        sidecar = {
-            "rows": table.num_rows,
-            "masked_tokens": len(entropies),
-            "bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "family": self.model.family,
-            "vocab_size": self.model.vocab_size,
-            "entropy_histogram": entropy_histogram(entropies).tolist(),
+    def summary(self) -> dict[str, Any]:
+        """The manifest of the stage: everything that must agree with whoever trains on it."""
+        job, recipe, prepare = self.job, self.ctx.recipe, self.ctx.input("prepare")["summary"]
+        path = self._side_table()
+        if self.reasons:
+            self.ctx.console.print(f"  signals: bad rows: {self._counted()}; listed in {path}", soft_wrap=True)
+        ordered = [self.shards[shard] for shard in range(job.num_shards)]
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "shards": [signal_files.shard_name(shard) for shard in range(job.num_shards)],
+            "row_offsets": list(job.row_offsets),
+            "shard_bytes": [s["bytes"] for s in ordered],
+            "shard_sha256": [s["sha256"] for s in ordered],
+            "rows": job.num_rows,
+            **{n: sum(s[n] for s in ordered) for n in ("tokens", "masked_tokens", "kept_entries", "bytes")},
+            "bad_rows": dict(sorted(self.reasons.items())),
+            **{n: self._common(n) for n in ("family", "vocab_size", "mask_token_id", "reference", "compute_dtype")},
+            "reference_checkpoint": job.reference,
+            "block_length": job.block_length,
+            "pad_multiple": recipe.data.pad_multiple or recipe.block_length,
+            "tokenizer_sha256": prepare["tokenizer_sha256"],
+            "noise": noise_record(job.noise),
+            **vars(job.rule),
+            "dtypes": {"topk_ids": "int32", "topk_logprobs": "float16", "entropy": "float32", "tail_mass": "float32"},
+            "entropy_histogram": self.histogram.tolist(),
+            "fingerprint": [s["sha256"] for s in ordered],
         }
-        storage.write_json(job.sidecar(shard), sidecar)
 
-    def _batch(self, indices: range) -> Any:
-        """One forward of the reference; the rows with their signals as an Arrow table."""
-        import pyarrow as pa
+    def _common(self, name: str) -> Any:
+        """A fact on which all shards must agree: a hub checkpoint may have moved on between two runs."""
+        first = self.shards[0][name]
+        for shard, sidecar in self.shards.items():
+            if sidecar[name] != first:
+                raise UserError(
+                    f"signals: {signal_files.shard_name(0)} was made with {name} {first!r}, "
+                    f"{signal_files.shard_name(shard)} with {sidecar[name]!r}; run full.py --redo signals"
+                )
+        return first
 
-        from rcd_core.training.loop import reference_signals
-        from rcd_core.training.rows import collate
+    def _counted(self) -> str:
+        return ", ".join(f"{n} x {reason}" for reason, n in sorted(self.reasons.items()))
 
-        job, model = self.job, self.model
-        rows = [self.source.row(g) for g in indices]
-        batch, _ = collate(
-            rows,
-            mask_token_id=model.mask_token_id,
-            pad_token_id=model.info.pad_token_id,
-            block_length=job.block_length,
-        )
-        signals = reference_signals(
-            model,
-            batch.to(model.device),
-            job.top_k,
-            alpha_temperature=job.alpha_temperature,
-            delta_temperature=job.delta_temperature,
-        ).to("cpu")
-        lengths = np.array([len(r.input_ids) for r in rows])
-        counts = np.array([int(r.masked.sum()) for r in rows])
-
-        def lists(values: Any, sizes: Any, dtype: pa.DataType) -> pa.ListArray:
-            return pa.ListArray.from_arrays(pa.array(np.r_[0, np.cumsum(sizes)], pa.int32()), pa.array(values, dtype))
-
-        kept = signals.topk_ids.shape[1]
-        return pa.table(
-            {
-                "example_id": pa.array([r.example_id for r in rows], pa.string()),
-                "draw": pa.array([r.draw for r in rows], pa.int32()),
-                "p_mask": pa.array([r.p for r in rows], pa.float32()),
-                "input_ids": lists(np.concatenate([r.input_ids for r in rows]), lengths, pa.int32()),
-                "labels": lists(np.concatenate([r.labels for r in rows]), lengths, pa.int32()),
-                "masked_positions": lists(np.concatenate([np.flatnonzero(r.masked) for r in rows]), counts, pa.int32()),
-                "topk_ids": lists(signals.topk_ids.numpy().ravel(), counts * kept, pa.int32()),
-                "topk_logprobs": lists(signals.topk_logprobs.numpy().ravel(), counts * kept, pa.float16()),
-                "entropy": lists(signals.entropy.numpy(), counts, pa.float32()),
-                "tail_mass": lists(signals.tail_mass.numpy(), counts, pa.float32()),
-            }
-        )
+    def _side_table(self) -> str:
+        """Written again from the sidecars, so that it names each row once whatever was interrupted."""
+        found = (s for s, kept in sorted(self.shards.items()) if kept["num_bad"])
+        sidecars = ((s, storage.read_json(signal_files.sidecar_path(self.job.directory, s))) for s in found)
+        return signal_files.write_bad_rows(self.job.directory, sidecars)
 
 
 if __name__ == "__main__":

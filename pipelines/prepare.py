@@ -38,12 +38,12 @@ from pipelines.sources import Source, check_sources, columns_of, local_sources, 
 from rcd_core import storage
 from rcd_core.errors import UserError
 from rcd_core.tasks import SPLITS, get_task
-from rcd_core.tasks.encoding import TOO_SHORT, Encoder, content_id
+from rcd_core.tasks.encoding import TOO_SHORT, UNLABELLED, Encoder, content_id
 from rcd_core.tasks.rows import BadRow, Row, read_rows
 from rcd_core.tokenizer import load_tokenizer, mask_token_id, tokenizer_sha256, train_tokenizer
 
 ROWS_PER_FILE = 4096
-ROWS_PER_GROUP = 512
+ROWS_PER_GROUP = 1024  # a chunk: what training shuffles, and holds in memory, at a time
 ROWS_PER_BATCH = 512
 TOKENIZER_ROWS = 10_000  # the tokenizer is trained on the first so many good rows
 
@@ -87,15 +87,18 @@ def run(ctx: StageContext) -> dict[str, Any]:
             encoded[split] = _encode(ctx, split, sources[split]).materialize()
     counts = _set_bad_rows_aside(ctx, encoded)
     files = {}
+    chunks: dict[str, list[int]] = {name: [] for name in ("file", "rows", "tokens", "labelled")}
     fingerprint = hashlib.sha256(tokenizer_sha256(tokenizer).encode())
     for split in SPLITS:
         with ctx.console.status(f"prepare: writing the {split} examples"):
-            files[split], counted = _write(ctx, split, encoded[split], fingerprint)
+            files[split], counted = _write(ctx, split, encoded[split], fingerprint, chunks)
         counts[split] |= counted
+    fingerprint.update(str(chunks["rows"]).encode())  # the order of training rows follows them
     storage.remove(storage.join(ctx.directory, "sources"))
     return {
         **files,
         "counts": counts,
+        "chunks": chunks,
         "vocab_size": len(tokenizer),
         "mask_token_id": mask_token_id(tokenizer),
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
@@ -242,9 +245,12 @@ def _too_many(recipe: Recipe, split: str, bad: pa.Table, reasons: dict[str, int]
 
 
 def _write(
-    ctx: StageContext, split: str, encoded: ray.data.Dataset, fingerprint: Any
+    ctx: StageContext, split: str, encoded: ray.data.Dataset, fingerprint: Any, chunks: dict[str, list[int]]
 ) -> tuple[list[str], dict[str, int]]:
-    """Files of ROWS_PER_FILE rows in the order of example ids; an example that occurs twice is trained on once."""
+    """Files of ROWS_PER_FILE rows in the order of example ids; an example that occurs twice is trained on once.
+
+    `chunks` gets a line per row group of the training files: number of the file, rows, tokens, labelled tokens.
+    """
     files: list[str] = []
     previous, copies, num_examples, num_duplicates = "", 0, 0, 0
     for table in in_order(encoded, SCHEMAS[split], "example_id", ROWS_PER_FILE):
@@ -259,6 +265,12 @@ def _write(
         files.append(f"part-{len(files):05d}.parquet")
         with storage.open_output(storage.join(ctx.directory, split, files[-1])) as stream:
             pq.write_table(table, stream, compression="zstd", row_group_size=ROWS_PER_GROUP)
+        for start in range(0, len(table) if split == "train" else 0, ROWS_PER_GROUP):
+            labels = pc.list_flatten(table.slice(start, ROWS_PER_GROUP)["labels"])
+            chunks["file"].append(len(files) - 1)
+            chunks["rows"].append(min(ROWS_PER_GROUP, len(table) - start))
+            chunks["tokens"].append(len(labels))
+            chunks["labelled"].append(pc.sum(pc.not_equal(labels, UNLABELLED)).as_py())
         num_examples += len(table)
         _digest(table, fingerprint)
     return files, {"examples": num_examples, "duplicates": num_duplicates}

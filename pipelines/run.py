@@ -24,7 +24,7 @@ from pipelines.lease import Lease
 from rcd_core import storage
 from rcd_core.errors import UserError
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,9 @@ class Stage:
     """One step of a run, and all that decides whether it is done.
 
     function: "module:function", imported only when called; report prints what the user wants to see at the end,
-    teardown removes what outlives the job. sections: dotted recipe keys that decide the result. outside: recipe key ->
-    checkpoint or data files from outside the run. bundles: what must fit the cluster, one mapping per process.
+    teardown removes what outlives the job, repair mends a finished result in place. sections: dotted recipe keys that
+    decide the result. outside: recipe key -> checkpoint or data files from outside the run. bundles: what must fit the
+    cluster, one mapping per process.
     always: called even when done, and free to find that nothing is to do.
     """
 
@@ -47,6 +48,7 @@ class Stage:
     always: bool = False
     report: str | None = None
     teardown: str | None = None
+    repair: str | None = None
 
 
 def material_of(stage: Stage, recipe: Recipe, inputs: Mapping[str, str | None]) -> dict[str, Any]:
@@ -117,6 +119,13 @@ class RunDirectory:
         }
         storage.write_json(storage.join(self.stage_directory(stage), "manifest.json"), manifest)
         return manifest
+
+    def mend(self, stage: str, summary: dict[str, Any]) -> None:
+        """Put another summary into a finished stage's manifest. Key and fingerprint stay, and so does what was made
+        from it: a shard computed again holds the same rows, on another kind of device with another rounding."""
+        self._check()
+        manifest = {**(self.manifest(stage) or {}), "summary": summary}
+        storage.write_json(storage.join(self.stage_directory(stage), "manifest.json"), manifest)
 
     def _read(self, stage: str, name: str) -> dict[str, Any] | None:
         try:

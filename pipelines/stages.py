@@ -7,12 +7,15 @@ Stage files are named, not imported: a stage that is skipped costs nothing, and 
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from pipelines.config import Recipe
 from pipelines.rules import data_files
 from pipelines.run import Stage
 from rcd_core import storage
 from rcd_core.families.config import ModelConfig
 from rcd_core.residual import ResidualSettings
+from rcd_core.training.signal_rule import SignalRule
 
 _TRAINING = ("block_length", "noise", "seed")
 
@@ -82,18 +85,21 @@ def _signals(recipe: Recipe) -> Stage:
         inputs=("prepare", "reference"),
         # As many rows as the targets will train on.
         sections=("signals", "target.train.steps", "target.train.batch_size", *_TRAINING),
-        bundles=_workers(recipe, recipe.resources.signal_actors),
+        bundles=_workers(recipe, 1),  # the pool of actors begins with what it gets
+        repair="pipelines.precompute:repair",
     )
 
 
 def _target(recipe: Recipe, name: str, section: str | None = None, residual: ResidualSettings | None = None) -> Stage:
     """A target, or the baseline, which is the same without a residual."""
-    source = {"signals": ("signals",), "online": ("reference",), "none": ()}[residual.source if residual else "none"]
+    kind = residual.source if residual else "none"
+    source = {"signals": ("signals",), "online": ("reference",), "none": ()}[kind]
+    rule = tuple(f"signals.{f.name}" for f in fields(SignalRule)) if kind == "online" else ()
     return Stage(
         name=name,
         function="pipelines.train:run",
         inputs=("prepare", *source, *(("base",) if recipe.target.start is None else ())),
-        sections=("target.start", "target.train", *((section,) if section else ()), *_TRAINING),
+        sections=("target.start", "target.train", *((section,) if section else ()), *rule, *_TRAINING),
         outside=_outside("target.start", recipe.target.start),
         bundles=_workers(recipe, recipe.resources.num_workers),
     )

@@ -23,11 +23,14 @@ if __name__ == "__main__":
 
 from pipelines.run import StageContext
 from rcd_core import storage
-from rcd_core.errors import UserError
 from rcd_core.families.config import ModelConfig
 from rcd_core.noise import NoiseSettings, hash_key
 from rcd_core.residual import ResidualSettings
+from rcd_core.training.examples import Chunks
 from rcd_core.training.settings import TrainSettings
+from rcd_core.training.signal_format import SCHEMA_VERSION
+from rcd_core.training.signal_rows import noise_record, require_match
+from rcd_core.training.signal_rule import SignalRule
 
 PROGRESS_EVERY_S = 15.0
 SEED_BITS = (1 << 31) - 1
@@ -42,8 +45,10 @@ class TrainJob:
     start: str | ModelConfig  # a checkpoint, or the sizes of a fresh model
     tokenizer: str
     examples: tuple[str, ...]
+    chunks: Chunks
     signals: dict[str, Any] | None  # summary of the signals stage, with its directory
     reference: str | None  # only where the reference runs online
+    signal_rule: SignalRule
     noise: NoiseSettings
     block_length: int
     settings: TrainSettings
@@ -93,8 +98,10 @@ def make_job(ctx: StageContext) -> TrainJob:
         start=training.start if training.start is not None else ctx.checkpoint("base"),
         tokenizer=storage.join(ctx.input_dir("prepare"), "tokenizer"),
         examples=tuple(storage.join(prepare, name) for name in ctx.input("prepare")["summary"]["train"]),
+        chunks=Chunks.from_manifest(ctx.input("prepare")["summary"]["chunks"]),
         signals=signals,
         reference=reference,
+        signal_rule=recipe.signals.rule,
         noise=noise,
         block_length=recipe.block_length,
         settings=replace(training.train, seed=hash_key(recipe.seed, training.train.seed, "train") & SEED_BITS),
@@ -114,22 +121,17 @@ def _with_alpha_scale(ctx: StageContext, residual: ResidualSettings) -> Residual
 
 
 def _check_signals(ctx: StageContext, signals: dict[str, Any]) -> None:
-    """Signals of another vocabulary, block length or noise would train something else without a word."""
-    prepare = ctx.input("prepare")["summary"]
+    """Signals of other tokens, blocks or noise would train something else without a word."""
+    recipe, prepare = ctx.recipe, ctx.input("prepare")["summary"]
     wanted = {
-        "block_length": ctx.recipe.block_length,
-        "vocab_size": prepare["vocab_size"],
+        "schema_version": SCHEMA_VERSION,
+        "block_length": recipe.block_length,
+        "pad_multiple": recipe.data.pad_multiple or recipe.block_length,
         "mask_token_id": prepare["mask_token_id"],
         "tokenizer_sha256": prepare["tokenizer_sha256"],
-        "noise": {"seed": ctx.recipe.noise.seed, "draws": ctx.recipe.noise.draws, "eps": ctx.recipe.noise.eps},
+        "noise": noise_record(recipe.noise),
     }
-    for name, value in wanted.items():
-        if name == "vocab_size" and signals[name] >= value:
-            continue  # a model's table may be padded beyond its tokenizer's ids
-        if signals[name] != value:
-            raise UserError(
-                f"the signals' {name} is {signals[name]!r} but the recipe's is {value!r}; run full.py --redo signals"
-            )
+    require_match(signals, wanted, "the recipe's")
 
 
 # -- Ray Train
@@ -165,8 +167,10 @@ def train_worker(config: dict[str, Any]) -> None:
     from ray.train.torch import get_device
 
     from rcd_core.families.loading import load_model
+    from rcd_core.training.examples import Limits
     from rcd_core.training.loop import Callbacks, train
-    from rcd_core.training.rows import ExampleSource, RowSource, SignalSource
+    from rcd_core.training.rows import ExampleSource, RowSource
+    from rcd_core.training.signal_rows import SignalSource
 
     job: TrainJob = config["job"]
     device = get_device()
@@ -175,14 +179,17 @@ def train_worker(config: dict[str, Any]) -> None:
     model = _start_model(job).to(device)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    reference = load_model(job.reference, device=device) if job.reference else None
+    # In the dtype in which the stage `signals` would have run it.
+    dtype = torch.bfloat16 if device.type == "cuda" else None
+    reference = load_model(job.reference, device=device, dtype=dtype) if job.reference else None
     source: RowSource
     if job.signals is not None:
-        s = job.signals
-        temperatures = (s["alpha_temperature"], s["delta_temperature"])
-        source = SignalSource(s["directory"], s["shards"], s["rows_per_shard"], s["rows"], temperatures)
+        facts = {name: getattr(model, name) for name in ("family", "vocab_size", "mask_token_id")}
+        require_match(job.signals, facts, "the target's")
+        source = SignalSource(job.signals["directory"], job.signals)
     else:
-        source = ExampleSource(job.examples, job.noise)
+        limits = Limits(model.vocab_size, model.max_positions)
+        source = ExampleSource(job.examples, job.noise, job.chunks, limits)
     rank = ray_train.get_context().get_world_rank()
     resumed = ray_train.get_checkpoint()
     with tempfile.TemporaryDirectory() as scratch:
@@ -190,15 +197,12 @@ def train_worker(config: dict[str, Any]) -> None:
         metrics = _Metrics(job, rank, resume)
 
         def checkpoint(step: int, save: Any) -> None:
-            """report() is a barrier: every rank calls it, rank 0 brings the files."""
-            if rank == 0:
-                with tempfile.TemporaryDirectory() as directory:
-                    save(Path(directory))
-                    ray_train.report({"step": step}, checkpoint=ray_train.Checkpoint.from_directory(directory))
-            else:
-                ray_train.report({"step": step})
+            """report() is a barrier: every rank calls it and brings its part of the files."""
+            with tempfile.TemporaryDirectory() as directory:
+                save(Path(directory))
+                ray_train.report({"step": step}, checkpoint=ray_train.Checkpoint.from_directory(directory))
 
-        train(
+        weights = train(
             model,
             source,
             job.settings,
@@ -206,10 +210,12 @@ def train_worker(config: dict[str, Any]) -> None:
             job.block_length,
             Callbacks(log=metrics.log, checkpoint=checkpoint),
             reference=reference,
+            signal_rule=job.signal_rule,
+            noise=job.noise,
             resume=resume,
         )
     if rank == 0:
-        _export(job, model)
+        _export(job, model.with_weights(weights))
 
 
 def _start_model(job: TrainJob) -> Any:

@@ -39,6 +39,11 @@ class Layout:
     lengths: Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
 
+    def to(self, device: torch.device | str) -> Layout:
+        lengths = None if self.lengths is None else self.lengths.to(device)
+        low, high, own, code = (t.to(device) for t in (self.low, self.high, self.own, self.code))
+        return Layout(low, high, own, code, lengths)
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """(B, Q, K)."""
@@ -96,6 +101,10 @@ class PackedTokens:
     valid: Tensor
     layout: Layout
 
+    def to(self, device: torch.device | str) -> PackedTokens:
+        source, noisy, valid = (t.to(device) for t in (self.source, self.noisy, self.valid))
+        return PackedTokens(source, noisy, valid, self.layout.to(device))
+
 
 def block_diffusion(masked: Tensor, sample_ids: Tensor, positions: Tensor, block_length: int) -> PackedTokens:
     """masked (B, L) bool; sample_ids (B, L), -1 = padding; positions (B, L) counted from each sample's start."""
@@ -114,7 +123,7 @@ def block_diffusion(masked: Tensor, sample_ids: Tensor, positions: Tensor, block
     keep_clean = (block < last.gather(1, sample_ids + 1)) & (sample_ids >= 0)
 
     keep = torch.cat([keep_noisy, keep_clean], dim=1)  # (B, 2L)
-    width = int(keep.sum(1).max())
+    width = max(1, int(keep.sum(1).max()))
     order = (~keep).to(torch.int8).argsort(dim=1, stable=True)[:, :width]  # kept ones first, in order
     valid = keep.gather(1, order)
     noisy = order < length

@@ -10,6 +10,7 @@ Shapes: L sequence length.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,6 +71,30 @@ def mask_example(
     maskable: (L,) True where the token carries a label. Returns ((L,) masked, p = the masking probability used).
     At least one position is masked unless none is maskable: an empty mask is redrawn, at last one token is forced.
     """
+    masked, p, _ = _draw(maskable, example_id, draw, settings)
+    return masked, p
+
+
+def nested_masks(
+    maskable: NDArray[np.bool_], example_id: str, draw: int, settings: NoiseSettings, gaps: Sequence[float]
+) -> list[NDArray[np.bool_]]:
+    """(L,) masks of noisier versions of the same draw, nearest first: each holds all positions of those before it.
+
+    gaps: what each adds to the masking probability. The tokens' random numbers are those of mask_example.
+    """
+    masked, p, u = _draw(maskable, example_id, draw, settings)
+    noisier = []
+    for gap in gaps:
+        p = min(1.0, p + gap)
+        masked = masked | ((u < p) & maskable)
+        noisier.append(masked)
+    return noisier
+
+
+def _draw(
+    maskable: NDArray[np.bool_], example_id: str, draw: int, settings: NoiseSettings
+) -> tuple[NDArray[np.bool_], float, NDArray[np.float64]]:
+    """(masked (L,), p, the tokens' random numbers (L,))."""
     if not maskable.any():
         raise UserError(f"example {example_id!r} has no labelled token; remove it or mend its labels")
     length = maskable.shape[0]
@@ -78,8 +103,8 @@ def mask_example(
         p = (1.0 - settings.eps) * float(u[0]) + settings.eps
         masked = (u[1:] < p) & maskable
         if masked.any():
-            return masked, p
+            return masked, p, u[1:]
     candidates = np.flatnonzero(maskable)
     masked = np.zeros_like(maskable)
     masked[candidates[int(u[0] * len(candidates))]] = True
-    return masked, p
+    return masked, p, u[1:]

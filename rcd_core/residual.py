@@ -6,7 +6,7 @@ Shapes: N positions, V vocabulary, D embedding width. E: (V, D) the TARGET's own
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -31,18 +31,28 @@ FIXED_ALPHA = 0.3
 class ResidualSettings:
     """How a target is trained with residuals.
 
-    source: "signals" cached reference signals, "online" the reference inside the step, "none" plain masked SFT.
+    source: "signals" cached reference signals, "online" the reference inside the step, "none" plain masked SFT; without
+    a reference: "self" the target's own one or two passes on nested noisier inputs, "self_same" on the same input (the
+    weak control), "on_policy" no residual but masks as the target's passes leave them (the other control).
     alpha_scale: h of calibrated_entropy in nats; None takes `alpha_quantile` of the signals' entropies.
     dropout: share of samples trained with alpha = 0 (experiments: lifts the zero start; 0 is the paper's form).
     """
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    source: Literal["signals", "online", "none"] = "signals"
+    source: Literal["signals", "online", "none", "self", "self_same", "on_policy"] = "signals"
     alpha: AlphaRule = "normalized_entropy"
     alpha_scale: float | None = None
     alpha_quantile: float = 0.999
     dropout: float = 0.25
+
+    @property
+    def runs_model(self) -> bool:
+        """The model under training itself is run on other inputs first."""
+        return self.source in ("self", "self_same", "on_policy")
+
+    def without_dropout(self) -> ResidualSettings:
+        return replace(self, dropout=0.0)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.dropout <= 1.0:

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from rcd_core.errors import UserError
+from rcd_core.kernels.encode import Encoded, encode
 from rcd_core.residual import AlphaRule, alpha_from_statistics, entropy
+from rcd_core.signal_arrow import from_table, to_table
 
 _TILE_BYTES = 64 << 20  # fp32 logits held at once by from_hidden
 
@@ -37,30 +39,25 @@ class ReferenceSignals:
     # -- making
     @classmethod
     def from_logits(
-        cls, logits: Tensor, k: int = 32, *, alpha_temperature: float = 1.0, delta_temperature: float = 1.0
+        cls,
+        logits: Tensor,
+        k: int = 32,
+        mass: float | None = None,
+        *,
+        alpha_temperature: float = 1.0,
+        delta_temperature: float = 1.0,
     ) -> ReferenceSignals:
-        """(N, V) logits of any float dtype. NaN or +inf raises; -inf is a token of probability 0."""
-        if logits.dim() != 2:
-            raise UserError(f"logits have shape {tuple(logits.shape)}; (positions, vocabulary) is needed")
-        vocab_size = logits.shape[1]
-        if not k >= 1:
-            raise UserError(f"k is {k}; keep at least 1 entry per position")
-        z = logits.float()
-        if torch.isnan(z).any() or torch.isposinf(z).any():
-            raise UserError("logits contain NaN or +inf; the reference's weights or inputs are broken")
-        scaled = z / delta_temperature
-        k = min(k, vocab_size)
-        top, ids = scaled.topk(k, dim=-1)
-        norm = scaled.logsumexp(-1)
-        tail = scaled.scatter(1, ids, float("-inf")).logsumexp(-1)
-        return cls(
-            topk_ids=ids.to(torch.int32),
-            topk_logprobs=(top - norm[:, None]).to(torch.float16),
-            entropy=entropy(z / alpha_temperature),
-            tail_mass=(tail - norm).exp(),
-            alpha_temperature=alpha_temperature,
-            delta_temperature=delta_temperature,
-        )
+        """(N, V) logits of any float dtype; K = min(k, V). -inf is a token of probability 0; NaN, +inf and a row that
+        is -inf everywhere raise. mass: of the k entries keep only as many, per position, as reach this probability;
+        the others join the tail and leave padding (id 0, log-probability -inf)."""
+        _check(logits, "logits", "(positions, vocabulary)", k, mass, alpha_temperature, delta_temperature)
+        temperatures = (alpha_temperature, delta_temperature)
+        if not len(logits):
+            return cls.empty(min(k, logits.shape[1]), *temperatures).to(logits.device)
+        with torch.no_grad():
+            return cls._from_encoded(
+                [encode(logits.detach(), min(k, logits.shape[1]), *temperatures)], mass, *temperatures
+            )
 
     @classmethod
     def from_hidden(
@@ -68,19 +65,54 @@ class ReferenceSignals:
         hidden: Tensor,
         lm_head_weight: Tensor,
         k: int = 32,
+        mass: float | None = None,
         *,
         alpha_temperature: float = 1.0,
         delta_temperature: float = 1.0,
     ) -> ReferenceSignals:
-        """(N, D) hidden states, (V, D) head: as from_logits, holding only a tile of the logits at a time."""
-        tile = max(1, _TILE_BYTES // (4 * lm_head_weight.shape[0]))
-        parts = [
-            cls.from_logits(
-                rows @ lm_head_weight.T, k, alpha_temperature=alpha_temperature, delta_temperature=delta_temperature
+        """(N, D) hidden states, (V, D) head: as from_logits of their product in the head's dtype, of which only a tile
+        is held at a time."""
+        _check(hidden, "hidden", "(positions, width)", k, mass, alpha_temperature, delta_temperature)
+        if lm_head_weight.dim() != 2 or lm_head_weight.shape[1] != hidden.shape[1]:
+            raise UserError(
+                f"hidden has shape {tuple(hidden.shape)}, lm_head_weight {tuple(lm_head_weight.shape)}; "
+                "(positions, width) and (vocabulary, width) of one width are needed"
             )
-            for rows in torch.split(hidden, tile)
-        ]
-        return cls.cat(parts) if parts else cls.empty(k, alpha_temperature, delta_temperature)
+        vocab_size, temperatures = lm_head_weight.shape[0], (alpha_temperature, delta_temperature)
+        if not len(hidden):
+            return cls.empty(min(k, vocab_size), *temperatures).to(hidden.device)
+        head, tile = lm_head_weight.detach(), max(1, _TILE_BYTES // (4 * vocab_size))
+        with torch.no_grad():
+            tiles = torch.split(hidden.detach().to(head.dtype), tile)
+            encoded = [encode(rows @ head.T, min(k, vocab_size), *temperatures) for rows in tiles]
+            return cls._from_encoded(encoded, mass, *temperatures)
+
+    @classmethod
+    def _from_encoded(
+        cls, parts: Sequence[Encoded], mass: float | None, alpha_temperature: float, delta_temperature: float
+    ) -> ReferenceSignals:
+        columns = (torch.cat(column) if len(parts) > 1 else column[0] for column in zip(*parts, strict=True))
+        ids, logprobs, tail, entropies, peak = columns
+        if not torch.isfinite(peak).all():
+            row = int((~torch.isfinite(peak)).nonzero()[0])
+            if peak[row] == -math.inf:
+                raise UserError(f"row {row} of the logits is -inf everywhere; at least one token must be possible")
+            raise UserError(f"row {row} of the logits holds NaN or +inf; the reference's weights or inputs are broken")
+        if mass is not None:
+            p = logprobs.exp()
+            dropped = (p.cumsum(1) - p) >= mass  # those before it suffice already
+            dropped[:, 0] = False
+            tail = tail + p.masked_fill(~dropped, 0.0).sum(1)
+            logprobs = logprobs.masked_fill(dropped, -math.inf)
+        kept = logprobs.to(torch.float16)
+        return cls(
+            topk_ids=ids.to(torch.int32).masked_fill(~torch.isfinite(kept), 0),
+            topk_logprobs=kept,
+            entropy=entropies,
+            tail_mass=tail,
+            alpha_temperature=alpha_temperature,
+            delta_temperature=delta_temperature,
+        )
 
     @classmethod
     def empty(cls, k: int, alpha_temperature: float = 1.0, delta_temperature: float = 1.0) -> ReferenceSignals:
@@ -109,16 +141,14 @@ class ReferenceSignals:
                 f"signals hold id {int(self.topk_ids.max())} but the embedding table has {vocab_size} rows; "
                 "reference and target must share one vocabulary"
             )
-        weights = self.topk_logprobs.to(embedding_weight.dtype).exp()
-        kept = torch.isfinite(self.topk_logprobs)
-        ids = self.topk_ids.long()
-        bag = torch.nn.functional.embedding_bag
-        delta = bag(ids, embedding_weight, per_sample_weights=weights, mode="sum")
-        kept_sum = bag(ids, embedding_weight, per_sample_weights=kept.to(weights.dtype), mode="sum")
-        num_left = vocab_size - kept.sum(1)
-        tail_mean = (embedding_weight.sum(0) - kept_sum) / num_left.clamp(min=1)[:, None]
-        tail = torch.where(num_left > 0, self.tail_mass, 0.0).to(weights.dtype)
-        return delta + tail[:, None] * tail_mean
+        p, kept = self.topk_logprobs.float().exp(), torch.isfinite(self.topk_logprobs)
+        share = self.tail_mass / (vocab_size - kept.sum(1)).clamp(min=1)  # the tail's mass on each id not kept
+        # sum_j p_j E_j + share * (sum of E over what is not kept), as one weighted sum over what is kept.
+        weights = torch.where(kept, p - share[:, None], 0.0).to(embedding_weight.dtype)
+        delta = torch.nn.functional.embedding_bag(
+            self.topk_ids.long(), embedding_weight, per_sample_weights=weights, mode="sum"
+        )
+        return delta + share.to(delta.dtype)[:, None] * embedding_weight.sum(0)
 
     def to(self, device: torch.device | str) -> ReferenceSignals:
         return self._map(lambda t: t.to(device))
@@ -165,44 +195,13 @@ class ReferenceSignals:
     # -- travel
     def to_arrow(self) -> Any:
         """A pyarrow Table, one row per position, lists without the padding; temperatures in the schema's metadata."""
-        import pyarrow as pa
-
-        kept = torch.isfinite(self.topk_logprobs)
-        offsets = pa.array([0, *kept.sum(1).cumsum(0).tolist()], pa.int32())
-        ids, logprobs = self.topk_ids[kept].cpu().numpy(), self.topk_logprobs[kept].cpu().numpy()
-        metadata = {
-            "alpha_temperature": repr(self.alpha_temperature),
-            "delta_temperature": repr(self.delta_temperature),
-        }
-        table = pa.table(
-            {
-                "topk_ids": pa.ListArray.from_arrays(offsets, pa.array(ids, pa.int32())),
-                "topk_logprobs": pa.ListArray.from_arrays(offsets, pa.array(logprobs, pa.float16())),
-                "entropy": pa.array(self.entropy.cpu().numpy(), pa.float32()),
-                "tail_mass": pa.array(self.tail_mass.cpu().numpy(), pa.float32()),
-            }
-        )
-        return table.replace_schema_metadata(metadata)
+        columns = (self.topk_ids, self.topk_logprobs, self.entropy, self.tail_mass)
+        return to_table(columns, (self.alpha_temperature, self.delta_temperature))
 
     @classmethod
     def from_arrow(cls, table: Any) -> ReferenceSignals:
-        metadata = table.schema.metadata or {}
-        ids, logprobs = (table[name].combine_chunks() for name in ("topk_ids", "topk_logprobs"))
-        lengths = torch.from_numpy(ids.value_lengths().to_numpy(zero_copy_only=False).copy()).long()
-        width = int(lengths.max()) if len(lengths) else 0
-        kept = torch.arange(width) < lengths[:, None]
-        topk_ids = torch.zeros(len(lengths), width, dtype=torch.int32)
-        topk_logprobs = torch.full((len(lengths), width), -math.inf, dtype=torch.float16)
-        topk_ids[kept] = torch.from_numpy(ids.flatten().to_numpy(zero_copy_only=False).copy())
-        topk_logprobs[kept] = torch.from_numpy(logprobs.flatten().to_numpy(zero_copy_only=False).copy())
-        return cls(
-            topk_ids,
-            topk_logprobs,
-            torch.from_numpy(table["entropy"].to_numpy().copy()),
-            torch.from_numpy(table["tail_mass"].to_numpy().copy()),
-            float(metadata.get(b"alpha_temperature", b"1.0")),
-            float(metadata.get(b"delta_temperature", b"1.0")),
-        )
+        columns, temperatures = from_table(table)
+        return cls(*columns, *temperatures)
 
     def to_bytes(self) -> bytes:
         """Arrow IPC: what travels between Serve replicas."""
@@ -220,6 +219,20 @@ class ReferenceSignals:
 
         with pa.ipc.open_stream(data) as reader:
             return cls.from_arrow(reader.read_all())
+
+
+def _check(
+    rows: Tensor, name: str, shape: str, k: int, mass: float | None, alpha_temperature: float, delta_temperature: float
+) -> None:
+    if rows.dim() != 2 or not rows.is_floating_point():
+        raise UserError(f"{name} has shape {tuple(rows.shape)} and dtype {rows.dtype}; {shape} of floats is needed")
+    if not k >= 1:
+        raise UserError(f"k is {k}; keep at least 1 entry per position")
+    if mass is not None and not 0.0 < mass <= 1.0:
+        raise UserError(f"mass is {mass}; it must lie in (0, 1], or be None to keep k entries everywhere")
+    for key, value in (("alpha_temperature", alpha_temperature), ("delta_temperature", delta_temperature)):
+        if not 0.0 < value < math.inf:
+            raise UserError(f"{key} is {value}; it must be above 0")
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,15 @@ Shapes: B rows, Q query tokens, L tokens, V vocabulary, D width.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rcd_core.decoding.settings import Start
 from rcd_core.families.weights import MAX_SHARD_BYTES, write_json, write_weights
@@ -50,6 +53,7 @@ class DiffusionModel(nn.Module):
     threshold_inclusive: ClassVar[bool]  # commit at confidence >= threshold (Fast-dLLM) or > threshold (SDAR)
     blocks_from_prompt_end: ClassVar[bool]  # LLaDA counts blocks from the prompt's end, SDAR from position 0
     default_start: ClassVar[Start]  # method.md 6: v2's start of a block per family
+    activation_checkpointing = False  # training only: layers are computed again in the backward pass
 
     def __init__(self, backbone: Any, info: CheckpointInfo) -> None:
         super().__init__()
@@ -92,6 +96,15 @@ class DiffusionModel(nn.Module):
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
+    def with_weights(self, weights: Mapping[str, Tensor]) -> DiffusionModel:
+        """A model like this one with other backbone weights, taken as they are: to export what is trained in shards."""
+        with torch.device("meta"):
+            backbone = type(self.backbone)(self.config)
+        backbone.load_state_dict(dict(weights), assign=True)
+        if self.config.tie_word_embeddings:
+            backbone.tie_weights()
+        return type(self)(backbone, self.info)
+
     @abstractmethod
     def attention_block(self, block_length: int) -> int | None:
         """Block length of the attention layout: the block's own for SDAR, None (bidirectional) for LLaDA."""
@@ -110,9 +123,11 @@ class DiffusionModel(nn.Module):
         rotary = body.rotary_emb(embeds, positions)
         h = embeds
         for layer in body.layers:
-            h = layer(
-                h, attention_mask=layout, position_ids=positions, position_embeddings=rotary, past_key_values=cache
+            call = partial(
+                layer, attention_mask=layout, position_ids=positions, position_embeddings=rotary, past_key_values=cache
             )
+            recompute = self.activation_checkpointing and torch.is_grad_enabled()
+            h = checkpoint(call, h, use_reentrant=False) if recompute else call(h)
         return body.norm(h)  # type: ignore[no-any-return]
 
     def head(self, hidden: Tensor) -> Tensor:

@@ -7,58 +7,48 @@ whole step, so the number of workers changes rounding and nothing else. Resume i
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
-from rcd_core.noise import hash_key, uniforms
+from rcd_core.noise import NoiseSettings
 from rcd_core.residual import ResidualSettings
-from rcd_core.signals import ReferenceSignals, residual_state
-from rcd_core.training.objective import LossWeight, TrainingBatch, loss_sum, masked_hidden, normalizer
-from rcd_core.training.rows import Row, RowSource, collate
+from rcd_core.signals import ReferenceSignals
+from rcd_core.training.batches import BatchMaker, MicroBatch, prefetched
+from rcd_core.training.loss_module import LossModule
+from rcd_core.training.meter import Meter
+from rcd_core.training.objective import TrainingBatch, masked_hidden, normalizer
+from rcd_core.training.rows import RowSource
 from rcd_core.training.settings import TrainSettings
+from rcd_core.training.signal_rule import SignalRule
+from rcd_core.training.strategies import Strategy, make_strategy, read_progress, write_progress
 
-ONLINE_TOP_K = 32
+DEFAULT_RULE = SignalRule()
 
 
 @dataclass(frozen=True)
 class Callbacks:
-    """Called on every rank: log(metrics reduced over ranks); checkpoint(step, save) where save(directory) writes."""
+    """Called on every rank: log(metrics, summed over ranks); checkpoint(step, save), where save(directory) writes this
+    rank's part and is collective."""
 
     log: Callable[[dict[str, float]], None]
     checkpoint: Callable[[int, Callable[[Path], None]], None]
 
 
-class LossModule(nn.Module):
-    """What is wrapped for data parallelism: the sum of weighted losses of one micro-batch, residual included."""
+@dataclass(frozen=True)
+class Validation:
+    """Held-out rows [0, num_rows) of a source, with their fixed noise."""
 
-    def __init__(self, model: DiffusionModel, weight: LossWeight, residual: ResidualSettings) -> None:
-        super().__init__()
-        self.model, self.weight, self.residual = model, weight, residual
-
-    def forward(self, batch: TrainingBatch, signals: ReferenceSignals | None, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """keep (B,) is 0 for rows under residual dropout. Returns (loss sum, sum of alpha over masked positions)."""
-        if signals is None:
-            return loss_sum(self.model, batch, None, self.weight), torch.zeros((), device=keep.device)
-        rule, scale = self.residual.alpha, self.residual.alpha_scale
-        alpha, delta = residual_state(signals, self.model.embedding.weight, rule, scale)
-        alpha = alpha * keep[:, None].expand_as(batch.masked)[batch.masked]
-        return loss_sum(self.model, batch, (alpha, delta), self.weight), alpha.detach().sum()
+    source: RowSource
+    num_rows: int
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
@@ -80,155 +70,177 @@ def train(
     callbacks: Callbacks,
     *,
     reference: DiffusionModel | None = None,
-    online_top_k: int = ONLINE_TOP_K,
+    signal_rule: SignalRule = DEFAULT_RULE,
+    noise: NoiseSettings | None = None,
+    validation: Validation | None = None,
     resume: Path | None = None,
-) -> None:
+) -> dict[str, Tensor]:
     """Train `model` in place for settings.steps optimiser steps, from `resume` (a checkpoint directory) if given.
 
     residual.source "none" ignores any signals; "signals" takes the rows' cached ones; "online" asks `reference`, whose
-    weights never change, for top-`online_top_k` signals at the same noisy input.
+    weights never change, at the same noisy input and keeps of its answer what `signal_rule` says; "self", "self_same"
+    and "on_policy" run the model itself on noisier versions of the rows, drawn by `noise`, the rows' own.
+    Returns the backbone's weights on CPU on rank 0, {} on the others. UserError for what settings or data rule out.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = model.device
     if settings.batch_size % world:
         raise UserError(f"train.batch_size {settings.batch_size} is no multiple of the {world} workers; change either")
     if residual.source == "online" and reference is None:
         raise UserError("residual.source is 'online' but no reference model was given")
-    model.train()
-    module: nn.Module = LossModule(model, settings.loss_weight, residual)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        fused=True,
+    if residual.runs_model and noise is None:
+        raise UserError(f"residual.source is {residual.source!r}, which needs the noise of the rows; none was given")
+    maker = BatchMaker(
+        settings=settings,
+        residual=residual,
+        mask_token_id=model.mask_token_id,
+        pad_token_id=model.info.pad_token_id,
+        block_length=block_length,
+        block_diffusion=model.attention_block(block_length) is not None,
+        noise=noise,
     )
-    first = _load_checkpoint(resume, model, optimizer) if resume else 0
-    if world > 1:
-        module = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16")
-    meter = Meter(device, first)
-    last_checkpoint = first
-    for step, micro_batches in _prefetched(source, settings, rank, world, first, model, block_length):
+    model.train()
+    model.activation_checkpointing = settings.activation_checkpointing
+    meter = Meter(model, 0)
+    module = LossModule(model, settings.loss_weight, residual)
+    strategy = make_strategy(module, model.backbone.model.layers, settings, model.device)
+    run = _Run(model, strategy, settings, residual, reference, signal_rule, world)
+    first = 0
+    if resume is not None:
+        first = read_progress(resume, settings.strategy)
+        strategy.load(resume)
+    meter.last_step = last_checkpoint = first
+    skipped = 0
+    waiting = time.perf_counter()
+    for step, micro_batches in prefetched(source, maker, rank, world, first):
+        meter.waited += time.perf_counter() - waiting
         rate = learning_rate(step, settings)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        batches = [(rows, batch.to(device), signals) for rows, batch, signals in micro_batches]
-        parts = [normalizer(batch, model.family, settings.loss_weight).double() for _, batch, _ in batches]
-        total = torch.stack(parts).sum().to(device)
-        # Under way while the passes are computed: the losses are summed first and normalised afterwards.
-        pending = dist.all_reduce(total, async_op=True) if world > 1 else None
-        sums = []
-        for i, (rows, batch, signals) in enumerate(batches):
-            signals = _signals(residual, signals, reference, model, batch, online_top_k)
-            synchronised = i + 1 == len(batches) or not isinstance(module, DistributedDataParallel)
-            with contextlib.nullcontext() if synchronised else module.no_sync(), autocast:  # type: ignore[union-attr, operator]
-                loss, alpha = module(batch, signals, _keep(rows, residual, settings).to(device))
-            loss.backward()
-            sums.append((loss.detach(), alpha, batch))
-        if pending is not None:
-            pending.wait()
-        normalized = total.item()
-        for loss, alpha, batch in sums:
-            meter.add(loss / normalized, alpha, batch)
-        # DDP averages gradients over ranks; the step's loss is a sum over ranks divided by the whole normaliser.
-        torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], world / normalized)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
-        if not torch.isfinite(norm):
-            ids = ", ".join(r.example_id for rows, _, _ in batches for r in rows[:4])
-            raise UserError(
-                f"loss or gradient is not finite at step {step} (rank {rank}, rows {ids}, ...); the last good "
-                f"checkpoint is that of step {last_checkpoint}: lower train.learning_rate, or look at these rows"
-            )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        norm = run.step(micro_batches, rate, meter)
         done = step + 1
+        if not math.isfinite(norm):
+            skipped += 1
+            if skipped > settings.max_skipped_steps:
+                ids = ", ".join(row.example_id for micro in micro_batches for row in micro.rows[:4])
+                raise UserError(
+                    f"loss or gradient is not finite at step {step} (rank {rank}, rows {ids}, ...); the last good "
+                    f"checkpoint is that of step {last_checkpoint}: lower train.learning_rate, look at these rows, or "
+                    "allow some with train.max_skipped_steps"
+                )
         if done % settings.log_every == 0 or done == settings.steps:
-            callbacks.log({"step": done, "learning_rate": rate, "grad_norm": norm.item(), **meter.flush(done)})
+            line = {
+                "step": done,
+                "learning_rate": rate,
+                "grad_norm": norm,
+                "skipped_steps": skipped,
+                **meter.flush(done),
+            }
+            if (
+                validation
+                and settings.validate_every
+                and (done % settings.validate_every == 0 or done == settings.steps)
+            ):
+                line["validation_loss"] = run.validate(validation, maker, rank)
+            callbacks.log(line)
         if done % settings.checkpoint_every == 0 and done < settings.steps:
-            callbacks.checkpoint(done, partial(save_checkpoint, model=model, optimizer=optimizer, step=done))
+            callbacks.checkpoint(done, lambda directory, done=done: _save(strategy, directory, done, settings, rank))  # type: ignore[misc]
             last_checkpoint = done
+        waiting = time.perf_counter()
+    weights = {n.removeprefix("model.backbone."): w for n, w in strategy.full_weights().items()}
     model.eval()
+    return weights
 
 
-class Meter:
-    """Sums between two log lines, over all ranks."""
+class _Run:
+    """One optimiser step, and validation, on this rank."""
 
-    def __init__(self, device: torch.device, first_step: int) -> None:
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, alpha, masked, tokens
-        self.last_step = first_step
-        self.since = time.perf_counter()
+    def __init__(
+        self,
+        model: DiffusionModel,
+        strategy: Strategy,
+        settings: TrainSettings,
+        residual: ResidualSettings,
+        reference: DiffusionModel | None,
+        rule: SignalRule,
+        world: int,
+    ) -> None:
+        self.model, self.strategy, self.settings, self.residual = model, strategy, settings, residual
+        self.reference, self.rule, self.world, self.device = reference, rule, world, model.device
 
-    def add(self, loss: Tensor, alpha: Tensor, batch: TrainingBatch) -> None:
-        assert batch.sample_ids is not None
-        counts = (batch.masked.sum(), (batch.sample_ids >= 0).sum())
-        self.sums += torch.stack([loss.double(), alpha.double(), *(c.double() for c in counts)])
+    def step(self, micro_batches: list[MicroBatch], rate: float, meter: Meter) -> float:
+        """The gradient norm; not finite if there was no update."""
+        micro_batches = [micro.to(self.device) for micro in micro_batches]
+        total, pending = self._sum_over_ranks(self._normalizers(micro_batches))
+        missing = 0
+        if self.strategy.collective_forward and self.world > 1:
+            most = torch.tensor(len(micro_batches), device=self.device)
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+            missing = int(most) - len(micro_batches)
+        sums = []
+        finite = torch.zeros((), device=self.device)
+        # Ranks whose packing gave fewer micro-batches run their last one again, for nothing.
+        for i, micro in enumerate(micro_batches + micro_batches[-1:] * missing):
+            real = i < len(micro_batches)
+            with self.strategy.micro_batch(last=i + 1 == len(micro_batches) + missing):
+                with self.strategy.autocast():
+                    loss, statistics = self.strategy.module(micro, self._signals(micro))
+                if pending is not None:
+                    pending.wait()  # was under way during the first forward
+                    pending = None
+                # Gradients are averaged over ranks; the step's loss is a sum over ranks by the whole normaliser.
+                self.strategy.backward(loss * (self.world / total if real else 0.0))
+            if real:
+                sums.append((loss.detach(), statistics, micro))
+                finite += loss.detach()
+        if self.strategy.updates_blindly:
+            finite, waiting = self._sum_over_ranks(finite)
+            if waiting is not None:
+                waiting.wait()
+            if not torch.isfinite(finite):
+                self.strategy.discard()
+                return math.nan
+        for loss, statistics, micro in sums:
+            meter.add(loss / total, statistics, micro)
+        return float(self.strategy.step(rate))
 
-    def flush(self, step: int) -> dict[str, float]:
-        """Means since the last flush; every rank must call it."""
-        loss, alpha, masked, tokens = _all_reduce(self.sums).tolist()
-        loss, self.last_step = loss / (step - self.last_step), step
-        seconds = time.perf_counter() - self.since
-        self.sums.zero_()
-        self.since = time.perf_counter()
-        return {"loss": loss, "mean_alpha": alpha / max(masked, 1.0), "tokens_per_s": tokens / seconds}
+    @torch.no_grad()
+    def validate(self, validation: Validation, maker: BatchMaker, rank: int) -> float:
+        """Mean loss over the held-out rows, without dropout; collective."""
+        self.model.eval()
+        maker = BatchMaker(**{**vars(maker), "residual": maker.residual.without_dropout()})
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        size = self.settings.batch_size // self.world
+        mine = [validation.source.row(g) for g in range(rank, validation.num_rows, self.world)]
+        # All ranks make the same number of batches of one row each at least: forwards may be collective.
+        for start in range(0, -(-validation.num_rows // self.world), size):
+            rows = mine[start : start + size] or mine[:1]
+            counted = float(start < len(mine))
+            for micro in maker.micro_batches(rows):
+                micro = micro.to(self.device)
+                with self.strategy.autocast():
+                    loss, _ = self.strategy.module(micro, self._signals(micro))
+                sums += counted * torch.stack([loss.double(), self._normalizers([micro])])
+        if self.world > 1:
+            dist.all_reduce(sums)
+        self.model.train()
+        return float(sums[0] / sums[1])
 
+    def _normalizers(self, micro_batches: list[MicroBatch]) -> Tensor:
+        parts = [normalizer(m.batch, self.model.family, self.settings.loss_weight).double() for m in micro_batches]
+        return torch.stack(parts).sum().to(self.device)
 
-def _prefetched(
-    source: RowSource,
-    settings: TrainSettings,
-    rank: int,
-    world: int,
-    first: int,
-    model: DiffusionModel,
-    block_length: int,
-) -> Iterator[tuple[int, list[tuple[list[Row], TrainingBatch, ReferenceSignals | None]]]]:
-    """The steps from `first` on, each prepared in a thread while the one before is computed."""
-    share = settings.batch_size // world
-    micro = min(settings.micro_batch_size or share, share)
-    ids = {"mask_token_id": model.mask_token_id, "pad_token_id": model.info.pad_token_id, "block_length": block_length}
+    def _sum_over_ranks(self, value: Tensor) -> tuple[Tensor, dist.Work | None]:
+        return value, dist.all_reduce(value, async_op=True) if self.world > 1 else None
 
-    def prepare(step: int) -> list[tuple[list[Row], TrainingBatch, ReferenceSignals | None]]:
-        mine = range(step * settings.batch_size + rank, (step + 1) * settings.batch_size, world)
-        rows = [source.row(g) for g in mine]
-        parts = [rows[i : i + micro] for i in range(0, len(rows), micro)]
-        return [(part, *collate(part, **ids)) for part in parts]
-
-    with ThreadPoolExecutor(1, thread_name_prefix="rows") as pool:
-        following = pool.submit(prepare, first) if first < settings.steps else None
-        for step in range(first, settings.steps):
-            assert following is not None
-            current = following.result()
-            following = pool.submit(prepare, step + 1) if step + 1 < settings.steps else None
-            yield step, current
-
-
-def _keep(rows: list[Row], residual: ResidualSettings, settings: TrainSettings) -> Tensor:
-    """(B,) 0 where residual dropout strikes the row, by hash of the row's place in training."""
-    if not residual.dropout:
-        return torch.ones(len(rows))
-    drawn = [uniforms(hash_key("residual_dropout", settings.seed, r.index), 1)[0] for r in rows]
-    return torch.tensor([float(u >= residual.dropout) for u in drawn])
-
-
-def _signals(
-    residual: ResidualSettings,
-    cached: ReferenceSignals | None,
-    reference: DiffusionModel | None,
-    model: DiffusionModel,
-    batch: TrainingBatch,
-    top_k: int,
-) -> ReferenceSignals | None:
-    if residual.source == "none":
-        return None
-    if residual.source == "online":
-        assert reference is not None
-        return reference_signals(reference, batch, top_k)
-    if cached is None:
-        raise UserError(
-            "residual.source is 'signals' but the rows carry none; train on the output of the stage `signals`"
-        )
-    return cached.to(model.device)
+    def _signals(self, micro: MicroBatch) -> ReferenceSignals | None:
+        if self.residual.source == "online":
+            assert self.reference is not None
+            return reference_signals(self.reference, micro.batch, **vars(self.rule))
+        if self.residual.source != "signals":
+            return None
+        if micro.signals is None and any(len(row.input_ids) for row in micro.rows):
+            raise UserError(
+                "residual.source is 'signals' but the rows carry none; train on the output of the stage `signals`"
+            )
+        return micro.signals
 
 
 @torch.no_grad()
@@ -237,6 +249,7 @@ def reference_signals(
     batch: TrainingBatch,
     top_k: int,
     *,
+    keep_mass: float | None = None,
     alpha_temperature: float = 1.0,
     delta_temperature: float = 1.0,
 ) -> ReferenceSignals:
@@ -246,33 +259,15 @@ def reference_signals(
         hidden,
         reference.lm_head_weight,
         top_k,
+        keep_mass,
         alpha_temperature=alpha_temperature,
         delta_temperature=delta_temperature,
     )
 
 
-def save_checkpoint(directory: Path, model: DiffusionModel, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Weights, optimiser state and the number of finished steps; a resumed run ends in the same bits."""
+def _save(strategy: Strategy, directory: Path, step: int, settings: TrainSettings, rank: int) -> None:
+    """This rank's part of weights and optimiser state; a resumed run ends in the same bits."""
     directory.mkdir(parents=True, exist_ok=True)
-    weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    save_file(weights, directory / "weights.safetensors")
-    torch.save(optimizer.state_dict(), directory / "optimizer.pt")
-    (directory / "progress.json").write_text(json.dumps({"step": step}))
-
-
-def _load_checkpoint(directory: Path, model: DiffusionModel, optimizer: torch.optim.Optimizer) -> int:
-    weights = load_file(directory / "weights.safetensors")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
-    # weights_only: tensors and plain containers, nothing that can run code.
-    state: dict[str, Any] = torch.load(directory / "optimizer.pt", weights_only=True, map_location=model.device)
-    optimizer.load_state_dict(state)
-    return int(json.loads((directory / "progress.json").read_text())["step"])
-
-
-def _all_reduce(value: Tensor) -> Tensor:
-    value = value.clone()
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(value)
-    return value
+    strategy.save(directory)
+    if rank == 0:
+        write_progress(directory, step, settings.strategy)

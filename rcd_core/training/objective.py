@@ -18,7 +18,7 @@ from torch import Tensor
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
 from rcd_core.kernels.fused_loss import weighted_cross_entropy
-from rcd_core.layouts import bidirectional, block_diffusion
+from rcd_core.layouts import PackedTokens, bidirectional, block_diffusion
 from rcd_core.residual import AlphaRule, inject_residual
 from rcd_core.signals import Signals, residual_state
 
@@ -35,7 +35,8 @@ class TrainingBatch:
     input_ids (B, L) clean; labels (B, L), -100 where not trained, or prompt_lengths (B,) instead: all behind the prompt
     is trained; noisy_ids (B, L); masked (B, L) bool; p_mask (B, L) or (B,) the probability each token was masked with.
     sample_ids (B, L): number of the sample in its row, -1 padding; positions (B, L) from each sample's start. Both
-    default to one sample per row without padding.
+    default to one sample per row without padding. packed: SDAR's [noisy | clean] tokens where they are made beforehand
+    (`with_packed`), off the device and away from the step.
     """
 
     input_ids: Tensor
@@ -47,6 +48,7 @@ class TrainingBatch:
     sample_ids: Tensor | None = None
     positions: Tensor | None = None
     prompt_lengths: Tensor | None = None
+    packed: PackedTokens | None = None
 
     def __post_init__(self) -> None:
         num_rows, length = self.input_ids.shape
@@ -65,8 +67,12 @@ class TrainingBatch:
             raise UserError(f"block_length is {self.block_length}; it must be at least 1")
 
     def to(self, device: torch.device | str) -> TrainingBatch:
-        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor | PackedTokens)}
         return replace(self, **moved)
+
+    def with_packed(self) -> TrainingBatch:
+        assert self.sample_ids is not None and self.positions is not None
+        return replace(self, packed=block_diffusion(self.masked, self.sample_ids, self.positions, self.block_length))
 
 
 def masked_hidden(model: DiffusionModel, batch: TrainingBatch, residual: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -76,7 +82,8 @@ def masked_hidden(model: DiffusionModel, batch: TrainingBatch, residual: tuple[T
         ids, masked, positions = batch.noisy_ids, batch.masked, batch.positions
         layout = bidirectional(batch.sample_ids)
     else:
-        packed = block_diffusion(batch.masked, batch.sample_ids, batch.positions, batch.block_length)
+        packed = (batch if batch.packed is not None else batch.with_packed()).packed
+        assert packed is not None
         pick, layout = packed.source, packed.layout
         ids = torch.where(packed.noisy, batch.noisy_ids.gather(1, pick), batch.input_ids.gather(1, pick))
         masked = batch.masked.gather(1, pick) & packed.noisy & packed.valid
@@ -110,9 +117,16 @@ def loss_sum(
     weight: LossWeight = "inverse_t",
 ) -> Tensor:
     """The weighted sum over the batch's masked positions, not yet normalised. Scalar."""
+    return loss_parts(model, batch, residual, weight)[0]
+
+
+def loss_parts(
+    model: DiffusionModel, batch: TrainingBatch, residual: tuple[Tensor, Tensor] | None, weight: LossWeight
+) -> tuple[Tensor, Tensor]:
+    """(loss_sum, cross entropy of each masked position (N,), unweighted and without gradient)."""
     hidden = masked_hidden(model, batch, residual)
     weights = loss_weights(model.family, batch, weight)
-    return weighted_cross_entropy(hidden, model.lm_head_weight, batch.input_ids[batch.masked], weights)[0]
+    return weighted_cross_entropy(hidden, model.lm_head_weight, batch.input_ids[batch.masked], weights)
 
 
 def loss_weights(family: str, batch: TrainingBatch, weight: LossWeight) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from rcd_core.errors import UserError
 
@@ -13,8 +13,13 @@ class TrainSettings:
     """One optimiser step sees `batch_size` rows in all, whatever the number of workers.
 
     steps: optimiser steps. warmup: share of the steps with linearly rising learning rate. micro_batch_size: rows a
-    worker holds at once (None: its whole share); the rest is gradient accumulation. loss_weight: "inverse_t" is the
-    paper's 1/t, "uniform" counts every masked token once. checkpoint_every, log_every: in steps.
+    worker holds at once (None: its whole share); the rest is gradient accumulation. pack_length: tokens of a packed
+    row, into which samples are put one after another (None: one sample per row, padded). loss_weight: "inverse_t" is
+    the paper's 1/t, "uniform" counts every masked token once. dtype: of the passes; master weights are fp32.
+    strategy: ddp (all on each worker), fsdp2 or deepspeed (its configuration under `deepspeed`, passed on).
+    cpu_offload: fsdp2's. activation_checkpointing: layers are computed again in the backward pass.
+    max_skipped_steps: steps with a loss or gradient that is not finite that are left out before giving up.
+    checkpoint_every, log_every, validate_every (None: never): in steps.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -22,6 +27,7 @@ class TrainSettings:
     steps: int
     batch_size: int
     micro_batch_size: int | None = None
+    pack_length: int | None = None
     learning_rate: float = 1e-5
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup: float = 0.03
@@ -30,6 +36,12 @@ class TrainSettings:
     clip_norm: float = 1.0
     loss_weight: Literal["inverse_t", "uniform"] = "inverse_t"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    strategy: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    cpu_offload: bool = False
+    activation_checkpointing: bool = False
+    max_skipped_steps: int = 0
+    validate_every: int | None = None
     checkpoint_every: int = 500
     log_every: int = 50
     seed: int = 0
@@ -38,8 +50,12 @@ class TrainSettings:
         for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.micro_batch_size is not None and self.micro_batch_size < 1:
-            raise UserError(f"train.micro_batch_size is {self.micro_batch_size}; it must be at least 1")
+        for name in ("micro_batch_size", "pack_length", "validate_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"train.{name} is {value}; it must be at least 1, or null")
+        if self.max_skipped_steps < 0:
+            raise UserError(f"train.max_skipped_steps is {self.max_skipped_steps}; it must be at least 0")
         if not self.learning_rate > 0:
             raise UserError(f"train.learning_rate is {self.learning_rate}; it must be above 0")
         if not 0.0 <= self.warmup < 1.0:

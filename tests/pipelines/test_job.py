@@ -36,7 +36,7 @@ FEW = [
     "reference.train.batch_size=16",
     "target.train.steps=8",
     "target.train.batch_size=16",
-    "signals.rows_per_shard=48",
+    "signals.shard_mb=0.02",
 ]
 SUDOKU = [*FEW, "data.num_train=256", "data.num_test=6", "evaluate.thresholds=[0.5, 0.9]", "variants={}"]
 

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from rcd_core import ModelConfig, UserError, load_model, new_model
 from rcd_core.families.base import CheckpointInfo
+from rcd_core.tokenizer import load_tokenizer, tokenizer_sha256, train_tokenizer
 from tests.rcd_core.checkpoints import GOLDEN, checkpoint, same_weights
 
 SIZES = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 48}
@@ -102,6 +103,14 @@ def test_all_ids_that_end_a_sequence_survive(family: str, tmp_path: Path) -> Non
     assert json.loads((tmp_path / "b" / "config.json").read_text())["eos_token_id"] == 3
     assert GenerationConfig.from_pretrained(tmp_path / "b").eos_token_id == [5, 3, 6]
     assert load_model(tmp_path / "b").info == model.info
+
+
+def test_the_tokenizer_and_its_chat_template_are_saved_too(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["one two three"], 300)
+    fresh("sdar").save_pretrained(tmp_path, tokenizer)
+    back = load_tokenizer(tmp_path)
+    assert tokenizer_sha256(back) == tokenizer_sha256(tokenizer) and back.mask_token == tokenizer.mask_token
+    assert load_model(tmp_path).info == INFO, "the checkpoint's own ids, not the tokenizer's"
 
 
 def test_stored_rcd_settings_come_back_and_are_checked(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rcd_core import ReferenceSignals, UserError
+from rcd_core.kernels.encode import LeftOut, encode, left_out_fused, left_out_plain
+from rcd_core.kernels.top_k import top_k
 from rcd_core.residual import entropy
 from rcd_core.signals import DenseSignals, residual_state
 
@@ -93,25 +96,194 @@ def test_travel_slice_and_join(num: int, k: int, cut: int) -> None:
     assert same(ReferenceSignals.from_arrow(wider.to_arrow()), wider), "padding is not written, and comes back"
 
 
-def test_from_hidden_never_differs_from_logits() -> None:
-    hidden, head = torch.randn(33, WIDTH), torch.randn(VOCAB, WIDTH)
-    s, want = ReferenceSignals.from_hidden(hidden, head, k=6), ReferenceSignals.from_logits(hidden @ head.T, k=6)
-    assert torch.equal(s.topk_ids, want.topk_ids)
+def test_from_hidden_equals_from_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 4 rows, the last one shorter: what the whole product gives. Small integers: exact in bf16 too, and full
+    of ties, so that a row whose answer hung on its neighbours would show."""
+    monkeypatch.setattr("rcd_core.signals._TILE_BYTES", 4 * 4 * VOCAB)
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = (torch.randint(-2, 3, (n, WIDTH), generator=generator).float() for n in (33, VOCAB))
+    for dtype in (torch.float32, torch.bfloat16):
+        h, w = hidden.to(dtype), head.to(dtype)
+        close(ReferenceSignals.from_hidden(h, w, 6, 0.9), ReferenceSignals.from_logits(h @ w.T, 6, 0.9))
     assert len(ReferenceSignals.from_hidden(hidden[:0], head, k=6)) == 0
+    trained = ReferenceSignals.from_hidden(hidden.clone().requires_grad_(), head.clone().requires_grad_(), k=6)
+    assert not trained.entropy.requires_grad, "a frozen reference's"
+
+
+def close(a: ReferenceSignals, b: ReferenceSignals) -> None:
+    assert torch.equal(a.topk_ids, b.topk_ids)
+    for name in ("topk_logprobs", "entropy", "tail_mass"):
+        torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-3, atol=1e-5)
+
+
+def test_from_hidden_never_holds_the_logits() -> None:
+    """The largest tensor made while encoding is a tile, not (N, V)."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            sizes = [t.untyped_storage().nbytes() for t in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(t)]
+            largest = max([largest, *sizes])
+            return out
+
+    hidden, head = torch.randn(1000, 4), torch.randn(40_000, 4)
+    with Watch():
+        ReferenceSignals.from_hidden(hidden, head, k=4)
+    assert 32 << 20 < largest <= 64 << 20
+
+
+def test_a_small_tail_is_as_accurate_as_a_large_one() -> None:
+    """Against float64. 1 - sum of the kept would be 0 or noise from 1e-7 on; so would the entropy from p log p."""
+    z = torch.full((12, 1000), 0.0)
+    z[:, :4] = torch.arange(5.0, 65.0, 5.0)[:, None] + torch.tensor([0.3, 0.2, 0.1, 0.0])
+    s = ReferenceSignals.from_logits(z, k=4)
+    exact = z.double()
+    want = (exact[:, 4:].logsumexp(1) - exact.logsumexp(1)).exp()
+    assert want.min() < 1e-20 and want.max() > 0.5
+    torch.testing.assert_close(s.tail_mass.double(), want, rtol=1e-5, atol=0)
+    sharp = torch.zeros(12, 1000)
+    sharp[:, 0] = torch.arange(5.0, 65.0, 5.0)
+    p = sharp.double().softmax(1)
+    rest = p[:, 1:].sum(1)
+    want = -torch.log1p(-rest) * p[:, 0] - (p * sharp.double().log_softmax(1))[:, 1:].sum(1)
+    torch.testing.assert_close(ReferenceSignals.from_logits(sharp, k=4).entropy.double(), want, rtol=1e-5, atol=0)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    num=st.integers(1, 40),
+    vocab_size=st.sampled_from([1, 3, 64, 271, 1024, 1025, 5000, 5120]),
+    k=st.sampled_from([1, 2, 8, 5000]),
+    scale=st.sampled_from([0.1, 3.0, 30.0]),
+    grid=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 9),
+)
+def test_every_way_to_the_top_k_gives_the_same(
+    num: int, vocab_size: int, k: int, scale: float, grid: bool, dtype: torch.dtype, seed: int
+) -> None:
+    """Whole rows sorted, by blocks, or torch.topk; with ties (a coarse grid of logits) and without."""
+    z = torch.randn(num, vocab_size, generator=torch.Generator().manual_seed(seed)) * scale
+    z = (z.round() if grid else z).to(dtype)
+    k = min(k, vocab_size)
+    values, ids = top_k(z.float(), k)
+    assert torch.equal(values, z.float().topk(k).values)
+    assert torch.equal(z.float().gather(1, ids), values) and all(len(set(r)) == k for r in ids.tolist())
+    logits, s = z.double(), ReferenceSignals.from_logits(z, k)
+    p = logits.softmax(1)
+    torch.testing.assert_close(s.entropy.double(), torch.special.entr(p).sum(1), rtol=1e-4, atol=1e-5)
+    left = p.scatter(1, ids, 0.0).sum(1)
+    torch.testing.assert_close(s.tail_mass.double(), left, rtol=1e-4, atol=1e-30)
+
+
+def hard_logits() -> torch.Tensor:
+    """Ties at the edge of what is kept, a flat row, impossible tokens, a cut-off maximum, one possible token."""
+    z = torch.randn(13, 300, generator=torch.Generator().manual_seed(0)) * 4
+    z[0], z[1], z[2] = z[0].round(), 0.0, z[2] * 20
+    z[2, 50:] = -math.inf
+    z[3] = z[3].clamp(max=1.0)
+    z[4, :] = -math.inf
+    z[4, 7] = 2.0
+    return z
+
+
+def sums_agree(fused: LeftOut, z: torch.Tensor, k: int, temperature: float) -> None:
+    top, ids = top_k(z.float(), k)
+    for a, b in zip(fused(z, top, ids, temperature), left_out_plain(z, top, ids, temperature), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_sums_equal_plain_ones(dtype: torch.dtype) -> None:
+    """What is compiled for CUDA, here on CPU."""
+    z = hard_logits().to(dtype)
+    for k, temperature in ((1, 1.0), (8, 1.0), (300, 1.0), (8, 0.7)):
+        sums_agree(left_out_fused, z, k, temperature)
+        a, b = (encode(z, k, 1.0, temperature, way) for way in (left_out_fused, left_out_plain))
+        torch.testing.assert_close(a.entropy, b.entropy)
+        torch.testing.assert_close(a.tail, b.tail)
+
+
+def test_compiled_sums_equal_plain_ones() -> None:
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on CPU")
+    sums_agree(torch.compile(left_out_fused), hard_logits(), 8, 1.0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_gives_what_the_cpu_gives() -> None:
+    hidden, head = torch.randn(500, 64), torch.randn(20_000, 64) / 4
+    for dtype in (torch.float32, torch.bfloat16):
+        h, w = hidden.to(dtype), head.to(dtype)
+        logits = (h.cuda() @ w.cuda().T).cpu()
+        a = ReferenceSignals.from_hidden(h.cuda(), w.cuda(), 32, 0.9).to("cpu")
+        b = ReferenceSignals.from_logits(logits, 32, 0.9)
+        torch.testing.assert_close(a.entropy, b.entropy, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a.topk_logprobs, b.topk_logprobs, rtol=2e-3, atol=2e-3)
+
+
+def test_adaptive_k_keeps_the_fewest_that_reach_the_mass(logits: torch.Tensor, table: torch.Tensor) -> None:
+    k, mass = 20, 0.9
+    s, full = ReferenceSignals.from_logits(logits, k, mass), ReferenceSignals.from_logits(logits, k)
+    kept = torch.isfinite(s.topk_logprobs)
+    p = torch.softmax(logits, 1).sort(1, descending=True).values
+    for row, count in zip(p, kept.sum(1).tolist(), strict=True):
+        assert row[:count].sum() >= mass or count == k
+        assert count == 1 or row[: count - 1].sum() < mass
+    assert 1 < kept.sum() < kept.numel(), "some are dropped, some are kept"
+    assert s.topk_ids.shape == full.topk_ids.shape, "rectangular in memory"
+    assert torch.equal(s.topk_ids[kept], full.topk_ids[kept]) and (s.topk_ids[~kept] == 0).all()
+    mass_of_all = torch.softmax(logits, 1).gather(1, s.topk_ids.long()).masked_fill(~kept, 0).sum(1) + s.tail_mass
+    torch.testing.assert_close(mass_of_all, torch.ones(NUM))
+    assert torch.equal(s.entropy, full.entropy), "entropy is that of the whole distribution"
+    assert len(s.to_arrow()["topk_ids"].combine_chunks().flatten()) == int(kept.sum()), "ragged in Arrow"
+    assert same(ReferenceSignals.from_bytes(s.to_bytes()), s)
+    one = ReferenceSignals.from_logits(logits, k, 1e-9)
+    assert torch.isfinite(one.topk_logprobs).sum(1).tolist() == [1] * NUM, "at least one"
+    everything = ReferenceSignals.from_logits(logits, VOCAB, 1.0)
+    dense = DenseSignals(logits).soft_embedding(table)
+    torch.testing.assert_close(everything.soft_embedding(table), dense, atol=4e-3, rtol=0)
 
 
 def test_broken_logits_are_refused(logits: torch.Tensor, table: torch.Tensor) -> None:
-    for bad in (math.nan, math.inf):
-        broken = logits.clone()
-        broken[2, 3] = bad
-        with pytest.raises(ValueError, match="NaN or"):
-            ReferenceSignals.from_logits(broken)
+    wide = torch.randn(4, 40_000)
+    for rows in (logits, wide):
+        for bad in (math.nan, math.inf):
+            broken = rows.clone()
+            broken[2, 3] = bad
+            with pytest.raises(ValueError, match="row 2 of the logits holds NaN or"):
+                ReferenceSignals.from_logits(broken, k=8)
+        nothing = rows.clone()
+        nothing[1] = -math.inf
+        with pytest.raises(ValueError, match="row 1 of the logits is -inf everywhere"):
+            ReferenceSignals.from_logits(nothing, k=8)
     impossible = logits.clone()
     impossible[:, 5:] = -math.inf
     s = ReferenceSignals.from_logits(impossible, k=8)
     assert torch.isfinite(s.soft_embedding(table)).all() and torch.isfinite(s.entropy).all()
+    assert same(ReferenceSignals.from_arrow(s.to_arrow()), s)
     with pytest.raises(UserError, match="share one vocabulary"):
         ReferenceSignals.from_logits(logits, k=50).soft_embedding(table[:10])
+
+
+def test_bad_arguments_are_refused_by_name(logits: torch.Tensor) -> None:
+    for arguments, message in (
+        ({"k": 0}, "k is 0"),
+        ({"mass": 0.0}, "mass is 0.0"),
+        ({"mass": 1.5}, "mass is 1.5"),
+        ({"delta_temperature": 0.0}, "delta_temperature is 0.0"),
+        ({"alpha_temperature": math.inf}, "alpha_temperature is inf"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ReferenceSignals.from_logits(logits, **arguments)
+    with pytest.raises(UserError, match="int64"):
+        ReferenceSignals.from_logits(logits.long())
+    with pytest.raises(UserError, match=r"lm_head_weight \(50, 9\)"):
+        ReferenceSignals.from_hidden(torch.randn(3, 8), torch.randn(50, 9))
 
 
 def test_top1_rule_takes_the_top_token(logits: torch.Tensor, table: torch.Tensor) -> None:

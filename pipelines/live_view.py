@@ -1,0 +1,127 @@
+"""The denoising, drawn live in a terminal: what is committed stands solid, what is masked as its current best guess,
+the darker the less certain.
+
+Model output is drawn, so it is escaped: a control character that reached the terminal could act on it.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import groupby
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.style import Style
+from rich.text import Text
+
+from rcd_core.decoding.sequence import Sequence
+
+Decode = Callable[[list[int]], str]
+GIVEN, COMMITTED = Style(dim=True), Style(bold=True)
+_CERTAIN, _UNCERTAIN = (190, 222, 240), (30, 40, 52)  # backgrounds of a masked token, entropy 0 and 1
+_BLOCKS = "░▒▓█"  # the same without colours
+_UNKNOWN = "·"  # a masked token that no pass has seen yet
+_UNSAFE = {"Cc", "Cf", "Zl", "Zp", "Cs"}  # controls, formats (text direction among them), separators, surrogates
+_JOINERS = "\u200c\u200d"  # formats that scripts and emoji are written with
+
+
+def printable(text: str, newline: str = "\n") -> str:
+    """Text that is safe to send to a terminal: control characters as `\\x1b`, `\\u202e`; newlines as `newline`."""
+    return "".join(_escape(c, newline) for c in text)
+
+
+def _escape(character: str, newline: str) -> str:
+    if character == "\n":
+        return newline
+    if unicodedata.category(character) in _UNSAFE and character not in _JOINERS:
+        return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+    return character
+
+
+@contextmanager
+def live_view(sequence: Sequence, decode: Decode, console: Console) -> Iterator[Callable[[], None]]:
+    """A region of the terminal, gone at the end, and the function that draws the sequence's present state there.
+
+    The sequence's settings must have trace=True: guesses and entropies come from its last step.
+    """
+    # Drawn when asked and only then: a thread that draws would look at a canvas in the middle of a pass.
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+
+        def update() -> None:
+            live.update(draw(sequence, decode, console), refresh=True)
+
+        update()
+        yield update
+
+
+def draw(sequence: Sequence, decode: Decode, console: Console) -> Group:
+    """The end of the canvas that fits the console, and a line of counters."""
+    width, height = console.size
+    rows = max(1, height - 3)
+    text = canvas_text(sequence, decode, coloured=_coloured(console), most=rows * width)
+    return Group(*text.wrap(console, width)[-rows:], Text(), _counters(sequence))
+
+
+def canvas_text(sequence: Sequence, decode: Decode, *, coloured: bool, most: int) -> Text:
+    """At most `most` tokens up to the current block's end (infilling: the canvas), one style per kind of token."""
+    end = len(sequence.canvas) if sequence.infill else sequence.block[1]
+    first = max(0 if sequence.infill else sequence.num_prompt, end - most)
+    masked = sequence.canvas == sequence.model.mask_token_id
+    guesses = _guesses(sequence)
+    text = Text(tab_size=8)
+
+    def kind(position: int) -> Style | None:
+        if masked[position]:
+            return None
+        return COMMITTED if sequence.wanted[position] else GIVEN
+
+    for style, run in groupby(range(first, end), kind):
+        positions = list(run)
+        if style is not None:  # together: a character may be spread over several tokens
+            text.append(printable(decode(sequence.canvas[positions].tolist())), style)
+            continue
+        for position in positions:
+            token, uncertainty = guesses.get(position, (None, 1.0))
+            guess = _UNKNOWN if token is None else printable(decode([token]), newline="↵") or _UNKNOWN
+            if coloured:
+                text.append(guess, _shade(uncertainty))
+            else:
+                text.append(_BLOCKS[round(uncertainty * (len(_BLOCKS) - 1))] + guess)
+    return text
+
+
+def _guesses(sequence: Sequence) -> dict[int, tuple[int, float]]:
+    """Position -> (top guess, entropy in [0, 1]) by the last pass. 1 is what it is for alpha: ln V, or alpha_scale."""
+    if not sequence.steps:
+        return {}
+    settings, step = sequence.settings, sequence.steps[-1]
+    calibrated = settings.alpha_scale if settings.alpha == "calibrated_entropy" else None
+    scale = calibrated or math.log(sequence.model.vocab_size)
+    shares = [min(1.0, max(0.0, nats / scale)) for nats in step.entropy]
+    return dict(zip(step.masked, zip(step.argmax, shares, strict=True), strict=True))
+
+
+def _shade(uncertainty: float) -> Style:
+    red, green, blue = (round(a + (b - a) * uncertainty) for a, b in zip(_CERTAIN, _UNCERTAIN, strict=True))
+    ink = "rgb(20,26,34)" if uncertainty < 0.5 else "rgb(200,212,224)"
+    return Style.parse(f"{ink} on rgb({red},{green},{blue})")
+
+
+def _counters(sequence: Sequence) -> Text:
+    passes = sequence.forwards.denoise
+    filled = int((sequence.wanted & (sequence.canvas != sequence.model.mask_token_id)).sum())
+    parts = [
+        f"block {sequence.block_index + 1}/{len(sequence.blocks)}",
+        f"step {sequence.step}",
+        f"{filled} tokens",
+        f"{passes} passes",
+        f"{filled / max(1, passes):.2f} tokens per forward",
+    ]
+    return Text(" · ".join(parts), style="dim", no_wrap=True, overflow="ellipsis")
+
+
+def _coloured(console: Console) -> bool:
+    return console.color_system is not None and not console.no_color

@@ -1,0 +1,41 @@
+"""Says now and then that something is being waited for, and for how long."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+from rich.console import Console
+
+EVERY_S = 30.0
+
+
+class Waiting:
+    """While the block runs: a line whenever no progress() was called for another EVERY_S seconds."""
+
+    def __init__(self, console: Console, what: str, total: int) -> None:
+        self.console, self.what, self.total = console, what, total
+        self._done, self._since, self._said = 0, time.monotonic(), time.monotonic()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="waiting", daemon=True)
+
+    def __enter__(self) -> Waiting:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5)
+
+    def progress(self) -> None:
+        self._done += 1
+        self._since = self._said = time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(min(1.0, EVERY_S)):
+            now = time.monotonic()
+            if now - self._said >= EVERY_S:
+                self._said = now
+                waited = f"since {now - self._since:.0f} s ({self._done} of {self.total} done)"
+                self.console.print(f"  {self.what} {waited}", markup=False)

@@ -1,0 +1,63 @@
+"""The order of training rows: which example, under which draw of noise, stands at row g.
+
+Epoch e = g // N uses draw e mod draws. A draw visits the chunks of examples in an order of its own, and the examples of
+a chunk in an order of their own, both by sorting hashes. So row g is a pure function of (noise seed, draw, g): no
+generator and no state, any worker can ask for any row, and reading in order touches one chunk after another, whatever
+the size of the data. Chunks are not mixed with each other: the examples' files must not be sorted by anything that
+matters, which holds for prepare's, in the order of content hashes.
+
+Shapes: N examples, C chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rcd_core.errors import UserError
+from rcd_core.noise import NoiseSettings, hash_key, splitmix64
+
+Integers = NDArray[np.int64]
+
+
+class RowOrder:
+    """chunk_rows: examples in each chunk, in the order of the files."""
+
+    def __init__(self, chunk_rows: Sequence[int] | Integers, noise: NoiseSettings) -> None:
+        self.chunk_rows: Integers = np.asarray(chunk_rows, dtype=np.int64)
+        self.noise = noise
+        self.num_examples = int(self.chunk_rows.sum())
+        if not self.num_examples:
+            raise UserError("there are no training examples; look at what the stage `prepare` has left out")
+        self._draw: tuple[int, Integers, Integers] | None = None
+        self._inside: dict[tuple[int, int], Integers] = {}
+
+    def chunks(self, draw: int) -> tuple[Integers, Integers]:
+        """(C,) chunks in the order of a draw and (C + 1,) the place in the epoch at which each of them starts."""
+        if self._draw is None or self._draw[0] != draw:
+            order = _shuffled(len(self.chunk_rows), hash_key("chunks", self.noise.seed, draw))
+            self._draw = (draw, order, np.concatenate([[0], np.cumsum(self.chunk_rows[order])]))
+        return self._draw[1:]
+
+    def locate(self, index: int) -> tuple[int, int, int]:
+        """(chunk, example in the chunk, draw) of row `index`."""
+        epoch, place = divmod(index, self.num_examples)
+        draw = epoch % self.noise.draws
+        order, starts = self.chunks(draw)
+        nth = int(np.searchsorted(starts, place, side="right")) - 1
+        chunk = int(order[nth])
+        return chunk, int(self._permutation(draw, chunk)[place - starts[nth]]), draw
+
+    def _permutation(self, draw: int, chunk: int) -> Integers:
+        if (draw, chunk) not in self._inside:
+            if len(self._inside) > 1:
+                self._inside.pop(next(iter(self._inside)))
+            key = hash_key("examples", self.noise.seed, draw, chunk)
+            self._inside[draw, chunk] = _shuffled(int(self.chunk_rows[chunk]), key)
+        return self._inside[draw, chunk]
+
+
+def _shuffled(count: int, key: int) -> Integers:
+    return np.argsort(splitmix64(np.arange(count, dtype=np.uint64) ^ np.uint64(key)), kind="stable")

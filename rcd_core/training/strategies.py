@@ -1,0 +1,289 @@
+"""How parameters, gradients and optimiser state lie on the workers: DDP, FSDP2, DeepSpeed behind a small interface.
+
+The loop knows none of them: it runs forwards, hands over losses that are already scaled, and steps. A checkpoint of DDP
+and FSDP2 is one format (torch's distributed checkpoint, every rank writes its part), so a run may go on with another
+number of workers or the other of the two. DeepSpeed writes its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rcd_core.errors import UserError
+from rcd_core.training.settings import TrainSettings
+
+PROGRESS = "progress.json"
+
+
+class Strategy(ABC):
+    """One model under training. `module` is what the loop calls.
+
+    collective_forward: all ranks must call it equally often, because parameters are gathered for it. updates_blindly:
+    step() does not look whether the gradient is finite, so the loop looks at the loss first.
+    """
+
+    module: nn.Module
+    collective_forward = False
+    updates_blindly = False
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Around forwards only."""
+        return contextlib.nullcontext()
+
+    @abstractmethod
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Around forward and backward of one micro-batch; last: of the optimiser step."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None: ...
+
+    @abstractmethod
+    def step(self, learning_rate: float) -> Tensor:
+        """Clip, update, clear. Returns the gradient norm before clipping; if it is not finite nothing is updated."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Clear the gradients without an update."""
+
+    @abstractmethod
+    def save(self, directory: Path) -> None:
+        """Every rank writes its part."""
+
+    @abstractmethod
+    def load(self, directory: Path) -> None: ...
+
+    @abstractmethod
+    def full_weights(self) -> dict[str, Tensor]:
+        """The wrapped module's whole state on CPU; collective, and empty on all ranks but 0."""
+
+
+def make_strategy(module: nn.Module, layers: nn.ModuleList, settings: TrainSettings, device: torch.device) -> Strategy:
+    """layers: the transformer layers inside `module`, the unit of sharding."""
+    if settings.strategy == "ddp":
+        return DataParallel(module, settings, device)
+    if settings.strategy == "fsdp2":
+        return FullyShardedDataParallel(module, layers, settings, device)
+    return DeepSpeed(module, settings)
+
+
+def adamw(parameters: Any, settings: TrainSettings) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        parameters,
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        fused=not settings.cpu_offload,
+    )
+
+
+class _Native(Strategy):
+    """What DDP and FSDP2 share: torch's optimiser, clipping and distributed checkpoint."""
+
+    def __init__(self, module: nn.Module, settings: TrainSettings) -> None:
+        self.module, self.settings = module, settings
+        self.optimizer = adamw(module.parameters(), settings)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self, learning_rate: float) -> Tensor:
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.clip_norm)
+        if hasattr(norm, "full_tensor"):  # FSDP2: a sum over shards that is still to be made
+            norm = norm.full_tensor()
+        if torch.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
+        self.discard()
+        return norm
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _state(self) -> dict[str, Any]:
+        from torch.distributed.checkpoint.state_dict import get_state_dict
+
+        model, optimizer = get_state_dict(self.module, self.optimizer)
+        return {"model": model, "optimizer": optimizer}
+
+    def save(self, directory: Path) -> None:
+        import torch.distributed.checkpoint as dcp
+
+        dcp.save(  # type: ignore[attr-defined]
+            self._state(), checkpoint_id=directory, no_dist=not dist.is_initialized()
+        )
+
+    def load(self, directory: Path) -> None:
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import set_state_dict
+
+        state = self._state()
+        dcp.load(  # type: ignore[attr-defined]
+            state, checkpoint_id=directory, no_dist=not dist.is_initialized()
+        )
+        set_state_dict(
+            self.module,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+
+    def full_weights(self) -> dict[str, Tensor]:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights: dict[str, Any] = dict(get_model_state_dict(self.module, options=options))
+        return weights if not dist.is_initialized() or dist.get_rank() == 0 else {}
+
+
+class DataParallel(_Native):
+    """Everything on every worker; a single worker is the same without communication."""
+
+    def __init__(self, module: nn.Module, settings: TrainSettings, device: torch.device) -> None:
+        if settings.cpu_offload:
+            raise UserError(
+                "train.cpu_offload is true but the strategy is ddp, which keeps all on the device; use fsdp2"
+            )
+        super().__init__(module, settings)
+        self.device_type = device.type
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self.module = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        if last or not isinstance(self.module, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.module.no_sync()
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device_type, torch.bfloat16, enabled=self.settings.dtype == "bfloat16")
+
+
+class FullyShardedDataParallel(_Native):
+    """FSDP2: each layer's parameters are gathered while it runs; what is outside the layers (embedding, head) belongs
+    to the root and stays gathered between forward and backward."""
+
+    collective_forward = True
+
+    def __init__(self, module: nn.Module, layers: nn.ModuleList, settings: TrainSettings, device: torch.device) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+        if not dist.is_initialized():
+            raise UserError("train.strategy is fsdp2 but there is no process group; run under Ray Train or torchrun")
+        low = settings.dtype == "bfloat16"
+        options: dict[str, Any] = {
+            "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
+            # Master weights and the sum over workers stay in fp32.
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16 if low else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+            ),
+            "offload_policy": CPUOffloadPolicy() if settings.cpu_offload else OffloadPolicy(),
+        }
+        for layer in layers:
+            fully_shard(layer, **options)
+        fully_shard(module, **options)
+        super().__init__(module, settings)
+
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        # Gradients are summed over the workers after every micro-batch: unsharded ones would cost what sharding saves.
+        return contextlib.nullcontext()
+
+
+class DeepSpeed(Strategy):
+    """ZeRO 1, 2, 3, with offload: `settings.deepspeed` is DeepSpeed's own configuration, less what the loop decides."""
+
+    collective_forward = True
+    updates_blindly = True
+
+    def __init__(self, module: nn.Module, settings: TrainSettings) -> None:
+        try:
+            import deepspeed
+        except ImportError as error:
+            raise UserError(
+                "train.strategy is deepspeed but the package is not installed: pip install 'rcd-ray[deepspeed]'"
+            ) from error
+        if not dist.is_initialized():
+            raise UserError(
+                "train.strategy is deepspeed but there is no process group; run under Ray Train or torchrun"
+            )
+        config = {
+            "zero_optimization": {"stage": 2},
+            **settings.deepspeed,
+            "train_micro_batch_size_per_gpu": 1,  # of no effect: the loop makes the batches and scales the losses
+            "gradient_clipping": settings.clip_norm,
+            "bf16": {"enabled": settings.dtype == "bfloat16"},
+            "zero_allow_untested_optimizer": True,
+        }
+        self.stage = int(config["zero_optimization"].get("stage", 0))
+        self.plain = module
+        self.engine, *_ = deepspeed.initialize(
+            model=module,
+            config=config,
+            model_parameters=[p for p in module.parameters() if p.requires_grad],
+            optimizer=lambda parameters: torch.optim.AdamW(
+                parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
+            ),
+            dist_init_required=False,
+        )
+        self.module = self.engine
+
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        self.engine.set_gradient_accumulation_boundary(last)
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss, scale_wrt_gas=False)
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()  # counts the micro-batch and updates nothing
+
+    def step(self, learning_rate: float) -> Tensor:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+        return torch.as_tensor(float(self.engine.get_global_grad_norm()))
+
+    def discard(self) -> None:
+        self.engine.optimizer.zero_grad()
+
+    def save(self, directory: Path) -> None:
+        self.engine.save_checkpoint(str(directory), tag="state", save_latest=False)
+
+    def load(self, directory: Path) -> None:
+        self.engine.load_checkpoint(str(directory), tag="state")
+
+    def full_weights(self) -> dict[str, Tensor]:
+        first = dist.get_rank() == 0
+        if self.stage < 3:
+            return {k: v.detach().cpu() for k, v in self.plain.state_dict().items()} if first else {}
+        import deepspeed
+
+        weights = {}
+        for name, parameter in self.plain.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if first:
+                    weights[name] = parameter.detach().cpu().clone()
+        return weights
+
+
+def write_progress(directory: Path, step: int, strategy: str) -> None:
+    (directory / PROGRESS).write_text(json.dumps({"step": step, "strategy": strategy}))
+
+
+def read_progress(directory: Path, strategy: str) -> int:
+    """Finished steps of a checkpoint; UserError where it was written by a strategy that this one cannot read."""
+    progress = json.loads((directory / PROGRESS).read_text())
+    if (progress["strategy"] == "deepspeed") != (strategy == "deepspeed"):
+        raise UserError(
+            f"{directory}: the checkpoint was written with train.strategy {progress['strategy']}, which {strategy} "
+            "cannot read; go on with the former, or start anew under another name"
+        )
+    return int(progress["step"])

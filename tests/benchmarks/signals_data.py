@@ -1,0 +1,182 @@
+"""References, targets and examples for the signals benchmark: of a finished demo run, or made here in minutes.
+
+No Ray: tokenizer, examples and models come from rcd_core, in the form in which the pipeline's stages leave them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rcd_core.families.base import CheckpointInfo, DiffusionModel
+from rcd_core.families.config import ModelConfig
+from rcd_core.families.loading import new_model
+from rcd_core.fidelity import Rule
+from rcd_core.noise import NoiseSettings
+from rcd_core.residual import ResidualSettings
+from rcd_core.tasks import Task, get_task
+from rcd_core.tasks.encoding import Encoder, content_id
+from rcd_core.tasks.rows import BadRow, read_rows
+from rcd_core.tokenizer import mask_token_id, stop_token_ids, train_tokenizer
+from rcd_core.training.loop import Callbacks, train
+from rcd_core.training.rows import ExampleSource
+from rcd_core.training.settings import TrainSettings
+from rcd_core.training.signal_rule import SignalRule
+
+ROWS_PER_GROUP = 1024
+NEAR_DENSE = 256  # entries kept while the benchmark's own targets are trained, so that no smaller k is favoured
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A reference and a target (directories), the examples' files, and how residuals are made of them. start: what
+    the target was trained from."""
+
+    name: str
+    reference: str
+    target: str
+    start: str
+    files: tuple[str, ...]
+    noise: NoiseSettings
+    block_length: int
+    rule: Rule
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `make` trains: sizes of both models, optimiser steps of reference, base and target."""
+
+    task: str
+    vocab_size: int
+    block_length: int
+    max_length: int
+    reference: ModelConfig
+    target: ModelConfig
+    steps: tuple[int, int, int]
+    batch_size: int
+    learning_rate: float
+
+
+def _sizes(width: int, layers: int) -> ModelConfig:
+    return ModelConfig(
+        family="sdar", hidden_size=width, num_layers=layers, num_heads=4, num_kv_heads=2, intermediate_size=3 * width
+    )
+
+
+SUDOKU = Recipe("sudoku", 320, 37, 37, _sizes(48, 2), _sizes(64, 3), (400, 500, 200), 64, 4e-3)
+GSM8K = Recipe("gsm8k", 2048, 8, 320, _sizes(96, 2), _sizes(128, 2), (150, 100, 100), 16, 3e-3)
+
+
+def finished_run(directory: Path) -> Workload:
+    """The workload of a run directory whose stages up to `target` are done."""
+    prepare = json.loads((directory / "prepare" / "manifest.json").read_text())["summary"]
+    config = json.loads((directory / "target" / "model" / "config.json").read_text())
+    rcd = config["rcd"]
+    import yaml
+
+    recipe = yaml.safe_load((directory / "recipe.yaml").read_text())
+    return Workload(
+        name="demo",
+        reference=str(directory / "reference" / "model"),
+        target=str(directory / "target" / "model"),
+        start=str(directory / "base" / "model"),
+        files=tuple(str(directory / "prepare" / "train" / name) for name in prepare["train"]),
+        noise=NoiseSettings(**recipe["noise"]),
+        block_length=recipe["block_length"],
+        rule=Rule(alpha=rcd["alpha"], alpha_scale=rcd.get("alpha_scale")),
+    )
+
+
+def make(recipe: Recipe, directory: Path, data: Path | None, num_examples: int) -> Workload:
+    """Train tokenizer, reference, base and target on the first examples of a data file, or on synthetic ones."""
+    task = get_task(recipe.task)
+    rows = list(islice(_records(task, data), num_examples))
+    problems = [task.problem(row) for row in rows]
+    tokenizer = train_tokenizer((f"{p.prompt}\n{p.response}" for p in problems), recipe.vocab_size)
+    files = (_write_examples(Encoder(task, tokenizer, recipe.block_length, recipe.max_length), rows, directory),)
+    info = CheckpointInfo(
+        mask_token_id(tokenizer), stop_token_ids(tokenizer), int(tokenizer.pad_token_id), recipe.block_length
+    )
+    noise = NoiseSettings()
+    reference, base = (
+        new_model(start, vocab_size=len(tokenizer), info=info, seed=seed)
+        for seed, start in enumerate((recipe.reference, recipe.target))
+    )
+    rule = Rule(alpha="calibrated_entropy", alpha_scale=3.0)
+    residual = ResidualSettings(source="online", alpha=rule.alpha, alpha_scale=rule.alpha_scale)
+    saved = {name: str(directory / name) for name in ("reference", "start", "target")}
+    _train(reference, files, noise, recipe, recipe.steps[0], ResidualSettings(source="none"), None)
+    reference.save_pretrained(saved["reference"], tokenizer)
+    _train(base, files, noise, recipe, recipe.steps[1], ResidualSettings(source="none"), None)
+    base.save_pretrained(saved["start"], tokenizer)
+    _train(base, files, noise, recipe, recipe.steps[2], residual, reference)
+    base.save_pretrained(saved["target"], tokenizer)
+    return Workload(recipe.task, *saved.values(), files, noise, recipe.block_length, rule)
+
+
+def _records(task: Task, data: Path | None) -> Iterator[dict[str, str]]:
+    if data is None:
+        yield from (task.synthetic(index, "train", 0) for index in range(1 << 30))
+    else:
+        yield from (row.values for row in read_rows(str(data), {f: f for f in task.fields}) if row.values)
+
+
+def _write_examples(encoder: Encoder, rows: list[dict[str, str]], directory: Path) -> str:
+    """In the form of the stage prepare's files, in the order of the examples' content hashes."""
+    found: dict[str, tuple[list[int], list[int]]] = {}
+    for row in rows:
+        problem = encoder.problem(row)
+        try:
+            example = encoder.train(problem)
+        except BadRow:
+            continue  # too long
+        found[content_id(problem)] = example.input_ids, example.labels
+    ids = sorted(found)
+    lists = pa.list_(pa.int32())
+    table = pa.table(
+        {
+            "example_id": pa.array(ids),
+            "input_ids": pa.array([found[i][0] for i in ids], lists),
+            "labels": pa.array([found[i][1] for i in ids], lists),
+        }
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    path = str(directory / "examples.parquet")
+    pq.write_table(table, path, row_group_size=ROWS_PER_GROUP)
+    return path
+
+
+def _train(
+    model: DiffusionModel,
+    files: tuple[str, ...],
+    noise: NoiseSettings,
+    recipe: Recipe,
+    steps: int,
+    residual: ResidualSettings,
+    reference: DiffusionModel | None,
+) -> None:
+    settings = TrainSettings(
+        steps=steps,
+        batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        schedule="cosine",
+        loss_weight="uniform",
+        log_every=max(1, steps // 2),
+    )
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+
+    def log(metrics: dict[str, Any]) -> None:
+        print(f"  {recipe.task}: {residual.source:6} step {metrics['step']} loss {metrics['loss']:.3f}", flush=True)
+
+    callbacks = Callbacks(log=log, checkpoint=lambda step, save: None)
+    rule = SignalRule(top_k=NEAR_DENSE)
+    source = ExampleSource(files, noise)
+    train(model, source, settings, residual, recipe.block_length, callbacks, reference=reference, signal_rule=rule)
