@@ -9,6 +9,7 @@ again: Ray Train finds it under the same storage path and name, and the name hol
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import tempfile
@@ -65,7 +66,8 @@ def run(ctx: StageContext) -> dict[str, Any]:
     lines = [json.loads(line) for line in storage.read_bytes(storage.join(ctx.directory, "metrics.jsonl")).splitlines()]
     _write_events(storage.join(ctx.directory, "tensorboard"), lines)
     storage.remove(storage.join(ctx.directory, "ray"))
-    digest = storage.sha256(storage.join(model, "model.safetensors"))
+    digests = [storage.sha256(file) for file in storage.list_files(model, ".safetensors")]
+    digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     config = storage.read_json(storage.join(model, "config.json"))
     return {
         "steps": job.settings.steps,

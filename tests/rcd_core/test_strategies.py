@@ -118,7 +118,7 @@ def test_packing_and_recomputation_change_rounding_only(examples: str, alone: di
 def test_fsdp2_trains_what_one_process_trains_and_resumes_exactly(
     examples: str, alone: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    """Unequal numbers of packed micro-batches on the two ranks; the same checkpoint read by fsdp2 and by one process."""
+    """Ranks with unequal numbers of packed micro-batches; one checkpoint read by fsdp2 and by a single process."""
     s = settings(strategy="fsdp2", pack_length=24, micro_batch_size=1)
     whole = launch(tmp_path / "whole", examples, s)
     close(whole, alone)
@@ -132,6 +132,8 @@ def test_fsdp2_trains_what_one_process_trains_and_resumes_exactly(
         read_progress(checkpoint, "deepspeed")
 
 
+@pytest.mark.drill  # needs the extra `deepspeed`, and builds C++ code the first time
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_trains_what_one_process_trains_and_resumes_exactly(
     stage: int, examples: str, alone: dict[str, torch.Tensor], tmp_path: Path
