@@ -116,7 +116,7 @@ def soft_embedding(probs: Tensor, embedding_weight: Tensor) -> Tensor:
 def inject_residual(embeds: Tensor, mask: Tensor, alpha: Tensor, delta: Tensor, mask_embedding: Tensor) -> Tensor:
     """Eq. 2: (..., D) token embeddings -> inputs with (1 - alpha) E[M] + alpha delta where `mask` is True.
 
-    mask: (...) bool with N True entries; alpha (N,), delta (N, D) in their order; mask_embedding (D,).
+    mask: (...) bool with N True entries; alpha (N,), delta (N, D) in their order; mask_embedding (D,) or (N, D).
     """
     alpha = alpha.to(embeds.dtype).unsqueeze(-1)
     blended = (1.0 - alpha) * mask_embedding + alpha * delta.to(embeds.dtype)

@@ -91,7 +91,8 @@ def masked_hidden(model: DiffusionModel, batch: TrainingBatch, residual: tuple[T
     embeds = model.embedding(ids)
     if residual is not None:
         alpha, delta = residual
-        embeds = inject_residual(embeds, masked, alpha, delta, model.embedding.weight[model.mask_token_id])
+        # The mask's embedding as looked up: a row picked from the table would cost a gradient of the table's size.
+        embeds = inject_residual(embeds, masked, alpha, delta, embeds[masked])
     return model.hidden(embeds, positions, layout)[masked]
 
 

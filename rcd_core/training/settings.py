@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from rcd_core.errors import UserError
@@ -12,9 +13,11 @@ from rcd_core.errors import UserError
 class TrainSettings:
     """One optimiser step sees `batch_size` rows in all, whatever the number of workers.
 
-    steps: optimiser steps. warmup: share of the steps with linearly rising learning rate. micro_batch_size: rows a
-    worker holds at once (None: its whole share); the rest is gradient accumulation. pack_length: tokens of a packed
-    row, into which samples are put one after another (None: one sample per row, padded). loss_weight: "inverse_t" is
+    steps: optimiser steps; or epochs: passes over the training examples, which `resolved` turns into steps once their
+    number is known (until then steps is 0). One of the two is given. warmup: share of the steps with linearly rising
+    learning rate. micro_batch_size: rows a worker holds at once (None: its whole share); the rest is gradient
+    accumulation. pack_length: tokens of a packed row, into which samples are put one after another (None: one sample
+    per row, padded). loss_weight: "inverse_t" is
     the paper's 1/t, "uniform" counts every masked token once. dtype: of the passes; master weights are fp32.
     strategy: ddp (all on each worker), fsdp2 or deepspeed (its configuration under `deepspeed`, passed on).
     cpu_offload: fsdp2's. activation_checkpointing: layers are computed again in the backward pass.
@@ -24,7 +27,8 @@ class TrainSettings:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    steps: int
+    steps: int = 0
+    epochs: float | None = None
     batch_size: int
     micro_batch_size: int | None = None
     pack_length: int | None = None
@@ -47,7 +51,13 @@ class TrainSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
+        if self.epochs is not None and not self.epochs > 0:
+            raise UserError(f"train.epochs is {self.epochs}; it must be above 0, or null where steps are given")
+        if self.epochs is not None and self.steps:
+            raise UserError(f"train.epochs is {self.epochs} and train.steps {self.steps}; give one: epochs null or steps 0")
+        if self.epochs is None and self.steps < 1:
+            raise UserError(f"train.steps is {self.steps}; it must be at least 1, or give train.epochs instead")
+        for name in ("batch_size", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("micro_batch_size", "pack_length", "validate_every"):
@@ -62,3 +72,10 @@ class TrainSettings:
             raise UserError(f"train.warmup is {self.warmup}; it is a share of the steps, in [0, 1)")
         if not self.clip_norm > 0:
             raise UserError(f"train.clip_norm is {self.clip_norm}; it must be above 0")
+
+    def resolved(self, num_examples: int) -> TrainSettings:
+        """These settings with steps: as many whole batches as `epochs` passes over num_examples make, at least one."""
+        if self.epochs is None:
+            return self
+        steps = max(1, math.ceil(self.epochs * num_examples / self.batch_size))
+        return replace(self, steps=steps, epochs=None)
