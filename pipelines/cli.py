@@ -26,7 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=text)
         if name in argv[:1]:
             import_module(module).add_arguments(command)
-    options = parser.parse_args(argv)
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        print(f"error: {' '.join(unknown)} is not an option of this command; see --help", file=sys.stderr)
+        return 2
     try:
         return int(import_module(COMMANDS[options.command][0]).run(options))
     except UserError as error:

@@ -1,6 +1,6 @@
 """How much memory encoding adds to weights and inputs: peak of a fresh process before and after, no Ray.
 
-    python -m tests.benchmarks.signals_memory --tokens 4096 --vocab-size 151936 --width 1024
+python -m tests.benchmarks.signals_memory --tokens 4096 --vocab-size 151936 --width 1024
 """
 
 from __future__ import annotations

@@ -1,0 +1,175 @@
+"""The stage `signals` against the bare reference: masked tokens per second, one process or actor and two.
+
+Bare is what cannot be avoided: the reference's forward pass and its head on the masked rows, over the batches the
+stage would make, which are collated beforehand. The stage is pipelines.precompute on a Ray of its own: rows, noise,
+collating, forward pass, encoding, Parquet, sidecar. Its time counts from when every actor has written one shard, by
+the sidecars' time stamps, so that no start-up is in it. One thread per process throughout.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipelines.config import Resources
+from pipelines.signal_actor import SignalActor, SignalJob
+from pipelines.signal_plan import groups, plan_batches
+from rcd_core import storage
+from rcd_core.training.examples import Chunks
+from rcd_core.training.objective import masked_hidden
+from rcd_core.training.rows import collate
+from rcd_core.training.signal_rule import SignalRule
+from tests.benchmarks.signals_data import Workload
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAD_BYTES = 64 << 20  # logits of the bare head held at once, as in the encoding
+
+
+def make_job(
+    workload: Workload, rows_per_shard: int, num_shards: int, batch_tokens: int, rule: SignalRule
+) -> SignalJob:
+    """Equal shards; more rows than there are (example, draw) pairs are not asked for here."""
+    return SignalJob(
+        directory="",
+        reference=workload.reference,
+        examples=workload.files,
+        chunks=Chunks.of_files(workload.files),
+        noise=workload.noise,
+        block_length=workload.block_length,
+        rule=SignalRule(top_k=top_k),
+        row_offsets=tuple(rows_per_shard * s for s in range(num_shards + 1)),
+        batch_tokens=batch_tokens,
+        threads=1,
+    )
+
+
+def compare(job: SignalJob, repeats: int) -> dict[str, Any]:
+    """Both ways with one and with two processes, in turns, so that what else runs strikes both. Rates are masked
+    tokens per second; ratios are stage / bare of the same turn."""
+    found: dict[str, list[float]] = {name: [] for name in ("bare_1", "stage_1", "bare_2", "stage_2")}
+    for _ in range(repeats):
+        for processes in (1, 2):
+            found[f"bare_{processes}"].append(bare(job, processes))
+            found[f"stage_{processes}"].append(stage(job, processes))
+    ratios = {p: [s / b for s, b in zip(found[f"stage_{p}"], found[f"bare_{p}"], strict=True)] for p in (1, 2)}
+    return {
+        "tokens_per_s": {name: round(median(values)) for name, values in found.items()},
+        **{
+            name: {"median": round(median(r), 3), "min": round(min(r), 3), "max": round(max(r), 3), "repeats": repeats}
+            for name, r in (("pipeline_vs_forward", ratios[1]), ("two_actor_vs_bare_scaling", ratios[2]))
+        },
+    }
+
+
+# -- bare
+
+
+def bare(job: SignalJob, processes: int) -> float:
+    """Masked tokens per second of so many processes together, each with its share of the shards."""
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(processes), context.Queue()
+    workers = [
+        context.Process(target=_bare, args=(job, range(p, job.num_shards, processes), barrier, results))
+        for p in range(processes)
+    ]
+    for worker in workers:
+        worker.start()
+    rates = [results.get(timeout=600) for _ in workers]
+    for worker in workers:
+        worker.join()
+    return float(sum(rates))
+
+
+@torch.no_grad()
+def _bare(job: SignalJob, shards: range, barrier: Any, results: Any) -> None:
+    actor = SignalActor(job)
+    model = actor.model
+    batches = []
+    for shard in shards:
+        for held in groups((actor.source.row(g) for g in job.rows_of(shard)), job.batch_tokens):
+            for places in plan_batches([len(r.input_ids) for r in held], job.batch_tokens):
+                batch, _ = collate(
+                    [held[i] for i in places],
+                    mask_token_id=model.mask_token_id,
+                    pad_token_id=model.info.pad_token_id,
+                    block_length=job.block_length,
+                )
+                batches.append(batch)
+    tile = max(1, HEAD_BYTES // (4 * model.vocab_size))
+
+    def forward(batch: Any) -> int:
+        hidden = masked_hidden(model, batch, None)
+        for rows in torch.split(hidden, tile):
+            model.head(rows)
+        return len(hidden)
+
+    forward(batches[0])
+    barrier.wait()
+    start = time.perf_counter()
+    tokens = sum(forward(batch) for batch in batches)
+    results.put(tokens / (time.perf_counter() - start))
+
+
+# -- the stage
+
+
+def stage(job: SignalJob, actors: int, keep: Path | None = None) -> float:
+    """Masked tokens per second of the stage's own Ray Data job. keep: where to leave the shards."""
+    from rich.console import Console
+
+    from pipelines import precompute
+
+    directory = Path(tempfile.mkdtemp(prefix="rcd-signals-"))
+    job = replace(job, directory=str(directory))
+    context: Any = SimpleNamespace(
+        recipe=SimpleNamespace(resources=Resources(signal_actors=actors)), console=Console(quiet=True)
+    )
+    try:
+        for _ in precompute._compute(context, job, list(range(job.num_shards))):
+            pass
+        sidecars = sorted(directory.glob("*.json"), key=lambda p: p.stat().st_mtime_ns)
+        times = [p.stat().st_mtime_ns / 1e9 for p in sidecars]
+        tokens = [storage.read_json(str(p))["masked_tokens"] for p in sidecars]
+        if keep is not None:
+            shutil.copytree(directory, keep, dirs_exist_ok=True)
+        return float(np.sum(tokens[actors:]) / (times[-1] - times[actors - 1]))
+    finally:
+        shutil.rmtree(directory)
+
+
+@contextmanager
+def own_ray(num_cpus: int = 2) -> Iterator[None]:
+    """A Ray of this process, on this machine only, away from any other."""
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    os.environ.pop("RAY_ADDRESS", None)
+    import ray
+    from ray.data import DataContext
+
+    temp_dir = tempfile.mkdtemp(prefix="rcd-b-", dir="/tmp")
+    ray.init(
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        object_store_memory=200 * 1024**2,
+        _temp_dir=temp_dir,
+        log_to_driver=False,
+    )
+    DataContext.get_current().enable_progress_bars = False
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(temp_dir, ignore_errors=True)
