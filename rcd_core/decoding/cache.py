@@ -1,31 +1,49 @@
-"""Key/value cache in slots: one slot per running request, written in place.
+"""Key/value cache in slots, one per running request, written in place; and what old slots still hold for new prompts.
 
 A block's keys and values are written at their own positions in every pass and overwritten by the next, so there is
-nothing to crop; how far a slot is valid is the request's knowledge, not the cache's. Slots rather than pages: shapes
-stay static and a request's keys contiguous; pages pay off only when lengths differ widely (issue 6 measures).
+nothing to crop. Slots rather than pages: the rows of a pass are then one view of the cache with static shapes, which
+plain attention reads without a gather; pages save memory only where lengths differ widely, and need kernels of their
+own.
 
 Shapes: S slots, T positions (one more is the bin for padding), R rows of a pass, Q queries, K keys.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rcd_core.families.base import DiffusionModel
+
+Ids = NDArray[np.int64]
+
+
+def bytes_per_position(model: DiffusionModel) -> int:
+    """Bytes of keys and values of one position in all layers: what `max_batch` x `max_length` of an engine costs."""
+    c = model.config
+    return 2 * int(c.num_hidden_layers * c.num_key_value_heads * c.head_dim) * model.dtype.itemsize
 
 
 class SlotCache:
     def __init__(self, model: DiffusionModel, num_slots: int, num_positions: int) -> None:
         c = model.config
         shape = (num_slots, c.num_key_value_heads, num_positions + 1, c.head_dim)
-        self.bin = num_positions
+        self.num_slots, self.bin = num_slots, num_positions
         self.keys = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(c.num_hidden_layers)]
         self.values = [torch.zeros_like(k) for k in self.keys]
 
     def view(self, slots: Tensor, positions: Tensor, num_keys: int) -> CacheView:
         """For one pass: rows use `slots` (R,), write at `positions` (R, Q) and read keys [0, num_keys)."""
         return CacheView(self, slots, positions, num_keys)
+
+    def copy(self, source: int, destination: int, length: int) -> None:
+        """Positions [0, length) of one slot into another."""
+        for tensor in (*self.keys, *self.values):
+            tensor[destination, :, :length] = tensor[source, :, :length]
 
 
 class CacheView:
@@ -44,3 +62,42 @@ class CacheView:
         keys[rows, :, self.positions] = key.transpose(1, 2)
         values[rows, :, self.positions] = value.transpose(1, 2)
         return keys[self.select][:, :, : self.num_keys], values[self.select][:, :, : self.num_keys]
+
+
+@dataclass
+class Held:
+    """A slot has the exact keys and values of ids[0:stored], computed in blocks of block_length (part of the key:
+    another block length is another attention layout)."""
+
+    block_length: int
+    ids: Ids
+    stored: int = 0
+
+
+class Slots:
+    """Who has which slot. A released slot keeps what it holds until it is needed; the longest unused goes first."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.free = list(range(num_slots))  # in order of release
+        self.held: dict[int, Held] = {}
+
+    def take(self, ids: Ids, block_length: int, num_wanted: int) -> tuple[int, int, int]:
+        """A slot for a request with these ids -> (slot, source, reused): [0, reused) of slot `source` are already those
+        of ids[0:num_wanted], whole blocks only; source may be the slot itself. reused 0: nothing to copy."""
+        source, reused = -1, 0
+        for slot, held in self.held.items():
+            if held.block_length == block_length:
+                length = min(held.stored, num_wanted)
+                other = np.flatnonzero(held.ids[:length] != ids[:length])
+                length = int(other[0]) if len(other) else length
+                length -= length % block_length
+                # Where two hold as much, the free one: it needs no copy.
+                if length > reused or (length == reused > 0 and slot in self.free):
+                    source, reused = slot, length
+        slot = source if source in self.free else self.free[0]
+        self.free.remove(slot)
+        self.held[slot] = Held(block_length, ids, reused)
+        return slot, source, reused
+
+    def release(self, slot: int) -> None:
+        self.free.append(slot)

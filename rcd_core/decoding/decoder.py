@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Many
 
 from rcd_core.decoding.engine import Engine
 from rcd_core.decoding.reference import LocalReference, Reference
 from rcd_core.decoding.sequence import Generation, Sequence, make_sequence
 from rcd_core.decoding.settings import DecodeSettings
+from rcd_core.decoding.stream import Event, stream
 from rcd_core.families.base import DiffusionModel
 
 
@@ -37,6 +39,13 @@ class Decoder:
         """Replace every mask token of each canvas, wherever it stands, and change nothing else."""
         return self._decode(canvases, settings, infill=True)
 
+    def stream(
+        self, prompts: Many[Many[int]], settings: DecodeSettings | Many[DecodeSettings] | None = None
+    ) -> Iterator[Event]:
+        """`generate` told as it goes: BlockDone with final tokens, PassDone where settings.trace, Finished."""
+        sequences = self._sequences(prompts, settings, infill=False)
+        return stream(self._engine(sequences), sequences)
+
     def check(self, ids: Many[int], settings: DecodeSettings, *, infill: bool = False) -> Sequence:
         """The request as the engine would take it; raises UserError for one it would refuse."""
         return make_sequence(self.model, list(ids), settings, infill=infill, has_reference=self.reference is not None)
@@ -44,19 +53,27 @@ class Decoder:
     def _decode(
         self, inputs: Many[Many[int]], settings: DecodeSettings | Many[DecodeSettings] | None, *, infill: bool
     ) -> list[Generation]:
-        if settings is None or isinstance(settings, DecodeSettings):
-            settings = [settings or DecodeSettings()] * len(inputs)
-        sequences = [self.check(ids, s, infill=infill) for ids, s in zip(inputs, settings, strict=True)]
+        sequences = self._sequences(inputs, settings, infill=infill)
         if not sequences:
             return []
-        engine = Engine(
-            self.model,
-            self.reference,
-            max_batch=min(self.max_batch, len(sequences)),
-            max_length=max(len(s.canvas) for s in sequences),
-        )
+        engine = self._engine(sequences)
         for sequence in sequences:
             engine.add(sequence)
         while engine.busy:
             engine.step()
         return [s.output() for s in sequences]
+
+    def _sequences(
+        self, inputs: Many[Many[int]], settings: DecodeSettings | Many[DecodeSettings] | None, *, infill: bool
+    ) -> list[Sequence]:
+        if settings is None or isinstance(settings, DecodeSettings):
+            settings = [settings or DecodeSettings()] * len(inputs)
+        return [self.check(ids, s, infill=infill) for ids, s in zip(inputs, settings, strict=True)]
+
+    def _engine(self, sequences: list[Sequence]) -> Engine:
+        return Engine(
+            self.model,
+            self.reference,
+            max_batch=min(self.max_batch, len(sequences)),
+            max_length=max((len(s.canvas) for s in sequences), default=1),
+        )

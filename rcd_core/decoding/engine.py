@@ -1,48 +1,104 @@
 """The engine: requests at different places in their decoding share each forward pass.
 
-One step = starts of new blocks, then one pass per request, batched by kind and length. A request is retired as soon as
-it is done. Residuals (Algorithm 2 of arXiv 2601.22954v2) are state of the request, set after each pass from the
-predictions at the positions that stay masked.
+One step = starts of new blocks, then one pass per request, batched by kind and length. Requests join and leave between
+passes; each is retired as soon as it is done, and what else runs changes no result. Residuals (Algorithm 2 of arXiv
+2601.22954v2) are state of the request, set after each pass from the predictions at the positions that stay masked.
 
-Shapes: R requests of a pass, Q queries, N masked positions, D width.
+Shapes: N masked positions, D width.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
+from collections.abc import Sequence as Many
+from concurrent.futures import FIRST_COMPLETED, wait
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rcd_core.decoding.cache import SlotCache
+from rcd_core.decoding.cache import Slots
+from rcd_core.decoding.forward import Forward, Residual, Work, groups
 from rcd_core.decoding.prediction import Prediction, dirichlet, predict, temperatures
-from rcd_core.decoding.reference import Reference, WarmStart
-from rcd_core.decoding.sequence import Pass, Residual, Sequence, Step
+from rcd_core.decoding.reference import AsyncReference, Reference, WarmStart
+from rcd_core.decoding.sequence import Pass, Sequence, Step
 from rcd_core.families.base import DiffusionModel
-from rcd_core.layouts import Layout, block_causal
-from rcd_core.residual import inject_residual
 from rcd_core.signals import ReferenceSignals, Signals, residual_state
 
-_PADDING_SHARE = 0.75  # requests share a pass if the shorter has at least this share of the longer's queries
-Job = tuple[Sequence, Pass]
+
+class QueueFull(RuntimeError):
+    """The engine has as many waiting requests as it may have."""
+
+
+@dataclass
+class Statistics:
+    """Since the engine was made. passes, rows, seconds by kind of pass ("reference" too; a batched pass with rows of
+    several kinds counts as the most frequent); reused_tokens: prompt tokens found in the cache; merged_stores: finished
+    blocks that were stored along with the next one's first pass instead of in a pass of their own."""
+
+    passes: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    reused_tokens: int = 0
+    merged_stores: int = 0
+
+    def add(self, kind: str, rows: int, seconds: float) -> None:
+        self.passes[kind] = self.passes.get(kind, 0) + 1
+        self.rows[kind] = self.rows.get(kind, 0) + rows
+        self.seconds[kind] = self.seconds.get(kind, 0.0) + seconds
+
+    @property
+    def occupancy(self) -> float:
+        """Mean number of requests in a pass."""
+        return sum(self.rows.values()) / max(1, sum(self.passes.values()))
 
 
 class Engine:
-    """Steps a changing set of requests. `max_length`: longest canvas it has cache for."""
+    """Steps a changing set of requests.
 
-    def __init__(self, model: DiffusionModel, reference: Reference | None, *, max_batch: int, max_length: int) -> None:
+    max_batch: requests under way at once, each with a cache slot for max_length positions (cache.bytes_per_position
+    says what that costs). max_queue: requests that may wait beyond these. prefill_chunk: prompt tokens a pass takes at
+    most, so that a long prompt does not hold up the others. reuse_prefixes: SDAR requests take what the cache holds of
+    their prompt's first blocks; the text is the same, the number of prefill passes then depends on what ran before.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        reference: Reference | AsyncReference | None,
+        *,
+        max_batch: int,
+        max_length: int,
+        max_queue: int | None = None,
+        prefill_chunk: int = 2048,
+        reuse_prefixes: bool = False,
+    ) -> None:
         self.model = model
         self.reference = reference
-        self.max_batch, self.max_length = max_batch, max_length
+        self.max_batch, self.max_length, self.max_queue = max_batch, max_length, max_queue
+        self.prefill_chunk, self.reuse_prefixes = prefill_chunk, reuse_prefixes
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self._free_slots = list(range(max_batch))
-        self._cache: SlotCache | None = None
+        self.statistics = Statistics()
+        self._forward = Forward(model, max_batch, max_length)
+        self._slots = Slots(max_batch)
 
     def add(self, sequence: Sequence) -> None:
+        """Raises QueueFull; the request takes part from the next step on."""
+        if self.max_queue is not None and len(self.waiting) >= self.max_queue + len(self._slots.free):
+            raise QueueFull(f"{len(self.waiting)} requests are waiting already; try again later")
         self.waiting.append(sequence)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Between passes: forget a request, running or waiting. Its slot is free for the next step."""
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        elif sequence in self.running:
+            self.running.remove(sequence)
+            self._slots.release(sequence.slot)
 
     @property
     def busy(self) -> bool:
@@ -50,24 +106,40 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
-        """Every running request makes one pass. Returns those that finished."""
-        while self.waiting and self._free_slots:
-            sequence = self.waiting.popleft()
-            sequence.slot = self._free_slots.pop(0)
-            self.running.append(sequence)
+        """Every running request that is not waiting for a remote reference makes one pass. Returns those that
+        finished."""
+        while self.waiting and self._slots.free:
+            self._admit(self.waiting.popleft())
         self._start_blocks()
-        for group in _groups([(s, s.next_pass()) for s in self.running]):
-            self._run(group)
+        ready = [s for s in self.running if s.awaited is None]
+        passes = [s.next_pass(self.prefill_chunk) for s in ready]
+        works = [_work(s, p) for s, p in zip(ready, passes, strict=True)]
+        for group in groups(works):
+            self._run([(ready[i], passes[i]) for i in group], [works[i] for i in group])
         done = [s for s in self.running if s.finished]
         self.running = [s for s in self.running if not s.finished]
-        self._free_slots = sorted(self._free_slots + [s.slot for s in done])
+        for s in done:
+            self._slots.release(s.slot)
         return done
+
+    def _admit(self, s: Sequence) -> None:
+        # LLaDA's caches are approximations that belong to their own request, and compat_passes counts prefills.
+        shared = self.reuse_prefixes and s.settings.cache == "block" and not s.settings.compat_passes
+        assert s.settings.block_length is not None
+        s.slot, source, reused = self._slots.take(s.canvas, s.settings.block_length, s.block[0] if shared else 0)
+        if reused and source != s.slot:
+            self._forward.cache.copy(source, s.slot, reused)
+        s.stored = reused
+        self.statistics.reused_tokens += reused
+        self.running.append(s)
 
     # -- the first residual of a block (method.md 6)
     def _start_blocks(self) -> None:
         warm: list[Sequence] = []
         for s in self.running:
-            if not s.settings.residual or s.block_done or s.next_pass().kind != "denoise":
+            if s.awaited is not None or not s.settings.residual or s.block_done:
+                continue
+            if s.next_pass(self.prefill_chunk).kind != "denoise":
                 continue
             every_pass = s.settings.residual_source == "reference"
             if every_pass or (not s.started and s.settings.start == "reference"):
@@ -79,9 +151,24 @@ class Engine:
             s.started |= every_pass or s.settings.start != "self"
         if warm and self.reference is not None:
             asked = [self._warm_start(s) for s in warm]
-            for s, request, signals in zip(warm, asked, self.reference.signals(asked), strict=True):
-                s.forwards.reference += 1
-                self._set_residual(s, np.asarray(request.positions), signals)
+            if isinstance(self.reference, AsyncReference):
+                for s, request, future in zip(warm, asked, self.reference.submit(asked), strict=True):
+                    s.awaited = (request, future)
+            else:
+                begun = time.perf_counter()
+                for s, request, signals in zip(warm, asked, self.reference.signals(asked), strict=True):
+                    self._warmed(s, request, signals)
+                self.statistics.add("reference", len(asked), time.perf_counter() - begun)
+        self._collect_answers()
+
+    def _collect_answers(self) -> None:
+        awaiting = [(s, *s.awaited) for s in self.running if s.awaited is not None]
+        if awaiting and len(awaiting) == len(self.running):  # nobody has anything else to do
+            wait([future for _, _, future in awaiting], return_when=FIRST_COMPLETED)
+        for s, request, future in awaiting:
+            if future.done():
+                s.awaited = None
+                self._warmed(s, request, future.result())
 
     def _warm_start(self, s: Sequence) -> WarmStart:
         sees = len(s.canvas) if self.model.blocks_from_prompt_end else s.block[1]
@@ -94,6 +181,13 @@ class Engine:
             **temperatures(s.settings),
         )
 
+    def _warmed(self, s: Sequence, request: WarmStart, signals: Signals | None) -> None:
+        if signals is None:
+            s.reference_failures += 1
+            return
+        s.forwards.reference += 1
+        self._set_residual(s, np.asarray(request.positions), signals)
+
     def _set_residual(self, s: Sequence, positions: NDArray[np.int64], signals: Signals) -> None:
         assert s.settings.alpha is not None
         if isinstance(signals, ReferenceSignals):
@@ -102,8 +196,9 @@ class Engine:
         s.residual = Residual(positions, alpha, delta)
 
     # -- one pass
-    def _run(self, group: list[Job]) -> None:
-        hidden = self._forward(group)
+    def _run(self, group: Many[tuple[Sequence, Pass]], works: Many[Work]) -> None:
+        begun = time.perf_counter()
+        hidden = self._forward.hidden(works)
         for s, p in group:
             setattr(s.forwards, p.kind, getattr(s.forwards, p.kind) + 1)
             if p.kind != "denoise":
@@ -111,7 +206,15 @@ class Engine:
                 if s.block_done:
                     s.advance()
             elif p.cached and not self.model.blocks_from_prompt_end:
+                self.statistics.merged_stores += p.start < s.block[0] and s.block_index > 0
                 s.stored = s.block[0]  # finished blocks before this one rode along
+            if not self.model.blocks_from_prompt_end and p.cached:
+                self._slots.held[s.slot].stored = s.stored
+        self._predict(group, works, hidden)
+        kinds = [p.kind for _, p in group]
+        self.statistics.add(max(set(kinds), key=kinds.count), len(group), time.perf_counter() - begun)
+
+    def _predict(self, group: Many[tuple[Sequence, Pass]], works: Many[Work], hidden: Tensor) -> None:
         rows = [row for row, (_, p) in enumerate(group) if p.kind == "denoise"]
         sequences = [group[row][0] for row in rows]
         reached = [s.masked_positions(s.scope_end) for s in sequences]
@@ -125,54 +228,11 @@ class Engine:
         at_queries = torch.from_numpy(np.concatenate([p - start for p, start in zip(reached, starts, strict=True)]))
         bare = None
         if any(s.settings.cfg_scale for s in sequences):
-            bare = self._forward(group, without_prompt=True)[at_rows, at_queries]
+            unprompted = [_without_prompt(s, w) for (s, _), w in zip(group, works, strict=True)]
+            bare = self._forward.hidden(unprompted)[at_rows, at_queries]
         predictions = predict(self.model, sequences, reached, hidden[at_rows, at_queries], bare)
         for s, positions, prediction in zip(sequences, reached, predictions, strict=True):
             self._apply(s, positions, prediction)
-
-    def _forward(self, group: list[Job], without_prompt: bool = False) -> Tensor:
-        """(R, Q, D) hidden states of one batched pass; shorter rows are padded at the end."""
-        model, device = self.model, self.model.device
-        width = max(p.end - p.start for _, p in group)
-        num_keys = max(p.num_keys for _, p in group)
-        ids = np.full((len(group), width), model.info.pad_token_id, dtype=np.int64)
-        positions = np.zeros_like(ids)
-        written = np.full_like(ids, self.max_length)  # where keys and values go; padding into the slot's bin
-        residual_at = np.zeros(ids.shape, dtype=bool)
-        states: list[Residual] = []
-        for row, (s, p) in enumerate(group):
-            n = p.end - p.start
-            ids[row, :n] = s.canvas[p.start : p.end]
-            if without_prompt and p.start < s.num_prompt:
-                ids[row, : s.num_prompt - p.start] = model.mask_token_id
-            positions[row] = np.minimum(np.arange(p.start, p.start + width), p.end - 1)
-            written[row, :n] = positions[row, :n]
-            if p.kind == "denoise" and s.residual is not None:
-                residual_at[row, s.residual.positions - p.start] = True
-                states.append(s.residual)
-        embeds = model.embedding(torch.from_numpy(ids).to(device))
-        if states:
-            alpha, delta = torch.cat([r.alpha for r in states]), torch.cat([r.delta for r in states])
-            at = torch.from_numpy(residual_at).to(device)
-            embeds = inject_residual(embeds, at, alpha, delta, model.embedding.weight[model.mask_token_id])
-        at_positions = torch.from_numpy(positions).to(device)
-        layout = self._layout(group, at_positions, num_keys)
-        view = None
-        if group[0][1].cached:
-            if self._cache is None:
-                self._cache = SlotCache(model, self.max_batch, self.max_length)
-            slots = torch.tensor([s.slot for s, _ in group], device=device)
-            view = self._cache.view(slots, torch.from_numpy(written).to(device), num_keys)
-        return model.hidden(embeds, at_positions, layout, view)
-
-    def _layout(self, group: list[Job], positions: Tensor, num_keys: int) -> Layout:
-        """Who sees whom in this pass; requests may differ in block length."""
-        lengths = torch.tensor([p.num_keys for _, p in group], device=positions.device)
-        blocks = [b for s, _ in group if (b := self.model.attention_block(s.settings.block_length or 0))]
-        if not blocks:
-            return block_causal(positions, lengths, num_keys, None)
-        one_block = all(p.start // b == (p.end - 1) // b for (_, p), b in zip(group, blocks, strict=True))
-        return block_causal(positions, lengths, num_keys, torch.tensor(blocks, device=positions.device), one_block)
 
     # -- what a pass changes
     def _apply(self, s: Sequence, positions: NDArray[np.int64], prediction: Prediction) -> None:
@@ -205,6 +265,20 @@ class Engine:
         s.advance()
 
 
+def _work(s: Sequence, p: Pass) -> Work:
+    assert s.settings.block_length is not None
+    residual = s.residual if p.kind == "denoise" else None
+    slot = s.slot if p.cached else None
+    return Work(s.canvas[p.start : p.end], p.start, p.num_keys, s.settings.block_length, slot, residual)
+
+
+def _without_prompt(s: Sequence, work: Work) -> Work:
+    """The unconditional row of classifier-free guidance: masks in place of the prompt."""
+    ids = work.ids.copy()
+    ids[: max(0, s.num_prompt - work.start)] = s.model.mask_token_id
+    return Work(ids, work.start, work.num_keys, work.block_length, work.slot, work.residual)
+
+
 def _step(s: Sequence, positions: NDArray[np.int64], prediction: Prediction) -> Step:
     inside = positions < s.block[1]
     alpha = np.zeros(len(positions)) if s.residual is None else s.residual.alpha.float().cpu().numpy()
@@ -216,17 +290,3 @@ def _step(s: Sequence, positions: NDArray[np.int64], prediction: Prediction) -> 
         committed=positions[prediction.commit].tolist(),
         alpha=alpha[inside].tolist(),
     )
-
-
-def _groups(jobs: list[Job]) -> list[list[Job]]:
-    """Jobs that share a forward: same use of the cache and similar numbers of queries."""
-    groups: list[list[Job]] = []
-    for job in sorted(jobs, key=lambda j: (j[1].cached, j[1].end - j[1].start, j[0].slot)):
-        if groups:
-            first = groups[-1][0][1]
-            size, smallest = job[1].end - job[1].start, first.end - first.start
-            if first.cached == job[1].cached and smallest >= _PADDING_SHARE * size:
-                groups[-1].append(job)
-                continue
-        groups.append([job])
-    return groups

@@ -6,14 +6,16 @@ A local model and a remote replica answer the same call, so a target cannot tell
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
+from rcd_core.decoding.cache import Slots
+from rcd_core.decoding.forward import Forward, Work, groups
 from rcd_core.families.base import DiffusionModel
-from rcd_core.layouts import block_causal
 from rcd_core.signals import DenseSignals, ReferenceSignals, Signals
 
 
@@ -32,65 +34,81 @@ class WarmStart:
 
 
 class Reference(Protocol):
-    """What a Decoder asks of a reference model, wherever it runs."""
+    """What an engine asks of a reference model, wherever it runs: one answer per request, in order. None in place of
+    signals: it could not answer, the block starts from zero."""
 
-    def signals(self, requests: Sequence[WarmStart]) -> list[Signals]: ...
+    def signals(self, requests: Sequence[WarmStart]) -> Sequence[Signals | None]: ...
+
+
+@runtime_checkable
+class AsyncReference(Protocol):
+    """A reference elsewhere: other requests' passes go on while it works."""
+
+    def submit(self, requests: Sequence[WarmStart]) -> Sequence[Future[Signals | None]]: ...
 
 
 class LocalReference:
-    """A reference model in this process. Contexts are computed anew for each block: exact, simple, O(context)."""
+    """A reference model in this process. SDAR's contexts stay in the cache from block to block, found again by their
+    tokens: nobody has to say which request asks. cache_slots: contexts kept; the longest unused gives way."""
 
-    def __init__(self, model: DiffusionModel, max_batch: int = 256) -> None:
+    def __init__(self, model: DiffusionModel, cache_slots: int = 64) -> None:
         self.model = model
-        self.max_batch = max_batch
+        self.cache_slots = cache_slots
+        self._forward = Forward(model, cache_slots, 0)
+        self._slots = Slots(cache_slots)
 
     @torch.inference_mode()
     def signals(self, requests: Sequence[WarmStart]) -> list[Signals]:
         """One Signals per request, rows in the order of its positions."""
+        if requests and self._forward.reserve(max(len(r.canvas_ids) for r in requests)):
+            self._slots = Slots(self.cache_slots)
         found: list[Signals] = []
-        for start in range(0, len(requests), self.max_batch):
-            found += self._batch(requests[start : start + self.max_batch])
+        for start in range(0, len(requests), self.cache_slots):
+            found += self._batch(requests[start : start + self.cache_slots])
         return found
 
     def _batch(self, requests: Sequence[WarmStart]) -> list[Signals]:
+        works = [self._work(r) for r in requests]
+        hidden: dict[int, torch.Tensor] = {}
+        for group in groups(works):
+            rows = self._forward.hidden([works[i] for i in group])
+            for row, i in enumerate(group):
+                at = np.asarray(requests[i].positions) - works[i].start
+                hidden[i] = rows[row, torch.from_numpy(at).to(rows.device)]
+        for request, work in zip(requests, works, strict=True):
+            if work.slot is not None:
+                self._slots.held[work.slot].stored = _context(request)
+                self._slots.release(work.slot)
+        return self._reduced(requests, hidden)
+
+    def _work(self, request: WarmStart) -> Work:
+        canvas = np.asarray(request.canvas_ids, dtype=np.int64)
+        if self.model.attention_block(request.block_length) is None:
+            return Work(canvas, 0, len(canvas), request.block_length, None)
+        slot, source, reused = self._slots.take(canvas, request.block_length, _context(request))
+        if reused and source != slot:
+            self._forward.cache.copy(source, slot, reused)
+        return Work(canvas[reused:], reused, len(canvas), request.block_length, slot)
+
+    def _reduced(self, requests: Sequence[WarmStart], hidden: dict[int, torch.Tensor]) -> list[Signals]:
+        """The head, for requests alike in their reduction together."""
         found: dict[int, Signals] = {}
-        # Requests alike in layout and reduction run as one batch.
-        kinds = {(r.block_length, r.top_k, r.alpha_temperature, r.delta_temperature) for r in requests}
-        for kind in sorted(kinds, key=str):
-            rows = [
-                i
-                for i, r in enumerate(requests)
-                if (r.block_length, r.top_k, r.alpha_temperature, r.delta_temperature) == kind
-            ]
-            counts = [len(requests[i].positions) for i in rows]
-            signals = self._reduce(self._hidden([requests[i] for i in rows]), requests[rows[0]])
-            ends = np.cumsum(counts)
-            for i, end, count in zip(rows, ends, counts, strict=True):
-                found[i] = signals[int(end - count) : int(end)]
+        kinds = [(r.top_k, r.alpha_temperature, r.delta_temperature) for r in requests]
+        for kind in sorted(set(kinds), key=str):
+            mine = [i for i, k in enumerate(kinds) if k == kind]
+            signals = self._signals(torch.cat([hidden[i] for i in mine]), *kind)
+            ends = np.cumsum([len(requests[i].positions) for i in mine])
+            for i, end in zip(mine, ends, strict=True):
+                found[i] = signals[int(end) - len(requests[i].positions) : int(end)]
         return [found[i] for i in range(len(requests))]
 
-    def _hidden(self, requests: Sequence[WarmStart]) -> torch.Tensor:
-        """(N, D) hidden states at the wanted positions of all requests, in order."""
-        model, device = self.model, self.model.device
-        width = max(len(r.canvas_ids) for r in requests)
-        ids = np.full((len(requests), width), model.info.pad_token_id, dtype=np.int64)
-        wanted = np.zeros(ids.shape, dtype=bool)
-        for row, request in enumerate(requests):
-            ids[row, : len(request.canvas_ids)] = request.canvas_ids
-            wanted[row, list(request.positions)] = True
-        lengths = torch.tensor([len(r.canvas_ids) for r in requests], device=device)
-        positions = torch.arange(width, device=device).expand(len(requests), -1)
-        block = model.attention_block(requests[0].block_length)
-        blocks = None if block is None else torch.full_like(lengths, block)
-        layout = block_causal(positions, lengths, width, blocks)
-        hidden = model.hidden(model.embedding(torch.from_numpy(ids).to(device)), positions, layout)
-        return hidden[torch.from_numpy(wanted).to(device)]
-
-    def _reduce(self, hidden: torch.Tensor, request: WarmStart) -> Signals:
-        temperatures = {
-            "alpha_temperature": request.alpha_temperature,
-            "delta_temperature": request.delta_temperature,
-        }
-        if request.top_k is None:
+    def _signals(self, hidden: torch.Tensor, top_k: int | None, alpha_t: float, delta_t: float) -> Signals:
+        temperatures = {"alpha_temperature": alpha_t, "delta_temperature": delta_t}
+        if top_k is None:
             return DenseSignals(self.model.head(hidden).float(), **temperatures)
-        return ReferenceSignals.from_hidden(hidden, self.model.lm_head_weight, request.top_k, **temperatures)
+        return ReferenceSignals.from_hidden(hidden, self.model.lm_head_weight, top_k, **temperatures)
+
+
+def _context(request: WarmStart) -> int:
+    """Tokens before the block: all given or committed."""
+    return request.positions[0] // request.block_length * request.block_length

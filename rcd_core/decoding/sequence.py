@@ -5,17 +5,19 @@ Shapes: T canvas length, b block length, m masked positions that carry a residua
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from rcd_core.decoding.forward import Residual
+from rcd_core.decoding.reference import WarmStart
 from rcd_core.decoding.settings import DecodeSettings, Start
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
+from rcd_core.signals import Signals
 
 PassKind = Literal["prefill", "denoise", "store"]
 NUM_SEED_BITS = 31
@@ -63,7 +65,8 @@ class Step:
 @dataclass(frozen=True)
 class Generation:
     """token_ids: new tokens before the stop token and within max_new_tokens (infill: the filled tokens, in order).
-    canvas_ids: prompt and every decoded block, uncut. settings: what was in effect, every default filled in."""
+    canvas_ids: prompt and every decoded block, uncut. settings: what was in effect, every default filled in.
+    reference_failures: blocks that started from zero because the reference could not answer."""
 
     token_ids: list[int]
     canvas_ids: list[int]
@@ -71,23 +74,21 @@ class Generation:
     finish_reason: Literal["stop", "length", "filled"]
     settings: DecodeSettings
     steps: list[Step]
+    reference_failures: int = 0
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """The paper's measure: generated tokens over denoising passes."""
+        return len(self.token_ids) / max(1, self.num_forwards.denoise)
+
+    def tokens_per_pass(self, reference_cost: float) -> float:
+        """Generated tokens over all passes, a reference pass counted as `reference_cost` of a target's (ratio of
+        FLOPs)."""
+        passes = self.num_forwards.total + reference_cost * self.num_forwards.reference
+        return len(self.token_ids) / max(1.0, passes)
 
 
-@dataclass
-class Residual:
-    """The residual state of a request: (m,) ascending positions, (m,) alpha, (m, D) delta. Never V numbers."""
-
-    positions: NDArray[np.int64]
-    alpha: Tensor
-    delta: Tensor
-
-    def keep(self, chosen: NDArray[np.bool_]) -> Residual:
-        """The state at some of the positions: (m,) True = keep."""
-        index = torch.from_numpy(np.flatnonzero(chosen)).to(self.alpha.device)
-        return Residual(self.positions[chosen], self.alpha[index], self.delta[index])
-
-
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """The state of one request. `stored`: canvas positions [0, stored) have exact keys and values in the slot."""
 
@@ -106,6 +107,8 @@ class Sequence:
     stopped: bool = False
     empty_pass_due: bool = False
     residual: Residual | None = None
+    awaited: tuple[WarmStart, Future[Signals | None]] | None = None  # asked of a remote reference
+    reference_failures: int = 0
     forwards: Forwards = field(default_factory=Forwards)
     steps: list[Step] = field(default_factory=list)
     wanted: NDArray[np.bool_] = field(init=False)  # positions that were masked at the beginning
@@ -150,7 +153,8 @@ class Sequence:
         return each + (self.step < extra)
 
     # -- what comes next
-    def next_pass(self) -> Pass:
+    def next_pass(self, prefill_chunk: int) -> Pass:
+        """prefill_chunk: prompt tokens a pass takes at most, rounded down to whole blocks but at least one."""
         start, end = self.block
         length = len(self.canvas)
         if self.model.blocks_from_prompt_end:
@@ -165,6 +169,10 @@ class Sequence:
             return Pass("store", start, end, end, True)
         first = self.block_index == 0
         if self.stored < start and (first or self.settings.compat_passes):
+            if not self.settings.compat_passes:
+                assert self.settings.block_length is not None
+                b = self.settings.block_length
+                start = min(start, self.stored + max(b, prefill_chunk - prefill_chunk % b))
             return Pass("prefill" if first else "store", self.stored, start, start, True)
         # Finished blocks that are not stored yet ride along with this block's first pass.
         return Pass("denoise", self.stored, end, end, cached=self.stored > 0 or start > 0)
@@ -182,6 +190,17 @@ class Sequence:
             self.block_index += 1
 
     # -- what came out
+    def final_ids(self) -> list[int]:
+        """New tokens that can no longer change: all of finished blocks, cut like the output. Infill: none before the
+        end."""
+        if self.finished:
+            return self.output().token_ids
+        if self.infill:
+            return []
+        new = self.canvas[self.num_prompt : max(self.num_prompt, self.block[0])][: self.settings.max_new_tokens]
+        stops = np.flatnonzero(np.isin(new, self.settings.stop_token_ids or ()))
+        return [int(t) for t in (new[: stops[0]] if len(stops) else new)]
+
     def output(self) -> Generation:
         end = self.block[1]
         canvas = (
@@ -198,7 +217,9 @@ class Sequence:
     def _generation(
         self, tokens: NDArray[np.int64], canvas: NDArray[np.int64], reason: Literal["stop", "length", "filled"]
     ) -> Generation:
-        return Generation(tokens.tolist(), canvas.tolist(), self.forwards, reason, self.settings, self.steps)
+        return Generation(
+            tokens.tolist(), canvas.tolist(), self.forwards, reason, self.settings, self.steps, self.reference_failures
+        )
 
 
 def resolve_settings(settings: DecodeSettings, model: DiffusionModel, has_reference: bool) -> DecodeSettings:

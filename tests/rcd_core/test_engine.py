@@ -1,0 +1,245 @@
+"""The engine's promises while requests come, go, share prefixes and wait for a remote reference."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rcd_core import Decoder, DecodeSettings, LocalReference, WarmStart
+from rcd_core.decoding.engine import Engine, QueueFull
+from rcd_core.decoding.sequence import make_sequence
+from rcd_core.decoding.stream import BlockDone, PassDone, TextStream, stream
+from tests.rcd_core.test_decoding import FAMILIES, any_settings, decoder, many, model, prompts
+
+OK = DecodeSettings(block_length=4, max_new_tokens=16, stop_token_ids=())
+
+
+def request(family: str, prompt: list[int], settings: DecodeSettings) -> Any:
+    return make_sequence(model(family), prompt, settings, infill=False, has_reference=True)
+
+
+def engine(family: str, reference: Any = None, **options: Any) -> Engine:
+    options = {"max_batch": 4, "max_length": 64, **options}
+    return Engine(model(family), reference or LocalReference(model(f"{family}_ref_tiny")), **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@many
+@given(data=st.data())
+def test_joins_and_cancellations_change_nobody(family: str, data: st.DataObject) -> None:
+    """Requests arrive between passes at random moments, some are cancelled; the others get what they get alone."""
+    several = data.draw(st.lists(st.tuples(prompts, any_settings(family)), min_size=3, max_size=7))
+    order = random.Random(data.draw(st.integers(0, 99)))
+    e = engine(family, max_batch=3, reuse_prefixes=data.draw(st.booleans()), prefill_chunk=4)
+    requests = [request(family, p, s) for p, s in several]
+    waiting, cancelled = list(requests), set()
+    while waiting or e.busy:
+        if waiting and order.random() < 0.6:
+            e.add(waiting.pop(0))
+        if order.random() < 0.1 and (under_way := [*e.running, *e.waiting]):
+            victim = order.choice(under_way)
+            e.cancel(victim)
+            cancelled.add(id(victim))
+        e.step()
+    assert sorted(e._slots.free) == [0, 1, 2], "every slot is free again"
+    for (prompt, s), r in zip(several, requests, strict=True):
+        assert r.finished != (id(r) in cancelled)
+        if r.finished:
+            alone = decoder(family).generate([prompt], s)[0]
+            assert r.output().token_ids == alone.token_ids
+            assert r.output().num_forwards.denoise == alone.num_forwards.denoise
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@many
+@given(data=st.data())
+def test_streamed_equals_whole(family: str, data: st.DataObject) -> None:
+    several = data.draw(st.lists(st.tuples(prompts, any_settings(family)), min_size=1, max_size=4))
+    whole = decoder(family).generate([p for p, _ in several], [s for _, s in several])
+    tokens: list[list[int]] = [[] for _ in several]
+    steps: list[list[Any]] = [[] for _ in several]
+    finished: dict[int, Any] = {}
+    for event in decoder(family).stream([p for p, _ in several], [s for _, s in several]):
+        assert event.index not in finished, "nothing comes after the end"
+        if isinstance(event, BlockDone):
+            tokens[event.index] += event.token_ids
+        elif isinstance(event, PassDone):
+            steps[event.index].append(event.step)
+        else:
+            finished[event.index] = event.generation
+    for i, want in enumerate(whole):
+        assert tokens[i] == want.token_ids == finished[i].token_ids
+        assert steps[i] == want.steps
+
+
+def test_a_closed_stream_frees_its_slots() -> None:
+    e = engine("sdar", max_batch=2)
+    events = stream(e, [request("sdar", [1, 2, 3], OK) for _ in range(3)])
+    next(events)
+    assert e.busy
+    events.close()  # type: ignore[attr-defined]
+    assert not e.busy and sorted(e._slots.free) == [0, 1]
+
+
+def test_prompts_that_begin_alike_share_their_prefill() -> None:
+    """A second request with the same first blocks prefills the rest only, from a running neighbour or a finished one;
+    another block length shares nothing; compat_passes makes the authors' passes."""
+    start = list(range(10, 26))
+    first, second = request("sdar", start + [30, 31], OK), request("sdar", start + [40], OK)
+    e = engine("sdar", reuse_prefixes=True)
+    e.add(first)
+    e.step()
+    e.add(second)
+    while e.busy:
+        e.step()
+    assert (first.forwards.prefill, second.forwards.prefill, e.statistics.reused_tokens) == (1, 0, 16)
+    later = request("sdar", start + [50] * 8, OK)
+    e.add(later)
+    while e.busy:
+        e.step()
+    assert later.forwards.prefill == 1 and e.statistics.reused_tokens == 32
+    for r in (first, second, later):
+        assert (
+            r.output().token_ids
+            == Decoder(model("sdar")).generate([r.canvas[: r.num_prompt].tolist()], OK)[0].token_ids
+        )
+    for other in (replace(OK, block_length=8), replace(OK, compat_passes=True)):
+        before = e.statistics.reused_tokens
+        e.add(request("sdar", start + [30, 31], other))
+        while e.busy:
+            e.step()
+        assert e.statistics.reused_tokens == before
+
+
+def test_long_prompts_are_prefilled_in_chunks() -> None:
+    prompt = list(range(100, 150))
+    whole = request("sdar", prompt, OK)
+    chunked = request("sdar", prompt, OK)
+    for r, chunk in ((whole, 2048), (chunked, 19)):
+        e = engine("sdar", prefill_chunk=chunk, max_length=80)
+        e.add(r)
+        while e.busy:
+            e.step()
+    assert (whole.forwards.prefill, chunked.forwards.prefill) == (1, 3)  # 48 tokens in chunks of 16
+    assert whole.output().token_ids == chunked.output().token_ids
+
+
+def test_the_queue_is_bounded() -> None:
+    e = engine("sdar", max_batch=1, max_queue=1)
+    requests = [request("sdar", [1], OK) for _ in range(4)]
+    e.add(requests[0])
+    e.step()
+    e.add(requests[1])
+    with pytest.raises(QueueFull, match="waiting already"):
+        e.add(requests[2])
+    e.cancel(requests[0])
+    e.step()
+    e.add(requests[2])
+
+
+class Remote:
+    """A reference elsewhere whose answers come when the test says so, or at once; None where it fails."""
+
+    def __init__(self, family: str) -> None:
+        self.local = LocalReference(model(f"{family}_ref_tiny"))
+        self.open: list[tuple[WarmStart, Future[Any]]] = []
+        self.at_once = self.fails = False
+
+    def submit(self, requests: Sequence[WarmStart]) -> list[Future[Any]]:
+        futures: list[Future[Any]] = [Future() for _ in requests]
+        self.open += zip(requests, futures, strict=True)
+        if self.at_once:
+            self.answer()
+        return futures
+
+    def answer(self) -> None:
+        for asked, future in self.open:
+            future.set_result(None if self.fails else self.local.signals([asked])[0])
+        self.open.clear()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_others_go_on_while_a_remote_reference_works(family: str) -> None:
+    warm = replace(OK, residual=True, start="reference", residual_top_k=16)
+    remote = Remote(family)
+    e = engine(family, remote)
+    asking, plain = request(family, [3, 4], warm), request(family, [5], OK)
+    e.add(asking)
+    e.add(plain)
+    while not plain.finished:
+        e.step()
+    assert asking.forwards.denoise == 0, "the other one waited for its signals, and only that one"
+    remote.at_once = True
+    remote.answer()
+    while e.busy:
+        e.step()
+    alone = decoder(family).generate([[3, 4]], warm)[0]
+    assert asking.output().token_ids == alone.token_ids
+    assert asking.output().num_forwards == alone.num_forwards
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_reference_that_cannot_answer_means_a_zero_start(family: str) -> None:
+    warm = replace(OK, residual=True, start="reference", residual_top_k=16)
+    remote = Remote(family)
+    remote.at_once = remote.fails = True
+    e = engine(family, remote)
+    asking = request(family, [3, 4], warm)
+    e.add(asking)
+    while e.busy:
+        e.step()
+    found = asking.output()
+    zero = decoder(family).generate([[3, 4]], replace(warm, start="zero"))[0]
+    assert found.token_ids == zero.token_ids
+    assert found.reference_failures == len(asking.blocks) and found.num_forwards.reference == 0
+
+
+def test_the_reference_keeps_its_contexts() -> None:
+    """From block to block the local reference runs the new tokens only, and says the same as one without a cache."""
+    ref = model("sdar_ref_tiny")
+    kept, seen = LocalReference(ref), []
+    canvas = torch.randint(0, 490, (24,), generator=torch.Generator().manual_seed(0)).tolist()
+    inner = kept._forward.hidden
+    kept._forward.hidden = lambda works: (seen.append([len(w.ids) for w in works]), inner(works))[1]  # type: ignore[method-assign]
+    for end in (8, 12, 16, 24):
+        asked = [WarmStart((*canvas[: end - 4], *[511] * 4), tuple(range(end - 4, end)), 4, top_k=8)]
+        fresh = LocalReference(ref).signals(asked)[0]
+        found = kept.signals(asked)[0]
+        assert torch.equal(found.topk_ids, fresh.topk_ids)  # type: ignore[union-attr]
+        torch.testing.assert_close(found.entropy, fresh.entropy, atol=1e-5, rtol=1e-4)  # type: ignore[union-attr]
+    # A longer canvas made the cache grow, which empties it: 12 and 24 are run from the start of what is left.
+    assert seen[0] == [8] and seen[2] == [8], seen
+    assert sum(n for row in seen for n in row) < 8 + 12 + 16 + 24
+
+
+# -- text
+
+
+def test_text_comes_in_safe_pieces() -> None:
+    """Bytes as ids: a character of three bytes cut in two, a stop string spread over three pushes."""
+
+    def decode(ids: list[int]) -> str:
+        return bytes(ids).decode("utf-8", errors="replace")
+
+    text = "Grüße, 世界! <end> never"
+    ids = list(text.encode())
+    for size in (1, 2, 3, 5, 50):
+        pieces = TextStream(decode, stop=["<end>", "<endless>"])
+        out = [pieces.push(ids[i : i + size]) for i in range(0, len(ids), size)] + [pieces.finish()]
+        assert "".join(out) == "Grüße, 世界! " and pieces.stopped
+        assert not any("\ufffd" in piece for piece in out)
+    unstopped = TextStream(decode, stop=["<end!"])
+    told = unstopped.push(ids)
+    assert told + unstopped.finish() == text and not unstopped.stopped
+    half = TextStream(decode)
+    assert half.push("é".encode()[:1]) == "" and half.finish() == "\ufffd"
+    waiting = TextStream(decode, stop=["stop"])
+    assert waiting.push(b"a st") == "a " and waiting.push(b"ill") == "still"
