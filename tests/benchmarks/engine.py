@@ -1,0 +1,261 @@
+"""The decoding engine: its own cost beside the bare forwards, batches beside one by one, RCD's passes beside SeqD's.
+
+    python -m tests.benchmarks.engine [--model DIR] [--repeats 3]
+
+--model: a checkpoint whose speed matters, for example a demo run's target/model; without one a random model of the
+demo's size. Passes at SDAR-1.7B's width have random weights. Free of Ray; only generated tokens up to eos are counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from rcd_core import Decoder, DecodeSettings, load_model
+from rcd_core.decoding.engine import Engine
+from rcd_core.decoding.forward import Forward
+from rcd_core.decoding.sequence import make_sequence
+from rcd_core.families.base import CheckpointInfo, DiffusionModel
+from rcd_core.families.config import ModelConfig
+from rcd_core.families.loading import new_model
+from tests.benchmarks.probe import header
+
+DEMO = ModelConfig(
+    family="sdar", hidden_size=64, num_layers=3, num_heads=4, num_kv_heads=2, intermediate_size=192, max_positions=2048
+)
+VOCAB = 151_936
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="checkpoint to decode with")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=32)
+    options = parser.parse_args()
+    print(header(), flush=True)
+    torch.set_num_threads(1)
+    model = load_model(options.model) if options.model else random_model(DEMO, 320)
+    found: dict[str, Any] = {}
+    found |= against_bare_forwards(model, options)
+    found |= batched_against_single(model, options)
+    found |= rcd_against_seqd(options.repeats)
+    found["transient_gib"] = transient_gib()
+    found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "not measured"
+    print(json.dumps(found))
+
+
+def random_model(config: ModelConfig, vocab: int) -> DiffusionModel:
+    info = CheckpointInfo(mask_token_id=vocab - 1, eos_token_ids=(0,), pad_token_id=0, block_length=4)
+    return new_model(config, vocab_size=vocab, info=info, seed=0).eval()
+
+
+def requests(model: DiffusionModel, count: int, block_length: int, new_tokens: int) -> tuple[list[list[int]], Any]:
+    """Prompts of 16 to 47 tokens. A static schedule of two tokens a pass: every model makes the same passes."""
+    generator = np.random.default_rng(0)
+    highest = min(model.vocab_size, 260) - 1
+    prompts = [generator.integers(1, highest, 16 + i % 32).tolist() for i in range(count)]
+    settings = DecodeSettings(
+        block_length=block_length,
+        denoising_steps=max(1, block_length // 2),
+        policy="low_confidence_static",
+        max_new_tokens=new_tokens,
+        stop_token_ids=(),
+    )
+    return prompts, settings
+
+
+class Recorder(Forward):
+    """Notes what each pass was asked for, so that the bare forwards can be run again without the engine."""
+
+    def __init__(self, inner: Forward) -> None:
+        super().__init__(inner.model, inner.max_batch, inner.max_length)
+        self.calls: list[Any] = []
+
+    def hidden(self, works: Any) -> torch.Tensor:
+        self.calls.append([replace(w, ids=w.ids.copy()) for w in works])
+        return super().hidden(works)
+
+
+def run_engine(model: DiffusionModel, prompts: Any, settings: Any, recorder: bool = False) -> tuple[float, Any, Engine]:
+    sequences = [make_sequence(model, p, settings, infill=False, has_reference=False) for p in prompts]
+    engine = Engine(model, None, max_batch=len(prompts), max_length=max(len(s.canvas) for s in sequences))
+    if recorder:
+        engine._forward = Recorder(engine._forward)
+    start = time.perf_counter()
+    for s in sequences:
+        engine.add(s)
+    while engine.busy:
+        engine.step()
+    return time.perf_counter() - start, sequences, engine
+
+
+@torch.inference_mode()
+def run_bare(model: DiffusionModel, calls: list[Any], masked_share: float, max_length: int) -> float:
+    """The same forwards, with the head on as many rows as the engine had masks: nothing else."""
+    forward = Forward(model, max(len(c) for c in calls), max_length)
+    start = time.perf_counter()
+    for works in calls:
+        hidden = forward.hidden(works)
+        rows = max(1, round(masked_share * sum(len(w.ids) for w in works)))
+        model.head(hidden.flatten(0, 1)[:rows])
+    return time.perf_counter() - start
+
+
+def against_bare_forwards(model: DiffusionModel, options: argparse.Namespace) -> dict[str, Any]:
+    prompts, settings = requests(model, options.requests, 8, 64)
+    found: dict[str, Any] = {}
+    for name, s in (("seqd", settings), ("rcd", replace(settings, residual=True, start="zero", residual_top_k=32))):
+        _, sequences, engine = run_engine(model, prompts, s, recorder=True)
+        calls = engine._forward.calls  # type: ignore[attr-defined]
+        # A static schedule commits two a pass: the mean number of masks of a block's passes over its length.
+        share = float(np.mean([8, 6, 4, 2])) / 8
+        pairs = []
+        for _ in range(options.repeats + 1):
+            ours = run_engine(model, prompts, s)[0]
+            pairs.append((ours, run_bare(model, calls, share, max(len(q.canvas) for q in sequences))))
+        ratios = [a / b for a, b in pairs[1:]]
+        found[f"{name}_engine_vs_bare"] = statistics.median(ratios)
+        print(
+            f"engine / bare forwards, {name}: {statistics.median(ratios):.3f} "
+            f"({min(ratios):.3f} to {max(ratios):.3f}), {len(calls)} passes, engine {statistics.median(a for a, _ in pairs[1:]):.2f} s",
+            flush=True,
+        )
+        found["store_passes_saved"] = engine.statistics.merged_stores
+    found["engine_vs_bare_passes"] = found["seqd_engine_vs_bare"]
+    return found
+
+
+def authors_loop(model: DiffusionModel, prompt: list[int], s: DecodeSettings) -> list[int]:
+    """One prompt in the style of the authors' generate.py: prefill, passes over the block, a store pass per block."""
+    single = replace(s, compat_passes=True)
+    return Decoder(model).generate([prompt], single)[0].token_ids
+
+
+def batched_against_single(model: DiffusionModel, options: argparse.Namespace) -> dict[str, Any]:
+    prompts, settings = requests(model, options.requests, 8, 64)
+    ratios = []
+    for round_ in range(options.repeats + 1):
+        start = time.perf_counter()
+        alone = [authors_loop(model, p, settings) for p in prompts]
+        one_by_one = time.perf_counter() - start
+        start = time.perf_counter()
+        together = [g.token_ids for g in Decoder(model).generate(prompts, settings)]
+        batched = time.perf_counter() - start
+        assert together == alone
+        if round_:
+            ratios.append(one_by_one / batched)
+    tokens = sum(map(len, together))
+    print(
+        f"{len(prompts)} requests one by one / batched: {statistics.median(ratios):.2f} ({min(ratios):.2f} to "
+        f"{max(ratios):.2f}); batched {tokens / batched:.0f} tokens/s",
+        flush=True,
+    )
+    return {"batched_vs_single": statistics.median(ratios), "tokens_per_s": tokens / batched}
+
+
+def rcd_against_seqd(repeats: int) -> dict[str, Any]:
+    """One block of 32 for two requests at SDAR-1.7B's width and vocabulary; one position is committed per pass.
+
+    A whole model has 28 layers and the residual's cost does not depend on them: its seconds are measured at 1 and 3
+    layers and set against a pass of 28, which is extrapolated from the two by a straight line. Both raw times are given.
+    """
+    config = ModelConfig(
+        family="sdar",
+        hidden_size=2048,
+        num_layers=1,
+        num_heads=16,
+        num_kv_heads=8,
+        intermediate_size=6144,
+        head_dim=128,
+        max_positions=4096,
+    )
+    seconds: dict[tuple[str, int], float] = {}
+    for layers in (1, 3):
+        model = random_model(replace(config, num_layers=layers), VOCAB)
+        generator = np.random.default_rng(0)
+        prompts = [generator.integers(1, 1000, 64).tolist() for _ in range(2)]
+        plain = DecodeSettings(block_length=32, max_new_tokens=32, policy="low_confidence_static", stop_token_ids=())
+        arms = {
+            "seqd": plain,
+            "sparse": replace(plain, residual=True, start="zero", residual_top_k=32),
+            "dense": replace(plain, residual=True, start="zero"),
+        }
+        times: dict[str, list[float]] = {name: [] for name in arms}
+        for round_ in range(repeats + 1):
+            for name, s in arms.items():
+                taken = timed_passes(model, prompts, s, 4)
+                if round_:
+                    times[name].append(taken)
+        for name, values in times.items():
+            seconds[name, layers] = statistics.median(values)
+            print(
+                f"pass at 1.7B width, {layers} layers, {name}: {statistics.median(values) * 1e3:.1f} ms "
+                f"({min(values) * 1e3:.1f} to {max(values) * 1e3:.1f})",
+                flush=True,
+            )
+        del model
+    layer = (seconds["seqd", 3] - seconds["seqd", 1]) / 2
+    whole = seconds["seqd", 1] + 27 * layer
+    found: dict[str, Any] = {"seqd_pass_28_layers_s": whole}
+    for name in ("sparse", "dense"):
+        own = statistics.mean(seconds[name, n] - seconds["seqd", n] for n in (1, 3))
+        found[f"rcd_{name}_vs_seqd_pass"] = 1 + own / whole
+        found[f"rcd_{name}_vs_seqd_pass_one_layer"] = seconds[name, 1] / seconds["seqd", 1]
+    found["rcd_vs_seqd_pass"] = found["rcd_sparse_vs_seqd_pass"]
+    print(json.dumps({k: round(v, 4) for k, v in found.items()}), flush=True)
+    return found
+
+
+def timed_passes(model: DiffusionModel, prompts: list[list[int]], s: DecodeSettings, passes: int) -> float:
+    """Mean seconds of the second to fifth denoising pass: the residual is in the input and in the output."""
+    sequences = [make_sequence(model, p, s, infill=False, has_reference=False) for p in prompts]
+    engine = Engine(model, None, max_batch=len(prompts), max_length=max(len(q.canvas) for q in sequences))
+    for q in sequences:
+        engine.add(q)
+    while sequences[0].forwards.denoise < 1:
+        engine.step()
+    start = time.perf_counter()
+    for _ in range(passes):
+        engine.step()
+    return (time.perf_counter() - start) / passes
+
+
+def transient_gib() -> float:
+    """Memory of a pass at batch 128, block 32, V = 151,936 beyond weights and cache: peak over what is held before and
+    after, on a model of few parameters (width 64), whose tiles over the vocabulary are as large as any."""
+    from tests.benchmarks.attention import _peak_bytes, _reset_peak
+
+    model = random_model(replace(DEMO, num_layers=1), VOCAB)
+    prompts = [[1 + i % 100] * 32 for i in range(128)]
+    s = DecodeSettings(
+        block_length=32,
+        max_new_tokens=32,
+        policy="low_confidence_static",
+        residual=True,
+        start="zero",
+        stop_token_ids=(),
+    )
+    sequences = [make_sequence(model, p, s, infill=False, has_reference=False) for p in prompts]
+    engine = Engine(model, None, max_batch=128, max_length=64)
+    for q in sequences:
+        engine.add(q)
+    engine.step()  # prefill, and the cache
+    held: Callable[[], int] = lambda: _peak_bytes(model.device)  # noqa: E731
+    _reset_peak(model.device)
+    before = held()
+    engine.step()
+    gib = (held() - before) / 2**30
+    print(f"transient memory of a pass at batch 128, block 32, V 151,936: {gib:.2f} GiB", flush=True)
+    return gib
+
+
+if __name__ == "__main__":
+    main()
