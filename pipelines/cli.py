@@ -15,6 +15,7 @@ COMMANDS = {
     "generate": ("pipelines.cli_generate", "generate text with a checkpoint"),
     "runs": ("pipelines.cli_runs", "list runs and the state of their stages"),
     "signals": ("pipelines.cli_signals", "look at reference signals, or plan them"),
+    "train": ("pipelines.cli_train", "plan trainings: memory, GPUs, hours"),
 }
 
 

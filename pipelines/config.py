@@ -37,6 +37,11 @@ DataSource = Annotated[
 ]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+# A number of workers, or the fewest and the most that a training may go on with.
+Workers = Annotated[
+    Annotated[Count, Tag("<fixed>")] | Annotated[tuple[Count, Count], Tag("<elastic>")],
+    Discriminator(lambda value: "<elastic>" if isinstance(value, list | tuple) else "<fixed>"),
+]
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -52,6 +57,7 @@ class DataSettings(Section):
     test: DataSource
     num_train: Count | None = None
     num_test: Count | None = None
+    num_validation: Annotated[int, Field(ge=0, le=4096)] = 0
     fields: dict[str, str] = {}
     max_length: Count = 256
     min_length: Count | None = None
@@ -115,13 +121,24 @@ class DeploySettings(Section):
 class Resources(Section):
     """What the stages ask of the cluster. Never part of a stage's key: results do not depend on it."""
 
-    num_workers: Count = 1
+    num_workers: Workers = 1
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    max_failures: Annotated[int, Field(ge=0)] = 3
     signal_actors: Count = 1
     evaluate_actors: Count = 1
     timeout_s: Annotated[float, Field(ge=0)] = 600
     no_progress_timeout_s: Positive | None = None
+
+    @property
+    def worker_counts(self) -> range:
+        """All numbers of workers that a training may find itself with."""
+        one = self.num_workers
+        return range(one, one + 1) if isinstance(one, int) else range(one[0], one[1] + 1)
+
+    @property
+    def elastic(self) -> bool:
+        return not isinstance(self.num_workers, int)
 
 
 @dataclass(frozen=True)
@@ -142,7 +159,7 @@ class Recipe(Section):
     data: DataSettings
     tokenizer: TokenizerSettings = TokenizerSettings()
     base: BaseStage | None = None
-    reference: ReferenceStage
+    reference: ReferenceStage | None = None
     signals: SignalSettings = SignalSettings()
     target: TargetStage
     variants: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")], ResidualSettings] = {}
@@ -163,7 +180,7 @@ class Recipe(Section):
         """The work of a training stage: base, reference, target, target-<variant> or baseline."""
         if stage == "base" and self.base:
             return Training(self.base.start, self.base.train, None)
-        if stage == "reference" and self.reference.train:
+        if stage == "reference" and self.reference and self.reference.train:
             return Training(self.reference.start, self.reference.train, None)
         if stage == "baseline":
             return Training(self.target.start, self.target.train, None)

@@ -112,6 +112,8 @@ class _Job:
             return self._teardown()
         if self.options.repair:
             self.chosen = [name for name in self.chosen if self.stages[name].repair]
+            if not self.chosen:
+                raise UserError("--repair: only signals can be repaired, and they are not among the stages to run")
         check_inputs(self.recipe)
         plan = self._plan(self.redo)
         if self.options.dry_run:

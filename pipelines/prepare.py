@@ -42,6 +42,7 @@ from rcd_core.tasks.encoding import TOO_SHORT, UNLABELLED, Encoder, content_id
 from rcd_core.tasks.rows import BadRow, Row, read_rows
 from rcd_core.tokenizer import load_tokenizer, mask_token_id, tokenizer_sha256, train_tokenizer
 
+VALIDATION = "validation"  # directory of the training examples that are held out
 ROWS_PER_FILE = 4096
 ROWS_PER_GROUP = 1024  # a chunk: what training shuffles, and holds in memory, at a time
 ROWS_PER_BATCH = 512
@@ -75,10 +76,12 @@ class Encoding:
 
 
 def run(ctx: StageContext) -> dict[str, Any]:
-    """Write train/, test/, tokenizer/ and bad.parquet. The summary has file names in order, counts and digests."""
+    """Write train/, validation/, test/, tokenizer/ and bad.parquet. The summary has file names in order, counts and
+    digests."""
     check_sources(ctx.recipe)
     for split in SPLITS:
         storage.remove(storage.join(ctx.directory, split))
+    storage.remove(storage.join(ctx.directory, VALIDATION))
     sources = {split: local_sources(ctx, split) for split in SPLITS}
     tokenizer = _save_tokenizer(ctx, sources["train"])
     encoded = {}
@@ -87,16 +90,18 @@ def run(ctx: StageContext) -> dict[str, Any]:
             encoded[split] = _encode(ctx, split, sources[split]).materialize()
     counts = _set_bad_rows_aside(ctx, encoded)
     files = {}
+    held_out: list[str] = []
     chunks: dict[str, list[int]] = {name: [] for name in ("file", "rows", "tokens", "labelled")}
     fingerprint = hashlib.sha256(tokenizer_sha256(tokenizer).encode())
     for split in SPLITS:
         with ctx.console.status(f"prepare: writing the {split} examples"):
-            files[split], counted = _write(ctx, split, encoded[split], fingerprint, chunks)
+            files[split], counted = _write(ctx, split, encoded[split], fingerprint, chunks, held_out)
         counts[split] |= counted
     fingerprint.update(str(chunks["rows"]).encode())  # the order of training rows follows them
     storage.remove(storage.join(ctx.directory, "sources"))
     return {
         **files,
+        VALIDATION: held_out,
         "counts": counts,
         "chunks": chunks,
         "vocab_size": len(tokenizer),
@@ -245,14 +250,22 @@ def _too_many(recipe: Recipe, split: str, bad: pa.Table, reasons: dict[str, int]
 
 
 def _write(
-    ctx: StageContext, split: str, encoded: ray.data.Dataset, fingerprint: Any, chunks: dict[str, list[int]]
+    ctx: StageContext,
+    split: str,
+    encoded: ray.data.Dataset,
+    fingerprint: Any,
+    chunks: dict[str, list[int]],
+    held_out: list[str],
 ) -> tuple[list[str], dict[str, int]]:
     """Files of ROWS_PER_FILE rows in the order of example ids; an example that occurs twice is trained on once.
 
-    `chunks` gets a line per row group of the training files: number of the file, rows, tokens, labelled tokens.
+    `chunks` gets a line per row group of the training files: number of the file, rows, tokens, labelled tokens. The
+    first data.num_validation training examples (of files: in the order of content hashes, so any) go to files of their
+    own, whose names `held_out` gets.
     """
     files: list[str] = []
     previous, copies, num_examples, num_duplicates = "", 0, 0, 0
+    to_hold = ctx.recipe.data.num_validation if split == "train" else 0
     for table in in_order(encoded, SCHEMAS[split], "example_id", ROWS_PER_FILE):
         ids, keep = [], []
         for example_id in table["example_id"].to_pylist():
@@ -262,9 +275,14 @@ def _write(
             keep.append(split == "test" or not copies)
             ids.append(f"{example_id}-{copies}" if copies else example_id)
         table = table.set_column(0, "example_id", pa.array(ids)).filter(pa.array(keep))
-        files.append(f"part-{len(files):05d}.parquet")
-        with storage.open_output(storage.join(ctx.directory, split, files[-1])) as stream:
-            pq.write_table(table, stream, compression="zstd", row_group_size=ROWS_PER_GROUP)
+        if to_hold:
+            held, table = table.slice(0, to_hold), table.slice(to_hold)
+            to_hold -= len(held)
+            held_out.append(_write_file(ctx, VALIDATION, len(held_out), held))
+            _digest(held, fingerprint)
+            if not len(table):
+                continue
+        files.append(_write_file(ctx, split, len(files), table))
         for start in range(0, len(table) if split == "train" else 0, ROWS_PER_GROUP):
             labels = pc.list_flatten(table.slice(start, ROWS_PER_GROUP)["labels"])
             chunks["file"].append(len(files) - 1)
@@ -273,7 +291,19 @@ def _write(
             chunks["labelled"].append(pc.sum(pc.not_equal(labels, UNLABELLED)).as_py())
         num_examples += len(table)
         _digest(table, fingerprint)
+    if not files and held_out:
+        raise UserError(
+            f"data.num_validation is {ctx.recipe.data.num_validation}, but there are only so many training examples; "
+            "lower it"
+        )
     return files, {"examples": num_examples, "duplicates": num_duplicates}
+
+
+def _write_file(ctx: StageContext, directory: str, number: int, table: pa.Table) -> str:
+    name = f"part-{number:05d}.parquet"
+    with storage.open_output(storage.join(ctx.directory, directory, name)) as stream:
+        pq.write_table(table, stream, compression="zstd", row_group_size=ROWS_PER_GROUP)
+    return name
 
 
 def _unused(rows: pa.Table) -> pa.Table:

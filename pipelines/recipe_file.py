@@ -58,7 +58,7 @@ def recipe_names() -> list[str]:
 def read_recipe(name_or_path: str) -> dict[str, Any]:
     """The mapping of a packaged recipe (by name) or of a YAML file. Raises UserError, with the nearest name."""
     path = RECIPES / f"{name_or_path}.yaml"
-    if not re.fullmatch(r"[\w-]+", name_or_path) or not path.exists():
+    if not re.fullmatch(r"[\w-][\w.-]*", name_or_path) or not path.exists():
         path = Path(name_or_path).expanduser()
     try:
         text = path.read_text()

@@ -15,6 +15,7 @@ from rcd_core.tasks import TASKS
 
 if TYPE_CHECKING:
     from pipelines.config import Recipe
+    from rcd_core.training.settings import TrainSettings
 
 SYNTHETIC = "synthetic"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -52,16 +53,19 @@ def problems(recipe: Recipe) -> Iterator[str]:
         yield "target.start and base are both null; give the target a checkpoint or describe a base to train"
     if target.start is not None and recipe.base is not None:
         yield "base is described but target.start does not use it; set one of them to null"
-    if reference.train is None and not isinstance(reference.start, str):
+    if reference is None:
+        for key in reference_keys(recipe):
+            yield f"{key} asks for the reference but reference is null; describe one, or change {key}"
+    elif reference.train is None and not isinstance(reference.start, str):
         yield "reference.train is null but reference.start is no checkpoint; describe its training or name a checkpoint"
     for key, residual in recipe.residuals().items():
-        if residual.source == "online" and residual.alpha == "calibrated_entropy" and residual.alpha_scale is None:
-            yield f"{key}.alpha_scale is null; with source 'online' there are no signals to take it from: give nats"
-    workers = recipe.resources.num_workers
-    trainings = {"base.train": recipe.base and recipe.base.train, "reference.train": reference.train}
-    for key, train in (trainings | {"target.train": target.train}).items():
-        if train and train.batch_size % workers:
-            yield f"{key}.batch_size is {train.batch_size}, no multiple of resources.num_workers {workers}; change one"
+        alone = residual.source in ("online", "self", "self_same")
+        if alone and residual.alpha == "calibrated_entropy" and residual.alpha_scale is None:
+            yield (
+                f"{key}.alpha_scale is null; with source {residual.source!r} there are no signals to take it from: "
+                "give nats"
+            )
+    yield from _worker_problems(recipe)
     policy, thresholds = recipe.evaluate.decode.policy, recipe.evaluate.thresholds
     if policy != "low_confidence_dynamic" and len(thresholds) > 1:
         yield f"evaluate.decode.policy is {policy!r}, which looks at no threshold; give evaluate.thresholds one value"
@@ -69,11 +73,68 @@ def problems(recipe: Recipe) -> Iterator[str]:
         yield "deploy.baseline is true but baseline is false; there would be no baseline to deploy"
 
 
+def trainings(recipe: Recipe) -> dict[str, TrainSettings]:
+    """The settings of every model that is trained, by the recipe key that holds them."""
+    found = {
+        "base.train": recipe.base.train if recipe.base else None,
+        "reference.train": recipe.reference.train if recipe.reference else None,
+        "target.train": recipe.target.train,
+    }
+    return {key: train for key, train in found.items() if train}
+
+
+def _worker_problems(recipe: Recipe) -> Iterator[str]:
+    """What the trainings ask for against how many workers there may be, and what is held out."""
+    resources = recipe.resources
+    counts, workers = resources.worker_counts, resources.num_workers
+    if resources.elastic and not counts:
+        yield f"resources.num_workers is {list(workers)}; the fewest come first, as in [2, 8]"  # type: ignore[arg-type]
+    if resources.elastic and not resources.max_failures:
+        yield "resources.max_failures is 0 but resources.num_workers is a range, which is of use only with restarts"
+    for key, train in trainings(recipe).items():
+        unfit = [str(count) for count in counts if train.batch_size % count]
+        if unfit:
+            which = f", which can be {', '.join(unfit)}" if resources.elastic else ""
+            asked = list(workers) if isinstance(workers, tuple) else workers
+            yield (
+                f"{key}.batch_size is {train.batch_size}, no multiple of resources.num_workers {asked}{which}; "
+                "change one"
+            )
+        if resources.elastic and train.strategy == "deepspeed":
+            yield (
+                f"{key}.strategy is deepspeed, whose checkpoints belong to one number of workers; give "
+                "resources.num_workers one number, or use fsdp2"
+            )
+        if train.deepspeed and train.strategy != "deepspeed":
+            yield f"{key}.deepspeed is given but {key}.strategy is {train.strategy}; set it to deepspeed"
+        if train.validate_every and not recipe.data.num_validation:
+            yield (
+                f"{key}.validate_every is {train.validate_every} but data.num_validation is 0: nothing is held out; "
+                "raise it"
+            )
+
+
+def reference_keys(recipe: Recipe) -> dict[str, str]:
+    """The recipe keys that ask for the reference -> the stage that needs it for them."""
+    cached = {"signals": "signals", "online": "target"}
+    found = {f"{k}.source": cached[r.source] for k, r in recipe.residuals().items() if r.source in cached}
+    if "reference" in recipe.evaluate.starts:
+        found["evaluate.starts"] = "evaluate"
+    if recipe.evaluate.decode.residual_source == "reference":
+        found["evaluate.decode.residual_source"] = "evaluate"
+    if recipe.target.residual.source != "none":
+        if recipe.deploy.start == "reference":
+            found["deploy.start"] = "deploy"
+        if recipe.deploy.decode.residual_source == "reference":
+            found["deploy.decode.residual_source"] = "deploy"
+    return found
+
+
 def checkpoints(recipe: Recipe) -> dict[str, str]:
     """Checkpoints from outside the run and the recipe keys that name them."""
     starts = {
         "base.start": recipe.base.start if recipe.base else None,
-        "reference.start": recipe.reference.start,
+        "reference.start": recipe.reference.start if recipe.reference else None,
         "target.start": recipe.target.start,
         "tokenizer.path": recipe.tokenizer.path,
     }

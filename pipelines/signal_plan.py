@@ -25,7 +25,8 @@ GROUP_BATCHES = 8  # batches' worth of tokens in a group: enough rows to sort by
 
 def wanted_rows(recipe: Recipe, num_examples: int) -> int:
     """As many rows as the targets train on, but never the same (example, draw) twice."""
-    steps = [recipe.training(s).train for s in ("target", *(f"target-{name}" for name in recipe.variants))]
+    stages = ("target", *(f"target-{name}" for name in recipe.variants))
+    steps = [recipe.training(s).train.resolved(num_examples) for s in stages]
     return min(max(t.steps * t.batch_size for t in steps), num_examples * recipe.noise.draws)
 
 

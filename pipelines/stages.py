@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from pipelines.config import Recipe
-from pipelines.rules import data_files
+from pipelines.config import Recipe, ReferenceStage
+from pipelines.rules import data_files, reference_keys
 from pipelines.run import Stage
 from rcd_core import storage
 from rcd_core.families.config import ModelConfig
@@ -22,17 +22,18 @@ _TRAINING = ("block_length", "noise", "seed")
 
 def stages_of(recipe: Recipe) -> dict[str, Stage]:
     """Stage name -> Stage, in running order."""
+    asking = set(reference_keys(recipe).values())
     stages = [
         _prepare(recipe),
         *([_base(recipe)] if recipe.base else []),
-        _reference(recipe),
+        *([_reference(recipe, recipe.reference)] if recipe.reference and asking else []),
         *([_signals(recipe)] if any(r.source == "signals" for r in recipe.residuals().values()) else []),
         _target(recipe, "target", "target.residual", recipe.target.residual),
         *(_target(recipe, f"target-{name}", f"variants.{name}", r) for name, r in recipe.variants.items()),
         *([_target(recipe, "baseline")] if recipe.baseline else []),
     ]
     models = tuple(stage.name for stage in stages if stage.name.startswith(("target", "baseline")))
-    return {stage.name: stage for stage in [*stages, _evaluate(recipe, models), _deploy(recipe)]}
+    return {stage.name: stage for stage in [*stages, _evaluate(recipe, models, asking), _deploy(recipe, asking)]}
 
 
 def _prepare(recipe: Recipe) -> Stage:
@@ -54,13 +55,13 @@ def _base(recipe: Recipe) -> Stage:
         inputs=("prepare",),
         sections=("base", *_TRAINING),
         outside=_outside("base.start", recipe.base.start if recipe.base else None),
-        bundles=_workers(recipe, recipe.resources.num_workers),
+        bundles=_workers(recipe, recipe.resources.worker_counts[0]),
     )
 
 
-def _reference(recipe: Recipe) -> Stage:
-    outside = _outside("reference.start", recipe.reference.start)
-    if recipe.reference.train is None:
+def _reference(recipe: Recipe, reference: ReferenceStage) -> Stage:
+    outside = _outside("reference.start", reference.start)
+    if reference.train is None:
         return Stage(
             name="reference",
             function="pipelines.run:use_checkpoint",
@@ -74,7 +75,7 @@ def _reference(recipe: Recipe) -> Stage:
         inputs=("prepare",),
         sections=("reference", *_TRAINING),
         outside=outside,
-        bundles=_workers(recipe, recipe.resources.num_workers),
+        bundles=_workers(recipe, recipe.resources.worker_counts[0]),
     )
 
 
@@ -84,7 +85,7 @@ def _signals(recipe: Recipe) -> Stage:
         function="pipelines.precompute:run",
         inputs=("prepare", "reference"),
         # As many rows as the targets will train on.
-        sections=("signals", "target.train.steps", "target.train.batch_size", *_TRAINING),
+        sections=("signals", *(f"target.train.{n}" for n in ("steps", "epochs", "batch_size")), *_TRAINING),
         bundles=_workers(recipe, 1),  # the pool of actors begins with what it gets
         repair="pipelines.precompute:repair",
     )
@@ -93,34 +94,35 @@ def _signals(recipe: Recipe) -> Stage:
 def _target(recipe: Recipe, name: str, section: str | None = None, residual: ResidualSettings | None = None) -> Stage:
     """A target, or the baseline, which is the same without a residual."""
     kind = residual.source if residual else "none"
-    source = {"signals": ("signals",), "online": ("reference",), "none": ()}[kind]
+    inputs = {"signals": ("signals",), "online": ("reference",)}.get(kind, ())  # others need the model itself at most
     rule = tuple(f"signals.{f.name}" for f in fields(SignalRule)) if kind == "online" else ()
     return Stage(
         name=name,
         function="pipelines.train:run",
-        inputs=("prepare", *source, *(("base",) if recipe.target.start is None else ())),
+        inputs=("prepare", *inputs, *(("base",) if recipe.target.start is None else ())),
         sections=("target.start", "target.train", *((section,) if section else ()), *rule, *_TRAINING),
         outside=_outside("target.start", recipe.target.start),
-        bundles=_workers(recipe, recipe.resources.num_workers),
+        bundles=_workers(recipe, recipe.resources.worker_counts[0]),
     )
 
 
-def _evaluate(recipe: Recipe, models: tuple[str, ...]) -> Stage:
+def _evaluate(recipe: Recipe, models: tuple[str, ...], asking: set[str]) -> Stage:
     return Stage(
         name="evaluate",
         function="pipelines.evaluate:run",
-        inputs=("prepare", *models, "reference"),
+        inputs=("prepare", *models, *(("reference",) if "evaluate" in asking else ())),
         sections=("evaluate", "block_length", "data.task", "seed"),
         bundles=_workers(recipe, recipe.resources.evaluate_actors),
         report="pipelines.evaluate:report",
     )
 
 
-def _deploy(recipe: Recipe) -> Stage:
+def _deploy(recipe: Recipe, asking: set[str]) -> Stage:
+    reference = ("reference",) if "deploy" in asking else ()
     return Stage(
         name="deploy",
         function="pipelines.serve:run",
-        inputs=("prepare", "target", "reference", *(("baseline",) if recipe.deploy.baseline else ())),
+        inputs=("prepare", "target", *reference, *(("baseline",) if recipe.deploy.baseline else ())),
         sections=("deploy", "block_length", "data.task", "signals.top_k"),
         always=True,  # the application may have been removed since
         report="pipelines.serve:report",

@@ -19,7 +19,6 @@ from rcd_core import storage
 from rcd_core.errors import UserError
 from rcd_core.training.objective import IGNORED
 
-_NONE = np.zeros(0, dtype=np.int64)
 COLUMNS = ["example_id", "input_ids", "labels"]
 
 
@@ -59,10 +58,10 @@ class Chunks:
 
 
 class ChunkReader:
-    """The last two chunks asked for."""
+    """The last two chunks asked for. limits: what makes an example unusable, besides being malformed."""
 
-    def __init__(self, files: Sequence[str], chunks: Chunks) -> None:
-        self.files, self.chunks = list(files), chunks
+    def __init__(self, files: Sequence[str], chunks: Chunks, limits: Limits | None = None) -> None:
+        self.files, self.chunks, self.limits = list(files), chunks, limits
         self._held: dict[int, Chunk] = {}
 
     def chunk(self, number: int) -> Chunk:
@@ -77,54 +76,70 @@ class ChunkReader:
                 )
             if len(self._held) > 1:
                 self._held.pop(next(iter(self._held)))
-            self._held[number] = Chunk(table)
+            self._held[number] = Chunk(table, self.limits)
         return self._held[number]
 
 
 class Chunk:
-    """The examples of one chunk in memory."""
+    """The examples of one chunk in memory. reasons: why each cannot be trained on, "" where it can."""
 
-    def __init__(self, table: Any) -> None:
-        self.example_ids = table["example_id"].combine_chunks()
-        self.input_ids, self.labels = _integers(table["input_ids"]), _integers(table["labels"])
-
-    def example(
-        self, place: int, limits: Limits | None
-    ) -> tuple[str, NDArray[np.int64], NDArray[np.int64], str]:
-        """(example id, ids (L,), labels (L,), why it cannot be trained on, or ""). limits None: any id and length."""
-        example_id = str(self.example_ids[place].as_py() or "")
-        if self.input_ids is None or self.labels is None:
-            return example_id, _NONE, _NONE, "wrong type"
-        ids, labels = self.input_ids[place].astype(np.int64), self.labels[place].astype(np.int64)
-        return example_id, ids, labels, fault(ids, labels, limits) if example_id else "no example id"
+    def __init__(self, table: Any, limits: Limits | None) -> None:
+        names = table["example_id"].to_pylist()
+        self.example_ids = [str(name or "") for name in names]
+        input_ids, labels = _integers(table["input_ids"]), _integers(table["labels"])
+        if input_ids is None or labels is None:
+            empty = FlatLists.of(len(names))
+            self.input_ids, self.labels, self.reasons = empty, empty, ["wrong type"] * len(names)
+        else:
+            self.input_ids, self.labels = input_ids, labels
+            self.reasons = _reasons(self.example_ids, input_ids, labels, limits)
 
 
-def fault(ids: NDArray[np.int64], labels: NDArray[np.int64], limits: Limits | None) -> str:
-    """Why ids and labels, (L,) each, cannot be trained on; "" where they can."""
-    if not len(ids):
-        return "empty"
-    if len(ids) != len(labels):
-        return "not one label per token"
-    labelled = labels[labels != IGNORED]
-    if not len(labelled):
-        return "no labelled token"
-    if limits is None:
-        return ""
-    if len(ids) > limits.max_positions:
-        return "too long for the model's positions"
-    if min(ids.min(), labelled.min()) < 0 or max(ids.max(), labelled.max()) >= limits.vocab_size:
-        return "id outside the vocabulary"
-    return ""
+def _reasons(example_ids: list[str], ids: FlatLists, labels: FlatLists, limits: Limits | None) -> list[str]:
+    """Why each example cannot be trained on; limits None: ids and lengths are not judged."""
+    labelled = labels.values != IGNORED
+    faults = [
+        ("no example id", np.array([not name for name in example_ids])),
+        ("empty", ids.lengths == 0),
+        ("not one label per token", ids.lengths != labels.lengths),
+        ("no labelled token", labels.count(labelled) == 0),
+    ]
+    if limits is not None:
+        strange = [(flat.values < 0) | (flat.values >= limits.vocab_size) for flat in (ids, labels)]
+        outside = ids.count(strange[0]) + labels.count(strange[1] & labelled)
+        faults.append(("too long for the model's positions", ids.lengths > limits.max_positions))
+        faults.append(("id outside the vocabulary", outside > 0))
+    reasons = [""] * len(example_ids)
+    for reason, struck in reversed(faults):  # the first that applies
+        for place in np.flatnonzero(struck):
+            reasons[place] = reason
+    return reasons
 
 
 class FlatLists:
-    """An Arrow list column as one flat array with offsets: rows are views. A missing number reads as -1."""
+    """Lists as one flat array with offsets: rows are views. From an Arrow list column; a missing number reads as -1."""
 
     def __init__(self, column: Any) -> None:
         array = column.combine_chunks()
-        self.offsets = array.offsets.to_numpy()
+        self.offsets: NDArray[np.int64] = array.offsets.to_numpy().astype(np.int64)
         values = array.values
         self.values = (values.fill_null(-1) if values.null_count else values).to_numpy(zero_copy_only=False)
+
+    @classmethod
+    def of(cls, rows: int) -> FlatLists:
+        """So many empty lists."""
+        lists = cls.__new__(cls)
+        lists.offsets, lists.values = np.zeros(rows + 1, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        return lists
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return np.diff(self.offsets)
+
+    def count(self, flags: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """How many of the flags, one per value, are set in each row."""
+        upto = np.concatenate([[0], np.cumsum(flags, dtype=np.int64)])
+        return np.asarray(upto[self.offsets[1:]] - upto[self.offsets[:-1]])
 
     def __getitem__(self, index: int) -> NDArray[Any]:
         row: NDArray[Any] = self.values[self.offsets[index] : self.offsets[index + 1]]

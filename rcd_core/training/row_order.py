@@ -32,7 +32,7 @@ class RowOrder:
         if not self.num_examples:
             raise UserError("there are no training examples; look at what the stage `prepare` has left out")
         self._draw: tuple[int, Integers, Integers] | None = None
-        self._inside: dict[tuple[int, int], Integers] = {}
+        self._here = range(0), 0, 0, np.zeros(0, dtype=np.int64)
 
     def chunks(self, draw: int) -> tuple[Integers, Integers]:
         """(C,) chunks in the order of a draw and (C + 1,) the place in the epoch at which each of them starts."""
@@ -43,20 +43,17 @@ class RowOrder:
 
     def locate(self, index: int) -> tuple[int, int, int]:
         """(chunk, example in the chunk, draw) of row `index`."""
-        epoch, place = divmod(index, self.num_examples)
-        draw = epoch % self.noise.draws
-        order, starts = self.chunks(draw)
-        nth = int(np.searchsorted(starts, place, side="right")) - 1
-        chunk = int(order[nth])
-        return chunk, int(self._permutation(draw, chunk)[place - starts[nth]]), draw
-
-    def _permutation(self, draw: int, chunk: int) -> Integers:
-        if (draw, chunk) not in self._inside:
-            if len(self._inside) > 1:
-                self._inside.pop(next(iter(self._inside)))
-            key = hash_key("examples", self.noise.seed, draw, chunk)
-            self._inside[draw, chunk] = _shuffled(int(self.chunk_rows[chunk]), key)
-        return self._inside[draw, chunk]
+        rows, chunk, draw, inside = self._here
+        if index not in rows:  # the next row is mostly in the same chunk
+            epoch, place = divmod(index, self.num_examples)
+            draw = epoch % self.noise.draws
+            order, starts = self.chunks(draw)
+            nth = int(np.searchsorted(starts, place, side="right")) - 1
+            chunk, first = int(order[nth]), index - place + int(starts[nth])
+            rows = range(first, first + int(self.chunk_rows[chunk]))
+            inside = _shuffled(len(rows), hash_key("examples", self.noise.seed, draw, chunk))
+            self._here = rows, chunk, draw, inside
+        return chunk, int(inside[index - rows.start]), draw
 
 
 def _shuffled(count: int, key: int) -> Integers:

@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from rcd_core.errors import UserError
-from rcd_core.noise import NoiseSettings, mask_example
+from rcd_core.noise import NoiseSettings
 from rcd_core.signals import ReferenceSignals
+from rcd_core.training.chunk_noise import mask_examples
 from rcd_core.training.examples import ChunkReader, Chunks, Limits
 from rcd_core.training.objective import IGNORED, TrainingBatch
 from rcd_core.training.row_order import RowOrder
@@ -63,17 +64,27 @@ class ExampleSource:
         chunks = chunks or Chunks.of_files(files)
         self.order = RowOrder(chunks.rows, noise)
         self.limits = limits
-        self._reader = ChunkReader(files, chunks)
+        self._reader = ChunkReader(files, chunks, limits)
+        self._masks: dict[tuple[int, int], tuple[NDArray[np.bool_], NDArray[np.float64]]] = {}
 
     def row(self, index: int) -> Row:
         number, place, draw = self.order.locate(index)
-        example_id, input_ids, labels, reason = self._reader.chunk(number).example(place, self.limits)
+        chunk = self._reader.chunk(number)
+        example_id, reason = chunk.example_ids[place], chunk.reasons[place]
         if reason:
             if self.limits is None:
                 raise UserError(f"example {example_id!r} cannot be trained on: {reason}; remove it or mend it")
             return Row.bad(index, example_id, draw, reason)
-        masked, p = mask_example(labels != IGNORED, example_id, draw, self.order.noise)
-        return Row(index, example_id, draw, input_ids, labels, masked, p)
+        if (number, draw) not in self._masks:
+            if len(self._masks) > 1:
+                self._masks.pop(next(iter(self._masks)))
+            maskable = chunk.labels.values != IGNORED
+            found = mask_examples(maskable, chunk.labels.offsets, chunk.example_ids, draw, self.order.noise)
+            self._masks[number, draw] = found
+        masked, p = self._masks[number, draw]
+        input_ids, labels = (lists[place].astype(np.int64) for lists in (chunk.input_ids, chunk.labels))
+        part = slice(chunk.labels.offsets[place], chunk.labels.offsets[place + 1])
+        return Row(index, example_id, draw, input_ids, labels, masked[part], float(p[place]))
 
 
 def collate(

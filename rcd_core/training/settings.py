@@ -54,7 +54,7 @@ class TrainSettings:
         if self.epochs is not None and not self.epochs > 0:
             raise UserError(f"train.epochs is {self.epochs}; it must be above 0, or null where steps are given")
         if self.epochs is not None and self.steps:
-            raise UserError(f"train.epochs is {self.epochs} and train.steps {self.steps}; give one: epochs null or steps 0")
+            raise UserError(f"train.epochs is {self.epochs} and train.steps {self.steps}; set epochs null or steps 0")
         if self.epochs is None and self.steps < 1:
             raise UserError(f"train.steps is {self.steps}; it must be at least 1, or give train.epochs instead")
         for name in ("batch_size", "checkpoint_every", "log_every"):

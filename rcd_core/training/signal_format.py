@@ -70,8 +70,10 @@ def encode(rows: Sequence[Row], signals: ReferenceSignals, adaptive: bool) -> An
     """Rows, and the signals of all their masked positions one after another, as a table of `schema(adaptive)`."""
     import pyarrow as pa
 
-    counts = np.array([int(r.masked.sum()) for r in rows], dtype=np.int64)
-    lengths = [len(r.input_ids) for r in rows]
+    lengths = np.array([len(r.input_ids) for r in rows], dtype=np.int64)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    places = np.flatnonzero(np.concatenate([r.masked for r in rows]))  # of masked positions, all rows end to end
+    counts = np.diff(np.searchsorted(places, starts))
     ids, logprobs = signals.topk_ids.numpy(), signals.topk_logprobs.numpy()
     if adaptive:
         kept = np.isfinite(logprobs)
@@ -86,17 +88,14 @@ def encode(rows: Sequence[Row], signals: ReferenceSignals, adaptive: bool) -> An
         offsets = pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int32())
         return pa.ListArray.from_arrays(offsets, pa.array(values, fields.field(name).type.value_type))
 
-    def joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
-        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-
     columns = {
         "example_id": pa.array([r.example_id for r in rows], pa.string()),
         "draw": pa.array([r.draw for r in rows], pa.int32()),
         "p_mask": pa.array([r.p for r in rows], pa.float32()),
         "reason": pa.array([r.reason for r in rows], pa.string()),
-        "input_ids": lists("input_ids", joined([r.input_ids for r in rows]), lengths),
-        "labels": lists("labels", joined([r.labels for r in rows]), lengths),
-        "masked_positions": lists("masked_positions", joined([np.flatnonzero(r.masked) for r in rows]), counts),
+        "input_ids": lists("input_ids", np.concatenate([r.input_ids for r in rows]), lengths),
+        "labels": lists("labels", np.concatenate([r.labels for r in rows]), lengths),
+        "masked_positions": lists("masked_positions", places - np.repeat(starts[:-1], counts), counts),
         "topk_ids": lists("topk_ids", flat_ids, entries),
         "topk_logprobs": lists("topk_logprobs", flat_logprobs, entries),
         "entropy": lists("entropy", signals.entropy.numpy(), counts),

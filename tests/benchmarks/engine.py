@@ -125,7 +125,8 @@ def against_bare_forwards(model: DiffusionModel, options: argparse.Namespace) ->
         found[f"{name}_engine_vs_bare"] = statistics.median(ratios)
         print(
             f"engine / bare forwards, {name}: {statistics.median(ratios):.3f} "
-            f"({min(ratios):.3f} to {max(ratios):.3f}), {len(calls)} passes, engine {statistics.median(a for a, _ in pairs[1:]):.2f} s",
+            f"({min(ratios):.3f} to {max(ratios):.3f}), "
+            f"{len(calls)} passes, engine {statistics.median(a for a, _ in pairs[1:]):.2f} s",
             flush=True,
         )
         found["store_passes_saved"] = engine.statistics.merged_stores
@@ -165,7 +166,7 @@ def rcd_against_seqd(repeats: int) -> dict[str, Any]:
     """One block of 32 for two requests at SDAR-1.7B's width and vocabulary; one position is committed per pass.
 
     A whole model has 28 layers and the residual's cost does not depend on them: its seconds are measured at 1 and 3
-    layers and set against a pass of 28, which is extrapolated from the two by a straight line. Both raw times are given.
+    layers and set against a pass of 28, extrapolated from the two by a straight line. Raw times are printed.
     """
     config = ModelConfig(
         family="sdar",

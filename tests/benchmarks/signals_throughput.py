@@ -2,26 +2,27 @@
 
 Bare is what cannot be avoided: the reference's forward pass and its head on the masked rows, over the batches the
 stage would make, which are collated beforehand. The stage is pipelines.precompute on a Ray of its own: rows, noise,
-collating, forward pass, encoding, Parquet, sidecar. Its time counts from when every actor has written one shard, by
-the sidecars' time stamps, so that no start-up is in it. One thread per process throughout.
+collating, forward pass, encoding, Parquet, sidecar. Its time counts from the end of each actor's first shard, so that no
+start-up is in it. One thread per process throughout.
 """
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
-import numpy as np
 import torch
 
 from pipelines.config import Resources
@@ -38,9 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HEAD_BYTES = 64 << 20  # logits of the bare head held at once, as in the encoding
 
 
-def make_job(
-    workload: Workload, rows_per_shard: int, num_shards: int, batch_tokens: int, rule: SignalRule
-) -> SignalJob:
+def make_job(workload: Workload, rows_per_shard: int, num_shards: int, batch_tokens: int, top_k: int = 32) -> SignalJob:
     """Equal shards; more rows than there are (example, draw) pairs are not asked for here."""
     return SignalJob(
         directory="",
@@ -56,29 +55,41 @@ def make_job(
     )
 
 
+class Rate(NamedTuple):
+    """Masked tokens per second of all processes together, and processor seconds per million of them."""
+
+    tokens_per_s: float
+    cpu_s_per_million: float
+
+
 def compare(job: SignalJob, repeats: int) -> dict[str, Any]:
-    """Both ways with one and with two processes, in turns, so that what else runs strikes both. Rates are masked
-    tokens per second; ratios are stage / bare of the same turn."""
-    found: dict[str, list[float]] = {name: [] for name in ("bare_1", "stage_1", "bare_2", "stage_2")}
+    """Both ways with one and with two processes, in turns, so that what else runs strikes both. Ratios are stage / bare
+    of the same turn; cpu_ratio is that of processor time with one process: what the first would be if nobody waited."""
+    found: dict[str, list[Rate]] = {name: [] for name in ("bare_1", "stage_1", "bare_2", "stage_2")}
     for _ in range(repeats):
         for processes in (1, 2):
             found[f"bare_{processes}"].append(bare(job, processes))
             found[f"stage_{processes}"].append(stage(job, processes))
-    ratios = {p: [s / b for s, b in zip(found[f"stage_{p}"], found[f"bare_{p}"], strict=True)] for p in (1, 2)}
+
+    def ratios(processes: int, field: int) -> dict[str, float]:
+        pairs = zip(found[f"stage_{processes}"], found[f"bare_{processes}"], strict=True)
+        values = [s[0] / b[0] if field == 0 else b[1] / s[1] for s, b in pairs]
+        shown = {"median": median(values), "min": min(values), "max": max(values)}
+        return {name: round(value, 3) for name, value in shown.items()} | {"repeats": repeats}
+
     return {
-        "tokens_per_s": {name: round(median(values)) for name, values in found.items()},
-        **{
-            name: {"median": round(median(r), 3), "min": round(min(r), 3), "max": round(max(r), 3), "repeats": repeats}
-            for name, r in (("pipeline_vs_forward", ratios[1]), ("two_actor_vs_bare_scaling", ratios[2]))
-        },
+        "tokens_per_s": {name: round(median(r.tokens_per_s for r in rates)) for name, rates in found.items()},
+        "pipeline_vs_forward": ratios(1, 0),
+        "two_actor_vs_bare_scaling": ratios(2, 0),
+        "cpu_ratio": ratios(1, 1),
     }
 
 
 # -- bare
 
 
-def bare(job: SignalJob, processes: int) -> float:
-    """Masked tokens per second of so many processes together, each with its share of the shards."""
+def bare(job: SignalJob, processes: int) -> Rate:
+    """So many processes at once, each with its share of the shards."""
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(processes), context.Queue()
     workers = [
@@ -87,10 +98,16 @@ def bare(job: SignalJob, processes: int) -> float:
     ]
     for worker in workers:
         worker.start()
-    rates = [results.get(timeout=600) for _ in workers]
+    found = [results.get(timeout=600) for _ in workers]
     for worker in workers:
         worker.join()
-    return float(sum(rates))
+    return _rate(found)
+
+
+def _rate(found: Sequence[tuple[int, float, float]]) -> Rate:
+    """(masked tokens, wall seconds, processor seconds) of each process."""
+    tokens, cpu = sum(f[0] for f in found), sum(f[2] for f in found)
+    return Rate(sum(n / wall for n, wall, _ in found), cpu / tokens * 1e6)
 
 
 @torch.no_grad()
@@ -118,16 +135,25 @@ def _bare(job: SignalJob, shards: range, barrier: Any, results: Any) -> None:
 
     forward(batches[0])
     barrier.wait()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     tokens = sum(forward(batch) for batch in batches)
-    results.put(tokens / (time.perf_counter() - start))
+    results.put((tokens, time.perf_counter() - start, time.process_time() - cpu))
 
 
 # -- the stage
 
 
-def stage(job: SignalJob, actors: int, keep: Path | None = None) -> float:
-    """Masked tokens per second of the stage's own Ray Data job. keep: where to leave the shards."""
+class TimedActor(SignalActor):
+    """The stage's actor, which also notes when each shard was done and what processor time it had taken by then."""
+
+    def compute(self, shard: int) -> None:
+        super().compute(shard)
+        with open(f"{self.job.directory}/times-{os.getpid()}", "a") as file:
+            file.write(json.dumps([shard, time.time(), time.process_time()]) + "\n")
+
+
+def stage(job: SignalJob, actors: int, keep: Path | None = None) -> Rate:
+    """The stage's own Ray Data job; an actor's first shard is its start-up. keep: where to leave the shards."""
     from rich.console import Console
 
     from pipelines import precompute
@@ -138,14 +164,19 @@ def stage(job: SignalJob, actors: int, keep: Path | None = None) -> float:
         recipe=SimpleNamespace(resources=Resources(signal_actors=actors)), console=Console(quiet=True)
     )
     try:
-        for _ in precompute._compute(context, job, list(range(job.num_shards))):
-            pass
-        sidecars = sorted(directory.glob("*.json"), key=lambda p: p.stat().st_mtime_ns)
-        times = [p.stat().st_mtime_ns / 1e9 for p in sidecars]
-        tokens = [storage.read_json(str(p))["masked_tokens"] for p in sidecars]
+        with mock.patch.object(precompute, "SignalActor", TimedActor):
+            for _ in precompute._compute(context, job, list(range(job.num_shards))):
+                pass
+        found = []
+        for path in directory.glob("times-*"):
+            (_, started, cpu), *rest = [json.loads(line) for line in path.read_text().splitlines()]
+            if rest:
+                sidecars = [f"{directory}/shard-{shard:05d}.parquet.json" for shard, _, _ in rest]
+                tokens = sum(storage.read_json(sidecar)["masked_tokens"] for sidecar in sidecars)
+                found.append((tokens, rest[-1][1] - started, rest[-1][2] - cpu))
         if keep is not None:
             shutil.copytree(directory, keep, dirs_exist_ok=True)
-        return float(np.sum(tokens[actors:]) / (times[-1] - times[actors - 1]))
+        return _rate(found)
     finally:
         shutil.rmtree(directory)
 

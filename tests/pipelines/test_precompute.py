@@ -1,34 +1,22 @@
-"""The stage `signals` on real Ray: planned before it is computed, killed anywhere it ends with the same bytes."""
+"""The stage `signals`: planned before it is computed, the same bytes every time, and what the trainer makes of them."""
 
 from __future__ import annotations
 
-import io
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from rich.console import Console
 
-from pipelines import precompute, signal_files, waiting
+from pipelines import precompute, signal_files
 from pipelines import train as train_stage
-from pipelines.config import Recipe, dump_recipe, load_recipe, parse_recipe
+from pipelines.config import Recipe, dump_recipe, load_recipe
 from pipelines.driver import main
-from pipelines.run import RunDirectory, StageContext, material_of
-from pipelines.signal_actor import SignalActor, SignalJob
+from pipelines.run import RunDirectory, material_of
+from pipelines.signal_actor import SignalActor
 from pipelines.signal_plan import GROUP_BATCHES, groups, plan_batches, plan_shards, predicted_bytes, wanted_rows
 from pipelines.stages import stages_of
 from rcd_core import storage
@@ -41,121 +29,7 @@ from rcd_core.training.row_order import RowOrder
 from rcd_core.training.rows import ExampleSource, Row
 from rcd_core.training.settings import TrainSettings
 from rcd_core.training.signal_rows import SignalSource
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-BLOCK = 4
-
-
-def recipe(tmp_path: Path, **changes: Any) -> Recipe:
-    train = {"steps": 30, "batch_size": 4, "learning_rate": 1e-3, **changes.pop("train", {})}
-    raw = {
-        "name": changes.pop("name", "run"),
-        "storage": str(tmp_path),
-        "block_length": BLOCK,
-        "data": {"task": "sudoku", "train": "synthetic", "test": "synthetic", "num_train": 60, "num_test": 1},
-        "noise": {"draws": 3},
-        "tokenizer": {"path": str(GOLDEN / "sdar_tiny")},
-        "reference": {"start": str(GOLDEN / "rcd" / "sdar_ref_tiny"), "train": None},
-        "target": {"start": str(GOLDEN / "sdar_tiny"), "train": train},
-        "signals": {"top_k": 8, "shard_mb": 0.003, "batch_tokens": 64, **changes.pop("signals", {})},
-        "resources": {"signal_actors": 2, **changes.pop("resources", {})},
-        **changes,
-    }
-    return parse_recipe(raw)
-
-
-def prepared(made: Recipe, poison: Callable[[int, dict[str, Any]], dict[str, Any]] = lambda i, e: e) -> None:
-    """A run with 60 examples in two files, chunks of 16, and the checkpoint that stands for the reference."""
-    run = RunDirectory(made.run_directory)
-    stages = {name: material_of(stages_of(made)[name], made, {}) for name in ("prepare", "reference")}
-    for name, material in stages.items():
-        run.begin(name, material)
-    directory = Path(run.stage_directory("prepare")) / "train"
-    directory.mkdir()
-    examples = []
-    for i in range(60):
-        ids = np.random.default_rng(i).integers(0, 500, BLOCK * (2 + i % 5)).tolist()
-        examples.append(poison(i, {"example_id": f"{i:04d}", "input_ids": ids, "labels": [-100] * BLOCK + ids[BLOCK:]}))
-    chunks: dict[str, list[int]] = {name: [] for name in ("file", "rows", "tokens", "labelled")}
-    fields = pa.schema({"example_id": pa.string(), "input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32())})
-    for number, part in enumerate((examples[:40], examples[40:])):
-        pq.write_table(pa.Table.from_pylist(part, fields), directory / f"part-{number}.parquet", row_group_size=16)
-        for held in (part[i : i + 16] for i in range(0, len(part), 16)):
-            tokens = sum(len(e["input_ids"] or ()) for e in held)
-            for name, value in (("file", number), ("rows", len(held)), ("tokens", tokens), ("labelled", tokens // 2)):
-                chunks[name].append(value)
-    summary = {
-        "train": ["part-0.parquet", "part-1.parquet"],
-        "chunks": chunks,
-        "vocab_size": 512,
-        "mask_token_id": 511,
-        "tokenizer_sha256": "0" * 64,
-    }
-    contents = {"prepare": summary, "reference": {"checkpoint": made.reference.start}}
-    for name, material in stages.items():
-        run.finish(name, material, contents[name], datetime.now(), 0.0)
-
-
-def context(made: Recipe, stage: str = "signals") -> StageContext:
-    return StageContext(
-        recipe=made,
-        run=RunDirectory(made.run_directory),
-        stage=stage,
-        key="k",
-        inputs=stages_of(made)[stage].inputs,
-        console=Console(file=io.StringIO(), width=200),
-    )
-
-
-def said(ctx: StageContext) -> str:
-    text: str = ctx.console.file.getvalue()  # type: ignore[attr-defined]
-    return text
-
-
-@pytest.fixture
-def made(tmp_path: Path) -> Recipe:
-    made = recipe(tmp_path)
-    prepared(made)
-    return made
-
-
-@dataclass
-class Result:
-    ctx: StageContext
-    summary: dict[str, Any]
-    shards: dict[str, bytes]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """What two actors make when nothing goes wrong."""
-    made = recipe(tmp_path_factory.mktemp("undisturbed"))
-    prepared(made)
-    ctx = context(made)
-    summary = precompute.run(ctx)
-    return Result(ctx, summary, shards_of(ctx))
-
-
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """An actor in this process instead of Ray, where the test is about files; the shards it was asked for."""
-    asked: list[int] = []
-
-    def compute(ctx: StageContext, job: SignalJob, shards: list[int]) -> Iterator[int]:
-        actor = SignalActor(job) if shards else None
-        for shard in shards:
-            assert actor is not None
-            actor.compute(shard)
-            asked.append(shard)
-            yield shard
-
-    monkeypatch.setattr(precompute, "_compute", compute)
-    return asked
-
-
-def shards_of(ctx: StageContext) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(Path(ctx.directory).glob("shard-*.parquet"))}
-
+from tests.pipelines.signal_run import BLOCK, GOLDEN, Result, check_rows, context, prepared, recipe, said, shards_of
 
 # -- the plan
 
@@ -220,28 +94,10 @@ def test_the_demo_has_shards_for_both_its_actors() -> None:
 # -- the result
 
 
-def check_rows(ctx: StageContext, summary: dict[str, Any]) -> None:
-    """Each planned row once, with the example, the noise and the signals that belong to it."""
-    directory = Path(ctx.directory)
-    tables = [pq.read_table(directory / name) for name in summary["shards"]]
-    assert [len(t) for t in tables] == np.diff(summary["row_offsets"]).tolist()
-    rows = [row for table in tables for row in table.to_pylist()]
-    prepare = Path(ctx.run.stage_directory("prepare")) / "train"
-    source = ExampleSource([str(prepare / f"part-{i}.parquet") for i in (0, 1)], ctx.recipe.noise)
-    for g, row in enumerate(rows):
-        expected = source.row(g)
-        assert (row["example_id"], row["draw"]) == (expected.example_id, expected.draw)
-        assert row["input_ids"] == expected.input_ids.tolist() and row["labels"] == expected.labels.tolist()
-        assert row["masked_positions"] == np.flatnonzero(expected.masked).tolist()
-        assert len(row["entropy"]) == len(row["tail_mass"]) == len(row["masked_positions"])
-        assert len(row["topk_ids"]) == len(row["topk_logprobs"]) == 8 * len(row["masked_positions"])
-    assert len({(r["example_id"], r["draw"]) for r in rows}) == len(rows) == summary["rows"] == 120
-
-
 def test_rows_and_manifest(undisturbed: Result) -> None:
     ctx, summary, made = undisturbed.ctx, undisturbed.summary, undisturbed.ctx.recipe
     check_rows(ctx, summary)
-    assert len(undisturbed.shards) > len(MOMENTS)
+    assert len(undisturbed.shards) > 5
     assert summary["family"] == "sdar" and summary["vocab_size"] == 512 and summary["mask_token_id"] == 511
     assert summary["reference"]["weights_sha256"] == storage.sha256(f"{made.reference.start}/model.safetensors")
     assert summary["noise"]["draws"] == 3 and "schedule" in summary["noise"]
@@ -382,6 +238,8 @@ def test_repair_from_the_command_line_keeps_the_key(
     command = ["--recipe", str(path), "--stages", "signals"]
     assert main([*command, "--repair"]) == 2
     assert "stage signals is not done here" in capsys.readouterr().err
+    assert main(["--recipe", str(path), "--stages", "prepare", "--repair"]) == 2
+    assert "only signals can be repaired" in capsys.readouterr().err
     assert main(command) == 0 and in_process
     in_process.clear()
     run = RunDirectory(made.run_directory)
@@ -392,190 +250,6 @@ def test_repair_from_the_command_line_keeps_the_key(
     assert main([*command, "--repair"]) == 0 and in_process == [2]
     assert run.manifest("signals") == before
     assert "1 to compute again" in capsys.readouterr().out
-
-
-# -- what stops it
-
-
-def test_an_error_in_the_code_fails_at_once(ray_cluster: str, made: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precompute, "SignalActor", BrokenActor)
-    with pytest.raises(Exception, match="a mistake in the code"):
-        precompute.run(context(made))
-    assert Path(made.storage, "calls").read_text().count("x") <= 4, "not tried again"
-
-
-def test_waiting_is_announced_and_ends_when_the_recipe_says(
-    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(precompute, "SignalActor", SleepingActor)
-    monkeypatch.setattr(waiting, "EVERY_S", 0.5)
-    made = recipe(tmp_path, resources={"no_progress_timeout_s": 3.0})
-    prepared(made)
-    ctx = context(made)
-    with pytest.raises(UserError, match=r"no shard was finished for 3 s, resources\.no_progress_timeout_s"):
-        precompute.run(ctx)
-    assert "signals: waiting for a shard, of up to 2 x (CPU 1), since" in said(ctx) and "(0 of" in said(ctx)
-
-
-# -- kills
-
-
-class BrokenActor(SignalActor):
-    def compute(self, shard: int) -> None:
-        with (Path(self.job.directory).parents[1] / "calls").open("a") as calls:
-            calls.write("x")
-        raise ZeroDivisionError("a mistake in the code")
-
-
-class SleepingActor(SignalActor):
-    def compute(self, shard: int) -> None:
-        time.sleep(600)
-
-
-class KillingActor(SignalActor):
-    """Sends SIGKILL once between two writes of each of the shards that <storage>/kills.json assigns a moment to: to
-    itself, or to the process that it names as victim."""
-
-    def compute(self, shard: int) -> None:
-        here = Path(self.job.directory).parents[1]
-        kills = json.loads((here / "kills.json").read_text())
-        moment, marker = kills["moments"].get(str(shard)), here / f"killed-{shard}"
-
-        def reached(here: str) -> None:
-            if here == moment and not marker.exists():
-                marker.touch()
-                os.kill(kills["victim"] or os.getpid(), signal.SIGKILL)
-                time.sleep(1.0)  # the victim is gone; the actor is ended after it, in the middle of what it does
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(storage, "_sync", lambda path: reached(f"before the rename of the {_kind(path)}"))
-            patch.setattr(signal_files.ShardWriter, "write", _then(signal_files.ShardWriter.write, reached, "during"))
-            real = signal_files.write_sidecar
-            patch.setattr(signal_files, "write_sidecar", lambda *a: (reached("before the sidecar"), real(*a)))
-            super().compute(shard)
-        reached("after the sidecar")
-
-
-def _kind(temporary: str) -> str:
-    return "sidecar" if ".json." in temporary else "shard"
-
-
-def _then(function: Any, reached: Callable[[str], None], moment: str) -> Any:
-    def wrapped(*arguments: Any) -> Any:
-        found = function(*arguments)
-        reached(moment)
-        return found
-
-    return wrapped
-
-
-MOMENTS = (
-    "during",
-    "before the rename of the shard",
-    "before the sidecar",
-    "before the rename of the sidecar",
-    "after the sidecar",
-)
-
-
-def kills(made: Recipe, moments: dict[int, str], victim: int | None = None) -> None:
-    storage.write_json(f"{made.storage}/kills.json", {"moments": moments, "victim": victim})
-
-
-def test_actors_killed_between_any_two_writes(
-    undisturbed: Result, made: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One kill per shard, at five different moments: Ray starts the actor again, which computes the shard again."""
-    monkeypatch.setattr(precompute, "SignalActor", KillingActor)
-    kills(made, dict(enumerate(MOMENTS)))
-    ctx = context(made)
-    assert precompute.run(ctx) == undisturbed.summary
-    assert len(list(Path(made.storage).glob("killed-*"))) == len(MOMENTS) and shards_of(ctx) == undisturbed.shards
-    assert not list(Path(ctx.directory).glob(".*"))
-
-
-DRIVER = """
-import os, sys
-from pathlib import Path
-import tests.pipelines.test_precompute as t
-from pipelines import precompute
-from pipelines.cluster import connect
-made = t.recipe(Path(sys.argv[1]))
-t.kills(made, {int(sys.argv[2]): sys.argv[3]}, os.getpid())
-connect()
-precompute.SignalActor = t.KillingActor
-precompute.run(t.context(made))
-"""
-
-
-def kill_the_driver(made: Recipe, shard: int, moment: str) -> None:
-    """SIGKILL to a driver in a process of its own, at the moment at which an actor stands between two writes."""
-    command = [sys.executable, "-c", DRIVER, made.storage, str(shard), moment]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert process.returncode == -signal.SIGKILL, process.stderr
-
-
-def check_after_kills(made: Recipe, undisturbed: Result) -> None:
-    ctx = context(made)
-    summary = precompute.run(ctx)
-    assert summary == undisturbed.summary and shards_of(ctx) == undisturbed.shards
-    check_rows(ctx, summary)
-    assert not list(Path(ctx.directory).glob(".*"))
-
-
-def test_the_driver_killed_before_a_sidecar(undisturbed: Result, made: Recipe) -> None:
-    kill_the_driver(made, 2, "before the sidecar")
-    assert len(shards_of(context(made))) < len(undisturbed.shards)
-    check_after_kills(made, undisturbed)
-
-
-@pytest.mark.drill
-@pytest.mark.timeout(600)
-def test_the_driver_killed_between_any_two_writes(undisturbed: Result, made: Recipe) -> None:
-    """Killed five times in a row, each time a shard further on."""
-    for shard, moment in enumerate(MOMENTS):
-        kill_the_driver(made, shard, moment)
-    check_after_kills(made, undisturbed)
-
-
-@pytest.mark.drill
-@pytest.mark.timeout(600)
-def test_a_node_killed_in_the_middle(undisturbed: Result, made: Recipe) -> None:
-    """Two nodes of one actor each, in a cluster of its own; one goes away for good when it has begun."""
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    try:
-        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-        cluster.wait_for_nodes()
-        process = subprocess.Popen(
-            [sys.executable, "-c", DRIVER.replace("KillingActor", "SlowActor"), made.storage, "0", "never"],
-            env={**os.environ, "RAY_ADDRESS": cluster.address},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        directory = Path(made.run_directory, "signals")
-        deadline = time.monotonic() + 200
-        while len(list(directory.glob("begun-*"))) < 3:
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-            time.sleep(0.1)
-        cluster.remove_node(nodes[0], allow_graceful=False)
-        assert process.wait(timeout=200) == 0, process.communicate()[1]
-    finally:
-        cluster.shutdown()
-    begun = [path.name.split("-")[1] for path in directory.glob("begun-*")]
-    assert len(begun) > len(set(begun)), "what the lost node had begun was computed again"
-    assert shards_of(context(made)) == undisturbed.shards
-
-
-class SlowActor(SignalActor):
-    """Leaves a mark when it begins a shard, and takes its time."""
-
-    def compute(self, shard: int) -> None:
-        Path(self.job.directory).mkdir(exist_ok=True)
-        Path(self.job.directory, f"begun-{shard}-{os.getpid()}").touch()
-        time.sleep(2)
-        super().compute(shard)
 
 
 # -- the trainer

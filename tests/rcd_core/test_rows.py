@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from rcd_core import UserError, load_model
-from rcd_core.noise import NoiseSettings, mask_example
+from rcd_core.noise import NoiseSettings, hash_key, mask_example, uniforms
 from rcd_core.signals import ReferenceSignals
+from rcd_core.training.chunk_noise import mask_examples
 from rcd_core.training.examples import ChunkReader, Chunks, Limits
 from rcd_core.training.loop import reference_signals
 from rcd_core.training.objective import loss_sum, normalizer
@@ -114,9 +115,33 @@ def test_noise_of_a_row_is_its_own(files: list[str], tmp_path: Path) -> None:
     )]
     for key, row in both[1].items():
         assert np.array_equal(row.masked, both[0][key].masked) and row.p == both[0][key].p
+    for row in both[1].values():
+        masked, p = mask_example(row.labels != -100, row.example_id, row.draw, NOISE)
+        assert np.array_equal(row.masked, masked) and row.p == p
     maskable = np.array([False, True, False])
     drawn = [mask_example(maskable, "x", d, NoiseSettings(eps=0.0)) for d in range(200)]
     assert all(masked.tolist() == [False, True, False] for masked, _ in drawn), "never empty, never beyond the labels"
+
+
+def test_masks_of_many_are_those_of_each() -> None:
+    """To the bit, also where an empty mask is drawn again and where nothing can be masked."""
+    rng = np.random.default_rng(0)
+    lengths = np.concatenate([rng.integers(1, 12, 300), [0, 3]])
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    maskable = rng.random(offsets[-1]) < 0.4
+    maskable[offsets[-2] :] = False
+    names, settings = [f"x{i}" for i in range(len(lengths))], NoiseSettings(seed=3, eps=0.0)
+    masked, p = mask_examples(maskable, offsets, names, 1, settings)
+    again = 0
+    for i, (first, last) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        if maskable[first:last].any():
+            expected, q = mask_example(maskable[first:last], names[i], 1, settings)
+            assert np.array_equal(masked[first:last], expected) and p[i] == q
+            u = uniforms(hash_key(3, 1, names[i], 0), int(last - first) + 1)
+            again += not ((u[1:] < u[0]) & maskable[first:last]).any()
+        else:
+            assert not masked[first:last].any()
+    assert again > 20, "empty masks were among them"
 
 
 POISON: list[tuple[dict[str, Any], str]] = [

@@ -1,0 +1,278 @@
+"""What a training needs before it is started: bytes on every GPU, the fewest GPUs that do, FLOPs and hours.
+
+Pure arithmetic on sizes; nothing is loaded. The formulas count what strategies.py, loss_module.py and transformers'
+layers keep; tests/rcd_core/test_plan.py holds them against measured peaks.
+
+Shapes: P parameters, D width, F intermediate width, H query heads, G key/value heads, d head width, V vocabulary,
+M tokens that enter the layers in one micro-batch, N masked positions among them, W workers, c bytes of a number in the
+passes' dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rcd_core.errors import UserError
+from rcd_core.families.config import ModelConfig
+from rcd_core.kernels.fused_loss import CHUNK_BYTES
+from rcd_core.training.meter import PEAK_FLOPS
+from rcd_core.training.settings import TrainSettings
+
+FP32 = 4
+ADAM = 2 * FP32  # two moments, in fp32 whatever the passes' dtype
+# Bytes on the card by the makers' data sheets. What the CUDA context, NCCL and a fragmented allocator take of it is set
+# aside as a share: an assumption, not a measurement.
+MEMORY = {"A100": 80e9, "H100": 80e9, "H200": 141e9, "B200": 192e9, "L40S": 48e9, "L4": 24e9}
+USABLE = 0.9
+# DeepSpeed's own defaults, in numbers: what is reduced and gathered at a time, and may be gathered at once (stage 3).
+REDUCE_BUCKET, GATHER_BUCKET, LIVE = 500_000_000, 500_000_000, 1_000_000_000
+
+Family = Literal["sdar", "llada"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Sizes that decide parameters and activations."""
+
+    family: Family
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    tie_embeddings: bool
+
+    @classmethod
+    def of(cls, start: ModelConfig, vocab_size: int) -> ModelShape:
+        """Of a model that is to be made."""
+        names = ("family", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size")
+        return cls(
+            **{name: getattr(start, name) for name in names},
+            head_dim=start.resolved_head_dim,
+            tie_embeddings=start.tie_embeddings,
+            vocab_size=vocab_size,
+        )
+
+    @classmethod
+    def of_backbone(cls, family: Family, config: Any) -> ModelShape:
+        """Of a transformers configuration, as the families make it from a config.json."""
+        return cls(
+            family=family,
+            hidden_size=config.hidden_size,
+            num_layers=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            intermediate_size=config.intermediate_size,
+            vocab_size=config.vocab_size,
+            tie_embeddings=config.tie_word_embeddings,
+        )
+
+    @property
+    def layer_parameters(self) -> int:
+        """Of one layer: projections, MLP, two norms, and SDAR's norms of queries and keys."""
+        attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
+        head_norms = 2 * self.head_dim if self.family == "sdar" else 0
+        return attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size + head_norms
+
+    @property
+    def head_parameters(self) -> int:
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def root_parameters(self) -> int:
+        """Outside the layers: embedding, head and final norm."""
+        return self.head_parameters * (1 if self.tie_embeddings else 2) + self.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        return self.num_layers * self.layer_parameters + self.root_parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """One micro-batch of one worker, at its largest. tokens (M): that enter the layers; masked (N): expected mean;
+    accumulated: more than one micro-batch per step; signal_k: ids kept per masked position, 0 without residuals."""
+
+    tokens: int
+    masked: int
+    accumulated: bool
+    signal_k: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU by what holds them. host: bytes per worker that are kept in the host's memory instead.
+
+    weights, gradients, optimizer: also copies that the strategy makes; activations: kept for the backward pass;
+    loss: logits of a chunk and the head's gradient; signals: what residuals need.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    loss: float
+    signals: float
+    accumulated: bool
+    host: float = 0.0
+
+    @property
+    def peak(self) -> float:
+        """The larger of two moments: the end of the forward pass, when activations are complete and gradients only
+        there if they are accumulated, and the end of the backward pass, when it is the other way round."""
+        fixed = self.weights + self.optimizer
+        before = self.gradients if self.accumulated else 0.0
+        return fixed + max(before + self.activations + self.loss + self.signals, self.gradients)
+
+
+def step_shape(
+    shape: ModelShape, settings: TrainSettings, max_length: int, workers: int, labelled_share: float, signal_k: int
+) -> StepShape:
+    """Of full rows: pack_length tokens, or max_length without packing. SDAR's [noisy | clean] is at most 2 M tokens;
+    half of the labelled tokens are masked on the average."""
+    share = max(1, settings.batch_size // workers)
+    length = max(settings.pack_length or 0, max_length)
+    rows = share if settings.pack_length is None else max(1, -(-share * max_length // length))
+    micro = min(settings.micro_batch_size or rows, rows)
+    passes = 2 if shape.family == "sdar" else 1
+    return StepShape(
+        tokens=micro * length * passes,
+        masked=round(micro * length * labelled_share / 2),
+        accumulated=micro < rows,
+        signal_k=signal_k,
+    )
+
+
+def layer_activations(shape: ModelShape, numbers: int, mixed: bool) -> float:
+    """Bytes per token that one layer keeps for its backward pass. numbers: c.
+
+    An RMSNorm works in fp32: it keeps its input and the normed input, of which the former is a copy where c is 2; its
+    output is kept by the projections. Attention keeps q, k, v, its output and a logarithm per head; SDAR norms queries
+    and keys first. SwiGLU keeps gate, its SiLU, up and their product. mixed: autocast over fp32 weights (DDP in bf16)
+    keeps the residual stream in fp32, and a copy of the input for each projection that reads it.
+    """
+    width, inner = shape.hidden_size, shape.intermediate_size
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    norm = (FP32 + numbers) * width
+    inputs = 2 * numbers * width
+    if mixed:
+        norm, inputs = 2 * FP32 * width, FP32 * 2 * width + 5 * numbers * width
+    head_norms = (FP32 + numbers) * (queries + keys) if shape.family == "sdar" else 0
+    attention = numbers * (2 * queries + 2 * keys) + FP32 * shape.num_heads
+    return 2 * norm + inputs + head_norms + attention + numbers * 4 * inner
+
+
+def memory(
+    shape: ModelShape, settings: TrainSettings, step: StepShape, workers: int, strategy: Mapping[str, Any] | None = None
+) -> Memory:
+    """Bytes per GPU. strategy: DeepSpeed's configuration in place of settings.deepspeed."""
+    numbers = 2 if settings.dtype == "bfloat16" else FP32
+    mixed = settings.strategy == "ddp" and numbers == 2
+    per_layer = layer_activations(shape, numbers, mixed)
+    stream = (FP32 if mixed else numbers) * shape.hidden_size  # the residual stream between two layers
+    if settings.activation_checkpointing:
+        activations = step.tokens * (shape.num_layers * stream + per_layer)
+    else:
+        activations = step.tokens * shape.num_layers * per_layer
+    activations += step.tokens * 2 * stream  # embeddings and the final norm
+    # One chunk in fp32, its exponential's gradient in the passes' dtype; the head's gradient, summed in fp32; hidden
+    # states and their gradients.
+    chunk = min(CHUNK_BYTES, FP32 * step.masked * shape.vocab_size)
+    loss = chunk * (1 + numbers / FP32) + FP32 * shape.head_parameters + 2 * numbers * step.masked * shape.hidden_size
+    # ids as int64 and probabilities per kept entry; delta in fp32, weighted and not.
+    signals = step.masked * (12.0 * step.signal_k + 3 * FP32 * shape.hidden_size if step.signal_k else 0.0)
+    weights, gradients, optimizer, host = _states(shape, settings, numbers, workers, strategy)
+    return Memory(weights, gradients, optimizer, activations, loss, signals, step.accumulated, host)
+
+
+def _states(
+    shape: ModelShape, settings: TrainSettings, numbers: int, workers: int, strategy: Mapping[str, Any] | None
+) -> tuple[float, float, float, float]:
+    """(weights, gradients, optimiser, host): what parameters cost under a strategy, copies included."""
+    total = float(shape.parameters)
+    if settings.strategy == "ddp":
+        copies = 2.0 * total if numbers == 2 else 0.0  # autocast's, kept until the end of the pass
+        copies += FP32 * total if workers > 1 else 0.0  # the buckets in which gradients travel, there all the time
+        return FP32 * total + copies, FP32 * total, ADAM * total, 0.0
+    if settings.strategy == "fsdp2":
+        # The root's parameters stay gathered; of the layers two are, one in use and the next. Gradients are made whole
+        # before they are summed in fp32 and cut.
+        gathered = numbers * (shape.root_parameters + 2 * shape.layer_parameters)
+        whole = (numbers + FP32) * max(shape.root_parameters, shape.layer_parameters)
+        shards = [FP32 * total / workers, FP32 * total / workers, ADAM * total / workers]
+        if settings.cpu_offload:
+            return gathered, whole, 0.0, sum(shards)
+        return shards[0] + gathered, shards[1] + whole, shards[2], 0.0
+    return _zero(shape, settings.deepspeed if strategy is None else strategy, numbers, workers)
+
+
+def _zero(
+    shape: ModelShape, config: Mapping[str, Any], numbers: int, workers: int
+) -> tuple[float, float, float, float]:
+    """DeepSpeed: weights and gradients in the passes' dtype, fp32 master weights with the optimiser."""
+    zero = config.get("zero_optimization", {"stage": 2})
+    stage = int(zero.get("stage", 0))
+    total = float(shape.parameters)
+    master = FP32 + ADAM
+    weights = numbers * total / (workers if stage == 3 else 1)
+    gradients = numbers * total / (workers if stage >= 2 else 1)
+    optimizer = master * total / (workers if stage >= 1 else 1)
+    if stage == 3:
+        weights += numbers * min(total, zero.get("stage3_max_live_parameters", LIVE))
+    elif stage:
+        weights += numbers * min(total, zero.get("allgather_bucket_size", GATHER_BUCKET))
+    gradients += numbers * min(total, zero.get("reduce_bucket_size", REDUCE_BUCKET))
+    host = 0.0
+    if zero.get("offload_optimizer", {}).get("device") in ("cpu", "nvme"):
+        host, optimizer = host + optimizer, 0.0
+    if stage == 3 and zero.get("offload_param", {}).get("device") in ("cpu", "nvme"):
+        host += numbers * total / workers
+        weights -= numbers * total / workers
+    return weights, gradients, optimizer, host
+
+
+@dataclass(frozen=True)
+class Work:
+    """A whole training. tokens: clean ones, over all rows; flops: by the meter's definition of MFU (6 per parameter of
+    the layers and token that enters them, 6 V D per masked one), hours: at the given share of the peak."""
+
+    tokens: float
+    masked: float
+    flops: float
+    hours: float
+
+
+def work(
+    shape: ModelShape,
+    rows: int,
+    tokens_per_row: float,
+    labelled_share: float,
+    gpus: int,
+    device: str,
+    mfu: float,
+    extra_forwards: float = 0.0,
+) -> Work:
+    """rows: over all steps. extra_forwards: further passes over each row, in forwards of this model (an online
+    reference, the model's own earlier passes); they cost time and count as no useful FLOPs."""
+    tokens = rows * tokens_per_row
+    masked = tokens * labelled_share / 2
+    entered = tokens * (2 if shape.family == "sdar" else 1)
+    flops = 6.0 * (shape.num_layers * shape.layer_parameters * entered + shape.head_parameters * masked)
+    seconds = flops * (1 + extra_forwards / 3) / (peak(device) * mfu * gpus)
+    return Work(tokens, masked, flops, seconds / 3600)
+
+
+def peak(device: str) -> float:
+    """bf16 FLOP/s of a GPU by name."""
+    if device not in MEMORY:
+        raise UserError(f"device {device!r} is not known; known: {', '.join(MEMORY)}")
+    return PEAK_FLOPS[device]
+
+
+def fits(found: Memory, device: str) -> bool:
+    return found.peak <= USABLE * MEMORY[device]
