@@ -1,7 +1,7 @@
 # make demo    from a dataset to a served model on this machine: installs, starts a local Ray head, submits the job
 # make down    ends what `make demo` started
 # make test    the tests         make lint    ruff, mypy and the import rules         make clean    removes .venv
-# make drill   slower tests: the job killed in every stage
+# make drill   slower tests: the job killed in every stage, workers killed in training; installs DeepSpeed for them
 #
 # Options: PORT=8000 (HTTP endpoint)  DASHBOARD_PORT=8265  PYTHON=python3 (3.11 or newer)
 
@@ -24,7 +24,7 @@ down:
 test: $(VENV)/.dev
 	@$(BIN)/python -m pytest
 
-drill: $(VENV)/.dev
+drill: $(VENV)/.deepspeed
 	@$(BIN)/python -m pytest -m drill -s
 
 lint: $(VENV)/.dev
@@ -52,3 +52,8 @@ $(VENV)/.runtime: $(VENV)/.torch pyproject.toml
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	@$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $(VENV)/.runtime $@
+
+# For the drills only: nothing else in this repository needs it.
+$(VENV)/.deepspeed: $(VENV)/.dev
+	@$(PIP) install --quiet --constraint constraints.txt --editable ".[dev,deepspeed]"
+	@touch $@

@@ -42,7 +42,8 @@ class Option:
     settings: dict[str, Any]
 
     def of(self, settings: TrainSettings) -> TrainSettings:
-        return replace(settings, **{"deepspeed": {}, "cpu_offload": False} | self.settings)
+        chosen: dict[str, Any] = {"deepspeed": {}, "cpu_offload": False} | self.settings
+        return replace(settings, **chosen)
 
 
 OPTIONS = (

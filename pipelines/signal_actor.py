@@ -135,8 +135,8 @@ class SignalActor:
 
     def batch(self, rows: Sequence[Any]) -> Any:
         """One forward pass of the reference; the rows with their signals as an Arrow table."""
+        from rcd_core.training.batches import collate
         from rcd_core.training.loop import reference_signals
-        from rcd_core.training.rows import collate
         from rcd_core.training.signal_format import encode
 
         model = self.model

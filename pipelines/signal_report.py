@@ -16,8 +16,8 @@ from rcd_core.calibrate import MAX_NATS, NUM_BINS
 from rcd_core.errors import UserError
 from rcd_core.fidelity import Report, Rule, kinds_up_to, measure
 from rcd_core.signals import ReferenceSignals
+from rcd_core.training.batches import collate
 from rcd_core.training.objective import TrainingBatch
-from rcd_core.training.rows import collate
 from rcd_core.training.signal_rows import SignalSource, require_match
 
 ENTRY_COLUMNS = ("topk_ids", "topk_logprobs", "num_kept")

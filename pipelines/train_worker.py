@@ -94,7 +94,7 @@ def _train(job: TrainJob) -> None:
             reference=reference,
             signal_rule=job.signal_rule,
             noise=job.noise,
-            validation=_validation(job, model, rank, world, dtype),
+            validation=validation(job, model, rank, world, dtype),
             resume=resume,
         )
     if rank == 0:
@@ -146,7 +146,7 @@ def _limits(model: Any) -> Limits:
     return Limits(model.vocab_size, model.max_positions)
 
 
-def _validation(job: TrainJob, model: Any, rank: int, world: int, dtype: Any) -> Any:
+def validation(job: TrainJob, model: Any, rank: int, world: int, dtype: Any) -> Any:
     """The held-out examples under the first draw of the training noise; with the reference's signals where the training
     has cached ones."""
     from rcd_core.training.loop import Validation
@@ -176,14 +176,14 @@ def _with_signals(job: TrainJob, model: Any, rows: list[Row], dtype: Any) -> lis
     from dataclasses import replace
 
     from rcd_core.families.loading import load_model
-    from rcd_core.training.batches import collate
+    from rcd_core.training.batches import collate_packed
     from rcd_core.training.loop import reference_signals
 
     assert job.signals is not None
     reference = load_model(job.signals["reference_checkpoint"], device=model.device, dtype=dtype)
     found = []
     for row in rows:
-        batch, _ = collate(
+        batch, _ = collate_packed(
             [[row]],
             mask_token_id=model.mask_token_id,
             pad_token_id=model.info.pad_token_id,

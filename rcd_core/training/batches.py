@@ -64,6 +64,14 @@ def pack(rows: Sequence[Row], pack_length: int | None) -> list[list[Row]]:
 
 
 def collate(
+    rows: Sequence[Row], *, mask_token_id: int, pad_token_id: int, block_length: int
+) -> tuple[TrainingBatch, ReferenceSignals | None]:
+    """Rows side by side, none of them packed."""
+    ids = {"mask_token_id": mask_token_id, "pad_token_id": pad_token_id, "block_length": block_length}
+    return collate_packed([[row] for row in rows], **ids)
+
+
+def collate_packed(
     bins: Sequence[Sequence[Row]], *, mask_token_id: int, pad_token_id: int, block_length: int
 ) -> tuple[TrainingBatch, ReferenceSignals | None]:
     """Packed rows side by side, padded at the end; signals joined in row-major order of the masked positions.
@@ -113,7 +121,7 @@ class BatchMaker:
         return [self._micro_batch(bins[i : i + size]) for i in range(0, len(bins), size)]
 
     def _micro_batch(self, bins: list[list[Row]]) -> MicroBatch:
-        batch, signals = collate(
+        batch, signals = collate_packed(
             bins, mask_token_id=self.mask_token_id, pad_token_id=self.pad_token_id, block_length=self.block_length
         )
         batch = batch.with_packed() if self.block_diffusion else batch

@@ -34,7 +34,7 @@ def mask_examples(
     drawn = _uniform(counters.astype(np.uint64) ^ np.repeat(streams, lengths))
     masked = (drawn < np.repeat(p, lengths)) & maskable
     found, possible = (_counts(flags, offsets) for flags in (masked, maskable))
-    for row in np.flatnonzero((found == 0) & (possible > 0)).tolist():  # an empty mask is drawn again, one example at a time
+    for row in np.flatnonzero((found == 0) & (possible > 0)).tolist():  # an empty mask is drawn again, one by one
         part = slice(offsets[row], offsets[row + 1])
         masked[part], p[row] = mask_example(maskable[part], example_ids[row], draw, settings)
     return masked, p

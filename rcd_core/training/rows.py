@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from rcd_core.errors import UserError
@@ -21,7 +20,7 @@ from rcd_core.noise import NoiseSettings
 from rcd_core.signals import ReferenceSignals
 from rcd_core.training.chunk_noise import mask_examples
 from rcd_core.training.examples import ChunkReader, Chunks, Limits
-from rcd_core.training.objective import IGNORED, TrainingBatch
+from rcd_core.training.objective import IGNORED
 from rcd_core.training.row_order import RowOrder
 
 
@@ -86,28 +85,3 @@ class ExampleSource:
         part = slice(chunk.labels.offsets[place], chunk.labels.offsets[place + 1])
         return Row(index, example_id, draw, input_ids, labels, masked[part], float(p[place]))
 
-
-def collate(
-    rows: Sequence[Row], *, mask_token_id: int, pad_token_id: int, block_length: int
-) -> tuple[TrainingBatch, ReferenceSignals | None]:
-    """Rows side by side, padded at the end; signals joined in row-major order of the masked positions.
-
-    A row without tokens is padding from end to end.
-    """
-    shape = (len(rows), max(len(r.input_ids) or block_length for r in rows))
-    ids, labels = np.full(shape, pad_token_id), np.full(shape, IGNORED)
-    masked, samples = np.zeros(shape, dtype=bool), np.full(shape, -1)
-    for i, row in enumerate(rows):
-        n = len(row.input_ids)
-        ids[i, :n], labels[i, :n], masked[i, :n], samples[i, :n] = row.input_ids, row.labels, row.masked, 0
-    batch = TrainingBatch(
-        input_ids=torch.from_numpy(ids),
-        labels=torch.from_numpy(labels),
-        noisy_ids=torch.from_numpy(np.where(masked, mask_token_id, ids)),
-        masked=torch.from_numpy(masked),
-        p_mask=torch.tensor([r.p for r in rows]),
-        block_length=block_length,
-        sample_ids=torch.from_numpy(samples),
-    )
-    cached = [r.signals for r in rows if r.signals is not None]
-    return batch, ReferenceSignals.cat(cached) if cached else None

@@ -12,8 +12,9 @@ from rcd_core.families.base import DiffusionModel
 from rcd_core.families.loading import load_model
 from rcd_core.fidelity import Kind, Report, Rule, kinds_up_to, measure, sparse_delta
 from rcd_core.signals import DenseSignals, ReferenceSignals
+from rcd_core.training.batches import collate
 from rcd_core.training.objective import TrainingBatch, masked_hidden, training_loss
-from rcd_core.training.rows import ExampleSource, collate
+from rcd_core.training.rows import ExampleSource
 from tests.benchmarks.signals_data import Workload
 
 KS, MASSES, MASS_KS = (8, 16, 32, 64, 128), (0.9, 0.99, 0.999), (32, 128)

@@ -29,9 +29,9 @@ from pipelines.config import Resources
 from pipelines.signal_actor import SignalActor, SignalJob
 from pipelines.signal_plan import groups, plan_batches
 from rcd_core import storage
+from rcd_core.training.batches import collate
 from rcd_core.training.examples import Chunks
 from rcd_core.training.objective import masked_hidden
-from rcd_core.training.rows import collate
 from rcd_core.training.signal_rule import SignalRule
 from tests.benchmarks.signals_data import Workload
 

@@ -82,6 +82,15 @@ def test_variants_change_only_what_they_name() -> None:
         ("base=null", "target.start and base are both null"),
         ("reference.train=null", "reference.train is null but reference.start is no checkpoint"),
         ("target.residual.source=online", "target.residual.alpha_scale is null"),
+        ("target.residual.source=self", "target.residual.alpha_scale is null; with source 'self' there are no signals"),
+        ("reference=null", "target.residual.source asks for the reference but reference is null"),
+        ("target.train.epochs=2", "target.train.epochs is 2.0 and train.steps 500; set epochs null or steps 0"),
+        ("target.train={batch_size: 8}", "target.train.steps is 0; it must be at least 1, or give train.epochs"),
+        ("target.train.validate_every=5", "target.train.validate_every is 5 but data.num_validation is 0"),
+        ("target.train.deepspeed={wall_clock_breakdown: true}", "target.train.deepspeed is given but target.train.strat"),
+        ("resources.num_workers=[2, 3]", "batch_size is 64, no multiple of resources.num_workers [2, 3], which can be 3"),
+        ("resources.num_workers=[4, 2]", "resources.num_workers is [4, 2]; the fewest come first"),
+        ("resources={num_workers: [1, 2], max_failures: 0}", "resources.max_failures is 0 but resources.num_workers is"),
         ("name.x=1", "--set 'name.x=1': name is 'demo', no section"),
         ("seed", "--set 'seed' must have the form KEY=VALUE"),
         ("seed={", "--set 'seed={' is no valid YAML"),
@@ -91,6 +100,17 @@ def test_mistakes_are_named(override: str, says: str) -> None:
     message = complaint(override)
     assert says in message
     assert "\n" not in message or "has problems" in message
+
+
+def test_deepspeed_takes_one_number_of_workers() -> None:
+    message = complaint("target.train.strategy=deepspeed", "resources.num_workers=[1, 2]")
+    assert "target.train.strategy is deepspeed, whose checkpoints belong to one number of workers" in message
+
+
+def test_epochs_become_steps_once_the_examples_are_counted() -> None:
+    settings = load_recipe("demo", ["target.train={epochs: 1.5, batch_size: 8}"]).target.train
+    assert settings.resolved(100).steps == 19 and settings.resolved(1).steps == 1
+    assert settings.resolved(100).epochs is None and settings.resolved(100).resolved(7).steps == 19
 
 
 def test_all_mistakes_come_in_one_message() -> None:

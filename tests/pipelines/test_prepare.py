@@ -241,3 +241,19 @@ def test_hub_data_is_copied_with_its_mapped_columns(
     assert asked == [("owner/name", "main", "train"), ("owner/name", None, "validation")]
     assert (counts["train"]["examples"], counts["test"]["examples"]) == (4, 10)
     assert not (Path(ctx.directory) / "sources").exists()
+
+
+def test_examples_are_held_out_of_training(
+    ray_cluster: str, context: Callable[..., StageContext], tmp_path: Path
+) -> None:
+    """Training and validation together are what training was without, each example once, and the key tells."""
+    path = write_jsonl(tmp_path / "rows.jsonl", [problem(i) for i in range(60)] + [problem(0)])
+    data = {"train": path, "test": path, "max_length": 128}
+    whole, split = context(data), context({**data, "num_validation": 20}, name="split")
+    before, after = prepare.run(whole), prepare.run(split)
+    held, kept = (rows_of(split, name, after) for name in ("validation", "train"))
+    assert len(held) == 20 and len(kept) == 40 == sum(after["chunks"]["rows"])
+    assert held + kept == rows_of(whole, "train", before) and before["validation"] == []
+    assert after["fingerprint"] != before["fingerprint"]
+    with pytest.raises(UserError, match="data.num_validation is 60, but there are only so many"):
+        prepare.run(context({**data, "num_validation": 60}, name="all"))

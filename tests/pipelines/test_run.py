@@ -71,6 +71,16 @@ def test_stage_order_and_inputs() -> None:
     assert "signals" not in stages_of(online) and "reference" in stages_of(online)["target"].inputs
 
 
+def test_without_a_use_for_it_there_is_no_reference() -> None:
+    alone = ["target.residual={source: self}", "variants={}", "evaluate.starts=[zero]", "deploy.start=zero"]
+    for reference in ([], ["reference=null"]):
+        stages = stages_of(load_recipe("demo", [*alone, *reference]))
+        assert list(stages) == ["prepare", "base", "target", "baseline", "evaluate", "deploy"]
+        assert stages["target"].inputs == ("prepare", "base")
+    asked = stages_of(load_recipe("demo", [*alone[:3], "deploy.start=reference"]))
+    assert "reference" in asked["deploy"].inputs and "reference" not in asked["evaluate"].inputs
+
+
 def test_a_checkpoint_from_outside_stands_for_training_and_enters_keys_by_content(tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_text("{}")

@@ -23,7 +23,6 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
 import torch.distributed.checkpoint as dcp
 from ray.exceptions import RayActorError
@@ -38,9 +37,12 @@ from pipelines.run import RunDirectory, StageContext, material_of
 from pipelines.stages import stages_of
 from pipelines.train_checkpoints import finished_steps
 from pipelines.train_faults import RetryLostWorkersOnly, disk_full, explained
-from pipelines.train_worker import start_model
+from pipelines.train_metrics import MetricsLog, read_metrics
+from pipelines.train_worker import start_model, validation
+from rcd_core import load_model
 from rcd_core.errors import UserError
-from rcd_core.training.loop import Callbacks, train
+from rcd_core.training.batches import collate_packed
+from rcd_core.training.loop import Callbacks, reference_signals, train
 from rcd_core.training.rows import ExampleSource
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -294,6 +296,36 @@ def test_a_checkpoint_that_lacks_a_file_is_not_whole(tmp_path: Path) -> None:
     assert finished_steps(checkpoint) is None
 
 
+# -- parts that need no cluster ---------------------------------------------------------------------------------------
+
+
+def test_held_out_rows_get_the_signals_that_training_has(tmp_path: Path) -> None:
+    """Each rank its own rows, alone or beside others the same signals."""
+    ctx = context(recipe(tmp_path, "held", train={"validate_every": 8}, data={"num_validation": 6}))
+    reference = str(GOLDEN / "rcd" / "sdar_ref_tiny")
+    job = replace(train_stage.make_job(ctx), signals={"reference_checkpoint": reference})
+    model = start_model(job)
+    found = validation(job, model, rank=1, world=2, dtype=None)
+    assert found.num_rows == 6 and sorted(found.source.rows) == [1, 3, 5]
+    rows = [found.source.row(g) for g in (1, 3, 5)]
+    batch, mine = collate_packed([[row] for row in rows], mask_token_id=511, pad_token_id=0, block_length=BLOCK)
+    together = reference_signals(load_model(reference), batch, **vars(job.signal_rule))
+    assert mine is not None and len(mine.entropy) == sum(int(row.masked.sum()) for row in rows)
+    torch.testing.assert_close(mine.entropy, together.entropy, atol=1e-5, rtol=1e-5)
+
+
+def test_metrics_go_to_the_file_and_to_gauges_and_a_resumed_run_drops_what_it_makes_again(tmp_path: Path) -> None:
+    first = MetricsLog("demo", "target", str(tmp_path), 0, 0)
+    for step in (1, 2, 3):
+        first.log({"step": step, "loss": 0.5 * step, "loss_p0.25": 1.0})
+    assert first.gauges["loss_p0.25"].info["name"] == "rcd_train_loss_p0_25"
+    assert first.gauges["loss"].info["default_tags"] == {"run": "demo", "stage": "target"}
+    MetricsLog("demo", "target", str(tmp_path), 1, 2).log({"step": 9})
+    second = MetricsLog("demo", "target", str(tmp_path), 0, 2)
+    second.log({"step": 3, "loss": 7.0})
+    assert [(m["step"], m["loss"]) for m in read_metrics(str(tmp_path))] == [(1, 0.5), (2, 1.0), (3, 7.0)]
+
+
 # -- minutes, run by `make drill` -------------------------------------------------------------------------------------
 
 
@@ -331,12 +363,9 @@ def test_a_full_disk_ends_the_run_and_it_goes_on_when_there_is_room(ray_cluster:
 @pytest.mark.drill
 @pytest.mark.timeout(600)
 def test_an_elastic_run_takes_the_workers_there_is_room_for(ray_cluster: str, tmp_path: Path) -> None:
-    """Room for one of two workers; then for both. Either way it is the same model."""
-    blocker = ray.remote(num_cpus=3)(type("Blocker", (), {"ready": lambda self: True})).remote()
-    ray.get(blocker.ready.remote())
-    one = context(recipe(tmp_path, "one", resources={"num_workers": [1, 2]}))
+    """The cluster has room for one of two workers; then for both, one of which is lost. It is the same model."""
+    one = context(recipe(tmp_path, "one", resources={"num_workers": [1, 2], "cpus_per_worker": 3}))
     train_stage.run(one)
-    ray.kill(blocker)
     two = context(recipe(tmp_path, "two", resources={"num_workers": [1, 2]}))
     with Killer(two, 9) as killer:
         train_stage.run(two)

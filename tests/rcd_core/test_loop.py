@@ -17,8 +17,9 @@ import torch.multiprocessing as mp
 from rcd_core import UserError, load_model
 from rcd_core.noise import NoiseSettings
 from rcd_core.residual import ResidualSettings
+from rcd_core.training.batches import collate
 from rcd_core.training.loop import Callbacks, learning_rate, reference_signals, train
-from rcd_core.training.rows import ExampleSource, Row, collate
+from rcd_core.training.rows import ExampleSource, Row
 from rcd_core.training.settings import TrainSettings
 
 GOLDEN = Path(__file__).parents[1] / "golden"

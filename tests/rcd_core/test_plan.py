@@ -136,7 +136,7 @@ def test_flops_are_those_of_the_meter_and_hours_follow() -> None:
         pytest.param(1, {"micro_batch_size": 1}, marks=pytest.mark.drill),
         pytest.param(1, {"dtype": "bfloat16"}, marks=pytest.mark.drill),
         pytest.param(2, {}, marks=pytest.mark.drill),
-        (2, {"strategy": "fsdp2"}),
+        pytest.param(2, {"strategy": "fsdp2"}, marks=pytest.mark.drill),
     ],
 )
 def test_the_prediction_is_close_to_a_measured_peak(world: int, changes: dict[str, Any]) -> None:

@@ -17,12 +17,13 @@ import torch
 from rcd_core import UserError, load_model
 from rcd_core.noise import NoiseSettings, hash_key, mask_example, uniforms
 from rcd_core.signals import ReferenceSignals
+from rcd_core.training.batches import collate
 from rcd_core.training.chunk_noise import mask_examples
 from rcd_core.training.examples import ChunkReader, Chunks, Limits
 from rcd_core.training.loop import reference_signals
 from rcd_core.training.objective import loss_sum, normalizer
 from rcd_core.training.row_order import RowOrder
-from rcd_core.training.rows import ExampleSource, Row, collate
+from rcd_core.training.rows import ExampleSource, Row
 from rcd_core.training.signal_format import SCHEMA_VERSION, SignalGroup, encode, parquet_options, schema
 from rcd_core.training.signal_rows import SignalSource, noise_record, require_match
 

@@ -197,6 +197,16 @@ def sums_agree(fused: LeftOut, z: torch.Tensor, k: int, temperature: float) -> N
         torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-30)
 
 
+def test_no_corner_of_the_vocabulary_is_missed() -> None:
+    """The largest entries in the first block, the last whole one and the shorter one behind it."""
+    z = torch.zeros(3, 64 * 100 + 5)
+    for row, first in enumerate((0, 64 * 99, 64 * 100)):
+        z[row, first : first + 4] = torch.tensor([1.0, 4.0, 2.0, 3.0])
+    values, ids = top_k(z, 4)
+    assert values.tolist() == [[4.0, 3.0, 2.0, 1.0]] * 3
+    assert (ids - torch.tensor([0, 64 * 99, 64 * 100])[:, None]).tolist() == [[1, 3, 2, 0]] * 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_sums_equal_plain_ones(dtype: torch.dtype) -> None:
     """What is compiled for CUDA, here on CPU."""
