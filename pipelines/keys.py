@@ -20,6 +20,8 @@ _NEUTRAL = (
     "*.train.micro_batch_size",
     "*.train.checkpoint_every",
     "*.train.log_every",
+    "*.train.validate_every",
+    "*.train.activation_checkpointing",
     "data.max_bad_rows",
     "signals.max_bad_rows",
     "evaluate.batch_size",

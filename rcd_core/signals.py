@@ -97,7 +97,7 @@ class ReferenceSignals:
             row = int((~torch.isfinite(peak)).nonzero()[0])
             if peak[row] == -math.inf:
                 raise UserError(f"row {row} of the logits is -inf everywhere; at least one token must be possible")
-            raise UserError(f"row {row} of the logits holds NaN or +inf; the reference's weights or inputs are broken")
+            raise UserError(f"row {row} of the logits holds NaN or +inf; the model's weights or inputs are broken")
         if mass is not None:
             p = logprobs.exp()
             dropped = (p.cumsum(1) - p) >= mass  # those before it suffice already

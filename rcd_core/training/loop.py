@@ -85,6 +85,8 @@ def train(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if settings.batch_size % world:
         raise UserError(f"train.batch_size {settings.batch_size} is no multiple of the {world} workers; change either")
+    if not settings.steps:
+        raise UserError("train.steps is not known yet: epochs are given; settings.resolved(number of examples) says it")
     if residual.source == "online" and reference is None:
         raise UserError("residual.source is 'online' but no reference model was given")
     if residual.runs_model and noise is None:
@@ -125,7 +127,9 @@ def train(
                     f"checkpoint is that of step {last_checkpoint}: lower train.learning_rate, look at these rows, or "
                     "allow some with train.max_skipped_steps"
                 )
-        if done % settings.log_every == 0 or done == settings.steps:
+        last = done == settings.steps
+        validates = validation and settings.validate_every and (done % settings.validate_every == 0 or last)
+        if done % settings.log_every == 0 or last or validates:
             line = {
                 "step": done,
                 "learning_rate": rate,
@@ -133,11 +137,7 @@ def train(
                 "skipped_steps": skipped,
                 **meter.flush(done),
             }
-            if (
-                validation
-                and settings.validate_every
-                and (done % settings.validate_every == 0 or done == settings.steps)
-            ):
+            if validation and validates:
                 line["validation_loss"] = run.validate(validation, maker, rank)
             callbacks.log(line)
         if done % settings.checkpoint_every == 0 and done < settings.steps:

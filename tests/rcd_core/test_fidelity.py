@@ -118,8 +118,11 @@ def test_more_is_more_faithful(models: tuple[DiffusionModel, DiffusionModel], mo
     assert list(report.entropy_by_decile) == sorted(report.entropy_by_decile)
 
 
-def test_stored_signals_are_one_more_row(models: tuple[DiffusionModel, DiffusionModel]) -> None:
+def test_stored_signals_are_one_more_row(
+    models: tuple[DiffusionModel, DiffusionModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The signals of the very reference agree with those made again; those of the position before do not."""
+    monkeypatch.setattr("rcd_core.fidelity._TILE_BYTES", 4 * VOCAB * 7)  # several tiles
     reference, target = models
     data, whole = batch(0), Kind(VOCAB)
     with torch.no_grad():

@@ -252,6 +252,9 @@ def test_adaptive_k_keeps_the_fewest_that_reach_the_mass(logits: torch.Tensor, t
     assert torch.equal(s.entropy, full.entropy), "entropy is that of the whole distribution"
     assert len(s.to_arrow()["topk_ids"].combine_chunks().flatten()) == int(kept.sum()), "ragged in Arrow"
     assert same(ReferenceSignals.from_bytes(s.to_bytes()), s)
+    for i, count in enumerate(kept.sum(1).tolist()):  # padding weighs nothing, and the mean is over all not kept
+        alone = ReferenceSignals.from_logits(logits[i : i + 1], count)
+        torch.testing.assert_close(s[i : i + 1].soft_embedding(table), alone.soft_embedding(table))
     one = ReferenceSignals.from_logits(logits, k, 1e-9)
     assert torch.isfinite(one.topk_logprobs).sum(1).tolist() == [1] * NUM, "at least one"
     everything = ReferenceSignals.from_logits(logits, VOCAB, 1.0)
