@@ -237,7 +237,7 @@ def _options(settings: TrainSettings) -> Iterator[Option]:
 
 
 def _memory(job: Job, recipe: Recipe, rows: Rows, settings: TrainSettings, gpus: int) -> Memory:
-    residual = job.residual.source not in ("none", "on_policy") if job.residual else False
+    residual = job.residual.feeds_back if job.residual else False
     kept = recipe.signals.top_k if residual else 0
     step = step_shape(job.shape, settings, recipe.data.max_length, gpus, rows.labelled_share, kept)
     return memory(job.shape, settings, step, gpus)

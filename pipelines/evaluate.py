@@ -105,6 +105,17 @@ def _arms(ctx: StageContext) -> Iterator[Arm]:
         )
     for stage in ("target", *(f"target-{name}" for name in recipe.variants)):
         variant = stage.removeprefix("target").replace("-", " ")
+        trained = recipe.training(stage).residual
+        if trained is not None and not trained.feeds_back:
+            yield Arm(
+                name=stage,
+                title=f"No residual{variant}",
+                stage=stage,
+                checkpoint=ctx.checkpoint(stage),
+                reference=None,
+                settings=replace(decode, residual=False, residual_source="self", start=None),
+            )
+            continue
         for start in dict.fromkeys(recipe.evaluate.starts):
             warm = start == "reference" or decode.residual_source == "reference"
             yield Arm(

@@ -122,7 +122,7 @@ def reference_keys(recipe: Recipe) -> dict[str, str]:
         found["evaluate.starts"] = "evaluate"
     if recipe.evaluate.decode.residual_source == "reference":
         found["evaluate.decode.residual_source"] = "evaluate"
-    if recipe.target.residual.source != "none":
+    if recipe.target.residual.feeds_back:
         if recipe.deploy.start == "reference":
             found["deploy.start"] = "deploy"
         if recipe.deploy.decode.residual_source == "reference":

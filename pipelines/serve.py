@@ -132,7 +132,7 @@ def _deployment(replica: type, name: str, recipe: Recipe) -> serve.Deployment:
 
 
 def _wants_residual(recipe: Recipe) -> bool:
-    return recipe.target.residual.source != "none"
+    return recipe.target.residual.feeds_back
 
 
 def _wants_reference(recipe: Recipe) -> bool:

@@ -122,7 +122,7 @@ def start_model(job: TrainJob) -> Any:
         seed = hash_key(job.settings.seed, job.stage, "weights") & SEED_BITS
         model = new_model(job.start, vocab_size=len(tokenizer), info=info, seed=seed)
     model.info.block_length = job.block_length
-    if job.residual.source not in ("none", "on_policy"):  # the control on_policy has no residual either
+    if job.residual.feeds_back:
         model.info.rcd = {
             "start": model.default_start,
             "residual_temperature": 1.0,

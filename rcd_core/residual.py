@@ -47,6 +47,11 @@ class ResidualSettings:
     dropout: float = 0.25
 
     @property
+    def feeds_back(self) -> bool:
+        """The model learns to read residuals: decoding it with them makes sense."""
+        return self.source not in ("none", "on_policy")
+
+    @property
     def runs_model(self) -> bool:
         """The model under training itself is run on other inputs first."""
         return self.source in ("self", "self_same", "on_policy")

@@ -240,3 +240,15 @@ def test_page_is_whole_and_escaped() -> None:
 def test_equal_results_give_equal_plots() -> None:
     assert pareto_plot(shown(1.0, 0.9, 1.1)) == pareto_plot(shown(1.0, 0.9, 1.1))
     assert pareto_plot(shown(1.0, 0.9, 1.1)) != pareto_plot(shown(1.0, 0.9, 1.1), dark=True)
+
+
+def test_a_model_without_residuals_in_training_is_decoded_without(tmp_path: Path) -> None:
+    """The control `on_policy` stands in the comparison as what it is: no residual, no starts."""
+    recipe = make_recipe(tmp_path, variants={"control": {"source": "on_policy"}})
+    stages = ("baseline", "target", "target-control", "reference")
+    ctx = stage_context(recipe, "evaluate", stages)
+    for stage in stages:
+        ctx.run.finish(stage, {"stage": stage}, {"checkpoint": f"/{stage}"}, datetime.now().astimezone(), 0.0)
+    arms = {arm.name: arm for arm in evaluate._arms(ctx)}
+    assert {name for name in arms if "control" in name} == {"target-control"}
+    assert not arms["target-control"].settings.residual and arms["target/zero"].settings.residual
