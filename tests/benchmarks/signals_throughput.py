@@ -2,8 +2,8 @@
 
 Bare is what cannot be avoided: the reference's forward pass and its head on the masked rows, over the batches the
 stage would make, which are collated beforehand. The stage is pipelines.precompute on a Ray of its own: rows, noise,
-collating, forward pass, encoding, Parquet, sidecar. Its time counts from the end of each actor's first shard, so that no
-start-up is in it. One thread per process throughout.
+collating, forward pass, encoding, Parquet, sidecar. On both sides time counts from the end of each process's first
+shard, so that no start-up is in it and the rows are the same. One thread per process throughout.
 """
 
 from __future__ import annotations
@@ -114,17 +114,7 @@ def _rate(found: Sequence[tuple[int, float, float]]) -> Rate:
 def _bare(job: SignalJob, shards: range, barrier: Any, results: Any) -> None:
     actor = SignalActor(job)
     model = actor.model
-    batches = []
-    for shard in shards:
-        for held in groups((actor.source.row(g) for g in job.rows_of(shard)), job.batch_tokens):
-            for places in plan_batches([len(r.input_ids) for r in held], job.batch_tokens):
-                batch, _ = collate(
-                    [held[i] for i in places],
-                    mask_token_id=model.mask_token_id,
-                    pad_token_id=model.info.pad_token_id,
-                    block_length=job.block_length,
-                )
-                batches.append(batch)
+    batches = [_batches(actor, job.rows_of(shard)) for shard in shards]
     tile = max(1, HEAD_BYTES // (4 * model.vocab_size))
 
     def forward(batch: Any) -> int:
@@ -133,11 +123,27 @@ def _bare(job: SignalJob, shards: range, barrier: Any, results: Any) -> None:
             model.head(rows)
         return len(hidden)
 
-    forward(batches[0])
     barrier.wait()
+    for batch in batches[0]:  # start-up, as the actors' first shards are: the same rows are timed on both sides
+        forward(batch)
     start, cpu = time.perf_counter(), time.process_time()
-    tokens = sum(forward(batch) for batch in batches)
+    tokens = sum(forward(batch) for shard in batches[1:] for batch in shard)
     results.put((tokens, time.perf_counter() - start, time.process_time() - cpu))
+
+
+def _batches(actor: SignalActor, rows: range) -> list[Any]:
+    """A shard's batches as the actor makes them, collated."""
+    job, model, found = actor.job, actor.model, []
+    for held in groups((actor.source.row(g) for g in rows), job.batch_tokens):
+        for places in plan_batches([len(r.input_ids) for r in held], job.batch_tokens):
+            batch, _ = collate(
+                [held[i] for i in places],
+                mask_token_id=model.mask_token_id,
+                pad_token_id=model.info.pad_token_id,
+                block_length=job.block_length,
+            )
+            found.append(batch)
+    return found
 
 
 # -- the stage
