@@ -22,7 +22,7 @@ down:
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m pipelines.local down; else echo "nothing to stop"; fi
 
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 drill: $(VENV)/.deepspeed
 	@$(BIN)/python -m pytest -m drill -s

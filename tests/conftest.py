@@ -57,3 +57,8 @@ def golden() -> Path:
     if not path.is_dir():
         pytest.skip("tests/golden is not there")
     return path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The whole jobs first: two processes share the files, and the longest should not be left for the end."""
+    items.sort(key=lambda item: item.path.name != "test_job.py")
