@@ -82,7 +82,7 @@ class ReferenceStage(Section):
 
 class SignalSettings(Section):
     top_k: Annotated[int, Field(ge=1, le=32767)] = 32  # num_kept is stored in 16 bits
-    keep_mass: Annotated[float, Field(gt=0, le=1)] | None = None
+    keep_mass: Annotated[float, Field(gt=0, le=1)] | None = 0.99  # with 32: measured, tests/benchmarks/README.md
     alpha_temperature: Positive = 1.0
     delta_temperature: Positive = 1.0
     shard_mb: Annotated[float, Field(gt=0, le=1024)] = 128  # Arrow counts a list's entries in 31 bits

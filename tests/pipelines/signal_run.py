@@ -34,7 +34,7 @@ def recipe(tmp_path: Path, **changes: Any) -> Recipe:
         "tokenizer": {"path": str(tmp_path / "tokenizer")},
         "reference": {"start": str(GOLDEN / "rcd" / "sdar_ref_tiny"), "train": None},
         "target": {"start": str(GOLDEN / "sdar_tiny"), "train": train},
-        "signals": {"top_k": 8, "shard_mb": 0.003, "batch_tokens": 64, **changes.pop("signals", {})},
+        "signals": {"top_k": 8, "keep_mass": None, "shard_mb": 0.003, "batch_tokens": 64, **changes.pop("signals", {})},
         "resources": {"signal_actors": 2, **changes.pop("resources", {})},
         **changes,
     }
