@@ -61,7 +61,7 @@ def requests(model: DiffusionModel, count: int, block_length: int, new_tokens: i
     """Prompts of 16 to 47 tokens. A static schedule of two tokens a pass: every model makes the same passes."""
     generator = np.random.default_rng(0)
     highest = min(model.vocab_size, 260) - 1
-    prompts = [generator.integers(1, highest, 16 + i % 32).tolist() for i in range(count)]
+    prompts = [generator.integers(10, highest, 16 + i % 32).tolist() for i in range(count)]
     settings = DecodeSettings(
         block_length=block_length,
         denoising_steps=max(1, block_length // 2),
