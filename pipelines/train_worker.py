@@ -176,15 +176,15 @@ def _with_signals(job: TrainJob, model: Any, rows: list[Row], dtype: Any) -> lis
     from dataclasses import replace
 
     from rcd_core.families.loading import load_model
-    from rcd_core.training.batches import collate_packed
+    from rcd_core.training.batches import collate
     from rcd_core.training.loop import reference_signals
 
     assert job.signals is not None
     reference = load_model(job.signals["reference_checkpoint"], device=model.device, dtype=dtype)
     found = []
     for row in rows:
-        batch, _ = collate_packed(
-            [[row]],
+        batch, _ = collate(
+            [row],
             mask_token_id=model.mask_token_id,
             pad_token_id=model.info.pad_token_id,
             block_length=job.block_length,

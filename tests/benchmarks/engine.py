@@ -98,14 +98,15 @@ def run_engine(model: DiffusionModel, prompts: Any, settings: Any, recorder: boo
 
 
 @torch.inference_mode()
-def run_bare(model: DiffusionModel, calls: list[Any], masked_share: float, max_length: int) -> float:
+def run_bare(model: DiffusionModel, calls: list[Any], max_length: int) -> float:
     """The same forwards, with the head on as many rows as the engine had masks: nothing else."""
     forward = Forward(model, max(len(c) for c in calls), max_length)
     start = time.perf_counter()
     for works in calls:
         hidden = forward.hidden(works)
-        rows = max(1, round(masked_share * sum(len(w.ids) for w in works)))
-        model.head(hidden.flatten(0, 1)[:rows])
+        masked = sum(int((w.ids == model.mask_token_id).sum()) for w in works)
+        if masked:
+            model.head(hidden.flatten(0, 1)[:masked])
     return time.perf_counter() - start
 
 
@@ -115,12 +116,10 @@ def against_bare_forwards(model: DiffusionModel, options: argparse.Namespace) ->
     for name, s in (("seqd", settings), ("rcd", replace(settings, residual=True, start="zero", residual_top_k=32))):
         _, sequences, engine = run_engine(model, prompts, s, recorder=True)
         calls = engine._forward.calls  # type: ignore[attr-defined]
-        # A static schedule commits two a pass: the mean number of masks of a block's passes over its length.
-        share = float(np.mean([8, 6, 4, 2])) / 8
         pairs = []
         for _ in range(options.repeats + 1):
             ours = run_engine(model, prompts, s)[0]
-            pairs.append((ours, run_bare(model, calls, share, max(len(q.canvas) for q in sequences))))
+            pairs.append((ours, run_bare(model, calls, max(len(q.canvas) for q in sequences))))
         ratios = [a / b for a, b in pairs[1:]]
         found[f"{name}_engine_vs_bare"] = statistics.median(ratios)
         print(

@@ -167,7 +167,8 @@ def check_signals(job: Job) -> None:
     assert len({(r["example_id"], r["draw"]) for r in rows}) == len(rows)
     for row in rows:
         num_masked = len(row["masked_positions"])
-        assert num_masked and len(row["topk_ids"]) == len(row["topk_logprobs"]) == num_masked * summary["top_k"]
+        assert num_masked == len(row["num_kept"]) and max(row["num_kept"]) <= summary["top_k"]
+        assert num_masked and len(row["topk_ids"]) == len(row["topk_logprobs"]) == sum(row["num_kept"])
         assert all(row["labels"][p] != -100 for p in row["masked_positions"])
     assert sum(len(r["masked_positions"]) for r in rows) == summary["masked_tokens"]
 
