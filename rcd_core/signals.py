@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rcd_core.errors import UserError
 from rcd_core.kernels.encode import Encoded, encode
+from rcd_core.kernels.residual_embedding import SparseResidual
 from rcd_core.residual import AlphaRule, alpha_from_statistics, entropy
 from rcd_core.signal_arrow import from_table, to_table
 
@@ -133,9 +134,9 @@ class ReferenceSignals:
         confidence = self.topk_logprobs[:, 0].float().exp()
         return alpha_from_statistics(rule, self.entropy, confidence, vocab_size, alpha_scale)
 
-    def soft_embedding(self, embedding_weight: Tensor) -> Tensor:
-        """Eq. 1: (N, D) delta with gradient to the (V, D) table; the tail's mass on the mean of the ids not kept."""
-        vocab_size = embedding_weight.shape[0]
+    def mixture(self, vocab_size: int) -> tuple[Tensor, Tensor]:
+        """((N, K) weights, (N,) share): delta = sum_k weights E[topk_ids] + share * (the sum of E's rows); the tail's
+        mass lies on the mean of the ids not kept."""
         if len(self) and int(self.topk_ids.max()) >= vocab_size:
             raise UserError(
                 f"signals hold id {int(self.topk_ids.max())} but the embedding table has {vocab_size} rows; "
@@ -144,9 +145,16 @@ class ReferenceSignals:
         p, kept = self.topk_logprobs.float().exp(), torch.isfinite(self.topk_logprobs)
         share = self.tail_mass / (vocab_size - kept.sum(1)).clamp(min=1)  # the tail's mass on each id not kept
         # sum_j p_j E_j + share * (sum of E over what is not kept), as one weighted sum over what is kept.
-        weights = torch.where(kept, p - share[:, None], 0.0).to(embedding_weight.dtype)
+        return torch.where(kept, p - share[:, None], 0.0), share
+
+    def soft_embedding(self, embedding_weight: Tensor) -> Tensor:
+        """Eq. 1: (N, D) delta with gradient to the (V, D) table."""
+        weights, share = self.mixture(len(embedding_weight))
         delta = torch.nn.functional.embedding_bag(
-            self.topk_ids.long(), embedding_weight, per_sample_weights=weights, mode="sum"
+            self.topk_ids.long(),
+            embedding_weight,
+            per_sample_weights=weights.to(embedding_weight.dtype),
+            mode="sum",
         )
         return delta + share.to(delta.dtype)[:, None] * embedding_weight.sum(0)
 
@@ -264,6 +272,17 @@ class DenseSignals:
 
 
 Signals = ReferenceSignals | DenseSignals
+
+
+def sparse_residual(
+    signals: ReferenceSignals, vocab_size: int, rule: AlphaRule, alpha_scale: float | None
+) -> SparseResidual:
+    """residual_state as weights on rows of the embedding table, for training steps."""
+    weights, share = signals.mixture(vocab_size)
+    ids, alpha = signals.topk_ids, signals.alpha(vocab_size, rule, alpha_scale)
+    if rule == "top1":
+        ids, weights, share = ids[:, :1], torch.ones_like(weights[:, :1]), torch.zeros_like(share)
+    return SparseResidual(alpha, ids, weights, share)
 
 
 def residual_state(

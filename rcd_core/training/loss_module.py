@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from rcd_core.families.base import DiffusionModel
 from rcd_core.residual import ResidualSettings
-from rcd_core.signals import ReferenceSignals, residual_state
+from rcd_core.signals import ReferenceSignals, residual_state, sparse_residual
 from rcd_core.training.batches import MicroBatch
-from rcd_core.training.objective import LossWeight, TrainingBatch, loss_parts, masked_hidden
+from rcd_core.training.objective import LossWeight, Residual, TrainingBatch, loss_parts, masked_hidden
 
 OWN_TOP_K = 32  # entries kept of the model's own predictions
 NUM_BUCKETS = 4  # of the masking probability, for looking at the loss
@@ -34,15 +34,16 @@ class LossModule(nn.Module):
     def forward(self, micro: MicroBatch, signals: ReferenceSignals | None) -> tuple[Tensor, Tensor]:
         """(loss sum, statistics (NUM_STATISTICS,)): sum of alpha, tokens that entered the layers, then losses and
         counts by masking probability. signals: the reference's, cached or computed outside."""
-        batch, state = micro.batch, None
+        batch = micro.batch
+        state: Residual | None = None
         if signals is not None:
-            state = residual_state(signals, self.model.embedding.weight, self.residual.alpha, self.residual.alpha_scale)
+            found = sparse_residual(signals, self.model.vocab_size, self.residual.alpha, self.residual.alpha_scale)
+            state = found.scaled(micro.keep)
         elif self.residual.source == "on_policy":
             batch = self._on_policy(micro)
         elif self.residual.runs_model:
-            state = self._own_residual(micro)
-        if state is not None:
-            state = (state[0] * micro.keep, state[1])
+            alpha, delta = self._own_residual(micro)
+            state = (alpha * micro.keep, delta)
         loss, losses = loss_parts(self.model, batch, state, self.weight)
         return loss, _statistics(batch, losses, state)
 
@@ -98,10 +99,12 @@ def _with_mask(batch: TrainingBatch, masked: Tensor, mask_token_id: int) -> Trai
     return replace(batch, masked=masked, noisy_ids=noisy, packed=None)
 
 
-def _statistics(batch: TrainingBatch, losses: Tensor, state: tuple[Tensor, Tensor] | None) -> Tensor:
+def _statistics(batch: TrainingBatch, losses: Tensor, state: Residual | None) -> Tensor:
     assert batch.sample_ids is not None
     entered = (batch.sample_ids >= 0).sum() if batch.packed is None else batch.packed.valid.sum()
-    alpha = losses.new_zeros(()) if state is None else state[0].detach().sum()
+    alpha = losses.new_zeros(())
+    if state is not None:
+        alpha = (state[0] if isinstance(state, tuple) else state.alpha).detach().sum()
     bucket = (batch.p_mask[batch.masked] * NUM_BUCKETS).long().clamp(max=NUM_BUCKETS - 1)
     sums = losses.new_zeros(NUM_BUCKETS).scatter_add_(0, bucket, losses)
     counts = losses.new_zeros(NUM_BUCKETS).scatter_add_(0, bucket, torch.ones_like(losses))

@@ -18,13 +18,14 @@ from torch import Tensor
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
 from rcd_core.kernels.fused_loss import weighted_cross_entropy
+from rcd_core.kernels.residual_embedding import SparseResidual, residual_embedding
 from rcd_core.layouts import PackedTokens, bidirectional, block_diffusion
 from rcd_core.residual import AlphaRule, inject_residual
-from rcd_core.signals import Signals, residual_state
+from rcd_core.signals import DenseSignals, ReferenceSignals, Signals, residual_state, sparse_residual
 
 IGNORED = -100
 
-Residual = tuple[Tensor, Tensor] | Signals
+Residual = tuple[Tensor, Tensor] | SparseResidual  # (alpha (N,), delta (N, D)), or weights on the table's rows
 LossWeight = Literal["inverse_t", "uniform"]
 
 
@@ -75,8 +76,8 @@ class TrainingBatch:
         return replace(self, packed=block_diffusion(self.masked, self.sample_ids, self.positions, self.block_length))
 
 
-def masked_hidden(model: DiffusionModel, batch: TrainingBatch, residual: tuple[Tensor, Tensor] | None) -> Tensor:
-    """(N, D) final hidden states at the masked positions, with residual inputs there if given (alpha, delta)."""
+def masked_hidden(model: DiffusionModel, batch: TrainingBatch, residual: Residual | None) -> Tensor:
+    """(N, D) final hidden states at the masked positions, with residual inputs there if given."""
     assert batch.sample_ids is not None and batch.positions is not None
     if model.attention_block(batch.block_length) is None:
         ids, masked, positions = batch.noisy_ids, batch.masked, batch.positions
@@ -88,8 +89,11 @@ def masked_hidden(model: DiffusionModel, batch: TrainingBatch, residual: tuple[T
         ids = torch.where(packed.noisy, batch.noisy_ids.gather(1, pick), batch.input_ids.gather(1, pick))
         masked = batch.masked.gather(1, pick) & packed.noisy & packed.valid
         positions = batch.positions.gather(1, pick)
-    embeds = model.embedding(ids)
-    if residual is not None:
+    if isinstance(residual, SparseResidual):
+        embeds = residual_embedding(ids, masked, model.embedding.weight, residual)
+    else:
+        embeds = model.embedding(ids)
+    if isinstance(residual, tuple):
         alpha, delta = residual
         # The mask's embedding as looked up: a row picked from the table would cost a gradient of the table's size.
         embeds = inject_residual(embeds, masked, alpha, delta, embeds[masked])
@@ -114,7 +118,7 @@ def normalizer(batch: TrainingBatch, family: str, weight: LossWeight) -> Tensor:
 def loss_sum(
     model: DiffusionModel,
     batch: TrainingBatch,
-    residual: tuple[Tensor, Tensor] | None = None,
+    residual: Residual | None = None,
     weight: LossWeight = "inverse_t",
 ) -> Tensor:
     """The weighted sum over the batch's masked positions, not yet normalised. Scalar."""
@@ -122,7 +126,7 @@ def loss_sum(
 
 
 def loss_parts(
-    model: DiffusionModel, batch: TrainingBatch, residual: tuple[Tensor, Tensor] | None, weight: LossWeight
+    model: DiffusionModel, batch: TrainingBatch, residual: Residual | None, weight: LossWeight
 ) -> tuple[Tensor, Tensor]:
     """(loss_sum, cross entropy of each masked position (N,), unweighted and without gradient)."""
     hidden = masked_hidden(model, batch, residual)
@@ -147,7 +151,7 @@ def loss_weights(family: str, batch: TrainingBatch, weight: LossWeight) -> Tenso
 def training_loss(
     model: DiffusionModel,
     batch: TrainingBatch | Mapping[str, Any],
-    residual: Residual | None = None,
+    residual: Residual | Signals | None = None,
     *,
     weight: LossWeight = "inverse_t",
     alpha: AlphaRule = "normalized_entropy",
@@ -163,6 +167,8 @@ def training_loss(
         batch = TrainingBatch(**{"labels": None, **batch})
     if bool((batch.masked & (batch.labels == IGNORED)).any()):
         raise UserError("masked covers tokens whose label is -100; only labelled tokens may be masked")
-    if residual is not None and not isinstance(residual, tuple):
+    if isinstance(residual, ReferenceSignals):
+        residual = sparse_residual(residual, model.vocab_size, alpha, alpha_scale)
+    elif isinstance(residual, DenseSignals):
         residual = residual_state(residual, model.embedding.weight, alpha, alpha_scale)
     return loss_sum(model, batch, residual, weight) / normalizer(batch, model.family, weight)
