@@ -121,7 +121,7 @@ def _fit(ctx: StageContext, job: TrainJob) -> None:
     """Run the workers to the end. Lost ones are replaced, up to resources.max_failures times; a UserError of a worker
     arrives here as it was raised, and nothing is tried again for it."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     from pipelines.train_checkpoints import NUM_TO_KEEP
     from pipelines.train_faults import Deadline, RetryLostWorkersOnly, attempt_s, explained
@@ -141,8 +141,11 @@ def _fit(ctx: StageContext, job: TrainJob) -> None:
         RetryLostWorkersOnly(ctx.stage, ctx.directory),
         Deadline(ctx.stage, wanted, resources.timeout_s),
     ]
+    # Offloaded shards and their gradient norm are summed on the CPU, which NCCL cannot.
+    offloads = job.settings.cpu_offload and resources.gpus_per_worker > 0
     trainer = TorchTrainer(
         train_worker,
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if offloads else None),
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(**scaling),
         run_config=RunConfig(

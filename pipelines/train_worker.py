@@ -78,7 +78,9 @@ def _train(job: TrainJob) -> None:
     device = get_device()
     if device.type == "cpu":
         torch.set_num_threads(job.threads)
-    model = start_model(job).to(device).requires_grad_(True)
+    model = start_model(job).requires_grad_(True)
+    if job.settings.strategy != "fsdp2":  # which takes it to the device in shards
+        model = model.to(device)
     # In the dtype in which the stage `signals` would have run it.
     dtype = torch.bfloat16 if device.type == "cuda" else None
     reference = load_model(job.reference, device=device, dtype=dtype) if job.reference else None
@@ -94,8 +96,9 @@ def _train(job: TrainJob) -> None:
             reference=reference,
             signal_rule=job.signal_rule,
             noise=job.noise,
-            validation=validation(job, model, rank, world, dtype),
+            validation=validation(job, model, rank, world, dtype, device),
             resume=resume,
+            device=device,
         )
     if rank == 0:
         _export(job, model.with_weights(weights))
@@ -146,7 +149,7 @@ def _limits(model: Any) -> Limits:
     return Limits(model.vocab_size, model.max_positions)
 
 
-def validation(job: TrainJob, model: Any, rank: int, world: int, dtype: Any) -> Any:
+def validation(job: TrainJob, model: Any, rank: int, world: int, dtype: Any, device: Any = None) -> Any:
     """The held-out examples under the first draw of the training noise; with the reference's signals where the training
     has cached ones."""
     from rcd_core.training.loop import Validation
@@ -158,7 +161,7 @@ def validation(job: TrainJob, model: Any, rank: int, world: int, dtype: Any) -> 
     if job.signals is None:
         return Validation(examples, count)
     mine = [examples.row(g) for g in range(rank, count, world)]
-    return Validation(HeldOut(_with_signals(job, model, mine, dtype)), count)
+    return Validation(HeldOut(_with_signals(job, model, mine, dtype, device or model.device)), count)
 
 
 class HeldOut:
@@ -171,7 +174,7 @@ class HeldOut:
         return self.rows[index]
 
 
-def _with_signals(job: TrainJob, model: Any, rows: list[Row], dtype: Any) -> list[Row]:
+def _with_signals(job: TrainJob, model: Any, rows: list[Row], dtype: Any, device: Any) -> list[Row]:
     """This rank's held-out rows with signals. The reference is here only for as long as that takes."""
     from dataclasses import replace
 
@@ -180,7 +183,7 @@ def _with_signals(job: TrainJob, model: Any, rows: list[Row], dtype: Any) -> lis
     from rcd_core.training.loop import reference_signals
 
     assert job.signals is not None
-    reference = load_model(job.signals["reference_checkpoint"], device=model.device, dtype=dtype)
+    reference = load_model(job.signals["reference_checkpoint"], device=device, dtype=dtype)
     found = []
     for row in rows:
         batch, _ = collate(
@@ -189,7 +192,7 @@ def _with_signals(job: TrainJob, model: Any, rows: list[Row], dtype: Any) -> lis
             pad_token_id=model.info.pad_token_id,
             block_length=job.block_length,
         )
-        signals = reference_signals(reference, batch.to(model.device), **vars(job.signal_rule))
+        signals = reference_signals(reference, batch.to(device), **vars(job.signal_rule))
         found.append(replace(row, signals=signals.to("cpu")))
     return found
 

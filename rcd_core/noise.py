@@ -26,7 +26,8 @@ _MAX_REDRAWS = 10  # as SDAR's training code: redraw an empty mask up to ten tim
 class NoiseSettings:
     """Noise of masked diffusion training. Each token is masked with p = (1 - eps) t + eps, t ~ U[0, 1) per example.
 
-    draws: how many different masks an example gets; epoch e uses draw e mod draws.
+    draws: how many different masks an example gets; epoch e uses draw e mod draws. block_length: t is drawn for each
+    block of so many tokens instead, counted from the example's first (None: one t per example, as SDAR trains).
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -34,12 +35,15 @@ class NoiseSettings:
     seed: int = 0
     draws: int = 4
     eps: float = 1e-3
+    block_length: int | None = None
 
     def __post_init__(self) -> None:
         if self.draws < 1:
             raise UserError(f"noise.draws is {self.draws}; it must be at least 1")
         if not 0.0 <= self.eps < 1.0:
             raise UserError(f"noise.eps is {self.eps}; it must lie in [0, 1)")
+        if self.block_length is not None and self.block_length < 1:
+            raise UserError(f"noise.block_length is {self.block_length}; it must be at least 1, or null")
 
 
 def splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -65,10 +69,10 @@ def uniforms(key: int, count: int) -> NDArray[np.float64]:
 
 def mask_example(
     maskable: NDArray[np.bool_], example_id: str, draw: int, settings: NoiseSettings
-) -> tuple[NDArray[np.bool_], float]:
+) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     """Draw the masked positions of one example (semantics.md 1.9 and 2.3).
 
-    maskable: (L,) True where the token carries a label. Returns ((L,) masked, p = the masking probability used).
+    maskable: (L,) True where the token carries a label. Returns (masked (L,), p (L,) the masking probabilities used).
     At least one position is masked unless none is maskable: an empty mask is redrawn, at last one token is forced.
     """
     masked, p, _ = _draw(maskable, example_id, draw, settings)
@@ -85,7 +89,7 @@ def nested_masks(
     masked, p, u = _draw(maskable, example_id, draw, settings)
     noisier = []
     for gap in gaps:
-        p = min(1.0, p + gap)
+        p = np.minimum(1.0, p + gap)
         masked = masked | ((u < p) & maskable)
         noisier.append(masked)
     return noisier
@@ -93,14 +97,18 @@ def nested_masks(
 
 def _draw(
     maskable: NDArray[np.bool_], example_id: str, draw: int, settings: NoiseSettings
-) -> tuple[NDArray[np.bool_], float, NDArray[np.float64]]:
-    """(masked (L,), p, the tokens' random numbers (L,))."""
+) -> tuple[NDArray[np.bool_], NDArray[np.float64], NDArray[np.float64]]:
+    """(masked (L,), p (L,), the tokens' random numbers (L,))."""
     if not maskable.any():
         raise UserError(f"example {example_id!r} has no labelled token; remove it or mend its labels")
     length = maskable.shape[0]
     for attempt in range(_MAX_REDRAWS):
         u = uniforms(hash_key(settings.seed, draw, example_id, attempt), length + 1)
-        p = (1.0 - settings.eps) * float(u[0]) + settings.eps
+        t = np.repeat(u[0], length)
+        if settings.block_length is not None:
+            key = hash_key(settings.seed, draw, example_id, attempt, "blocks")
+            t = uniforms(key, -(-length // settings.block_length)).repeat(settings.block_length)[:length]
+        p = (1.0 - settings.eps) * t + settings.eps
         masked = (u[1:] < p) & maskable
         if masked.any():
             return masked, p, u[1:]

@@ -1,8 +1,8 @@
 """Input embeddings with sparse residuals, as one operation with one gradient table.
 
-Written as separate lookups, autograd fills a table of (V, D) numbers for each of them (the tokens, the kept entries, the
-tail's sum over the vocabulary) and adds them up: at V = 151,936 that alone cost more than a layer. Here the tail's part,
-equal for all rows, is what the one table starts from, in place of zeros; everything else is added to few of its rows.
+Written as separate lookups, autograd fills a table of (V, D) numbers for each of them (the tokens, the kept entries,
+the tail's sum over the vocabulary) and adds them up: at V = 151,936 that alone cost more than a layer. Here the tail's
+part, equal for all rows, is what the one table starts from, in place of zeros; the rest is added to few of its rows.
 
 Shapes: T tokens in all, N masked positions in row-major order, K kept entries, V vocabulary, D width.
 """
@@ -36,7 +36,7 @@ class SparseResidual:
 
 
 def residual_embedding(ids: Tensor, masked: Tensor, table: Tensor, residual: SparseResidual) -> Tensor:
-    """(..., D) E[ids], and (1 - alpha) E[ids] + alpha delta where `masked` (...) is True; with gradient to table (V, D).
+    """(..., D) E[ids], and (1 - alpha) E[ids] + alpha delta where `masked` (...) is True; gradient to table (V, D).
 
     In the table's dtype; sums over the vocabulary and in the gradient table are made in fp32.
     """

@@ -74,12 +74,15 @@ def train(
     noise: NoiseSettings | None = None,
     validation: Validation | None = None,
     resume: Path | None = None,
+    device: torch.device | None = None,
 ) -> dict[str, Tensor]:
     """Train `model` in place for settings.steps optimiser steps, from `resume` (a checkpoint directory) if given.
 
     residual.source "none" ignores any signals; "signals" takes the rows' cached ones; "online" asks `reference`, whose
     weights never change, at the same noisy input and keeps of its answer what `signal_rule` says; "self", "self_same"
     and "on_policy" run the model itself on noisier versions of the rows, drawn by `noise`, the rows' own.
+    device: where training runs, the model's by default. fsdp2 takes a model that is still on the CPU there layer by
+    layer, so that it is never whole on a device; ddp wants it there.
     Returns the backbone's weights on CPU on rank 0, {} on the others. UserError for what settings or data rule out.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -91,6 +94,7 @@ def train(
         raise UserError("residual.source is 'online' but no reference model was given")
     if residual.runs_model and noise is None:
         raise UserError(f"residual.source is {residual.source!r}, which needs the noise of the rows; none was given")
+    device = device or model.device
     maker = BatchMaker(
         settings=settings,
         residual=residual,
@@ -102,10 +106,10 @@ def train(
     )
     model.train()
     model.activation_checkpointing = settings.activation_checkpointing
-    meter = Meter(model, 0)
+    meter = Meter(model, device, 0)
     module = LossModule(model, settings.loss_weight, residual)
-    strategy = make_strategy(module, model.backbone.model.layers, settings, model.device)
-    run = _Run(model, strategy, settings, residual, reference, signal_rule, world)
+    strategy = make_strategy(module, model.backbone.model.layers, settings, device)
+    run = _Run(model, strategy, settings, residual, reference, signal_rule, world, device)
     first = 0
     if resume is not None:
         first = read_progress(resume, settings.strategy)
@@ -161,9 +165,10 @@ class _Run:
         reference: DiffusionModel | None,
         rule: SignalRule,
         world: int,
+        device: torch.device,
     ) -> None:
         self.model, self.strategy, self.settings, self.residual = model, strategy, settings, residual
-        self.reference, self.rule, self.world, self.device = reference, rule, world, model.device
+        self.reference, self.rule, self.world, self.device = reference, rule, world, device
 
     def step(self, micro_batches: list[MicroBatch], rate: float, meter: Meter) -> float:
         """The gradient norm; not finite if there was no update."""

@@ -32,12 +32,12 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class Meter:
-    def __init__(self, model: DiffusionModel, first_step: int) -> None:
+    def __init__(self, model: DiffusionModel, device: torch.device, first_step: int) -> None:
         head = model.lm_head_weight.numel()
         shared = {id(p): p for p in (model.embedding.weight, model.lm_head_weight)}
         self.layer_parameters = model.num_parameters() - sum(p.numel() for p in shared.values())
         self.head_parameters = head
-        self.device, self.peak = model.device, peak_flops(model.device)
+        self.device, self.peak = device, peak_flops(device)
         self.last_step, self.since, self.waited = first_step, time.perf_counter(), 0.0
         self.sums = torch.zeros(3 + NUM_STATISTICS, dtype=torch.float64, device=self.device)
 

@@ -26,7 +26,7 @@ from rcd_core.training.row_order import RowOrder
 
 @dataclass(frozen=True)
 class Row:
-    """One training row. input_ids, labels, masked (L,); p the probability each labelled token was masked with;
+    """One training row. input_ids, labels, masked (L,); p (L,) the probability each labelled token was masked with;
     signals (N masked positions) only from the cache. reason: why the example cannot be trained on; such a row keeps
     its place in the order, has no tokens and contributes nothing."""
 
@@ -36,14 +36,14 @@ class Row:
     input_ids: NDArray[np.int64]
     labels: NDArray[np.int64]
     masked: NDArray[np.bool_]
-    p: float
+    p: NDArray[np.float64]
     signals: ReferenceSignals | None = None
     reason: str = ""
 
     @classmethod
     def bad(cls, index: int, example_id: str, draw: int, reason: str, signals: ReferenceSignals | None = None) -> Row:
         none = np.zeros(0, dtype=np.int64)
-        return cls(index, example_id, draw, none, none, none.astype(bool), 1.0, signals, reason)
+        return cls(index, example_id, draw, none, none, none.astype(bool), none.astype(float), signals, reason)
 
 
 class RowSource(Protocol):
@@ -83,5 +83,5 @@ class ExampleSource:
         masked, p = self._masks[number, draw]
         input_ids, labels = (lists[place].astype(np.int64) for lists in (chunk.input_ids, chunk.labels))
         part = slice(chunk.labels.offsets[place], chunk.labels.offsets[place + 1])
-        return Row(index, example_id, draw, input_ids, labels, masked[part], float(p[place]))
+        return Row(index, example_id, draw, input_ids, labels, masked[part], p[part])
 

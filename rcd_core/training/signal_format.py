@@ -1,6 +1,7 @@
 """Training rows with their signals as Arrow tables: the content of one row group of a signal shard.
 
-One Arrow row is one training row. Lists run over its tokens (input_ids, labels), over its masked positions
+One Arrow row is one training row. Lists run over its tokens (input_ids, labels, and p_mask where it is not the same for
+all: then one number), over its masked positions
 (masked_positions, entropy, tail_mass) or over their kept entries (topk_ids, topk_logprobs), position by position.
 Where k is adaptive, num_kept says how many entries each position has; otherwise all have equally many.
 
@@ -21,11 +22,11 @@ from rcd_core.signals import ReferenceSignals
 from rcd_core.training.examples import FlatLists
 from rcd_core.training.rows import Row
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
-_PLAIN = ("example_id", "draw", "p_mask", "reason")
+_PLAIN = ("example_id", "draw", "reason")
 _INTEGERS = ("input_ids", "labels", "masked_positions", "topk_ids")
-_FLOATS = ("topk_logprobs", "entropy", "tail_mass")
+_FLOATS = ("p_mask", "topk_logprobs", "entropy", "tail_mass")
 
 
 def schema(adaptive: bool) -> Any:
@@ -37,7 +38,7 @@ def schema(adaptive: bool) -> Any:
         {
             "example_id": pa.string(),
             "draw": pa.int32(),
-            "p_mask": pa.float32(),
+            "p_mask": pa.list_(pa.float32()),
             "reason": pa.string(),  # why the row cannot be trained on; such a row has empty lists
             "input_ids": ids,
             "labels": ids,
@@ -82,6 +83,7 @@ def encode(rows: Sequence[Row], signals: ReferenceSignals, adaptive: bool) -> An
         entries = np.diff(upto[np.concatenate([[0], np.cumsum(counts)])])
     else:
         flat_ids, flat_logprobs, entries, num_kept = ids.ravel(), logprobs.ravel(), counts * ids.shape[1], None
+    p = [r.p[:1] if (r.p == r.p[:1]).all() else r.p for r in rows]
     fields = schema(adaptive)
 
     def lists(name: str, values: NDArray[Any], sizes: Any) -> Any:
@@ -91,7 +93,7 @@ def encode(rows: Sequence[Row], signals: ReferenceSignals, adaptive: bool) -> An
     columns = {
         "example_id": pa.array([r.example_id for r in rows], pa.string()),
         "draw": pa.array([r.draw for r in rows], pa.int32()),
-        "p_mask": pa.array([r.p for r in rows], pa.float32()),
+        "p_mask": lists("p_mask", np.concatenate(p), [len(part) for part in p]),
         "reason": pa.array([r.reason for r in rows], pa.string()),
         "input_ids": lists("input_ids", np.concatenate([r.input_ids for r in rows]), lengths),
         "labels": lists("labels", np.concatenate([r.labels for r in rows]), lengths),
@@ -118,16 +120,16 @@ class SignalGroup:
 
     def row(self, place: int, index: int) -> Row:
         """Row `place` of the group, as row `index` of the run."""
-        example_id, draw, p, reason = (self._plain[n][place].as_py() for n in _PLAIN)
+        example_id, draw, reason = (self._plain[n][place].as_py() for n in _PLAIN)
         signals = self._signals(place)
         if reason:
             return Row.bad(index, example_id, draw, reason, signals)
         input_ids, labels, positions = (self._lists[n][place] for n in ("input_ids", "labels", "masked_positions"))
         masked = np.zeros(len(input_ids), dtype=bool)
         masked[positions] = True
-        return Row(
-            index, example_id, draw, input_ids.astype(np.int64), labels.astype(np.int64), masked, p, signals, reason
-        )
+        p = np.broadcast_to(self._lists["p_mask"][place].astype(np.float64), len(input_ids))
+        ids = (input_ids.astype(np.int64), labels.astype(np.int64))
+        return Row(index, example_id, draw, *ids, masked, p, signals, reason)
 
     def _signals(self, place: int) -> ReferenceSignals:
         # Copies: a batch is made of them while the group they come from may already be gone.

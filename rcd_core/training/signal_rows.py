@@ -38,7 +38,8 @@ def require_match(manifest: Mapping[str, Any], wanted: Mapping[str, Any], whose:
 
 def noise_record(noise: NoiseSettings) -> dict[str, Any]:
     """Everything that decides the masks, as the manifest has it."""
-    schedule = "p = (1 - eps) t + eps, t uniform in [0, 1) per example"
+    unit = "example" if noise.block_length is None else f"block of {noise.block_length} tokens"
+    schedule = f"p = (1 - eps) t + eps, t uniform in [0, 1) per {unit}"
     return {"seed": noise.seed, "draws": noise.draws, "eps": noise.eps, "schedule": schedule}
 
 

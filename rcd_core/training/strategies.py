@@ -186,7 +186,10 @@ class FullyShardedDataParallel(_Native):
             "mp_policy": MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16 if low else None, reduce_dtype=torch.float32, cast_forward_inputs=False
             ),
-            "offload_policy": CPUOffloadPolicy() if settings.cpu_offload else OffloadPolicy(),
+            # Each call takes what it shards to the device; with offload, shards go back.
+            "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda")
+            if settings.cpu_offload
+            else OffloadPolicy(),
         }
         for layer in layers:
             fully_shard(layer, **options)
@@ -217,6 +220,7 @@ class DeepSpeed(Strategy):
             )
         config = {
             "zero_optimization": {"stage": 2},
+            "zero_force_ds_cpu_optimizer": False,  # the same AdamW everywhere, offloaded or not
             **settings.deepspeed,
             "train_micro_batch_size_per_gpu": 1,  # of no effect: the loop makes the batches and scales the losses
             "gradient_clipping": settings.clip_norm,
@@ -229,9 +233,7 @@ class DeepSpeed(Strategy):
             model=module,
             config=config,
             model_parameters=[p for p in module.parameters() if p.requires_grad],
-            optimizer=lambda parameters: torch.optim.AdamW(
-                parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
-            ),
+            optimizer=lambda parameters: adamw(parameters, settings),
             dist_init_required=False,
         )
         self.module = self.engine

@@ -99,7 +99,7 @@ def make_micro_batch(vocab: int, length: int, device: torch.device) -> MicroBatc
         block_length=BLOCK_LENGTH,
         block_diffusion=True,
     )
-    (micro,) = maker.micro_batches([Row(0, "row", 0, ids, labels, masked, 0.5)])
+    (micro,) = maker.micro_batches([Row(0, "row", 0, ids, labels, masked, np.full(length, 0.5))])
     return micro.to(device)
 
 

@@ -77,7 +77,7 @@ def test_batches_keep_to_their_budget_and_sort_by_length() -> None:
     assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 48 for b in batches)
     assert batches[0] == [1, 4, 6] and batches[-1] == [5], "what is above the budget goes alone"
     none = np.zeros(0)
-    rows = [Row(i, "", 0, np.zeros(n), none, none, 1.0) for i, n in enumerate([30] * 40)]
+    rows = [Row(i, "", 0, np.zeros(n), none, none, np.ones(n)) for i, n in enumerate([30] * 40)]
     found = list(groups(rows, 48))
     assert [r.index for g in found for r in g] == list(range(40))
     assert all(sum(len(r.input_ids) for r in g) <= GROUP_BATCHES * 48 for g in found)

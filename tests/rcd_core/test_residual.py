@@ -66,8 +66,8 @@ def test_noise_is_a_function_of_its_key(length: int, seed: int, draw: int, data:
     noise = NoiseSettings(seed=seed)
     masked, p = mask_example(maskable, "row", draw, noise)
     again, q = mask_example(maskable, "row", draw, noise)
-    assert np.array_equal(masked, again) and p == q
-    assert masked.any() and not (masked & ~maskable).any() and noise.eps <= p <= 1
+    assert np.array_equal(masked, again) and np.array_equal(p, q)
+    assert masked.any() and not (masked & ~maskable).any() and noise.eps <= p[0] <= 1 and (p == p[0]).all()
 
 
 def test_noise_has_the_right_share_and_differs_by_draw() -> None:
@@ -78,6 +78,18 @@ def test_noise_has_the_right_share_and_differs_by_draw() -> None:
     assert np.mean([m.mean() - p for m, p in rows]) == pytest.approx(0.0, abs=0.01)
     other, _ = mask_example(maskable, "0", 1, NoiseSettings())
     assert not np.array_equal(rows[0][0], other)
+
+
+def test_noise_per_block_has_one_probability_in_each_block() -> None:
+    maskable, noise = np.ones(30, dtype=bool), NoiseSettings(block_length=8)
+    rows = [mask_example(maskable, f"{i}", 0, noise) for i in range(2000)]
+    for _, p in rows[:5]:
+        assert [len(set(p[i : i + 8])) for i in range(0, 30, 8)] == [1, 1, 1, 1] and len(set(p)) == 4
+    first, second = (np.array([p[i] for _, p in rows]) for i in (0, 29))
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.1, "blocks are independent"
+    assert np.mean([m - p for m, p in rows], axis=0) == pytest.approx(np.zeros(30), abs=0.05)
+    with pytest.raises(UserError, match="noise.block_length is 0"):
+        NoiseSettings(block_length=0)
 
 
 def test_an_example_without_labels_is_refused() -> None:

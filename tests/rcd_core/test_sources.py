@@ -58,7 +58,7 @@ def test_noisier_masks_are_nested() -> None:
         near, far, all_of_it = nested_masks(maskable, "x", draw, NOISE, [0.1, 0.2, 1.0])
         assert (masked <= near).all() and (near <= far).all() and (far <= all_of_it).all()
         assert (all_of_it == maskable).all()
-        assert near.sum() == pytest.approx(min(1.0, p + 0.1) * 180, abs=30)
+        assert near.sum() == pytest.approx(min(1.0, p[0] + 0.1) * 180, abs=30)
 
 
 def test_packing_keeps_every_row_once_and_in_order() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,8 @@ def test_fsdp2_trains_what_one_process_trains_and_resumes_exactly(
     resumed = launch(tmp_path / "resumed", examples, s, resume=checkpoint)
     assert all(torch.equal(whole[n], resumed[n]) for n in whole)
     close(run(examples, settings(), resume=checkpoint)[0], alone)
+    offloaded = launch(tmp_path / "offloaded", examples, replace(s, cpu_offload=True))
+    close(offloaded, alone)
     with pytest.raises(UserError, match="written with train.strategy fsdp2, which deepspeed cannot read"):
         from rcd_core.training.strategies import read_progress
 
@@ -137,14 +140,24 @@ def test_fsdp2_trains_what_one_process_trains_and_resumes_exactly(
 
 @pytest.mark.drill  # needs the extra `deepspeed`, and builds C++ code the first time
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize(
+    "zero",
+    [
+        {"stage": 1},
+        {"stage": 2},
+        {"stage": 3},
+        {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+        {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+    ],
+    ids=["1", "2", "3", "2 offload", "3 offload"],
+)
 def test_deepspeed_trains_what_one_process_trains_and_resumes_exactly(
-    stage: int, examples: str, alone: dict[str, torch.Tensor], tmp_path: Path
+    zero: dict[str, Any], examples: str, alone: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
     if not shutil.which("g++"):
         pytest.skip("DeepSpeed builds its CPU communication with a C++ compiler; there is none")
-    s = settings(strategy="deepspeed", deepspeed={"zero_optimization": {"stage": stage}})
+    s = settings(strategy="deepspeed", deepspeed={"zero_optimization": zero})
     whole = launch(tmp_path / "whole", examples, s)
     close(whole, alone)
     resumed = launch(tmp_path / "resumed", examples, s, resume=tmp_path / "whole" / "checkpoints" / "2")
