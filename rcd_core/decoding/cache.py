@@ -2,10 +2,11 @@
 
 A block's keys and values are written at their own positions in every pass and overwritten by the next, so there is
 nothing to crop. Slots rather than pages: the rows of a pass are then one view of the cache with static shapes, which
-plain attention reads without a gather; pages save memory only where lengths differ widely, and need kernels of their
-own.
+attention reads without a gather; pages save memory only where lengths differ widely, and need kernels of their own.
+Positions come before heads, as flash-attn's cache kernel wants them, and as one pass's tokens are written in one copy.
 
-Shapes: S slots, T positions (one more is the bin for padding), R rows of a pass, Q queries, K keys.
+Shapes: S slots, T positions (one more is the bin for padding), R rows of a pass, Q queries, K keys, G key/value heads,
+d head width.
 """
 
 from __future__ import annotations
@@ -31,37 +32,35 @@ def bytes_per_position(model: DiffusionModel) -> int:
 class SlotCache:
     def __init__(self, model: DiffusionModel, num_slots: int, num_positions: int) -> None:
         c = model.config
-        shape = (num_slots, c.num_key_value_heads, num_positions + 1, c.head_dim)
+        shape = (num_slots, num_positions + 1, c.num_key_value_heads, c.head_dim)
         self.num_slots, self.bin = num_slots, num_positions
         self.keys = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(c.num_hidden_layers)]
         self.values = [torch.zeros_like(k) for k in self.keys]
 
-    def view(self, slots: Tensor, positions: Tensor, num_keys: int) -> CacheView:
-        """For one pass: rows use `slots` (R,), write at `positions` (R, Q) and read keys [0, num_keys)."""
-        return CacheView(self, slots, positions, num_keys)
-
     def copy(self, source: int, destination: int, length: int) -> None:
         """Positions [0, length) of one slot into another."""
         for tensor in (*self.keys, *self.values):
-            tensor[destination, :, :length] = tensor[source, :, :length]
+            tensor[destination, :length] = tensor[source, :length]
 
 
 class CacheView:
-    """What transformer layers see as `past_key_values` during one pass."""
+    """What transformer layers see as `past_key_values` during one pass.
 
-    def __init__(self, cache: SlotCache, slots: Tensor, positions: Tensor, num_keys: int) -> None:
-        self.cache, self.slots, self.positions, self.num_keys = cache, slots, positions, num_keys
-        first = int(slots[0])
-        consecutive = torch.equal(slots, torch.arange(first, first + len(slots), device=slots.device))
-        # Neighbouring slots are read as a view; others are copied together for the pass.
-        self.select: slice | Tensor = slice(first, first + len(slots)) if consecutive else slots
+    written (R Q,): where the tokens' keys and values go, slot x (T + 1) + position. slots: those of the rows, a slice
+    of neighbours (read as a view) or (R,) numbers (copied together). num_keys: positions read of each.
+    """
+
+    def __init__(self, cache: SlotCache, written: Tensor, slots: slice | Tensor, num_keys: int) -> None:
+        self.cache, self.written, self.slots, self.num_keys = cache, written, slots, num_keys
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        keys, values = self.cache.keys[layer_idx], self.cache.values[layer_idx]
-        rows = self.slots[:, None]
-        keys[rows, :, self.positions] = key.transpose(1, 2)
-        values[rows, :, self.positions] = value.transpose(1, 2)
-        return keys[self.select][:, :, : self.num_keys], values[self.select][:, :, : self.num_keys]
+        """(R, G, Q, d) each -> all keys and values that the rows may see, (R, G, K, d)."""
+        found = []
+        for new, pool in ((key, self.cache.keys[layer_idx]), (value, self.cache.values[layer_idx])):
+            tokens = new.transpose(1, 2).reshape(len(self.written), -1)
+            pool.view(-1, tokens.shape[1]).index_copy_(0, self.written, tokens)
+            found.append(pool[self.slots][:, : self.num_keys].transpose(1, 2))
+        return found[0], found[1]
 
 
 @dataclass

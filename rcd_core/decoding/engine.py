@@ -21,12 +21,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rcd_core.decoding.cache import Slots
-from rcd_core.decoding.forward import Forward, Residual, Work, groups
-from rcd_core.decoding.prediction import Prediction, dirichlet, predict, temperatures
+from rcd_core.decoding.feedback import temperatures
+from rcd_core.decoding.forward import Forward, Work, groups
+from rcd_core.decoding.prediction import Predictor, Reached, dirichlet, select
 from rcd_core.decoding.reference import AsyncReference, Reference, WarmStart
+from rcd_core.decoding.replays import Replays
 from rcd_core.decoding.sequence import Pass, Sequence, Step
+from rcd_core.decoding.state import ResidualState
 from rcd_core.families.base import DiffusionModel
 from rcd_core.signals import ReferenceSignals, Signals, residual_state
+
+_FIXED_QUERIES = 256  # tokens of a row up to which passes have fixed shapes: blocks, not prompts
+_FIXED_POSITIONS = 64  # their masked positions are rounded up to a multiple of so many
 
 
 class QueueFull(RuntimeError):
@@ -56,6 +62,15 @@ class Statistics:
         return sum(self.rows.values()) / max(1, sum(self.passes.values()))
 
 
+@dataclass
+class _Launched:
+    """A pass under way: whom it predicts for, the alpha in its input where traced (N,), its predictions (3, N)."""
+
+    reached: Reached
+    alpha: NDArray[np.float32]
+    found: Tensor | None = None
+
+
 class Engine:
     """Steps a changing set of requests.
 
@@ -63,6 +78,7 @@ class Engine:
     says what that costs). max_queue: requests that may wait beyond these. prefill_chunk: prompt tokens a pass takes at
     most, so that a long prompt does not hold up the others. reuse_prefixes: SDAR requests take what the cache holds of
     their prompt's first blocks; the text is the same, the number of prefill passes then depends on what ran before.
+    fixed_shapes: passes over cached blocks are rounded up to few shapes, captured as CUDA graphs (None: on GPUs).
     """
 
     def __init__(
@@ -75,6 +91,7 @@ class Engine:
         max_queue: int | None = None,
         prefill_chunk: int = 2048,
         reuse_prefixes: bool = False,
+        fixed_shapes: bool | None = None,
     ) -> None:
         self.model = model
         self.reference = reference
@@ -83,7 +100,11 @@ class Engine:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.statistics = Statistics()
-        self._forward = Forward(model, max_batch, max_length)
+        self.fixed_shapes = model.device.type == "cuda" if fixed_shapes is None else fixed_shapes
+        self._state = ResidualState(max_batch, model.embedding.weight.shape[1], model.dtype, model.device)
+        self._forward = Forward(model, max_batch, max_length, self._state)
+        self._predictor = Predictor(model, self._state)
+        self._replays = Replays(model.device)
         self._slots = Slots(max_batch)
 
     def add(self, sequence: Sequence) -> None:
@@ -114,8 +135,14 @@ class Engine:
         ready = [s for s in self.running if s.awaited is None]
         passes = [s.next_pass(self.prefill_chunk) for s in ready]
         works = [_work(s, p) for s, p in zip(ready, passes, strict=True)]
-        for group in groups(works):
-            self._run([(ready[i], passes[i]) for i in group], [works[i] for i in group])
+        launched = [
+            self._launch([(ready[i], passes[i]) for i in group], [works[i] for i in group])
+            for group in groups(works, self._forward.pass_tokens)
+        ]
+        for s, p in zip(ready, passes, strict=True):
+            self._passed(s, p)
+        if any(launch.reached.sequences for launch in launched):
+            self._apply(launched)
         done = [s for s in self.running if s.finished]
         self.running = [s for s in self.running if not s.finished]
         for s in done:
@@ -130,6 +157,8 @@ class Engine:
         if reused and source != s.slot:
             self._forward.cache.copy(source, s.slot, reused)
         s.stored = reused
+        if s.settings.residual and self._state.reserve(max(s.settings.block_length, s.widest_scope)):
+            self._replays.clear()
         self.statistics.reused_tokens += reused
         self.running.append(s)
 
@@ -145,8 +174,7 @@ class Engine:
             if every_pass or (not s.started and s.settings.start == "reference"):
                 warm.append(s)
             elif not s.started and s.settings.start == "dirichlet":
-                positions = s.masked_positions(s.scope_end)
-                self._set_residual(s, positions, dirichlet(self.model, s, positions))
+                self._set_residual(s, s.open, dirichlet(self.model, s, s.open))
             # A start from "self" comes about in a pass of its own, see _apply.
             s.started |= every_pass or s.settings.start != "self"
         if warm and self.reference is not None:
@@ -175,7 +203,7 @@ class Engine:
         assert s.settings.block_length is not None
         return WarmStart(
             canvas_ids=tuple(s.canvas[:sees].tolist()),
-            positions=tuple(s.masked_positions(s.scope_end).tolist()),
+            positions=tuple(s.open.tolist()),
             block_length=s.settings.block_length,
             top_k=s.settings.residual_top_k,
             **temperatures(s.settings),
@@ -193,81 +221,129 @@ class Engine:
         if isinstance(signals, ReferenceSignals):
             signals = signals.to(self.model.device)
         alpha, delta = residual_state(signals, self.model.embedding.weight, s.settings.alpha, s.settings.alpha_scale)
-        s.residual = Residual(positions, alpha, delta)
+        places = s.slot * self._state.reach + positions - s.block[0]
+        self._state.write(torch.from_numpy(places).to(self.model.device), alpha, delta)
+        s.fed = True
 
     # -- one pass
-    def _run(self, group: Many[tuple[Sequence, Pass]], works: Many[Work]) -> None:
+    def _launch(self, group: Many[tuple[Sequence, Pass]], works: Many[Work]) -> _Launched:
+        """One forward for the rows of a group, and what it predicts. Nothing is copied back yet: a GPU may still be at
+        work when the next group is prepared."""
         begun = time.perf_counter()
-        hidden = self._forward.hidden(works)
-        for s, p in group:
-            setattr(s.forwards, p.kind, getattr(s.forwards, p.kind) + 1)
-            if p.kind != "denoise":
-                s.stored = p.end
-                if s.block_done:
-                    s.advance()
-            elif p.cached and not self.model.blocks_from_prompt_end:
-                self.statistics.merged_stores += p.start < s.block[0] and s.block_index > 0
-                s.stored = s.block[0]  # finished blocks before this one rode along
-            if not self.model.blocks_from_prompt_end and p.cached:
-                self._slots.held[s.slot].stored = s.stored
-        self._predict(group, works, hidden)
+        rows = [row for row, (_, p) in enumerate(group) if p.kind == "denoise"]
+        reached = Reached.of([group[row][0] for row in rows])
+        launched = _Launched(reached, self._traced_alpha(reached))
+        if len(reached.positions):
+            launched.found = self._predict(group, works, rows, reached)
+        else:  # prefills and stores only, or passes that commit nothing (compat_passes)
+            self._forward.hidden(works)
         kinds = [p.kind for _, p in group]
         self.statistics.add(max(set(kinds), key=kinds.count), len(group), time.perf_counter() - begun)
+        return launched
 
-    def _predict(self, group: Many[tuple[Sequence, Pass]], works: Many[Work], hidden: Tensor) -> None:
-        rows = [row for row, (_, p) in enumerate(group) if p.kind == "denoise"]
-        sequences = [group[row][0] for row in rows]
-        reached = [s.masked_positions(s.scope_end) for s in sequences]
-        if not any(len(p) for p in reached):  # stores and prefills only, or passes that commit nothing (compat_passes)
-            for s in sequences:
-                s.empty_pass_due = False
+    def _predict(
+        self, group: Many[tuple[Sequence, Pass]], works: Many[Work], rows: list[int], reached: Reached
+    ) -> Tensor:
+        """(3, N) fp32: tokens, confidence, entropy of the reached positions."""
+        sequences, owner = reached.sequences, reached.owner
+        alike = len({s.feedback for s in sequences}) == 1 and all(s.greedy for s in sequences)
+        fixed = self.fixed_shapes and alike and works[0].slot is not None and len(works[0].ids) <= _FIXED_QUERIES
+        numbers, shape = self._forward.pack(works, fixed)
+        starts = np.array([group[row][1].start for row in rows])
+        at = np.array(rows)[owner] * shape.queries + reached.positions - starts[owner]
+        blocks = np.array([(s.slot * self._state.reach - s.block[0]) for s in sequences])
+        places = reached.positions + blocks[owner]
+        count = len(at)
+        if fixed:  # more positions than there are, whose results nobody wants
+            extra = -count % _FIXED_POSITIONS
+            at = np.concatenate([at, np.zeros(extra, dtype=np.int64)])
+            places = np.concatenate([places, np.full(extra, self._state.nowhere)])
+        device, size = self.model.device, len(at)
+        if alike:
+            feedback = sequences[0].feedback
+            with_entropy = any(s.settings.trace or s.settings.policy == "entropy_bounded" for s in sequences)
+
+            def run(integers: Tensor) -> Tensor:
+                hidden = self._forward.run(integers, shape).flatten(0, 1)
+                at, places = integers[-2 * size : -size], integers[-size:]
+                return self._predictor.greedy(hidden, at, places, feedback, with_entropy)
+
+            everything = np.concatenate([numbers, at, places])
+            if fixed:
+                rehearsal = np.concatenate([numbers, at, np.full(size, self._state.nowhere)])
+                found = self._replays((shape, size, feedback, with_entropy), everything, rehearsal, run).clone()
+            else:
+                found = run(torch.from_numpy(everything).to(device))
+        else:
+            hidden = self._forward.run(torch.from_numpy(numbers).to(device), shape).flatten(0, 1)
+            bare = None
+            if any(s.settings.cfg_scale for s in sequences):
+                unprompted = [_without_prompt(s, w) for (s, _), w in zip(group, works, strict=True)]
+                bare = self._forward.hidden(unprompted).flatten(0, 1)
+            index = torch.from_numpy(np.stack([at, places])).to(device)
+            found = self._predictor.mixed(reached, hidden, index[0], index[1], bare)
+        return found[:, :count]
+
+    def _passed(self, s: Sequence, p: Pass) -> None:
+        """What a pass has left in the cache."""
+        setattr(s.forwards, p.kind, getattr(s.forwards, p.kind) + 1)
+        exact = not self.model.blocks_from_prompt_end and p.cached
+        if p.kind != "denoise":
+            s.stored = p.end
+            if s.block_done:
                 s.advance()
-            return
-        at_rows = torch.from_numpy(np.repeat(rows, [len(p) for p in reached]))
-        starts = [group[row][1].start for row in rows]
-        at_queries = torch.from_numpy(np.concatenate([p - start for p, start in zip(reached, starts, strict=True)]))
-        bare = None
-        if any(s.settings.cfg_scale for s in sequences):
-            unprompted = [_without_prompt(s, w) for (s, _), w in zip(group, works, strict=True)]
-            bare = self._forward.hidden(unprompted)[at_rows, at_queries]
-        predictions = predict(self.model, sequences, reached, hidden[at_rows, at_queries], bare)
-        for s, positions, prediction in zip(sequences, reached, predictions, strict=True):
-            self._apply(s, positions, prediction)
+        elif exact:
+            self.statistics.merged_stores += p.start < s.block[0] and s.block_index > 0
+            s.stored = s.block[0]  # finished blocks before this one rode along
+        if exact:
+            self._slots.held[s.slot].stored = s.stored
+
+    def _traced_alpha(self, reached: Reached) -> NDArray[np.float32]:
+        """(N,) alpha in the input of the coming pass; zeros where nobody asks."""
+        found = np.zeros(len(reached.positions), dtype=np.float32)
+        for i, s in enumerate(reached.sequences):
+            if s.settings.trace and s.fed:
+                places = s.slot * self._state.reach + s.open - s.block[0]
+                found[reached.owner == i] = self._state.alpha[torch.from_numpy(places)].cpu().numpy()
+        return found
 
     # -- what a pass changes
-    def _apply(self, s: Sequence, positions: NDArray[np.int64], prediction: Prediction) -> None:
-        if s.empty_pass_due:
-            s.empty_pass_due = False
+    def _apply(self, launched: Many[_Launched]) -> None:
+        reached = launched[0].reached
+        if len(launched) > 1:
+            reached = Reached.of([s for launch in launched for s in launch.reached.sequences])
+        alpha = np.concatenate([launch.alpha for launch in launched])
+        found = [launch.found for launch in launched if launch.found is not None]
+        # The step's only copy from the device: policies and canvases live on the host.
+        predictions = torch.cat(found, 1).cpu().numpy() if found else np.zeros((3, 0), dtype=np.float32)
+        tokens, confidence, entropy = predictions[0].astype(np.int64), predictions[1], predictions[2]
+        commit = select(self.model, reached, confidence, entropy)
+        end = 0
+        for s in reached.sequences:
+            part = slice(end, end := end + len(s.open))
+            if s.empty_pass_due:
+                s.empty_pass_due = False
+                s.advance()
+                continue
+            s.fed |= s.feedback is not None
+            if s.settings.residual and not s.started:  # start "self": this pass only supplies the residual
+                s.started = True
+                continue
+            if s.settings.trace:
+                s.steps.append(_step(s, tokens[part], confidence[part], entropy[part], commit[part], alpha[part]))
+            s.commit(commit[part], tokens[part])
+            s.step += 1
+            if not s.block_done or (s.settings.compat_passes and s.settings.cache == "block"):
+                continue  # with compat_passes its store pass comes next
+            if s.settings.compat_passes and s.settings.cache in ("prefix", "dual") and s.step == 1:
+                s.empty_pass_due = True  # Fast-dLLM's extra pass that commits nothing (semantics.md 3)
+                continue
             s.advance()
-            return
-        commit = prediction.commit
-        probing = s.settings.residual and not s.started  # start "self": this pass only supplies the residual
-        if probing:
-            commit = np.zeros_like(commit)
-            s.started = True
-        elif s.settings.trace:
-            s.steps.append(_step(s, positions, prediction))
-        s.canvas[positions[commit]] = prediction.tokens[commit]
-        if prediction.residual is not None:
-            s.residual = Residual(positions, *prediction.residual)
-        if s.residual is not None:
-            s.residual = s.residual.keep(~commit)
-        if probing:
-            return
-        s.step += 1
-        if not s.block_done:
-            return
-        if s.settings.compat_passes and s.settings.cache == "block":
-            return  # its store pass comes next
-        if s.settings.compat_passes and s.settings.cache in ("prefix", "dual") and s.step == 1:
-            s.empty_pass_due = True  # Fast-dLLM's extra pass that commits nothing (semantics.md 3)
-            return
-        s.advance()
 
 
 def _work(s: Sequence, p: Pass) -> Work:
     assert s.settings.block_length is not None
-    residual = s.residual if p.kind == "denoise" else None
+    residual = (s.slot, s.block[0], s.scope_end) if p.kind == "denoise" and s.fed else None
     slot = s.slot if p.cached else None
     return Work(s.canvas[p.start : p.end], p.start, p.num_keys, s.settings.block_length, slot, residual)
 
@@ -279,14 +355,20 @@ def _without_prompt(s: Sequence, work: Work) -> Work:
     return Work(ids, work.start, work.num_keys, work.block_length, work.slot, work.residual)
 
 
-def _step(s: Sequence, positions: NDArray[np.int64], prediction: Prediction) -> Step:
-    inside = positions < s.block[1]
-    alpha = np.zeros(len(positions)) if s.residual is None else s.residual.alpha.float().cpu().numpy()
+def _step(
+    s: Sequence,
+    tokens: NDArray[np.int64],
+    confidence: NDArray[np.float32],
+    entropy: NDArray[np.float32],
+    commit: NDArray[np.bool_],
+    alpha: NDArray[np.float32],
+) -> Step:
+    inside = s.open < s.block[1]
     return Step(
-        masked=positions[inside].tolist(),
-        argmax=prediction.tokens[inside].tolist(),
-        confidence=prediction.confidence[inside].tolist(),
-        entropy=prediction.entropy[inside].tolist(),
-        committed=positions[prediction.commit].tolist(),
+        masked=s.open[inside].tolist(),
+        argmax=tokens[inside].tolist(),
+        confidence=confidence[inside].tolist(),
+        entropy=entropy[inside].tolist(),
+        committed=s.open[commit].tolist(),
         alpha=alpha[inside].tolist(),
     )

@@ -1,6 +1,9 @@
 """Batched passes of a model over pieces of canvases, with the slot cache or without. Target and reference share it.
 
-Shapes: R rows of a pass, Q queries, D width.
+A pass is prepared on the host as one array of integers and runs on the device without looking back: what the device
+does depends on the array's `Shape` only, so that passes of one shape can be captured once and replayed (replays.py).
+
+Shapes: R rows of a pass, Q queries, K keys, D width.
 """
 
 from __future__ import annotations
@@ -13,50 +16,60 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rcd_core.decoding.cache import SlotCache
+from rcd_core.decoding.cache import CacheView, SlotCache
+from rcd_core.decoding.state import ResidualState
 from rcd_core.families.base import DiffusionModel
-from rcd_core.layouts import Layout, block_causal
-from rcd_core.residual import inject_residual
+from rcd_core.layouts import block_causal
 
-_PADDING_SHARE = 0.75  # rows share a pass if the shorter has at least this share of the longer's queries
+_PADDING_SHARE = 0.25  # of a pass's tokens may be padding, if rows so share it
+_PER_TOKEN, _PER_ROW = 4, 3  # integers: id, position, where it is written, residual; keys, block length, slot
+_KEYS_STEP = 256  # passes of fixed shape read a multiple of so many keys
 
-
-@dataclass
-class Residual:
-    """The residual state of a request: (m,) ascending positions, (m,) alpha, (m, D) delta. Never V numbers."""
-
-    positions: NDArray[np.int64]
-    alpha: Tensor
-    delta: Tensor
-
-    def keep(self, chosen: NDArray[np.bool_]) -> Residual:
-        """The state at some of the positions: (m,) True = keep."""
-        index = torch.from_numpy(np.flatnonzero(chosen)).to(self.alpha.device)
-        return Residual(self.positions[chosen], self.alpha[index], self.delta[index])
+Integers = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Work:
     """One row of a pass: ids (q,) at positions [start, start + q), seeing keys [0, num_keys) of its slot. slot None:
-    start is 0 and the row sees itself."""
+    start is 0 and the row sees itself. residual: (slot, start, end), the state that masked tokens at positions
+    [start, end) take in."""
 
-    ids: NDArray[np.int64]
+    ids: Integers
     start: int
     num_keys: int
     block_length: int
     slot: int | None
-    residual: Residual | None = None
+    residual: tuple[int, int, int] | None = None
 
     @property
     def end(self) -> int:
         return self.start + len(self.ids)
 
 
-class Forward:
-    """Runs rows together. The cache is made when the first row needs it."""
+@dataclass(frozen=True)
+class Shape:
+    """All that decides what the device does. first: the rows' slots are first, first + 1, ...; None: any. one_block:
+    each row's queries see all of its keys. fed: some token takes in a residual."""
 
-    def __init__(self, model: DiffusionModel, max_batch: int, max_length: int) -> None:
-        self.model, self.max_batch, self.max_length = model, max_batch, max_length
+    rows: int
+    queries: int
+    keys: int
+    cached: bool
+    first: int | None
+    one_block: bool
+    fed: bool
+
+
+class Forward:
+    """Runs rows together. The cache is made when the first row needs it. state: the residuals of its requests, if they
+    have any."""
+
+    def __init__(
+        self, model: DiffusionModel, max_batch: int, max_length: int, state: ResidualState | None = None
+    ) -> None:
+        self.model, self.max_batch, self.max_length, self.state = model, max_batch, max_length, state
+        self.pass_tokens = pass_tokens(model)
+        self._block_causal = model.attention_block(1) is not None
         self._cache: SlotCache | None = None
 
     @property
@@ -74,54 +87,116 @@ class Forward:
 
     def hidden(self, works: Sequence[Work]) -> Tensor:
         """(R, Q, D) final hidden states of one batched pass; shorter rows are padded at the end."""
-        model, device = self.model, self.model.device
-        width, num_keys = max(len(w.ids) for w in works), max(w.num_keys for w in works)
-        ids = np.full((len(works), width), model.info.pad_token_id, dtype=np.int64)
-        positions = np.zeros_like(ids)
-        written = np.full_like(ids, self.max_length)  # where keys and values go; padding into the slot's bin
-        residual_at = np.zeros(ids.shape, dtype=bool)
-        states: list[Residual] = []
-        for row, w in enumerate(works):
-            n = len(w.ids)
-            ids[row, :n] = w.ids
-            positions[row] = np.minimum(np.arange(w.start, w.start + width), w.end - 1)
-            written[row, :n] = positions[row, :n]
-            if w.residual is not None:
-                residual_at[row, w.residual.positions - w.start] = True
-                states.append(w.residual)
-        embeds = model.embedding(torch.from_numpy(ids).to(device))
-        if states:
-            alpha, delta = torch.cat([r.alpha for r in states]), torch.cat([r.delta for r in states])
-            at = torch.from_numpy(residual_at).to(device)
-            embeds = inject_residual(embeds, at, alpha, delta, model.embedding.weight[model.mask_token_id])
-        at_positions = torch.from_numpy(positions).to(device)
+        numbers, shape = self.pack(works)
+        return self.run(torch.from_numpy(numbers).to(self.model.device), shape)
+
+    # -- on the host
+    def pack(self, works: Sequence[Work], fixed: bool = False) -> tuple[Integers, Shape]:
+        """The integers of a pass and its shape. fixed: rows and keys are rounded up, so that few shapes occur; rows
+        beyond the works compute something that nobody reads."""
+        num_rows = _power_of_two(len(works)) if fixed else len(works)
+        num_keys = max(w.num_keys for w in works)
+        cached = works[0].slot is not None
+        if fixed and cached:
+            num_keys = min(self.max_length, -(-num_keys // _KEYS_STEP) * _KEYS_STEP)
+        rows = np.zeros((5, num_rows), dtype=np.int64)  # start, length, keys, block length, slot
+        rows[2:4] = 1
+        rows[:, : len(works)] = np.array(
+            [(w.start, len(w.ids), w.num_keys, w.block_length, w.slot or 0) for w in works]
+        ).T
+        start, length, keys, block_length, slot = rows
+        width = int(length.max())
+        columns = np.arange(width)
+        real = columns < length[:, None]
+        tokens = np.empty((_PER_TOKEN, num_rows, width), dtype=np.int64)
+        ids, positions, written, residual = tokens
+        ids.fill(self.model.info.pad_token_id)
+        ids[real] = np.concatenate([w.ids for w in works])
+        np.maximum(np.minimum(start[:, None] + columns, (start + length - 1)[:, None]), 0, out=positions)
+        # Keys and values of padding go into the slot's bin.
+        np.add(np.where(real, positions, self.max_length), slot[:, None] * (self.max_length + 1), out=written)
+        fed = any(w.residual for w in works)
+        if fed:
+            assert self.state is not None
+            residual.fill(self.state.nothing)
+            for row, w in enumerate(works):
+                if w.residual is not None:
+                    state, first, end = w.residual
+                    at = np.flatnonzero(w.ids[first - w.start : end - w.start] == self.model.mask_token_id)
+                    residual[row, at + (first - w.start)] = state * self.state.reach + at
+        one_block = True
+        if self._block_causal:
+            one_block = bool((start // block_length == (start + length - 1) // block_length)[: len(works)].all())
+        neighbours = len(works) == num_rows and bool((np.diff(slot) == 1).all())
+        shape = Shape(
+            rows=num_rows,
+            queries=width,
+            keys=num_keys if cached else width,
+            cached=cached,
+            first=int(slot[0]) if neighbours and (not fixed or slot[0] == 0) else None,
+            one_block=one_block,
+            fed=fed,
+        )
+        return np.concatenate([tokens.ravel(), keys, block_length, slot]), shape
+
+    # -- on the device
+    def run(self, numbers: Tensor, shape: Shape) -> Tensor:
+        """(R, Q, D) of a packed pass; numbers may be longer than the pass needs."""
+        model, num_tokens = self.model, shape.rows * shape.queries
+        ids, positions, written, residual = numbers[: _PER_TOKEN * num_tokens].view(
+            _PER_TOKEN, shape.rows, shape.queries
+        )
+        keys, block_length, slot = numbers[_PER_TOKEN * num_tokens :][: _PER_ROW * shape.rows].view(_PER_ROW, -1)
+        embeds = model.embedding(ids)
+        if shape.fed:
+            assert self.state is not None
+            embeds = self.state.blend(embeds, residual)
+        layout = block_causal(
+            positions, keys, shape.keys, block_length if self._block_causal else None, shape.one_block
+        )
         view = None
-        if works[0].slot is not None:
-            slots = torch.tensor([w.slot for w in works], device=device)
-            view = self.cache.view(slots, torch.from_numpy(written).to(device), num_keys)
-        return model.hidden(embeds, at_positions, self._layout(works, at_positions, num_keys), view)
+        if shape.cached:
+            chosen = slot if shape.first is None else slice(shape.first, shape.first + shape.rows)
+            view = CacheView(self.cache, written.flatten(), chosen, shape.keys)
+        return model.hidden(embeds, positions, layout, view)
 
-    def _layout(self, works: Sequence[Work], positions: Tensor, num_keys: int) -> Layout:
-        """Who sees whom in this pass; rows may differ in block length."""
-        lengths = torch.tensor([w.num_keys for w in works], device=positions.device)
-        blocks = [b for w in works if (b := self.model.attention_block(w.block_length))]
-        if not blocks:
-            return block_causal(positions, lengths, num_keys, None)
-        one_block = all(w.start // b == (w.end - 1) // b for w, b in zip(works, blocks, strict=True))
-        return block_causal(positions, lengths, num_keys, torch.tensor(blocks, device=positions.device), one_block)
+    def num_integers(self, shape: Shape) -> int:
+        """How many of `pack` there are."""
+        return shape.rows * (_PER_TOKEN * shape.queries + _PER_ROW)
 
 
-def groups(works: Sequence[Work]) -> list[list[int]]:
-    """Indices of rows that go well together: same use of the cache and similar numbers of queries."""
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()
+
+
+def pass_tokens(model: DiffusionModel) -> int:
+    """What it costs to make one more pass, in tokens: so many may be padding before two passes are cheaper than one.
+
+    A rough model. A pass reads all weights, which takes as long as computing so many tokens as the device makes
+    operations per byte (GPU: 200 in bf16; a CPU's cores: 10 in fp32); and without graphs its layers have to be called
+    (0.35 ms each, at 30 GFLOP/s).
+    """
+    if model.device.type == "cuda":
+        return 200
+    calls = 0.35e-3 * model.config.num_hidden_layers * 30e9 / (2 * model.num_parameters())
+    return 10 + int(calls)
+
+
+def groups(works: Sequence[Work], spare: int = 0) -> list[list[int]]:
+    """Indices of rows that go well together in one pass: same use of the cache, and little padding to the longest, a
+    share of the tokens or `spare` of them. In each group slots are in order."""
     found: list[list[int]] = []
-    for index in sorted(
-        range(len(works)), key=lambda i: (works[i].slot is None, len(works[i].ids), works[i].slot or 0)
-    ):
-        w = works[index]
+    padding = tokens = 0
+    for index in sorted(range(len(works)), key=lambda i: (works[i].slot is None, len(works[i].ids))):
+        length = len(works[index].ids)
         if found:
-            first = works[found[-1][0]]
-            if (first.slot is None) == (w.slot is None) and len(first.ids) >= _PADDING_SHARE * len(w.ids):
+            last = works[found[-1][-1]]
+            grown = padding + len(found[-1]) * (length - len(last.ids))
+            fits = grown <= max(spare, _PADDING_SHARE * (tokens + length))
+            if fits and (last.slot is None) == (works[index].slot is None):
                 found[-1].append(index)
+                padding, tokens = grown, tokens + length
                 continue
         found.append([index])
-    return found
+        padding, tokens = 0, length
+    return [sorted(group, key=lambda i: works[i].slot or 0) for group in found]

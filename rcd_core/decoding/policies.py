@@ -32,10 +32,11 @@ class BlockView:
 
 def _lowest(scores: Floats, masked: Bools, count: NDArray[np.int64]) -> Bools:
     """The `count` masked columns of lowest score per request; ties go to the left."""
+    num_rows, num_columns = masked.shape
     order = np.argsort(np.where(masked, scores, np.inf), axis=1, kind="stable")
-    rank = np.empty_like(order)
-    np.put_along_axis(rank, order, np.broadcast_to(np.arange(order.shape[1]), order.shape), axis=1)
-    return masked & (rank < np.maximum(count, 1)[:, None])
+    chosen = np.zeros_like(masked)
+    chosen[np.arange(num_rows)[:, None], order] = np.arange(num_columns) < np.maximum(count, 1)[:, None]
+    return chosen & masked
 
 
 def sequential(view: BlockView) -> Bools:

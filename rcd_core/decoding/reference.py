@@ -70,7 +70,7 @@ class LocalReference:
     def _batch(self, requests: Sequence[WarmStart]) -> list[Signals]:
         works = [self._work(r) for r in requests]
         hidden: dict[int, torch.Tensor] = {}
-        for group in groups(works):
+        for group in groups(works, self._forward.pass_tokens):
             rows = self._forward.hidden([works[i] for i in group])
             for row, i in enumerate(group):
                 at = np.asarray(requests[i].positions) - works[i].start

@@ -1,6 +1,6 @@
-"""One request in the engine: its canvas, its blocks, its residual state, and which pass it needs next.
+"""One request in the engine: its canvas, its blocks, and which pass it needs next.
 
-Shapes: T canvas length, b block length, m masked positions that carry a residual, D width.
+Shapes: T canvas length, b block length.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rcd_core.decoding.forward import Residual
+from rcd_core.decoding.feedback import feedback_of, is_greedy
 from rcd_core.decoding.reference import WarmStart
 from rcd_core.decoding.settings import DecodeSettings, Start
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
+from rcd_core.kernels.reduce import Feedback
 from rcd_core.signals import Signals
 
 PassKind = Literal["prefill", "denoise", "store"]
@@ -106,15 +107,24 @@ class Sequence:
     finished: bool = False
     stopped: bool = False
     empty_pass_due: bool = False
-    residual: Residual | None = None
+    fed: bool = False  # its places in the residual state are filled
     awaited: tuple[WarmStart, Future[Signals | None]] | None = None  # asked of a remote reference
     reference_failures: int = 0
     forwards: Forwards = field(default_factory=Forwards)
     steps: list[Step] = field(default_factory=list)
     wanted: NDArray[np.bool_] = field(init=False)  # positions that were masked at the beginning
+    open: NDArray[np.int64] = field(init=False)  # masked positions from the block's start to scope_end
+    feedback: Feedback | None = field(init=False)  # how its own predictions become residuals
+    greedy: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.wanted = self.canvas == self.model.mask_token_id
+        self.feedback, self.greedy = feedback_of(self.settings), is_greedy(self.settings)
+        self._open()
+
+    def _open(self) -> None:
+        start = self.block[0]
+        self.open = np.flatnonzero(self.canvas[start : self.scope_end] == self.model.mask_token_id) + start
 
     # -- where we are
     @property
@@ -127,14 +137,25 @@ class Sequence:
         wide = self.settings.residual and self.settings.residual_scope == "all_masked"
         return len(self.canvas) if wide else self.block[1]
 
-    def masked_positions(self, end: int | None = None) -> NDArray[np.int64]:
-        start = self.block[0]
-        end = self.block[1] if end is None else end
-        return np.flatnonzero(self.canvas[start:end] == self.model.mask_token_id) + start
+    @property
+    def widest_scope(self) -> int:
+        """Positions that the residual state has to hold at most."""
+        first = self.blocks[0][0]
+        wide = self.settings.residual_scope == "all_masked"
+        return len(self.canvas) - first if wide else max(end - start for start, end in self.blocks)
+
+    def masked_positions(self) -> NDArray[np.int64]:
+        """Of the block."""
+        return self.open[self.open < self.block[1]]
 
     @property
     def block_done(self) -> bool:
-        return len(self.masked_positions()) == 0
+        return not len(self.open) or bool(self.open[0] >= self.block[1])
+
+    def commit(self, chosen: NDArray[np.bool_], tokens: NDArray[np.int64]) -> None:
+        """Write tokens at some of the open positions; both as long as `open`."""
+        self.canvas[self.open[chosen]] = tokens[chosen]
+        self.open = self.open[~chosen]
 
     def quota(self) -> int:
         """Commits planned for this pass. SDAR: the block length over the steps, whatever is masked (semantics.md 1.6);
@@ -179,15 +200,17 @@ class Sequence:
 
     def advance(self) -> None:
         """Called when the current block holds no mask and nothing is due for it: on to the next block or the end."""
-        self.residual, self.started, self.step = None, False, 0
+        self.fed, self.started, self.step = False, False, 0
         early = not self.infill and (not self.settings.compat_passes or not self.model.blocks_from_prompt_end)
         end = self.block[1]
-        if early and np.isin(self.canvas[self.num_prompt : end], self.settings.stop_token_ids or ()).any():
+        new = self.canvas[max(self.num_prompt, self.block[0]) : end].tolist()
+        if early and not set(self.settings.stop_token_ids or ()).isdisjoint(new):
             self.finished = self.stopped = True
         elif self.block_index + 1 == len(self.blocks):
             self.finished = True
         else:
             self.block_index += 1
+            self._open()
 
     # -- what came out
     def final_ids(self) -> list[int]:

@@ -21,7 +21,7 @@ import torch
 
 from rcd_core import Decoder, DecodeSettings, load_model
 from rcd_core.decoding.engine import Engine
-from rcd_core.decoding.forward import Forward
+from rcd_core.decoding.forward import Forward, Shape
 from rcd_core.decoding.sequence import make_sequence
 from rcd_core.families.base import CheckpointInfo, DiffusionModel
 from rcd_core.families.config import ModelConfig
@@ -72,54 +72,56 @@ def requests(model: DiffusionModel, count: int, block_length: int, new_tokens: i
     return prompts, settings
 
 
-class Recorder(Forward):
-    """Notes what each pass was asked for, so that the bare forwards can be run again without the engine."""
+def record_passes(engine: Engine) -> list[tuple[torch.Tensor, Shape]]:
+    """Notes what the device is asked for in each pass, so that the bare forwards can be run again without the
+    engine."""
+    calls: list[tuple[torch.Tensor, Shape]] = []
+    inner = engine._forward.run
 
-    def __init__(self, inner: Forward) -> None:
-        super().__init__(inner.model, inner.max_batch, inner.max_length)
-        self.calls: list[Any] = []
+    def run(numbers: torch.Tensor, shape: Shape) -> torch.Tensor:
+        calls.append((numbers.clone(), replace(shape, fed=False)))
+        return inner(numbers, shape)
 
-    def hidden(self, works: Any) -> torch.Tensor:
-        self.calls.append([replace(w, ids=w.ids.copy()) for w in works])
-        return super().hidden(works)
+    engine._forward.run = run  # type: ignore[method-assign]
+    return calls
 
 
-def run_engine(model: DiffusionModel, prompts: Any, settings: Any, recorder: bool = False) -> tuple[float, Any, Engine]:
+def run_engine(model: DiffusionModel, prompts: Any, settings: Any, record: bool = False) -> tuple[float, Any, Any]:
+    """Seconds, the engine, and the passes it made if they are recorded."""
     sequences = [make_sequence(model, p, settings, infill=False, has_reference=False) for p in prompts]
     engine = Engine(model, None, max_batch=len(prompts), max_length=max(len(s.canvas) for s in sequences))
-    if recorder:
-        engine._forward = Recorder(engine._forward)
+    calls = record_passes(engine) if record else []
     start = time.perf_counter()
     for s in sequences:
         engine.add(s)
     while engine.busy:
         engine.step()
-    return time.perf_counter() - start, sequences, engine
+    return time.perf_counter() - start, engine, calls
 
 
 @torch.inference_mode()
-def run_bare(model: DiffusionModel, calls: list[Any], max_length: int) -> float:
-    """The same forwards, with the head on as many rows as the engine had masks: nothing else."""
-    forward = Forward(model, max(len(c) for c in calls), max_length)
+def run_bare(model: DiffusionModel, calls: list[tuple[torch.Tensor, Shape]], engine: Engine) -> float:
+    """The same forwards with nothing to prepare, the head on as many rows as had masks, no residuals, no choices."""
+    forward = Forward(model, engine.max_batch, engine.max_length)
+    masks = [int((n[: s.rows * s.queries] == model.mask_token_id).sum()) for n, s in calls]
     start = time.perf_counter()
-    for works in calls:
-        hidden = forward.hidden(works)
-        masked = sum(int((w.ids == model.mask_token_id).sum()) for w in works)
-        if masked:
-            model.head(hidden.flatten(0, 1)[:masked])
+    for (numbers, shape), count in zip(calls, masks, strict=True):
+        hidden = forward.run(numbers, shape)
+        if count:
+            model.head(hidden.flatten(0, 1)[:count])
     return time.perf_counter() - start
 
 
 def against_bare_forwards(model: DiffusionModel, options: argparse.Namespace) -> dict[str, Any]:
     prompts, settings = requests(model, options.requests, 8, 64)
     found: dict[str, Any] = {}
-    for name, s in (("seqd", settings), ("rcd", replace(settings, residual=True, start="zero", residual_top_k=32))):
-        _, sequences, engine = run_engine(model, prompts, s, recorder=True)
-        calls = engine._forward.calls  # type: ignore[attr-defined]
+    residual = replace(settings, residual=True, start="zero")
+    for name, s in (("seqd", settings), ("rcd", residual), ("rcd_sparse", replace(residual, residual_top_k=32))):
+        _, engine, calls = run_engine(model, prompts, s, record=True)
         pairs = []
         for _ in range(options.repeats + 1):
             ours = run_engine(model, prompts, s)[0]
-            pairs.append((ours, run_bare(model, calls, max(len(q.canvas) for q in sequences))))
+            pairs.append((ours, run_bare(model, calls, engine)))
         ratios = [a / b for a, b in pairs[1:]]
         found[f"{name}_engine_vs_bare"] = statistics.median(ratios)
         print(
