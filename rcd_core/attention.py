@@ -100,14 +100,20 @@ def flash_attention(
     scaling: float,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """flash-attn where the layout allows it, else the sdpa way. Keys behind a row's length are left out, not masked."""
+    """flash-attn where the layout allows it, else the sdpa way. Keys behind a row's length are left out, not masked; of
+    cache pools each row reads its own slot, without a copy and without a shape that depends on a length."""
     if attention_mask is not None and attention_mask.lengths is None:
         return sdpa_attention(module, query, key, value, attention_mask, scaling)
-    from flash_attn import flash_attn_func, flash_attn_varlen_func
+    from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))  # (B, Q, H, d)
     if attention_mask is None:
         return flash_attn_func(q, k, v, softmax_scale=scaling, causal=False), None
+    if attention_mask.slots is not None:
+        assert attention_mask.lengths is not None
+        sizes, slots = attention_mask.lengths.int(), attention_mask.slots.int()
+        options = {"cache_seqlens": sizes, "cache_batch_idx": slots, "softmax_scale": scaling, "causal": False}
+        return flash_attn_with_kvcache(q, k, v, **options), None
     num_rows, num_queries, num_keys = attention_mask.shape
     lengths = attention_mask.lengths
     assert lengths is not None
@@ -130,6 +136,11 @@ _FUNCTIONS = {
 BACKENDS = {name: f"rcd_{name}" for name in _FUNCTIONS}  # our name -> transformers' registry
 for _name, _function in _FUNCTIONS.items():
     AttentionInterface.register(BACKENDS[_name], _function)
+
+
+def reads_pools(backend: str) -> bool:
+    """Whether the backend (its registry key) finds a row's slot in whole cache pools, for layouts with lengths."""
+    return backend == BACKENDS["flash"]
 
 
 def backend_key(attention: str, device: torch.device | str = "cpu") -> str:

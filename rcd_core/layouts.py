@@ -28,6 +28,7 @@ PADDING = -2  # the code of keys that no real query sees
 @dataclass(eq=False)
 class Layout:
     """low, high, own (B, Q); code (B, K); int32. lengths (B,): set where every query sees exactly the keys [0, length).
+    slots (B,): set where keys and values are whole cache pools and row i's lie in slot slots[i].
 
     `memo` is the backends': masks they derive once and use in every layer of a pass.
     """
@@ -37,6 +38,7 @@ class Layout:
     own: Tensor
     code: Tensor
     lengths: Tensor | None = None
+    slots: Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> Layout:

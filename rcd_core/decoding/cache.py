@@ -47,19 +47,22 @@ class CacheView:
     """What transformer layers see as `past_key_values` during one pass.
 
     written (R Q,): where the tokens' keys and values go, slot x (T + 1) + position. slots: those of the rows, a slice
-    of neighbours (read as a view) or (R,) numbers (copied together). num_keys: positions read of each.
+    of neighbours (read as a view), (R,) numbers (copied together), or None where attention finds its slots in the whole
+    pool itself. num_keys: positions read of each.
     """
 
-    def __init__(self, cache: SlotCache, written: Tensor, slots: slice | Tensor, num_keys: int) -> None:
+    def __init__(self, cache: SlotCache, written: Tensor, slots: slice | Tensor | None, num_keys: int) -> None:
         self.cache, self.written, self.slots, self.num_keys = cache, written, slots, num_keys
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """(R, G, Q, d) each -> all keys and values that the rows may see, (R, G, K, d)."""
+        """(R, G, Q, d) each -> all keys and values that the rows may see, (R, G, K, d); or the pools, (S, G, T + 1,
+        d)."""
         found = []
         for new, pool in ((key, self.cache.keys[layer_idx]), (value, self.cache.values[layer_idx])):
             tokens = new.transpose(1, 2).reshape(len(self.written), -1)
             pool.view(-1, tokens.shape[1]).index_copy_(0, self.written, tokens)
-            found.append(pool[self.slots][:, : self.num_keys].transpose(1, 2))
+            read = pool if self.slots is None else pool[self.slots][:, : self.num_keys]
+            found.append(read.transpose(1, 2))
         return found[0], found[1]
 
 

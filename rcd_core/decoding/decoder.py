@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Many
 
 from rcd_core.decoding.engine import Engine
+from rcd_core.decoding.memory import fit_batch
 from rcd_core.decoding.reference import LocalReference, Reference
 from rcd_core.decoding.sequence import Generation, Sequence, make_sequence
 from rcd_core.decoding.settings import DecodeSettings
@@ -14,7 +15,10 @@ from rcd_core.families.base import DiffusionModel
 
 
 class Decoder:
-    """Decodes prompts or fills canvases with a target and, for warm starts, a reference (model or remote)."""
+    """Decodes prompts or fills canvases with a target and, for warm starts, a reference (model or remote).
+
+    max_batch: requests under way at once, fewer where the memory does not suffice.
+    """
 
     def __init__(
         self,
@@ -71,9 +75,7 @@ class Decoder:
         return [self.check(ids, s, infill=infill) for ids, s in zip(inputs, settings, strict=True)]
 
     def _engine(self, sequences: list[Sequence]) -> Engine:
-        return Engine(
-            self.model,
-            self.reference,
-            max_batch=min(self.max_batch, len(sequences)),
-            max_length=max((len(s.canvas) for s in sequences), default=1),
-        )
+        longest = max((len(s.canvas) for s in sequences), default=1)
+        block_length = max((s.widest_scope for s in sequences), default=1)
+        max_batch = fit_batch(self.model, longest, block_length, min(self.max_batch, len(sequences)))
+        return Engine(self.model, self.reference, max_batch=max_batch, max_length=longest)

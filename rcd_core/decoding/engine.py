@@ -28,6 +28,7 @@ from rcd_core.decoding.reference import AsyncReference, Reference, WarmStart
 from rcd_core.decoding.replays import Replays
 from rcd_core.decoding.sequence import Pass, Sequence, Step
 from rcd_core.decoding.state import ResidualState
+from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
 from rcd_core.signals import ReferenceSignals, Signals, residual_state
 
@@ -108,7 +109,12 @@ class Engine:
         self._slots = Slots(max_batch)
 
     def add(self, sequence: Sequence) -> None:
-        """Raises QueueFull; the request takes part from the next step on."""
+        """Raises QueueFull, and UserError for a request that is too long; it takes part from the next step on."""
+        if len(sequence.canvas) > self.max_length:
+            raise UserError(
+                f"the request needs {len(sequence.canvas)} positions, the engine's slots have {self.max_length}; lower "
+                "max_new_tokens, give a shorter prompt, or make the engine with a larger max_length"
+            )
         if self.max_queue is not None and len(self.waiting) >= self.max_queue + len(self._slots.free):
             raise QueueFull(f"{len(self.waiting)} requests are waiting already; try again later")
         self.waiting.append(sequence)

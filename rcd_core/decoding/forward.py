@@ -16,12 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rcd_core.attention import reads_pools
 from rcd_core.decoding.cache import CacheView, SlotCache
 from rcd_core.decoding.state import ResidualState
 from rcd_core.families.base import DiffusionModel
 from rcd_core.layouts import block_causal
 
 _PADDING_SHARE = 0.25  # of a pass's tokens may be padding, if rows so share it
+MAX_PASS_TOKENS = 8192  # padding included; a longer row stands alone. Bounds the memory of a pass.
 _PER_TOKEN, _PER_ROW = 4, 3  # integers: id, position, where it is written, residual; keys, block length, slot
 _KEYS_STEP = 256  # passes of fixed shape read a multiple of so many keys
 
@@ -69,6 +71,7 @@ class Forward:
     ) -> None:
         self.model, self.max_batch, self.max_length, self.state = model, max_batch, max_length, state
         self.pass_tokens = pass_tokens(model)
+        self._reads_pools = reads_pools(model.config._attn_implementation)
         self._block_causal = model.attention_block(1) is not None
         self._cache: SlotCache | None = None
 
@@ -156,8 +159,10 @@ class Forward:
         )
         view = None
         if shape.cached:
+            pools = self._reads_pools and layout.lengths is not None
+            layout.slots = slot if pools else None
             chosen = slot if shape.first is None else slice(shape.first, shape.first + shape.rows)
-            view = CacheView(self.cache, written.flatten(), chosen, shape.keys)
+            view = CacheView(self.cache, written.flatten(), None if pools else chosen, shape.keys)
         return model.hidden(embeds, positions, layout, view)
 
     def num_integers(self, shape: Shape) -> int:
@@ -193,6 +198,7 @@ def groups(works: Sequence[Work], spare: int = 0) -> list[list[int]]:
             last = works[found[-1][-1]]
             grown = padding + len(found[-1]) * (length - len(last.ids))
             fits = grown <= max(spare, _PADDING_SHARE * (tokens + length))
+            fits &= length * (len(found[-1]) + 1) <= MAX_PASS_TOKENS
             if fits and (last.slot is None) == (works[index].slot is None):
                 found[-1].append(index)
                 padding, tokens = grown, tokens + length

@@ -291,9 +291,19 @@ def resolve_settings(settings: DecodeSettings, model: DiffusionModel, has_refere
 
 
 def make_sequence(
-    model: DiffusionModel, ids: list[int], settings: DecodeSettings, *, infill: bool, has_reference: bool
+    model: DiffusionModel,
+    ids: list[int],
+    settings: DecodeSettings,
+    *,
+    infill: bool,
+    has_reference: bool,
+    committed: list[int] | None = None,
 ) -> Sequence:
-    """Check one request and lay out its canvas and blocks. Raises UserError naming the field."""
+    """Check one request and lay out its canvas and blocks. Raises UserError naming the field.
+
+    committed: the new tokens of blocks that are finished, to go on with a request that was begun elsewhere; with the
+    seed it was given it ends as it would have there. An infill is begun anew.
+    """
     name = "canvas" if infill else "prompt"
     resolved = resolve_settings(settings, model, has_reference)
     given = np.asarray(ids, dtype=np.int64)
@@ -320,6 +330,8 @@ def make_sequence(
         total = origin + -(-(len(given) + resolved.max_new_tokens - origin) // b) * b
         canvas = np.full(total, model.mask_token_id, dtype=np.int64)
         canvas[: len(given)] = given
+        if committed:
+            canvas[len(given) :][: len(committed)] = committed
     if len(canvas) > model.max_positions:
         raise UserError(
             f"{len(canvas)} positions are needed ({len(given)} given, max_new_tokens {resolved.max_new_tokens}, "
@@ -327,4 +339,6 @@ def make_sequence(
         )
     starts = range(origin, len(canvas), b)
     blocks = [(s, min(s + b, len(canvas))) for s in starts if (canvas[s : s + b] == model.mask_token_id).any()]
+    if not blocks:
+        raise UserError(f"committed holds {len(committed or ())} tokens, which is all of them; nothing is left to do")
     return Sequence(model, resolved, canvas, len(canvas) if infill else len(given), infill, blocks)

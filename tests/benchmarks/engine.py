@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from rcd_core import Decoder, DecodeSettings, load_model
 from rcd_core.decoding.engine import Engine
 from rcd_core.decoding.forward import Forward, Shape
+from rcd_core.decoding.memory import engine_memory
 from rcd_core.decoding.sequence import make_sequence
 from rcd_core.families.base import CheckpointInfo, DiffusionModel
 from rcd_core.families.config import ModelConfig
@@ -39,7 +41,12 @@ def main() -> None:
     parser.add_argument("--model", help="checkpoint to decode with")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--transient", help=argparse.SUPPRESS)  # batch,block length,vocabulary
+    parser.add_argument("--top_k", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.transient:
+        print(json.dumps(transient(*(int(n) for n in options.transient.split(",")), options.top_k or None)))
+        return
     print(header(), flush=True)
     torch.set_num_threads(1)
     model = load_model(options.model) if options.model else random_model(DEMO, 320)
@@ -47,9 +54,24 @@ def main() -> None:
     found |= against_bare_forwards(model, options)
     found |= batched_against_single(model, options)
     found |= rcd_against_seqd(options.repeats)
-    found["transient_gib"] = transient_gib()
+    found |= transients()
     found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "not measured"
     print(json.dumps(found))
+
+
+def transients() -> dict[str, Any]:
+    """At batch 128, block 32, V = 151,936, in processes of their own."""
+    found: dict[str, Any] = {}
+    for name, top_k in (("sparse", 32), ("dense", 0)):
+        command = [sys.executable, "-m", "tests.benchmarks.engine", "--transient", f"128,32,{VOCAB}"]
+        command += ["--top_k", str(top_k)]
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        taken = json.loads(out.splitlines()[-1])
+        found[f"transient_{name}_gib"] = taken["bytes"] / 2**30
+        found["transient_planned_gib"] = taken["planned"] / 2**30
+    found["transient_gib"] = max(found["transient_sparse_gib"], found["transient_dense_gib"])
+    print(json.dumps({k: round(v, 3) for k, v in found.items()}), flush=True)
+    return found
 
 
 def random_model(config: ModelConfig, vocab: int) -> DiffusionModel:
@@ -230,33 +252,40 @@ def timed_passes(model: DiffusionModel, prompts: list[list[int]], s: DecodeSetti
     return (time.perf_counter() - start) / passes
 
 
-def transient_gib() -> float:
-    """Memory of a pass at batch 128, block 32, V = 151,936 beyond weights and cache: peak over what is held before and
-    after, on a model of few parameters (width 64), whose tiles over the vocabulary are as large as any."""
+def transient(batch: int, block_length: int, vocab: int, top_k: int | None) -> dict[str, int]:
+    """Bytes that the passes of a full batch take beyond weights, cache and residual state, and what was planned. The
+    model has few parameters (width 64, one layer); its tiles over the vocabulary are as large as any."""
     from tests.benchmarks.attention import _peak_bytes, _reset_peak
 
-    model = random_model(replace(DEMO, num_layers=1), VOCAB)
-    prompts = [[1 + i % 100] * 32 for i in range(128)]
+    model = random_model(replace(DEMO, num_layers=1), vocab)
+    prompts = [[1 + i % 100] * block_length for i in range(batch)]
     s = DecodeSettings(
-        block_length=32,
-        max_new_tokens=32,
+        block_length=block_length,
+        max_new_tokens=2 * block_length,
+        denoising_steps=4,
         policy="low_confidence_static",
         residual=True,
         start="zero",
+        residual_top_k=top_k,
         stop_token_ids=(),
     )
     sequences = [make_sequence(model, p, s, infill=False, has_reference=False) for p in prompts]
-    engine = Engine(model, None, max_batch=128, max_length=64)
+    length = len(sequences[0].canvas)
+    engine = Engine(model, None, max_batch=batch, max_length=length)
+    planned = engine_memory(model, batch, length, block_length)
     for q in sequences:
         engine.add(q)
-    engine.step()  # prefill, and the cache
-    held: Callable[[], int] = lambda: _peak_bytes(model.device)  # noqa: E731
+    with torch.inference_mode():
+        for tensor in (*engine._forward.cache.keys, *engine._forward.cache.values):
+            tensor.fill_(0)  # so that its pages are there before the peak is measured
+        engine._state.reserve(block_length)
+        engine._state.delta.fill_(0)
+    model.head(torch.zeros(1, model.config.hidden_size))  # and the linear library's own
     _reset_peak(model.device)
-    before = held()
-    engine.step()
-    gib = (held() - before) / 2**30
-    print(f"transient memory of a pass at batch 128, block 32, V 151,936: {gib:.2f} GiB", flush=True)
-    return gib
+    before = _peak_bytes(model.device)
+    while engine.busy:
+        engine.step()
+    return {"bytes": _peak_bytes(model.device) - before, "planned": planned.transient}
 
 
 if __name__ == "__main__":

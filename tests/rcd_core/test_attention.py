@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rcd_core import UserError, attention, load_model
+from rcd_core import Decoder, DecodeSettings, UserError, attention, load_model
 from rcd_core.layouts import Layout, bidirectional, block_causal, block_diffusion
 from rcd_core.training.objective import TrainingBatch, loss_sum
 
@@ -186,7 +186,7 @@ def test_flex_model_decodes_alike_and_will_not_train_on_a_cpu() -> None:
         flex.requires_grad_(True).logits(ids)
 
 
-# -- flash-attn (no package and no GPU here: its two functions are written out, the calls are ours)
+# -- flash-attn (no package and no GPU here: its functions are written out, the calls are ours)
 
 
 def test_flash_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,11 +221,48 @@ def plain_flash_varlen(
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_flash_is_asked_for_the_same_attention(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = types.ModuleType("flash_attn")
-    package.flash_attn_func, package.flash_attn_varlen_func = plain_flash, plain_flash_varlen  # type: ignore[attr-defined]
+def plain_flash_cache(
+    q: Tensor, k: Tensor, v: Tensor, *, cache_seqlens: Tensor, cache_batch_idx: Tensor, **options: Any
+) -> Tensor:
+    """flash_attn_with_kvcache: row i of q sees the first cache_seqlens[i] keys of slot cache_batch_idx[i]."""
+    assert cache_seqlens.dtype == cache_batch_idx.dtype == torch.int32
+    places = list(zip(cache_batch_idx.tolist(), cache_seqlens.tolist(), strict=True))
+    rows = [(q[i : i + 1], *(t[s : s + 1, :n] for t in (k, v))) for i, (s, n) in enumerate(places)]
+    return torch.cat([plain_flash(*row, **options) for row in rows])
+
+
+@pytest.fixture
+def flash_package(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    package: Any = types.ModuleType("flash_attn")
+    package.flash_attn_func, package.flash_attn_varlen_func = plain_flash, plain_flash_varlen
+    package.flash_attn_with_kvcache = plain_flash_cache
     monkeypatch.setitem(sys.modules, "flash_attn", package)
+    return package
+
+
+@pytest.mark.parametrize("family", ["sdar", "llada"])
+def test_flash_decodes_from_the_cache_without_copies(
+    family: str, flash_package: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests that leave and join put the others into slots that are no neighbours."""
+    prompts = [list(range(5, 5 + n)) for n in (3, 9, 14, 6, 11)]
+    cache: Any = "block" if family == "sdar" else "dual"
+    wanted = [
+        DecodeSettings(block_length=4, max_new_tokens=n, stop_token_ids=(), cache=cache) for n in (12, 4, 16, 8, 12)
+    ]
+    model = load_model(GOLDEN / f"{family}_tiny")
+    want = [g.token_ids for g in Decoder(model, max_batch=3).generate(prompts, wanted)]
+    asked = []
+    inner = plain_flash_cache
+    package: Any = flash_package
+    package.flash_attn_with_kvcache = lambda *a, **k: (asked.append(k["cache_batch_idx"].tolist()), inner(*a, **k))[1]
+    monkeypatch.setattr(model.config, "_attn_implementation", attention.BACKENDS["flash"])
+    assert [g.token_ids for g in Decoder(model, max_batch=3).generate(prompts, wanted)] == want
+    assert [0, 2] in asked and [0, 1, 2] in asked
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_flash_is_asked_for_the_same_attention(kind: str, flash_package: types.ModuleType) -> None:
     layout = layouts(kind)
     found, want = run("flash", kind, grad=False)[0], run("eager", kind, grad=False)[0]
     if kind == "padded":  # padding queries may see anything that is finite

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import random
+import subprocess
+import sys
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcd_core import Decoder, DecodeSettings, LocalReference, WarmStart
+from rcd_core import Decoder, DecodeSettings, LocalReference, UserError, WarmStart
+from rcd_core.decoding.cache import SlotCache
 from rcd_core.decoding.engine import Engine, QueueFull
+from rcd_core.decoding.forward import MAX_PASS_TOKENS, Work, groups
+from rcd_core.decoding.memory import engine_memory, fit_batch
 from rcd_core.decoding.sequence import make_sequence
 from rcd_core.decoding.stream import BlockDone, PassDone, TextStream, stream
 from tests.rcd_core.test_decoding import FAMILIES, any_settings, decoder, many, model, prompts
@@ -243,3 +251,58 @@ def test_text_comes_in_safe_pieces() -> None:
     assert half.push("é".encode()[:1]) == "" and half.finish() == "\ufffd"
     waiting = TextStream(decode, stop=["stop"])
     assert waiting.push(b"a st") == "a " and waiting.push(b"ill") == "still"
+
+
+# -- moving and fitting
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@many
+@given(data=st.data())
+def test_a_request_goes_on_elsewhere_from_its_finished_blocks(family: str, data: st.DataObject) -> None:
+    """Another engine gets the prompt and the committed tokens of a stream that broke off, and ends as it would have."""
+    prompt, s = data.draw(prompts), data.draw(any_settings(family))
+    if family == "llada":  # its caches are made of what was masked when they were made: a fresh one may differ
+        s = replace(s, cache="none", residual_scope="block")
+    settings = replace(s, seed=s.seed or 5, compat_passes=False)
+    whole = decoder(family).generate([prompt], settings)[0]
+    events = list(decoder(family).stream([prompt], settings))
+    blocks = [e.token_ids for e in events if isinstance(e, BlockDone)]
+    known = [t for b in blocks[: data.draw(st.integers(0, max(0, len(blocks) - 1)))] for t in b]
+    rest = make_sequence(model(family), prompt, settings, infill=False, has_reference=True, committed=known)
+    e = engine(family, max_length=len(rest.canvas))
+    e.add(rest)
+    while e.busy:
+        e.step()
+    assert rest.output().token_ids == whole.token_ids
+
+
+def test_passes_are_no_larger_than_their_memory_was_planned_for() -> None:
+    sizes = [2048] * 9 + [8] * 40
+    works = [Work(np.zeros(n, dtype=np.int64), 0, n, 4, i) for i, n in enumerate(sizes)]
+    found = groups(works, spare=100)
+    assert sorted(i for group in found for i in group) == list(range(49))
+    assert all(max(sizes[i] for i in group) * len(group) <= MAX_PASS_TOKENS for group in found)
+    assert [len(g) for g in found] == [40, 4, 4, 1]
+
+
+def test_as_many_requests_as_fit() -> None:
+    m = model("sdar")
+    needed = [engine_memory(m, n, 64, 4) for n in range(1, 9)]
+    assert all(a.total < b.total and a.cache < b.cache for a, b in zip(needed, needed[1:], strict=False))
+    assert fit_batch(m, 64, 4, wanted=8, free=needed[4].total) == 5
+    assert fit_batch(m, 64, 4, wanted=3, free=needed[4].total) == 3
+    with pytest.raises(UserError, match=r"64 positions needs .* GiB beside the weights .* lower max_new_tokens"):
+        fit_batch(m, 64, 4, wanted=8, free=1000)
+    cache = SlotCache(m, 3, 64)
+    assert engine_memory(m, 3, 64, 4).cache == sum(t.nbytes for t in (*cache.keys, *cache.values))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is Linux's to tell")
+@pytest.mark.parametrize("residual_top_k", [None, 32])
+def test_a_pass_needs_no_more_than_planned(residual_top_k: int | None) -> None:
+    """In a process of its own: the peak of the first passes of a full batch beyond cache and state."""
+    command = [sys.executable, "-m", "tests.benchmarks.engine", "--transient", "24,16,20000", "--top_k"]
+    found = subprocess.run([*command, str(residual_top_k or 0)], capture_output=True, text=True, check=True)
+    measured = json.loads(found.stdout.splitlines()[-1])
+    assert 0.1 * measured["planned"] < measured["bytes"] <= measured["planned"], measured

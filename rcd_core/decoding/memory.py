@@ -1,0 +1,79 @@
+"""What an engine needs beside the weights, known before any of it is taken: so that the first full batch cannot fail.
+
+Shapes: S slots, T positions of a slot, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rcd_core.decoding.cache import bytes_per_position
+from rcd_core.decoding.forward import MAX_PASS_TOKENS
+from rcd_core.decoding.prediction import TILE_BYTES
+from rcd_core.errors import UserError
+from rcd_core.families.base import DiffusionModel
+
+_TILES = 10  # tiles of logits alive at once where tokens are drawn (sorting, running sums in fp64); 4 without
+_SHARE = {"cuda": 0.9, "cpu": 0.5}  # of the free memory
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """Bytes. cache: keys and values of all slots; state: their residuals; transient: the most a pass holds besides."""
+
+    cache: int
+    state: int
+    transient: int
+
+    @property
+    def total(self) -> int:
+        return self.cache + self.state + self.transient
+
+
+def engine_memory(model: DiffusionModel, max_batch: int, max_length: int, block_length: int) -> EngineMemory:
+    """Of an engine with max_batch slots of max_length positions, for blocks of up to block_length tokens."""
+    c, item = model.config, model.dtype.itemsize
+    heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+    cache = max_batch * (max_length + 1) * bytes_per_position(model)
+    state = (max_batch * block_length + 2) * (c.hidden_size * item + 4)
+    tokens = max(min(MAX_PASS_TOKENS, max_batch * max_length), max_length)
+    # One layer's activations, norms in fp32; the mask of a pass and what it is made of; the copy of one layer's keys
+    # and values that passes over scattered slots read from; residuals in and out.
+    layer = tokens * (item * (6 * c.hidden_size + 3 * c.intermediate_size + 4 * heads) + 8 * c.hidden_size)
+    mask = min(max_batch, -(-tokens // block_length)) * 2 * block_length * max_length * (2 * item + 4)
+    scattered = cache // c.num_hidden_layers
+    residual = 3 * max_batch * block_length * c.hidden_size * max(item, 4)
+    head = _TILES * min(max(TILE_BYTES, 4 * model.vocab_size), 4 * max_batch * block_length * model.vocab_size)
+    return EngineMemory(cache, state, max(layer + mask + scattered, residual + head))
+
+
+def fit_batch(model: DiffusionModel, max_length: int, block_length: int, wanted: int, free: int | None = None) -> int:
+    """How many requests fit at once, at most `wanted`. free: bytes, by default a share of what the device has left.
+    UserError if not even one does."""
+    if free is None:
+        available = available_bytes(model.device)
+        if available is None:
+            return wanted
+        free = int(available * _SHARE.get(model.device.type, 0.5))
+    for count in range(wanted, 0, -1):
+        needed = engine_memory(model, count, max_length, block_length).total
+        if needed <= free:
+            return count
+    raise UserError(
+        f"a request of {max_length} positions needs {needed / 2**30:.2f} GiB beside the weights and "
+        f"{free / 2**30:.2f} GiB are to be had; lower max_new_tokens or give a shorter prompt"
+    )
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory of a device that can still be had; None where nobody says."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
