@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Sequence as Many
 from concurrent.futures import FIRST_COMPLETED, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from rcd_core.decoding.reference import AsyncReference, Reference, WarmStart
 from rcd_core.decoding.replays import Replays
 from rcd_core.decoding.sequence import Pass, Sequence, Step
 from rcd_core.decoding.state import ResidualState
+from rcd_core.decoding.statistics import Statistics
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
 from rcd_core.signals import ReferenceSignals, Signals, residual_state
@@ -38,29 +39,6 @@ _FIXED_POSITIONS = 64  # their masked positions are rounded up to a multiple of 
 
 class QueueFull(RuntimeError):
     """The engine has as many waiting requests as it may have."""
-
-
-@dataclass
-class Statistics:
-    """Since the engine was made. passes, rows, seconds by kind of pass ("reference" too; a batched pass with rows of
-    several kinds counts as the most frequent); reused_tokens: prompt tokens found in the cache; merged_stores: finished
-    blocks that were stored along with the next one's first pass instead of in a pass of their own."""
-
-    passes: dict[str, int] = field(default_factory=dict)
-    rows: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    reused_tokens: int = 0
-    merged_stores: int = 0
-
-    def add(self, kind: str, rows: int, seconds: float) -> None:
-        self.passes[kind] = self.passes.get(kind, 0) + 1
-        self.rows[kind] = self.rows.get(kind, 0) + rows
-        self.seconds[kind] = self.seconds.get(kind, 0.0) + seconds
-
-    @property
-    def occupancy(self) -> float:
-        """Mean number of requests in a pass."""
-        return sum(self.rows.values()) / max(1, sum(self.passes.values()))
 
 
 @dataclass
@@ -153,6 +131,7 @@ class Engine:
         self.running = [s for s in self.running if not s.finished]
         for s in done:
             self._slots.release(s.slot)
+            self.statistics.finished(s.output())
         return done
 
     def _admit(self, s: Sequence) -> None:
@@ -166,6 +145,8 @@ class Engine:
         if s.settings.residual and self._state.reserve(max(s.settings.block_length, s.widest_scope)):
             self._replays.clear()
         self.statistics.reused_tokens += reused
+        chunks = [-(-n // max(1, self.prefill_chunk)) for n in (s.block[0], s.block[0] - reused)]
+        self.statistics.reused_prefills += chunks[0] - chunks[1]
         self.running.append(s)
 
     # -- the first residual of a block (method.md 6)

@@ -6,7 +6,7 @@ Shapes: T canvas length, b block length.
 from __future__ import annotations
 
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -14,14 +14,12 @@ from numpy.typing import NDArray
 
 from rcd_core.decoding.feedback import feedback_of, is_greedy
 from rcd_core.decoding.reference import WarmStart
-from rcd_core.decoding.settings import DecodeSettings, Start
-from rcd_core.errors import UserError
+from rcd_core.decoding.settings import DecodeSettings
 from rcd_core.families.base import DiffusionModel
 from rcd_core.kernels.reduce import Feedback
 from rcd_core.signals import Signals
 
 PassKind = Literal["prefill", "denoise", "store"]
-NUM_SEED_BITS = 31
 
 
 @dataclass(frozen=True)
@@ -243,102 +241,3 @@ class Sequence:
         return Generation(
             tokens.tolist(), canvas.tolist(), self.forwards, reason, self.settings, self.steps, self.reference_failures
         )
-
-
-def resolve_settings(settings: DecodeSettings, model: DiffusionModel, has_reference: bool) -> DecodeSettings:
-    """Fill every default from the checkpoint, then the family, and refuse what this model cannot honour."""
-    rcd = model.info.rcd
-    block_length = settings.block_length or model.info.block_length
-    allowed_caches = ("none", "prefix", "dual") if model.blocks_from_prompt_end else ("none", "block")
-    cache = settings.cache or ("none" if model.blocks_from_prompt_end else "block")
-    if cache not in allowed_caches:
-        raise UserError(f"cache is {cache!r}; allowed for {model.family}: {', '.join(allowed_caches)}")
-    if settings.cfg_scale and (cache != "none" or not model.blocks_from_prompt_end):
-        raise UserError(f"cfg_scale is {settings.cfg_scale}; guidance is LLaDA's and needs cache='none'")
-    if settings.residual_scope == "all_masked" and not model.blocks_from_prompt_end:
-        raise UserError("residual_scope is 'all_masked'; SDAR sees no later blocks, use 'block'")
-    if settings.residual_scope == "all_masked" and cache == "dual":
-        raise UserError("residual_scope is 'all_masked' with cache='dual', whose passes cover one block; use 'block'")
-    steps = settings.denoising_steps or block_length
-    if steps > block_length:
-        raise UserError(f"denoising_steps is {steps}; it must be at most block_length, {block_length}")
-    start: Start = settings.start or rcd.get("start") or model.default_start
-    if settings.residual and not has_reference and (start == "reference" or settings.residual_source == "reference"):
-        name = "residual_source" if settings.residual_source == "reference" else "start"
-        raise UserError(f"{name} is 'reference' but no reference model is loaded; load one, or set start='zero'")
-    alpha = settings.alpha or rcd.get("alpha") or "normalized_entropy"
-    alpha_scale = settings.alpha_scale or rcd.get("alpha_scale")
-    if settings.residual and alpha == "calibrated_entropy" and alpha_scale is None:
-        raise UserError(
-            "alpha is 'calibrated_entropy' but the checkpoint stores no alpha_scale; set alpha_scale (nats)"
-        )
-    stops = model.info.eos_token_ids if settings.stop_token_ids is None else settings.stop_token_ids
-    seed = settings.seed
-    if seed is None:
-        seed = int(np.random.SeedSequence().generate_state(1)[0] & ((1 << NUM_SEED_BITS) - 1))
-    return replace(
-        settings,
-        block_length=block_length,
-        denoising_steps=steps,
-        cache=cache,
-        start=start,
-        residual_temperature=settings.residual_temperature or rcd.get("residual_temperature") or 1.0,
-        alpha=alpha,
-        alpha_scale=alpha_scale,
-        stop_token_ids=tuple(stops),
-        seed=seed,
-    )
-
-
-def make_sequence(
-    model: DiffusionModel,
-    ids: list[int],
-    settings: DecodeSettings,
-    *,
-    infill: bool,
-    has_reference: bool,
-    committed: list[int] | None = None,
-) -> Sequence:
-    """Check one request and lay out its canvas and blocks. Raises UserError naming the field.
-
-    committed: the new tokens of blocks that are finished, to go on with a request that was begun elsewhere; with the
-    seed it was given it ends as it would have there. An infill is begun anew.
-    """
-    name = "canvas" if infill else "prompt"
-    resolved = resolve_settings(settings, model, has_reference)
-    given = np.asarray(ids, dtype=np.int64)
-    if given.ndim != 1 or not len(given):
-        raise UserError(f"the {name} is empty; give at least one token")
-    if given.min() < 0 or given.max() >= model.vocab_size:
-        bad = int(given.max() if given.max() >= model.vocab_size else given.min())
-        raise UserError(f"the {name} holds token id {bad}; ids run from 0 to {model.vocab_size - 1}")
-    holds_mask = bool((given == model.mask_token_id).any())
-    if infill and not holds_mask:
-        raise UserError(f"the canvas holds no mask token (id {model.mask_token_id}); there is nothing to fill")
-    if not infill and holds_mask:
-        raise UserError(f"the prompt holds the mask token (id {model.mask_token_id}); use infill to fill it")
-    b = resolved.block_length
-    assert b is not None
-    origin = 0
-    if infill:
-        canvas = given.copy()
-        if model.blocks_from_prompt_end:
-            origin = int(np.argmax(given == model.mask_token_id))
-    else:
-        if model.blocks_from_prompt_end:
-            origin = len(given)
-        total = origin + -(-(len(given) + resolved.max_new_tokens - origin) // b) * b
-        canvas = np.full(total, model.mask_token_id, dtype=np.int64)
-        canvas[: len(given)] = given
-        if committed:
-            canvas[len(given) :][: len(committed)] = committed
-    if len(canvas) > model.max_positions:
-        raise UserError(
-            f"{len(canvas)} positions are needed ({len(given)} given, max_new_tokens {resolved.max_new_tokens}, "
-            f"rounded up to blocks of {b}); the model has {model.max_positions}"
-        )
-    starts = range(origin, len(canvas), b)
-    blocks = [(s, min(s + b, len(canvas))) for s in starts if (canvas[s : s + b] == model.mask_token_id).any()]
-    if not blocks:
-        raise UserError(f"committed holds {len(committed or ())} tokens, which is all of them; nothing is left to do")
-    return Sequence(model, resolved, canvas, len(canvas) if infill else len(given), infill, blocks)

@@ -1,9 +1,10 @@
 """The decoding engine: its own cost beside the bare forwards, batches beside one by one, RCD's passes beside SeqD's.
 
-    python -m tests.benchmarks.engine [--model DIR] [--repeats 3]
+    python -m tests.benchmarks.engine [--demo DIR] [--data FILE] [--repeats 3]
 
---model: a checkpoint whose speed matters, for example a demo run's target/model; without one a random model of the
-demo's size. Passes at SDAR-1.7B's width have random weights. Free of Ray; only generated tokens up to eos are counted.
+--demo: a finished run of the recipe `demo`; without one its model is random, or trained here in a minute where tokens
+are compared. --data: GSM8K's training questions, for that comparison. Passes at SDAR-1.7B's width have random weights.
+Free of Ray; only generated tokens up to eos are counted. On a CPU: one thread for the demo's model, all for the rest.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,12 +25,13 @@ import torch
 
 from rcd_core import Decoder, DecodeSettings, load_model
 from rcd_core.decoding.engine import Engine
-from rcd_core.decoding.forward import Forward, Shape
+from rcd_core.decoding.forward import Forward, Shape, Work
 from rcd_core.decoding.memory import engine_memory
-from rcd_core.decoding.sequence import make_sequence
+from rcd_core.decoding.request import make_sequence
 from rcd_core.families.base import CheckpointInfo, DiffusionModel
 from rcd_core.families.config import ModelConfig
 from rcd_core.families.loading import new_model
+from tests.benchmarks.engine_tokens import sparse_against_dense
 from tests.benchmarks.probe import header
 
 DEMO = ModelConfig(
@@ -38,7 +42,8 @@ VOCAB = 151_936
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="checkpoint to decode with")
+    parser.add_argument("--demo", type=Path, help="directory of a finished run of the recipe `demo`")
+    parser.add_argument("--data", type=Path, help="GSM8K's training questions as JSON Lines")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--transient", help=argparse.SUPPRESS)  # batch,block length,vocabulary
@@ -48,12 +53,17 @@ def main() -> None:
         print(json.dumps(transient(*(int(n) for n in options.transient.split(",")), options.top_k or None)))
         return
     print(header(), flush=True)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    model = load_model(options.model) if options.model else random_model(DEMO, 320)
+    demo = options.demo.expanduser() if options.demo else None
+    model = load_model(demo / "target" / "model") if demo else random_model(DEMO, 320)
     found: dict[str, Any] = {}
     found |= against_bare_forwards(model, options)
     found |= batched_against_single(model, options)
+    torch.set_num_threads(threads)
     found |= rcd_against_seqd(options.repeats)
+    with tempfile.TemporaryDirectory() as scratch:
+        found["sparse_against_dense"] = sparse_against_dense(demo, options.data, Path(scratch))
     found |= transients()
     found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "not measured"
     print(json.dumps(found))
@@ -157,10 +167,33 @@ def against_bare_forwards(model: DiffusionModel, options: argparse.Namespace) ->
     return found
 
 
+@torch.inference_mode()
 def authors_loop(model: DiffusionModel, prompt: list[int], s: DecodeSettings) -> list[int]:
-    """One prompt in the style of the authors' generate.py: prefill, passes over the block, a store pass per block."""
-    single = replace(s, compat_passes=True)
-    return Decoder(model).generate([prompt], single)[0].token_ids
+    """One prompt in the style of the authors' generate.py, written plainly: whole prompt blocks first, then pass after
+    pass over a block, and a pass of its own to store it."""
+    b, steps = s.block_length or 1, s.denoising_steps or 1
+    length = -(-(len(prompt) + s.max_new_tokens) // b) * b
+    canvas = np.full(length, model.mask_token_id, dtype=np.int64)
+    canvas[: len(prompt)] = prompt
+    forward = Forward(model, 1, length)
+    first = len(prompt) // b * b
+    if first:
+        forward.hidden([Work(canvas[:first], 0, first, b, 0)])
+    for start in range(first, length, b):
+        block = slice(start, start + b)
+        for step in range(steps):
+            masked = torch.from_numpy(canvas[block] == model.mask_token_id)
+            if not masked.any():
+                break
+            hidden = forward.hidden([Work(canvas[block], start, start + b, b, 0)])
+            logits = model.head(hidden[0])
+            logits[:, model.mask_token_id] = float("-inf")
+            confidence, tokens = torch.softmax(logits, -1).max(-1)
+            quota = min(b // steps + (step < b % steps), int(masked.sum()))
+            chosen = torch.where(masked, confidence, -1.0).topk(quota).indices
+            canvas[start + chosen.numpy()] = tokens[chosen].numpy()
+        forward.hidden([Work(canvas[block], start, start + b, b, 0)])
+    return canvas[len(prompt) :][: s.max_new_tokens].tolist()
 
 
 def batched_against_single(model: DiffusionModel, options: argparse.Namespace) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from rcd_core.decoding.cache import SlotCache
 from rcd_core.decoding.engine import Engine, QueueFull
 from rcd_core.decoding.forward import MAX_PASS_TOKENS, Work, groups
 from rcd_core.decoding.memory import engine_memory, fit_batch
-from rcd_core.decoding.sequence import make_sequence
+from rcd_core.decoding.request import make_sequence
 from rcd_core.decoding.stream import BlockDone, PassDone, TextStream, stream
 from tests.rcd_core.test_decoding import FAMILIES, any_settings, decoder, many, model, prompts
 
@@ -109,6 +109,7 @@ def test_prompts_that_begin_alike_share_their_prefill() -> None:
     while e.busy:
         e.step()
     assert (first.forwards.prefill, second.forwards.prefill, e.statistics.reused_tokens) == (1, 0, 16)
+    assert e.statistics.reused_prefills == 1
     later = request("sdar", start + [50] * 8, OK)
     e.add(later)
     while e.busy:
@@ -251,6 +252,26 @@ def test_text_comes_in_safe_pieces() -> None:
     assert half.push("é".encode()[:1]) == "" and half.finish() == "\ufffd"
     waiting = TextStream(decode, stop=["stop"])
     assert waiting.push(b"a st") == "a " and waiting.push(b"ill") == "still"
+
+
+def test_statistics_are_the_sums_of_what_each_request_tells() -> None:
+    warm = replace(OK, residual=True, start="reference", residual_top_k=16)
+    e = engine("sdar")
+    requests = [request("sdar", list(range(1, 4 + 3 * i)), warm if i % 2 else OK) for i in range(5)]
+    for r in requests:
+        e.add(r)
+    while e.busy:
+        e.step()
+    outputs = [r.output() for r in requests]
+    found = e.statistics
+    assert (found.requests, found.tokens) == (5, sum(len(o.token_ids) for o in outputs))
+    assert found.forwards["reference"] == sum(o.num_forwards.reference for o in outputs) > 0
+    assert found.tokens_per_forward == found.tokens / sum(o.num_forwards.denoise for o in outputs)
+    passes = sum(o.num_forwards.total + 0.5 * o.num_forwards.reference for o in outputs)
+    assert found.tokens_per_pass(0.5) == found.tokens / passes
+    assert found.merged_stores == sum(len(r.blocks) - 1 for r in requests)
+    assert sum(found.rows.values()) == sum(o.num_forwards.total + o.num_forwards.reference for o in outputs)
+    assert 1.0 < found.occupancy <= 4.0 and found.seconds.keys() == found.passes.keys()
 
 
 # -- moving and fitting

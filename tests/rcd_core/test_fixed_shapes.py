@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from rcd_core import DecodeSettings, LocalReference
 from rcd_core.decoding.engine import Engine
 from rcd_core.decoding.replays import Replays
-from rcd_core.decoding.sequence import make_sequence
+from rcd_core.decoding.request import make_sequence
 from rcd_core.kernels import encode, top_k
 from tests.rcd_core.test_decoding import FAMILIES, any_settings, decoder, many, model, prompts
 
