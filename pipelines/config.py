@@ -59,6 +59,7 @@ class DataSettings(Section):
     num_test: Count | None = None
     num_validation: Annotated[int, Field(ge=0, le=4096)] = 0
     fields: dict[str, str] = {}
+    test_fields: dict[str, str] | None = None
     max_length: Count = 256
     min_length: Count | None = None
     pad_multiple: Count | None = None

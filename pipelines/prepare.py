@@ -143,7 +143,7 @@ def _encode(ctx: StageContext, split: str, sources: list[Source]) -> ray.data.Da
     else:
         # "The first so many rows" is one task's work; without a limit each file is read by a task of its own.
         groups = [sources] if limit else [[source] for source in sources]
-        read = partial(_file_rows, groups=groups, columns=columns_of(recipe), limit=limit)
+        read = partial(_file_rows, groups=groups, columns=columns_of(recipe, split), limit=limit)
         rows = ray.data.range(len(groups), override_num_blocks=len(groups))
         rows = rows.map_batches(read, batch_size=1, batch_format="pyarrow")
         rows = rows.repartition(target_num_rows_per_block=ROWS_PER_FILE)

@@ -33,9 +33,8 @@ class Source:
 
 def check_sources(recipe: Recipe) -> None:
     """UserError unless every source can be read and has the mapped columns. Cheap: looks at the first rows only."""
-    columns = columns_of(recipe)
     for split in SPLITS:
-        named = _named(recipe, split)
+        named, columns = _named(recipe, split), columns_of(recipe, split)
         if SYNTHETIC in named:
             if len(named) > 1:
                 raise UserError(f"data.{split} mixes 'synthetic' with files; give one or the other")
@@ -48,14 +47,14 @@ def check_sources(recipe: Recipe) -> None:
                 check_columns(name, columns, f"data.{split}")
 
 
-def columns_of(recipe: Recipe) -> dict[str, str]:
+def columns_of(recipe: Recipe, split: str) -> dict[str, str]:
     """Our field -> the data set's column, for every field the task needs."""
-    task, given = get_task(recipe.data.task), recipe.data.fields
+    task, given, key = get_task(recipe.data.task), recipe.data.fields, "data.fields"
+    if split == "test" and recipe.data.test_fields is not None:
+        given, key = recipe.data.test_fields, "data.test_fields"
     for field in given:
         if field not in task.fields:
-            raise UserError(
-                f"data.fields.{field}: task {task.name!r} has no such field; it has {', '.join(task.fields)}"
-            )
+            raise UserError(f"{key}.{field}: task {task.name!r} has no such field; it has {', '.join(task.fields)}")
     return {field: given.get(field, field) for field in task.fields}
 
 
@@ -70,7 +69,7 @@ def row_limit(recipe: Recipe, split: str) -> int | None:
 
 def local_sources(ctx: StageContext, split: str) -> list[Source]:
     """The files of a split, hub data sets downloaded; none for synthetic data."""
-    columns = columns_of(ctx.recipe)
+    columns = columns_of(ctx.recipe, split)
     sources = []
     for i, name in enumerate(_named(ctx.recipe, split)):
         if name.startswith("hf://"):
@@ -88,7 +87,8 @@ def training_texts(recipe: Recipe, sources: list[Source], most: int) -> Iterator
     task = get_task(recipe.data.task)
     most = min(row_limit(recipe, "train") or most, most)
     if sources:
-        rows: Iterable[Row] = chain.from_iterable(read_rows(source.path, columns_of(recipe)) for source in sources)
+        columns = columns_of(recipe, "train")
+        rows: Iterable[Row] = chain.from_iterable(read_rows(source.path, columns) for source in sources)
     else:
         rows = (Row(i, values=task.synthetic(i, "train", recipe.seed)) for i in range(most))
     for row in islice(rows, most):

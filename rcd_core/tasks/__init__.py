@@ -6,9 +6,10 @@ from rcd_core.errors import UserError
 from rcd_core.tasks.arithmetic import Arithmetic
 from rcd_core.tasks.base import MASK_TEXT, SPLITS, Problem, Task
 from rcd_core.tasks.gsm8k import Gsm8k
+from rcd_core.tasks.math import Math
 from rcd_core.tasks.sudoku import Sudoku
 
-TASKS: dict[str, Task] = {task.name: task for task in (Sudoku(), Arithmetic(), Gsm8k())}
+TASKS: dict[str, Task] = {task.name: task for task in (Sudoku(), Arithmetic(), Gsm8k(), Math())}
 
 
 def get_task(name: str) -> Task:

@@ -70,7 +70,7 @@ def test_variants_change_only_what_they_name() -> None:
         ("resources=null", "resources is null; it should be a mapping of keys"),
         ("target.start=5", "target.start is 5; it should be a mapping of keys, or a path, URI or hub id"),
         ("name=../up", "name is '../up'; it should match"),
-        ("data.task=soduko", "data.task is 'soduko'; known tasks: arithmetic, gsm8k, sudoku"),
+        ("data.task=soduko", "data.task is 'soduko'; known tasks: arithmetic, gsm8k, math, sudoku"),
         ("data.train=rows.jsonl", "data.train is 'rows.jsonl', a relative path; a job's working directory"),
         ("data.train=/abs/rows.csv", "its name must end in .jsonl or .parquet"),
         ("data.test=hf://gsm8k", "data.test is 'hf://gsm8k'; a hub data set is written hf://owner/name"),

@@ -203,6 +203,7 @@ def test_padding_limits_and_filters(ray_cluster: str, context: Callable[..., Sta
         ({"train": "{dir}/gone.jsonl"}, "gone.jsonl does not exist"),
         ({"fields": {"answer": "solution"}}, r"data\.train: .*no column 'solution' for our field 'answer'; it has ans"),
         ({"fields": {"reply": "answer"}}, r"data\.fields\.reply: .*question, answer"),
+        ({"test_fields": {"answer": "reply"}}, r"data\.test: .*no column 'reply' for our field 'answer'"),
         ({"train": "synthetic", "num_train": 5}, r"data\.train is 'synthetic' but task 'gsm8k' has no generator"),
         ({"train": ["synthetic", "{dir}/a.jsonl"], "num_train": 5}, r"data\.train mixes"),
     ],
@@ -216,6 +217,29 @@ def test_faults_are_named_before_anything_is_done(
     with pytest.raises(UserError, match=says):
         prepare.run(ctx)
     assert not Path(ctx.directory).exists()
+
+
+def test_columns_may_have_other_names_in_the_test_set(
+    ray_cluster: str, context: Callable[..., StageContext], tmp_path: Path
+) -> None:
+    """OpenMathInstruct-2's columns for training, MATH-500's for the test."""
+    text = "Two and two?"
+    made = {"problem": text, "generated_solution": "They are \\boxed{4}.", "expected_answer": "4"}
+    asked = {"problem": "One and two?", "solution": "They are \\boxed{3}.", "answer": "3"}
+    ctx = context(
+        {
+            "task": "math",
+            "fields": {"question": "problem", "solution": "generated_solution", "answer": "expected_answer"},
+            "test_fields": {"question": "problem"},
+            "train": write_jsonl(tmp_path / "a.jsonl", [made]),
+            "test": write_jsonl(tmp_path / "b.jsonl", [asked]),
+        }
+    )
+    summary = prepare.run(ctx)
+    (row,), (tested,) = (rows_of(ctx, split, summary) for split in ("train", "test"))
+    tokenizer = load_tokenizer(f"{ctx.directory}/tokenizer")
+    assert text in tokenizer.decode(row["input_ids"]) and "boxed{4}" in tokenizer.decode(row["input_ids"])
+    assert tested["answer"] == "3"
 
 
 def test_hub_data_needs_its_extra(context: Callable[..., StageContext], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,21 +9,21 @@ import time
 import pytest
 
 from rcd_core.errors import UserError
-from rcd_core.tasks import MASK_TEXT, TASKS, Problem, arithmetic, get_task, gsm8k, sudoku
+from rcd_core.tasks import MASK_TEXT, TASKS, Problem, arithmetic, get_task, gsm8k, math, sudoku
 from rcd_core.tasks.answers import final_number, same_final_number
 
 GENERATORS = ("sudoku", "arithmetic")
 
 
 def test_unknown_task_lists_the_names() -> None:
-    with pytest.raises(UserError, match="sudoko.*sudoku, arithmetic, gsm8k"):
+    with pytest.raises(UserError, match="sudoko.*sudoku, arithmetic, gsm8k, math"):
         get_task("sudoko")
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_docstring_example_is_a_row_that_solves_itself(name: str) -> None:
-    module = {"sudoku": sudoku, "arithmetic": arithmetic, "gsm8k": gsm8k}[name]
-    row = json.loads(re.search(r'\{"question.*?\}', str(module.__doc__), re.DOTALL)[0], strict=False)  # type: ignore[index]
+    module = {"sudoku": sudoku, "arithmetic": arithmetic, "gsm8k": gsm8k, "math": math}[name]
+    row = json.loads(re.search(r'\{"question.*?"\}', str(module.__doc__), re.DOTALL)[0], strict=False)  # type: ignore[index]
     problem = TASKS[name].problem(row)
     assert TASKS[name].grade(problem.prompt, problem.response, problem.answer)
 
@@ -155,3 +155,39 @@ def test_arithmetic_working_is_right_step_by_step() -> None:
             assert not results or left.startswith(results[-1])
             results.append(right)
         assert 2 <= len(steps) <= 4 and last == f"#### {results[-1]}" and all(0 < int(r) <= 99 for r in results)
+
+
+# -- math
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "right"),
+    [
+        (r"so \boxed{2}", "2", True),
+        (r"first \boxed{3}, no: \boxed{ 2. }", "$2$", True),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}", True),
+        (r"\boxed{1,200}", "1200.0", True),
+        (r"\boxed{(1,2)}", "(12)", False),
+        (r"\boxed{1,2}", "12", False),
+        (r"\boxed{2", "2", False),
+        ("2", "2", False),
+        (r"\boxed{}", "", False),
+        (r"\boxed{20}", "2", False),
+        (r"\boxed{2} and then \fbox{3}", "3", True),
+    ],
+)
+def test_the_last_box_is_compared(completion: str, answer: str, right: bool) -> None:
+    assert get_task("math").grade("", completion, answer) is right
+
+
+def test_solutions_end_in_a_box_and_prompts_ask_for_one() -> None:
+    task = get_task("math")
+    row = {"question": "One and one?", "solution": "It is 2.", "answer": "2"}
+    problem = task.problem(row)
+    assert problem.prompt == "One and one?" + math.INSTRUCTION
+    assert task.problem({**row, "question": problem.prompt}).prompt == problem.prompt, "asked once"
+    assert problem.response.endswith(r"\boxed{2}") and task.grade("", problem.response, problem.answer)
+    with pytest.raises(UserError, match="answer is empty"):
+        task.problem({**row, "answer": " "})
+    with pytest.raises(UserError, match="no generator"):
+        task.synthetic(0, "test", 0)
