@@ -6,6 +6,7 @@ import json
 import tempfile
 import threading
 import time
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from pipelines.run import StageContext
@@ -57,19 +58,60 @@ def write_events(board: str, lines: list[dict[str, float]]) -> None:
 
     with tempfile.TemporaryDirectory() as directory:
         with SummaryWriter(directory) as writer:
-            for line in lines:
-                for name, value in line.items():
-                    if name != "step":
-                        writer.add_scalar(f"train/{name}", value, int(line["step"]))
+            _add_scalars(writer, lines)
         storage.remove(board)
         storage.upload_dir(directory, board)
 
 
+def _add_scalars(writer: Any, lines: list[dict[str, float]]) -> None:
+    for line in lines:
+        for name, value in line.items():
+            if name != "step":
+                writer.add_scalar(f"train/{name}", value, int(line["step"]))
+
+
+class LiveEvents:
+    """TensorBoard events of a training under way, in one file that only grows: a TensorBoard that is open reads on
+    where it stopped. Nothing can be appended in an object store, so there the same bytes and more are uploaded."""
+
+    def __init__(self, board: str) -> None:
+        self.board, self.step = board, 0
+        self.writer: Any = None
+        self._stack = ExitStack()
+
+    def update(self, lines: list[dict[str, float]]) -> None:
+        """Add what came after the last update. Steps that a restart makes again are there already."""
+        new = [line for line in lines if line["step"] > self.step]
+        if not new:
+            return
+        if self.writer is None:
+            self.writer = self._open()
+        _add_scalars(self.writer, new)
+        self.writer.flush()
+        self.step = int(new[-1]["step"])
+        if self.writer.log_dir != self.board:
+            storage.upload_dir(self.writer.log_dir, self.board)
+
+    def close(self) -> None:
+        with suppress(OSError):  # a full disk is for the training to tell
+            self._stack.close()
+
+    def _open(self) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        storage.remove(self.board)  # an interrupted job's
+        remote = storage.is_uri(self.board)
+        directory = self._stack.enter_context(tempfile.TemporaryDirectory()) if remote else self.board
+        return self._stack.enter_context(SummaryWriter(directory))
+
+
 class Progress:
-    """Prints a line now and then from what rank 0 has logged, and every restart, while fit() blocks the driver."""
+    """While fit() blocks the driver: now and then a line on the console and TensorBoard brought up to date from what
+    rank 0 has logged; every restart."""
 
     def __init__(self, ctx: StageContext, steps: int) -> None:
         self.ctx, self.steps = ctx, steps
+        self.events = LiveEvents(storage.join(ctx.directory, "tensorboard"))
         self.restarts = storage.join(ctx.directory, "restarts.jsonl")
         self.num_restarts = self._count_restarts()
         self.stop = threading.Event()
@@ -80,16 +122,20 @@ class Progress:
 
     def __exit__(self, *_: Any) -> None:
         self.stop.set()
-        self.thread.join(timeout=5)
+        self.thread.join()  # nothing is written behind the back of what comes after
+        self.events.close()
 
     def _watch(self) -> None:
         seen: list[tuple[float, int]] = []
         while not self.stop.wait(PROGRESS_EVERY_S):
             self._say_restarts()
             try:
-                line = read_metrics(self.ctx.directory)[-1]
+                lines = read_metrics(self.ctx.directory)
+                line = lines[-1]
             except (OSError, ValueError, IndexError):
                 continue
+            with suppress(OSError):
+                self.events.update(lines)
             if seen and seen[-1][1] == line["step"]:
                 continue
             seen.append((time.monotonic(), int(line["step"])))

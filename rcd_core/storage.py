@@ -3,6 +3,9 @@
 Every write is atomic: the bytes go to a temporary name beside the destination, which is renamed when they are complete,
 so that a reader, or a job that comes after a killed one, never meets half a file. Temporary names start with a dot and
 `list_files` does not show them.
+
+Who one is in an object store, and where it is if not the cloud's own (MinIO, say), is the environment's to tell: for S3
+AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION, AWS_ENDPOINT_URL, on every node.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Storage on a real directory, by file:// and on another of pyarrow's file systems, which have no paths in common."""
+"""Storage on a real directory, by file://, on an S3 and on another of pyarrow's file systems."""
 
 from __future__ import annotations
 
@@ -10,11 +10,19 @@ import pytest
 
 from rcd_core import storage
 from rcd_core.errors import UserError
+from tests.s3_server import s3_server
 
 
-@pytest.fixture(params=["local", "file", "mock"])
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    with s3_server("bucket"):
+        yield "s3://bucket"
+
+
+@pytest.fixture(params=["local", "file", "mock", "s3"])
 def base(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    name = {"local": str(tmp_path), "file": f"file://{tmp_path}", "mock": f"mock://{tmp_path.name}"}[request.param]
+    names = {"local": str(tmp_path), "file": f"file://{tmp_path}", "mock": f"mock://{tmp_path.name}"}
+    name = names.get(request.param) or request.getfixturevalue("bucket")
     yield storage.join(name, "run")
     storage.remove(storage.join(name, "run"))
 
