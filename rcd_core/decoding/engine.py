@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Sequence as Many
 from concurrent.futures import FIRST_COMPLETED, wait
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from rcd_core.decoding.cache import Slots
 from rcd_core.decoding.feedback import temperatures
-from rcd_core.decoding.forward import Forward, Work, groups
+from rcd_core.decoding.forward import Forward, Shape, Work, groups
 from rcd_core.decoding.prediction import Predictor, Reached, dirichlet, select
 from rcd_core.decoding.reference import AsyncReference, Reference, WarmStart
 from rcd_core.decoding.replays import Replays
@@ -31,6 +30,7 @@ from rcd_core.decoding.state import ResidualState
 from rcd_core.decoding.statistics import Statistics
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
+from rcd_core.kernels.reduce import Feedback
 from rcd_core.signals import ReferenceSignals, Signals, residual_state
 
 _FIXED_QUERIES = 256  # tokens of a row up to which passes have fixed shapes: blocks, not prompts
@@ -39,15 +39,6 @@ _FIXED_POSITIONS = 64  # their masked positions are rounded up to a multiple of 
 
 class QueueFull(RuntimeError):
     """The engine has as many waiting requests as it may have."""
-
-
-@dataclass
-class _Launched:
-    """A pass under way: whom it predicts for, the alpha in its input where traced (N,), its predictions (3, N)."""
-
-    reached: Reached
-    alpha: NDArray[np.float32]
-    found: Tensor | None = None
 
 
 class Engine:
@@ -119,14 +110,14 @@ class Engine:
         ready = [s for s in self.running if s.awaited is None]
         passes = [s.next_pass(self.prefill_chunk) for s in ready]
         works = [_work(s, p) for s, p in zip(ready, passes, strict=True)]
-        launched = [
-            self._launch([(ready[i], passes[i]) for i in group], [works[i] for i in group])
-            for group in groups(works, self._forward.pass_tokens)
-        ]
+        order = groups(works, self._forward.pass_tokens)
+        reached = Reached.of([ready[i] for group in order for i in group if passes[i].kind == "denoise"])
+        alpha = self._traced_alpha(reached)
+        found = self._predict(order, ready, passes, works, reached)
         for s, p in zip(ready, passes, strict=True):
             self._passed(s, p)
-        if any(launch.reached.sequences for launch in launched):
-            self._apply(launched)
+        if reached.sequences:
+            self._apply(reached, found, alpha)
         done = [s for s in self.running if s.finished]
         self.running = [s for s in self.running if not s.finished]
         for s in done:
@@ -212,64 +203,87 @@ class Engine:
         self._state.write(torch.from_numpy(places).to(self.model.device), alpha, delta)
         s.fed = True
 
-    # -- one pass
-    def _launch(self, group: Many[tuple[Sequence, Pass]], works: Many[Work]) -> _Launched:
-        """One forward for the rows of a group, and what it predicts. Nothing is copied back yet: a GPU may still be at
-        work when the next group is prepared."""
-        begun = time.perf_counter()
-        rows = [row for row, (_, p) in enumerate(group) if p.kind == "denoise"]
-        reached = Reached.of([group[row][0] for row in rows])
-        launched = _Launched(reached, self._traced_alpha(reached))
-        if len(reached.positions):
-            launched.found = self._predict(group, works, rows, reached)
-        else:  # prefills and stores only, or passes that commit nothing (compat_passes)
-            self._forward.hidden(works)
-        kinds = [p.kind for _, p in group]
-        self.statistics.add(max(set(kinds), key=kinds.count), len(group), time.perf_counter() - begun)
-        return launched
-
+    # -- the passes of a step
     def _predict(
-        self, group: Many[tuple[Sequence, Pass]], works: Many[Work], rows: list[int], reached: Reached
-    ) -> Tensor:
-        """(3, N) fp32: tokens, confidence, entropy of the reached positions."""
-        sequences, owner = reached.sequences, reached.owner
-        alike = len({s.feedback for s in sequences}) == 1 and all(s.greedy for s in sequences)
-        fixed = self.fixed_shapes and alike and works[0].slot is not None and len(works[0].ids) <= _FIXED_QUERIES
-        numbers, shape = self._forward.pack(works, fixed)
-        starts = np.array([group[row][1].start for row in rows])
-        at = np.array(rows)[owner] * shape.queries + reached.positions - starts[owner]
-        blocks = np.array([(s.slot * self._state.reach - s.block[0]) for s in sequences])
-        places = reached.positions + blocks[owner]
-        count = len(at)
-        if fixed:  # more positions than there are, whose results nobody wants
-            extra = -count % _FIXED_POSITIONS
-            at = np.concatenate([at, np.zeros(extra, dtype=np.int64)])
-            places = np.concatenate([places, np.full(extra, self._state.nowhere)])
-        device, size = self.model.device, len(at)
-        if alike:
-            feedback = sequences[0].feedback
-            with_entropy = any(s.settings.trace or s.settings.policy == "entropy_bounded" for s in sequences)
-
-            def run(integers: Tensor) -> Tensor:
-                hidden = self._forward.run(integers, shape).flatten(0, 1)
-                at, places = integers[-2 * size : -size], integers[-size:]
-                return self._predictor.greedy(hidden, at, places, feedback, with_entropy)
-
-            everything = np.concatenate([numbers, at, places])
-            if fixed:
-                rehearsal = np.concatenate([numbers, at, np.full(size, self._state.nowhere)])
-                found = self._replays((shape, size, feedback, with_entropy), everything, rehearsal, run).clone()
+        self, order: Many[list[int]], ready: Many[Sequence], passes: Many[Pass], works: Many[Work], reached: Reached
+    ) -> NDArray[np.float32]:
+        """(3, N) tokens, confidence, entropy of the reached positions: one forward per group, then head and reduction
+        for all of them, or both in one where the pass is captured. One copy from the device in the end."""
+        places = reached.places(self._state.reach)
+        first = reached.sequences[0] if reached.sequences else None
+        alike = all(s.greedy and s.feedback == first.feedback for s in reached.sequences if first)
+        feedback = first.feedback if first else None
+        with_entropy = any(s.settings.trace or s.settings.policy == "entropy_bounded" for s in reached.sequences)
+        fixed = self.fixed_shapes and alike and all(w.slot is not None for w in works)
+        fixed &= all(len(w.ids) <= _FIXED_QUERIES for w, p in zip(works, passes, strict=True) if p.kind == "denoise")
+        guided = any(s.settings.cfg_scale for s in reached.sequences)
+        hidden: list[Tensor] = []
+        bare: list[Tensor] = []
+        found: list[Tensor] = []
+        done = done_positions = 0  # of what is reached
+        for group in order:
+            begun = time.perf_counter()
+            rows = [row for row, i in enumerate(group) if passes[i].kind == "denoise"]
+            group_works = [works[i] for i in group]
+            ends = reached.ends[done : done + len(rows)]
+            mine = slice(done_positions, int(ends[-1]) if len(ends) else done_positions)
+            if mine.stop == mine.start:  # prefills and stores, or passes that commit nothing (compat_passes)
+                self._forward.hidden(group_works)
             else:
-                found = run(torch.from_numpy(everything).to(device))
-        else:
-            hidden = self._forward.run(torch.from_numpy(numbers).to(device), shape).flatten(0, 1)
-            bare = None
-            if any(s.settings.cfg_scale for s in sequences):
-                unprompted = [_without_prompt(s, w) for (s, _), w in zip(group, works, strict=True)]
-                bare = self._forward.hidden(unprompted).flatten(0, 1)
-            index = torch.from_numpy(np.stack([at, places])).to(device)
-            found = self._predictor.mixed(reached, hidden, index[0], index[1], bare)
-        return found[:, :count]
+                numbers, shape = self._forward.pack(group_works, fixed)
+                bases = [row * shape.queries - works[group[row]].start for row in rows]
+                at = reached.positions[mine] + np.array(bases)[reached.owner[mine] - done]
+                if fixed:
+                    found.append(self._replay(numbers, shape, at, places[mine], feedback, with_entropy))
+                else:
+                    hidden.append(self._rows(self._forward.run(self._upload(numbers), shape), at))
+                if guided:
+                    unprompted = [_without_prompt(ready[i], works[i]) for i in group]
+                    bare.append(self._rows(self._forward.hidden(unprompted), at))
+            done, done_positions = done + len(rows), mine.stop
+            kinds = [passes[i].kind for i in group]
+            self.statistics.add(max(set(kinds), key=kinds.count), len(group), time.perf_counter() - begun)
+        if not hidden and not found:
+            return np.zeros((3, 0), dtype=np.float32)
+        begun = time.perf_counter()
+        if hidden and alike:
+            found = [self._predictor.greedy(torch.cat(hidden), self._upload(places), feedback, with_entropy)]
+        elif hidden:
+            rest = torch.cat(bare) if guided else None
+            found = [self._predictor.mixed(reached, torch.cat(hidden), self._upload(places), rest)]
+        result: NDArray[np.float32] = torch.cat(found, 1).cpu().numpy()
+        self.statistics.spend("choose", time.perf_counter() - begun)
+        return result
+
+    def _replay(
+        self,
+        numbers: NDArray[np.int64],
+        shape: Shape,
+        at: NDArray[np.int64],
+        places: NDArray[np.int64],
+        feedback: Feedback | None,
+        with_entropy: bool,
+    ) -> Tensor:
+        """A whole pass of fixed shape, head and reduction included: more positions than there are, whose results nobody
+        wants."""
+        count, extra = len(at), -len(at) % _FIXED_POSITIONS
+        size, nowhere = count + extra, self._state.nowhere
+        at = np.concatenate([at, np.zeros(extra, dtype=np.int64)])
+
+        def run(integers: Tensor) -> Tensor:
+            hidden = self._forward.run(integers, shape).flatten(0, 1).index_select(0, integers[-2 * size : -size])
+            return self._predictor.greedy(hidden, integers[-size:], feedback, with_entropy)
+
+        everything = np.concatenate([numbers, at, places, np.full(extra, nowhere)])
+        rehearsal = np.concatenate([numbers, at, np.full(size, nowhere)])
+        found = self._replays((shape, size, feedback, with_entropy), everything, rehearsal, run)
+        return found[:, :count].clone()
+
+    def _rows(self, hidden: Tensor, at: NDArray[np.int64]) -> Tensor:
+        return hidden.flatten(0, 1).index_select(0, self._upload(at))
+
+    def _upload(self, integers: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(integers).to(self.model.device)
 
     def _passed(self, s: Sequence, p: Pass) -> None:
         """What a pass has left in the cache."""
@@ -295,14 +309,9 @@ class Engine:
         return found
 
     # -- what a pass changes
-    def _apply(self, launched: Many[_Launched]) -> None:
-        reached = launched[0].reached
-        if len(launched) > 1:
-            reached = Reached.of([s for launch in launched for s in launch.reached.sequences])
-        alpha = np.concatenate([launch.alpha for launch in launched])
-        found = [launch.found for launch in launched if launch.found is not None]
-        # The step's only copy from the device: policies and canvases live on the host.
-        predictions = torch.cat(found, 1).cpu().numpy() if found else np.zeros((3, 0), dtype=np.float32)
+    def _apply(
+        self, reached: Reached, predictions: NDArray[np.float32], alpha: NDArray[np.float32]
+    ) -> None:
         tokens, confidence, entropy = predictions[0].astype(np.int64), predictions[1], predictions[2]
         commit = select(self.model, reached, confidence, entropy)
         end = 0

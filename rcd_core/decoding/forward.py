@@ -121,12 +121,12 @@ class Forward:
         fed = any(w.residual for w in works)
         if fed:
             assert self.state is not None
-            residual.fill(self.state.nothing)
-            for row, w in enumerate(works):
-                if w.residual is not None:
-                    state, first, end = w.residual
-                    at = np.flatnonzero(w.ids[first - w.start : end - w.start] == self.model.mask_token_id)
-                    residual[row, at + (first - w.start)] = state * self.state.reach + at
+            states = np.zeros((3, num_rows), dtype=np.int64)
+            states[:, : len(works)] = np.array([w.residual or (0, 0, 0) for w in works]).T
+            owner, first, end = states[:, :, None]
+            inside = (ids == self.model.mask_token_id) & (positions >= first) & (positions < end) & real
+            places = owner * self.state.reach - first + positions
+            np.copyto(residual, np.where(inside, places, self.state.nothing))
         one_block = True
         if self._block_causal:
             one_block = bool((start // block_length == (start + length - 1) // block_length)[: len(works)].all())

@@ -32,17 +32,23 @@ Positions = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Reached:
-    """The masked positions that a pass predicts: absolute positions (N,), request by request, and whose they are."""
+    """The masked positions that a step predicts: absolute positions (N,), request by request, whose they are (N,), and
+    where each request's end (one number per request)."""
 
     sequences: list[Sequence]
     positions: Positions
     owner: Positions
+    ends: Positions
 
     @classmethod
     def of(cls, sequences: list[Sequence]) -> Reached:
         counts = [len(s.open) for s in sequences]
         positions = np.concatenate([np.zeros(0, dtype=np.int64), *(s.open for s in sequences)])
-        return cls(sequences, positions, np.repeat(np.arange(len(sequences)), counts))
+        return cls(sequences, positions, np.repeat(np.arange(len(sequences)), counts), np.cumsum(counts))
+
+    def places(self, reach: int) -> Positions:
+        """(N,) in the residual state, of which each slot has `reach` places."""
+        return self.positions + np.array([s.slot * reach - s.block[0] for s in self.sequences], np.int64)[self.owner]
 
     def per_request(self, value: Callable[[Sequence], float]) -> NDArray[np.float64]:
         """(N,) a property of each position's request."""
@@ -57,32 +63,30 @@ class Predictor:
         self.table = Table(model.embedding.weight)
         self.tile = max(1, TILE_BYTES // (4 * model.vocab_size))
 
-    def greedy(
-        self, hidden: Tensor, at: Tensor, places: Tensor, feedback: Feedback | None, with_entropy: bool
-    ) -> Tensor:
+    def greedy(self, hidden: Tensor, places: Tensor, feedback: Feedback | None, with_entropy: bool) -> Tensor:
         """(3, N) fp32: tokens, confidence, entropy, for requests that all decode greedily and feed back alike.
 
-        hidden (M, D); at (N,) which of them; places (N,) in the residual state. No host synchronisation.
+        hidden (N, D) at the masked positions; places (N,) in the residual state. No host synchronisation.
         """
-        found = []
-        for rows, out in zip(torch.split(at, self.tile), torch.split(places, self.tile), strict=True):
-            logits = self.model.head(hidden.index_select(0, rows)).float()
-            found.append(self._reduced(logits, out, feedback, with_entropy))
+        found = [
+            self._reduced(self.model.head(rows).float(), out, feedback, with_entropy)
+            for rows, out in zip(torch.split(hidden, self.tile), torch.split(places, self.tile), strict=True)
+        ]
         return found[0] if len(found) == 1 else torch.cat(found, 1)
 
-    def mixed(self, reached: Reached, hidden: Tensor, at: Tensor, places: Tensor, bare: Tensor | None) -> Tensor:
-        """The same for requests of all kinds; bare (M, D): the pass without the prompt, for guidance."""
+    def mixed(self, reached: Reached, hidden: Tensor, places: Tensor, bare: Tensor | None) -> Tensor:
+        """The same for requests of all kinds; bare (N, D): the pass without the prompt, for guidance."""
         columns, device = _sampling_columns(self.model, reached), hidden.device
         guidance = torch.from_numpy(reached.per_request(lambda s: s.settings.cfg_scale)).float().to(device)
         special = SpecialTokens(self.model.mask_token_id, self.model.info.eos_token_ids, self.model.info.end_token_ids)
-        found = torch.empty(3, len(at), device=device)
+        found = torch.empty(3, len(hidden), device=device)
         kinds = [s.feedback for s in reached.sequences]
         for kind in dict.fromkeys(kinds):
             mine = np.flatnonzero(np.array([k == kind for k in kinds])[reached.owner])
             for rows in torch.split(torch.from_numpy(mine).to(device), self.tile):
-                logits = self.model.head(hidden[at[rows]]).float()
+                logits = self.model.head(hidden[rows]).float()
                 if bare is not None:
-                    scale, plain = guidance[rows, None], self.model.head(bare[at[rows]]).float()
+                    scale, plain = guidance[rows, None], self.model.head(bare[rows]).float()
                     # Scale 0 is no guidance: (0 + 1) * (z - u) + u would differ from z by rounding.
                     logits = torch.where(scale > 0, plain + (scale + 1) * (logits - plain), logits)
                 tokens, confidence = choose_tokens(

@@ -12,7 +12,7 @@ class Statistics:
     """Since the engine was made.
 
     passes, rows, seconds by kind of batched pass, "reference" too; one with rows of several kinds counts as the most
-    frequent. On a GPU a step's passes are queued one after another: the time waited for all is the last one's.
+    frequent. seconds "choose": head and reduction of all passes of a step, and on a GPU the wait for them.
     Saved passes, of single requests: reused_prefills and reused_tokens, prompt blocks found in the cache;
     merged_stores, finished blocks that were stored along with the next one's first pass.
     requests, tokens (up to the end of each answer), forwards (passes of each request by kind): of what is finished.
@@ -31,6 +31,9 @@ class Statistics:
     def add(self, kind: str, rows: int, seconds: float) -> None:
         self.passes[kind] = self.passes.get(kind, 0) + 1
         self.rows[kind] = self.rows.get(kind, 0) + rows
+        self.spend(kind, seconds)
+
+    def spend(self, kind: str, seconds: float) -> None:
         self.seconds[kind] = self.seconds.get(kind, 0.0) + seconds
 
     def finished(self, generation: Generation) -> None:
