@@ -213,7 +213,7 @@ class Engine:
         first = reached.sequences[0] if reached.sequences else None
         alike = all(s.greedy and s.feedback == first.feedback for s in reached.sequences if first)
         feedback = first.feedback if first else None
-        with_entropy = any(s.settings.trace or s.settings.policy == "entropy_bounded" for s in reached.sequences)
+        with_entropy = any(s.looks_at_entropy for s in reached.sequences)
         fixed = self.fixed_shapes and alike and all(w.slot is not None for w in works)
         fixed &= all(len(w.ids) <= _FIXED_QUERIES for w, p in zip(works, passes, strict=True) if p.kind == "denoise")
         guided = any(s.settings.cfg_scale for s in reached.sequences)
@@ -303,7 +303,7 @@ class Engine:
         """(N,) alpha in the input of the coming pass; zeros where nobody asks."""
         found = np.zeros(len(reached.positions), dtype=np.float32)
         for i, s in enumerate(reached.sequences):
-            if s.settings.trace and s.fed:
+            if s.fed and s.settings.trace:
                 places = s.slot * self._state.reach + s.open - s.block[0]
                 found[reached.owner == i] = self._state.alpha[torch.from_numpy(places)].cpu().numpy()
         return found

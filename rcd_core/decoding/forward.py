@@ -110,14 +110,21 @@ class Forward:
         start, length, keys, block_length, slot = rows
         width = int(length.max())
         columns = np.arange(width)
-        real = columns < length[:, None]
         tokens = np.empty((_PER_TOKEN, num_rows, width), dtype=np.int64)
         ids, positions, written, residual = tokens
-        ids.fill(self.model.info.pad_token_id)
-        ids[real] = np.concatenate([w.ids for w in works])
-        np.maximum(np.minimum(start[:, None] + columns, (start + length - 1)[:, None]), 0, out=positions)
-        # Keys and values of padding go into the slot's bin.
-        np.add(np.where(real, positions, self.max_length), slot[:, None] * (self.max_length + 1), out=written)
+        np.add(start[:, None], columns, out=positions)
+        given = np.concatenate([w.ids for w in works])
+        real: NDArray[np.bool_] | bool = True
+        if len(given) == ids.size:
+            ids.ravel()[:] = given
+            np.add(positions, slot[:, None] * (self.max_length + 1), out=written)
+        else:
+            real = columns < length[:, None]
+            ids.fill(self.model.info.pad_token_id)
+            ids[real] = given
+            np.maximum(np.minimum(positions, (start + length - 1)[:, None]), 0, out=positions)
+            # Keys and values of padding go into the slot's bin.
+            np.add(np.where(real, positions, self.max_length), slot[:, None] * (self.max_length + 1), out=written)
         fed = any(w.residual for w in works)
         if fed:
             assert self.state is not None

@@ -68,11 +68,11 @@ class Predictor:
 
         hidden (N, D) at the masked positions; places (N,) in the residual state. No host synchronisation.
         """
-        found = [
-            self._reduced(self.model.head(rows).float(), out, feedback, with_entropy)
-            for rows, out in zip(torch.split(hidden, self.tile), torch.split(places, self.tile), strict=True)
-        ]
-        return found[0] if len(found) == 1 else torch.cat(found, 1)
+        if len(hidden) <= self.tile:
+            return self._reduced(self.model.head(hidden).float(), places, feedback, with_entropy)
+        tiles = zip(torch.split(hidden, self.tile), torch.split(places, self.tile), strict=True)
+        found = [self._reduced(self.model.head(h).float(), out, feedback, with_entropy) for h, out in tiles]
+        return torch.cat(found, 1)
 
     def mixed(self, reached: Reached, hidden: Tensor, places: Tensor, bare: Tensor | None) -> Tensor:
         """The same for requests of all kinds; bare (N, D): the pass without the prompt, for guidance."""
@@ -141,7 +141,8 @@ def select(
     """(N,) which positions are committed: of each request's block, by its own policy."""
     sequences, owner = reached.sequences, reached.owner
     starts, ends = np.array([s.block for s in sequences]).T
-    inside = slice(None) if not any(s.scope_end > s.block[1] for s in sequences) else reached.positions < ends[owner]
+    wide = any(s.wide for s in sequences)
+    inside = reached.positions < ends[owner] if wide else slice(None)
     num_columns = int((ends - starts).max())
     at = (owner * num_columns + reached.positions - starts[owner])[inside]  # in the grids below, laid end to end
     shape = (len(sequences), num_columns)
@@ -156,9 +157,9 @@ def select(
     if "random" in kinds:
         places = zip(owner.tolist(), reached.positions.tolist(), strict=True)
         grids[2].ravel()[at] = np.array([_lot(sequences[i], p) for i, p in places])[inside]
-    quota, threshold, bound = np.array(
-        [(s.quota(), s.settings.confidence_threshold, s.settings.entropy_bound or 0.0) for s in sequences]
-    ).T
+    quota = np.array([s.quota() for s in sequences])
+    threshold = np.array([s.settings.confidence_threshold for s in sequences])
+    bound = np.array([s.settings.entropy_bound or 0.0 for s in sequences])
     chosen = np.zeros(shape, dtype=bool)
     for policy in kinds:
         mine = slice(None) if len(kinds) == 1 else np.array([p == policy for p in policies])
@@ -167,7 +168,7 @@ def select(
             grids[0, mine],
             grids[1, mine],
             grids[2, mine],
-            quota[mine].astype(np.int64),
+            quota[mine],
             threshold[mine],
             bound[mine],
             model.threshold_inclusive,

@@ -114,10 +114,14 @@ class Sequence:
     open: NDArray[np.int64] = field(init=False)  # masked positions from the block's start to scope_end
     feedback: Feedback | None = field(init=False)  # how its own predictions become residuals
     greedy: bool = field(init=False)
+    looks_at_entropy: bool = field(init=False)
+    wide: bool = field(init=False)  # its residuals reach beyond the block
 
     def __post_init__(self) -> None:
         self.wanted = self.canvas == self.model.mask_token_id
         self.feedback, self.greedy = feedback_of(self.settings), is_greedy(self.settings)
+        self.looks_at_entropy = self.settings.trace or self.settings.policy == "entropy_bounded"
+        self.wide = self.settings.residual and self.settings.residual_scope == "all_masked"
         self._open()
 
     def _open(self) -> None:
@@ -132,15 +136,13 @@ class Sequence:
     @property
     def scope_end(self) -> int:
         """Residuals and predictions reach to here: the block's end, or the canvas' for scope all_masked."""
-        wide = self.settings.residual and self.settings.residual_scope == "all_masked"
-        return len(self.canvas) if wide else self.block[1]
+        return len(self.canvas) if self.wide else self.block[1]
 
     @property
     def widest_scope(self) -> int:
         """Positions that the residual state has to hold at most."""
         first = self.blocks[0][0]
-        wide = self.settings.residual_scope == "all_masked"
-        return len(self.canvas) - first if wide else max(end - start for start, end in self.blocks)
+        return len(self.canvas) - first if self.wide else max(end - start for start, end in self.blocks)
 
     def masked_positions(self) -> NDArray[np.int64]:
         """Of the block."""

@@ -75,7 +75,7 @@ def _plain(z: Tensor, mask_token_id: int, with_entropy: bool) -> Reduced:
 
 def _best(logp: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
     """The token beside the mask with the largest log-probability, and its probability. The mask's column is lost."""
-    logp[:, mask_token_id] = float("-inf")
+    logp.select(1, mask_token_id).fill_(float("-inf"))
     best, tokens = logp.max(-1)
     return tokens, best.exp()
 

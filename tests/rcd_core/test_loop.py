@@ -90,26 +90,27 @@ def test_accumulation_changes_rounding_only(examples: str) -> None:
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
 
 
-def _worker(rank: int, examples: str, port: int, out: str) -> None:
+def _worker(rank: int, world: int, examples: str, port: int, out: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
     model, _ = run(examples)
     if rank == 0:
         torch.save(model.state_dict(), out)
     torch.distributed.destroy_process_group()
 
 
-def test_two_workers_train_the_same_model(examples: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("world", [2, 4])
+def test_any_number_of_workers_trains_the_same_model(world: int, examples: str, tmp_path: Path) -> None:
     import socket
 
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(_worker, (examples, port, str(tmp_path / "two.pt")), nprocs=2)
-    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    mp.spawn(_worker, (world, examples, port, str(tmp_path / "several.pt")), nprocs=world)
+    several = torch.load(tmp_path / "several.pt", weights_only=True)
     one, _ = run(examples)
     for name, tensor in one.state_dict().items():
-        torch.testing.assert_close(two[name], tensor, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(several[name], tensor, atol=2e-5, rtol=1e-4)
 
 
 class Cached:

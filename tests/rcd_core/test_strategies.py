@@ -119,6 +119,19 @@ def test_packing_and_recomputation_change_rounding_only(examples: str, alone: di
         close(run(examples, settings(**changes))[0], alone)
 
 
+def test_low_precision_passes_train_nearly_the_same(
+    examples: str, alone: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """bf16 passes over fp32 weights: what training changes is the same to a few hundredths of it."""
+    start = load_model(GOLDEN / "sdar_tiny").backbone.state_dict()
+    changed = torch.cat([(alone[n] - start[n]).flatten() for n in alone])
+    low = settings(dtype="bfloat16")
+    for found in (run(examples, low)[0], launch(tmp_path / "low", examples, replace(low, strategy="fsdp2"))):
+        assert all(w.dtype == torch.float32 for w in found.values())
+        off = torch.cat([(found[n] - alone[n]).flatten() for n in alone])
+        assert 0 < off.norm() < 0.3 * changed.norm()
+
+
 def test_fsdp2_trains_what_one_process_trains_and_resumes_exactly(
     examples: str, alone: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
