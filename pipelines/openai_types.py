@@ -143,7 +143,11 @@ def _choices(
 @dataclass(frozen=True, kw_only=True)
 class DecodeRequest:
     """One prompt (text or token ids) or conversation to decode. fixed_length: the user asked for max_new_tokens;
-    otherwise it is the server's default, and gives way where the model has fewer positions left."""
+    otherwise it is the server's default, and gives way where the model has fewer positions left.
+
+    committed, told: a request that goes on after its replica was lost: the new token ids of finished blocks, and how
+    many characters of text were sent of them.
+    """
 
     prompt: str | list[int] | None
     messages: list[dict[str, str]] | None
@@ -151,6 +155,42 @@ class DecodeRequest:
     settings: DecodeSettings
     fixed_length: bool
     stop: tuple[str, ...]
+    committed: tuple[int, ...] = ()
+    told: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextDelta:
+    """Text that can no longer change, and the token ids that became final with it (some of their text may be held back:
+    half a character, the beginning of a stop string)."""
+
+    text: str
+    token_ids: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceStep:
+    """One denoising pass, a decoding.Step as a mapping; only where settings.trace asks for it."""
+
+    step: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """The last event. result.text is the whole text: all deltas together, those before `told` included."""
+
+    result: DecodeResult
+
+
+DecodeEvent = TextDelta | TraceStep | Finished
+
+
+class Overloaded(Exception):
+    """The queue is full; worth another try in a while."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__(f"the queue is full; try again in {retry_after_s:g} s")
+        self.retry_after_s = retry_after_s
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,10 +90,13 @@ def test_accumulation_changes_rounding_only(examples: str) -> None:
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
 
 
+EIGHT = TrainSettings(**{**vars(SETTINGS), "batch_size": 8})  # divides among two and four workers
+
+
 def _worker(rank: int, world: int, examples: str, port: int, out: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
-    model, _ = run(examples)
+    model, _ = run(examples, settings=EIGHT)
     if rank == 0:
         torch.save(model.state_dict(), out)
     torch.distributed.destroy_process_group()
@@ -108,7 +111,7 @@ def test_any_number_of_workers_trains_the_same_model(world: int, examples: str, 
         port = s.getsockname()[1]
     mp.spawn(_worker, (world, examples, port, str(tmp_path / "several.pt")), nprocs=world)
     several = torch.load(tmp_path / "several.pt", weights_only=True)
-    one, _ = run(examples)
+    one, _ = run(examples, settings=EIGHT)
     for name, tensor in one.state_dict().items():
         torch.testing.assert_close(several[name], tensor, atol=2e-5, rtol=1e-4)
 
