@@ -2,39 +2,32 @@
 
 One step = starts of new blocks, then one pass per request, batched by kind and length. Requests join and leave between
 passes; each is retired as soon as it is done, and what else runs changes no result. Residuals (Algorithm 2 of arXiv
-2601.22954v2) are state of the request, set after each pass from the predictions at the positions that stay masked.
+2601.22954v2) are state of the request, set by each pass from its predictions.
 
-Shapes: N masked positions, D width.
+Shapes: N masked positions.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence as Many
 from concurrent.futures import FIRST_COMPLETED, wait
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from rcd_core.decoding.cache import Slots
 from rcd_core.decoding.feedback import temperatures
-from rcd_core.decoding.forward import Forward, Shape, Work, groups
-from rcd_core.decoding.prediction import Predictor, Reached, dirichlet, select
+from rcd_core.decoding.forward import Work, groups
+from rcd_core.decoding.passes import Passes
+from rcd_core.decoding.prediction import Reached, dirichlet, select
 from rcd_core.decoding.reference import AsyncReference, Reference, WarmStart
-from rcd_core.decoding.replays import Replays
 from rcd_core.decoding.sequence import Pass, Sequence, Step
-from rcd_core.decoding.state import ResidualState
 from rcd_core.decoding.statistics import Statistics
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
-from rcd_core.kernels.reduce import Feedback
 from rcd_core.signals import ReferenceSignals, Signals, residual_state
-
-_FIXED_QUERIES = 256  # tokens of a row up to which passes have fixed shapes: blocks, not prompts
-_FIXED_POSITIONS = 64  # their masked positions are rounded up to a multiple of so many
 
 
 class QueueFull(RuntimeError):
@@ -70,11 +63,9 @@ class Engine:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.statistics = Statistics()
-        self.fixed_shapes = model.device.type == "cuda" if fixed_shapes is None else fixed_shapes
-        self._state = ResidualState(max_batch, model.embedding.weight.shape[1], model.dtype, model.device)
-        self._forward = Forward(model, max_batch, max_length, self._state)
-        self._predictor = Predictor(model, self._state)
-        self._replays = Replays(model.device)
+        fixed = model.device.type == "cuda" if fixed_shapes is None else fixed_shapes
+        self._passes = Passes(model, max_batch, max_length, fixed, self.statistics)
+        self._state = self._passes.state
         self._slots = Slots(max_batch)
 
     def add(self, sequence: Sequence) -> None:
@@ -110,10 +101,10 @@ class Engine:
         ready = [s for s in self.running if s.awaited is None]
         passes = [s.next_pass(self.prefill_chunk) for s in ready]
         works = [_work(s, p) for s, p in zip(ready, passes, strict=True)]
-        order = groups(works, self._forward.pass_tokens)
+        order = groups(works, self._passes.forward.pass_tokens)
         reached = Reached.of([ready[i] for group in order for i in group if passes[i].kind == "denoise"])
-        alpha = self._traced_alpha(reached)
-        found = self._predict(order, ready, passes, works, reached)
+        alpha = self._passes.traced_alpha(reached)
+        found = self._passes.run(order, ready, passes, works, reached)
         for s, p in zip(ready, passes, strict=True):
             self._passed(s, p)
         if reached.sequences:
@@ -131,10 +122,10 @@ class Engine:
         assert s.settings.block_length is not None
         s.slot, source, reused = self._slots.take(s.canvas, s.settings.block_length, s.block[0] if shared else 0)
         if reused and source != s.slot:
-            self._forward.cache.copy(source, s.slot, reused)
+            self._passes.forward.cache.copy(source, s.slot, reused)
         s.stored = reused
         if s.settings.residual and self._state.reserve(max(s.settings.block_length, s.widest_scope)):
-            self._replays.clear()
+            self._passes.replays.clear()
         self.statistics.reused_tokens += reused
         chunks = [-(-n // max(1, self.prefill_chunk)) for n in (s.block[0], s.block[0] - reused)]
         self.statistics.reused_prefills += chunks[0] - chunks[1]
@@ -203,88 +194,7 @@ class Engine:
         self._state.write(torch.from_numpy(places).to(self.model.device), alpha, delta)
         s.fed = True
 
-    # -- the passes of a step
-    def _predict(
-        self, order: Many[list[int]], ready: Many[Sequence], passes: Many[Pass], works: Many[Work], reached: Reached
-    ) -> NDArray[np.float32]:
-        """(3, N) tokens, confidence, entropy of the reached positions: one forward per group, then head and reduction
-        for all of them, or both in one where the pass is captured. One copy from the device in the end."""
-        places = reached.places(self._state.reach)
-        first = reached.sequences[0] if reached.sequences else None
-        alike = all(s.greedy and s.feedback == first.feedback for s in reached.sequences if first)
-        feedback = first.feedback if first else None
-        with_entropy = any(s.looks_at_entropy for s in reached.sequences)
-        fixed = self.fixed_shapes and alike and all(w.slot is not None for w in works)
-        fixed &= all(len(w.ids) <= _FIXED_QUERIES for w, p in zip(works, passes, strict=True) if p.kind == "denoise")
-        guided = any(s.settings.cfg_scale for s in reached.sequences)
-        hidden: list[Tensor] = []
-        bare: list[Tensor] = []
-        found: list[Tensor] = []
-        done = done_positions = 0  # of what is reached
-        for group in order:
-            begun = time.perf_counter()
-            rows = [row for row, i in enumerate(group) if passes[i].kind == "denoise"]
-            group_works = [works[i] for i in group]
-            ends = reached.ends[done : done + len(rows)]
-            mine = slice(done_positions, int(ends[-1]) if len(ends) else done_positions)
-            if mine.stop == mine.start:  # prefills and stores, or passes that commit nothing (compat_passes)
-                self._forward.hidden(group_works)
-            else:
-                numbers, shape = self._forward.pack(group_works, fixed)
-                bases = [row * shape.queries - works[group[row]].start for row in rows]
-                at = reached.positions[mine] + np.array(bases)[reached.owner[mine] - done]
-                if fixed:
-                    found.append(self._replay(numbers, shape, at, places[mine], feedback, with_entropy))
-                else:
-                    hidden.append(self._rows(self._forward.run(self._upload(numbers), shape), at))
-                if guided:
-                    unprompted = [_without_prompt(ready[i], works[i]) for i in group]
-                    bare.append(self._rows(self._forward.hidden(unprompted), at))
-            done, done_positions = done + len(rows), mine.stop
-            kinds = [passes[i].kind for i in group]
-            self.statistics.add(max(set(kinds), key=kinds.count), len(group), time.perf_counter() - begun)
-        if not hidden and not found:
-            return np.zeros((3, 0), dtype=np.float32)
-        begun = time.perf_counter()
-        if hidden and alike:
-            found = [self._predictor.greedy(torch.cat(hidden), self._upload(places), feedback, with_entropy)]
-        elif hidden:
-            rest = torch.cat(bare) if guided else None
-            found = [self._predictor.mixed(reached, torch.cat(hidden), self._upload(places), rest)]
-        result: NDArray[np.float32] = torch.cat(found, 1).cpu().numpy()
-        self.statistics.spend("choose", time.perf_counter() - begun)
-        return result
-
-    def _replay(
-        self,
-        numbers: NDArray[np.int64],
-        shape: Shape,
-        at: NDArray[np.int64],
-        places: NDArray[np.int64],
-        feedback: Feedback | None,
-        with_entropy: bool,
-    ) -> Tensor:
-        """A whole pass of fixed shape, head and reduction included: more positions than there are, whose results nobody
-        wants."""
-        count, extra = len(at), -len(at) % _FIXED_POSITIONS
-        size, nowhere = count + extra, self._state.nowhere
-        at = np.concatenate([at, np.zeros(extra, dtype=np.int64)])
-
-        def run(integers: Tensor) -> Tensor:
-            hidden = self._forward.run(integers, shape).flatten(0, 1).index_select(0, integers[-2 * size : -size])
-            return self._predictor.greedy(hidden, integers[-size:], feedback, with_entropy)
-
-        everything = np.concatenate([numbers, at, places, np.full(extra, nowhere)])
-        rehearsal = np.concatenate([numbers, at, np.full(size, nowhere)])
-        found = self._replays((shape, size, feedback, with_entropy), everything, rehearsal, run)
-        return found[:, :count].clone()
-
-    def _rows(self, hidden: Tensor, at: NDArray[np.int64]) -> Tensor:
-        return hidden.flatten(0, 1).index_select(0, self._upload(at))
-
-    def _upload(self, integers: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(integers).to(self.model.device)
-
+    # -- what a pass changes
     def _passed(self, s: Sequence, p: Pass) -> None:
         """What a pass has left in the cache."""
         setattr(s.forwards, p.kind, getattr(s.forwards, p.kind) + 1)
@@ -299,16 +209,6 @@ class Engine:
         if exact:
             self._slots.held[s.slot].stored = s.stored
 
-    def _traced_alpha(self, reached: Reached) -> NDArray[np.float32]:
-        """(N,) alpha in the input of the coming pass; zeros where nobody asks."""
-        found = np.zeros(len(reached.positions), dtype=np.float32)
-        for i, s in enumerate(reached.sequences):
-            if s.fed and s.settings.trace:
-                places = s.slot * self._state.reach + s.open - s.block[0]
-                found[reached.owner == i] = self._state.alpha[torch.from_numpy(places)].cpu().numpy()
-        return found
-
-    # -- what a pass changes
     def _apply(
         self, reached: Reached, predictions: NDArray[np.float32], alpha: NDArray[np.float32]
     ) -> None:
@@ -342,13 +242,6 @@ def _work(s: Sequence, p: Pass) -> Work:
     residual = (s.slot, s.block[0], s.scope_end) if p.kind == "denoise" and s.fed else None
     slot = s.slot if p.cached else None
     return Work(s.canvas[p.start : p.end], p.start, p.num_keys, s.settings.block_length, slot, residual)
-
-
-def _without_prompt(s: Sequence, work: Work) -> Work:
-    """The unconditional row of classifier-free guidance: masks in place of the prompt."""
-    ids = work.ids.copy()
-    ids[: max(0, s.num_prompt - work.start)] = s.model.mask_token_id
-    return Work(ids, work.start, work.num_keys, work.block_length, work.slot, work.residual)
 
 
 def _step(

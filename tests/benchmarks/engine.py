@@ -108,13 +108,13 @@ def record_passes(engine: Engine) -> list[tuple[torch.Tensor, Shape]]:
     """Notes what the device is asked for in each pass, so that the bare forwards can be run again without the
     engine."""
     calls: list[tuple[torch.Tensor, Shape]] = []
-    inner = engine._forward.run
+    inner = engine._passes.forward.run
 
     def run(numbers: torch.Tensor, shape: Shape) -> torch.Tensor:
         calls.append((numbers.clone(), replace(shape, fed=False)))
         return inner(numbers, shape)
 
-    engine._forward.run = run  # type: ignore[method-assign]
+    engine._passes.forward.run = run  # type: ignore[method-assign]
     return calls
 
 
@@ -309,10 +309,10 @@ def transient(batch: int, block_length: int, vocab: int, top_k: int | None) -> d
     for q in sequences:
         engine.add(q)
     with torch.inference_mode():
-        for tensor in (*engine._forward.cache.keys, *engine._forward.cache.values):
+        for tensor in (*engine._passes.forward.cache.keys, *engine._passes.forward.cache.values):
             tensor.fill_(0)  # so that its pages are there before the peak is measured
-        engine._state.reserve(block_length)
-        engine._state.delta.fill_(0)
+        engine._passes.state.reserve(block_length)
+        engine._passes.state.delta.fill_(0)
     model.head(torch.zeros(1, model.config.hidden_size))  # and the linear library's own
     _reset_peak(model.device)
     before = _peak_bytes(model.device)

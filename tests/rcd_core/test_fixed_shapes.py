@@ -71,7 +71,7 @@ RESIDUAL = replace(GREEDY, residual=True, start="zero")
 def test_few_shapes_occur_and_a_rehearsal_changes_nothing(s: DecodeSettings) -> None:
     several = [(list(range(3, 3 + n)), replace(s, max_new_tokens=8 + n)) for n in (4, 9, 17, 22, 27)]
     e = engine("sdar")
-    e._replays = recorded = Recorded()
+    e._passes.replays = recorded = Recorded()
     found = run("sdar", several, e)
     assert len(recorded.keys) > 3 * len(set(recorded.keys)), "passes of one key come again and again"
     for (prompt, settings), out in zip(several, found, strict=True):
@@ -95,8 +95,8 @@ def test_a_pass_never_waits_for_a_value(s: DecodeSettings, monkeypatch: pytest.M
             return super().__call__(key, numbers, rehearsal, run)
 
     e = engine("sdar")
-    e._replays = checked = Checked(torch.device("cpu"))
-    assert e._forward.cache and e._predictor.table.sum is not None, "made once, outside of passes"
+    e._passes.replays = checked = Checked(torch.device("cpu"))
+    assert e._passes.forward.cache and e._passes.predictor.table.sum is not None, "made once, outside of passes"
     out = run("sdar", [([3, 4, 5, 6], s)], e)[0]
     assert checked.checked == out.num_forwards.denoise
 
