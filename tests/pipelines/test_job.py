@@ -155,7 +155,8 @@ def test_killed_in_every_stage_it_ends_with_the_same_artefacts(ray_cluster: str,
     job.finish()
     with torn_down(job):
         for stage in stages[:-1]:
-            assert job.summary(stage) == quiet.summary(stage), stage
+            found, wanted = ({**run.summary(stage), "reference_checkpoint": ""} for run in (job, quiet))
+            assert found == wanted, stage  # but for the place where the run lies
 
 
 def check_signals(job: Job) -> None:
