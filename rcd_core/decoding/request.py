@@ -89,23 +89,20 @@ def make_sequence(
     b = resolved.block_length
     assert b is not None
     origin = 0
-    if infill:
-        canvas = given.copy()
-        if model.blocks_from_prompt_end:
-            origin = int(np.argmax(given == model.mask_token_id))
-    else:
-        if model.blocks_from_prompt_end:
-            origin = len(given)
+    if model.blocks_from_prompt_end:
+        origin = int(np.argmax(given == model.mask_token_id)) if infill else len(given)
+    total = len(given)
+    if not infill:
         total = origin + -(-(len(given) + resolved.max_new_tokens - origin) // b) * b
-        canvas = np.full(total, model.mask_token_id, dtype=np.int64)
-        canvas[: len(given)] = given
-        if committed:
-            canvas[len(given) :][: len(committed)] = committed
-    if len(canvas) > model.max_positions:
+    if total > model.max_positions:
         raise UserError(
-            f"{len(canvas)} positions are needed ({len(given)} given, max_new_tokens {resolved.max_new_tokens}, "
+            f"{total} positions are needed ({len(given)} given, max_new_tokens {resolved.max_new_tokens}, "
             f"rounded up to blocks of {b}); the model has {model.max_positions}"
         )
+    canvas = np.full(total, model.mask_token_id, dtype=np.int64)
+    canvas[: len(given)] = given
+    if committed and not infill:
+        canvas[len(given) :][: len(committed)] = committed
     starts = range(origin, len(canvas), b)
     blocks = [(s, min(s + b, len(canvas))) for s in starts if (canvas[s : s + b] == model.mask_token_id).any()]
     if not blocks:
