@@ -12,6 +12,7 @@ from rcd_core.errors import UserError
 
 # Each module has add_arguments(parser) and run(options) -> exit code.
 COMMANDS = {
+    "chat": ("pipelines.cli_chat", "talk to a served model"),
     "generate": ("pipelines.cli_generate", "generate text with a checkpoint"),
     "runs": ("pipelines.cli_runs", "list runs and the state of their stages"),
     "signals": ("pipelines.cli_signals", "look at reference signals, or plan them"),

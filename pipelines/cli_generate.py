@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, NoReturn
 
@@ -20,7 +20,8 @@ from rich.console import Console
 
 from pipelines.decode_flags import add_decode_flags, add_flag, errors_as_flags, given_settings
 from pipelines.generator import Generator, load_generator
-from pipelines.live_view import live_view, printable
+from pipelines.live_view import live_view
+from pipelines.terminal import INTERRUPTED, ask, print_text, read_stdin, statistics_line, turn
 from rcd_core.attention import BACKENDS
 from rcd_core.decoding.engine import Engine
 from rcd_core.decoding.sequence import Sequence
@@ -30,7 +31,6 @@ from rcd_core.tasks.base import MASK_TEXT
 
 MAX_BATCH = 64
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,7 +107,7 @@ def _inputs(generator: Generator, options: argparse.Namespace) -> list[Sequence]
         except ValueError as error:
             raise UserError(f'--prompt_ids: {error}; give integers, for example "1 2 3"') from error
     else:
-        prompts = [_ids(generator, options, [_turn(text)]) for text in options.prompt or [_read_stdin()]]
+        prompts = [_ids(generator, options, [turn(text)]) for text in options.prompt or [read_stdin()]]
     return [_request(generator, options, ids) for ids in prompts]
 
 
@@ -118,25 +118,11 @@ def _ids(generator: Generator, options: argparse.Namespace, messages: list[dict[
     return generator.converse(messages)
 
 
-def _turn(text: str, role: str = "user") -> dict[str, str]:
-    return {"role": role, "content": text}
-
-
 def _request(generator: Generator, options: argparse.Namespace, ids: list[int]) -> Sequence:
     limit = options.prompt_length
     if limit is not None and len(ids) > limit:
         raise UserError(f"--prompt_length is {limit}, but the prompt has {len(ids)} tokens; shorten it")
     return generator.sequence(ids, options.infill, trace=options.show)
-
-
-def _read_stdin() -> str:
-    try:
-        text = sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise UserError(f"stdin is no valid {error.encoding} text: {error.reason}") from error
-    if not text.strip():
-        raise UserError("--prompt is not given and stdin is empty; give one of them")
-    return text.removesuffix("\n")
 
 
 def _answer(generator: Generator, options: argparse.Namespace, sequences: list[Sequence]) -> int:
@@ -150,14 +136,15 @@ def _answer(generator: Generator, options: argparse.Namespace, sequences: list[S
         complete = _decode(generator, options, batch)
         if not options.json:
             for sequence in batch:
-                _print_text(generator.text(sequence))
+                print_text(generator.text(sequence))
         if not complete:
             break
     report = _report(generator, sequences, time.monotonic() - started)
     if options.json:
         print(json.dumps(report, ensure_ascii=False))
     else:
-        print(_statistics(report), file=sys.stderr)
+        notes = ["interrupted"] * (not complete) + [f"{len(sequences)} prompts"] * (len(sequences) > 1)
+        print(statistics_line(report, *notes), file=sys.stderr)
     return 0 if complete else INTERRUPTED
 
 
@@ -208,11 +195,6 @@ def _interruptible() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _print_text(text: str) -> None:
-    """Escaped for a terminal, on which control characters act; as it is for a file or a pipe."""
-    print(printable(text) if sys.stdout.isatty() else text, flush=True)
-
-
 # -- statistics ------------------------------------------------------------------------------------------------------
 
 
@@ -250,21 +232,6 @@ def _result(generator: Generator, sequence: Sequence) -> dict[str, Any]:
     return result
 
 
-def _statistics(report: dict[str, Any]) -> str:
-    forwards = report["forwards"]
-    kinds = [f"{forwards[kind]} {kind}" for kind in ("prefill", "store", "reference") if forwards[kind]]
-    halted = any(r["finish_reason"] == "interrupted" for r in report["results"])
-    parts = [
-        *(["interrupted"] if halted else []),
-        *([f"{len(report['results'])} prompts"] if len(report["results"]) > 1 else []),
-        f"{report['num_tokens']} tokens in {forwards['denoise']} passes",
-        f"{report['tokens_per_forward']:.2f} tokens per forward",
-        *([f"besides {', '.join(kinds)}"] if kinds else []),
-        f"{report['seconds']:.2f} s",
-    ]
-    return " · ".join(parts)
-
-
 # -- a conversation in the terminal ----------------------------------------------------------------------------------
 
 
@@ -272,12 +239,12 @@ def _chat(generator: Generator, options: argparse.Namespace) -> int:
     """Turn by turn, until the end of input or /exit. A turn that is refused is said and forgotten."""
     print("Ctrl-C stops an answer, /clear forgets the conversation, /exit ends it", file=sys.stderr)
     messages: list[dict[str, str]] = []
-    while (text := _ask()) is not None and text.strip() != "/exit":
+    while (text := ask()) is not None and text.strip() != "/exit":
         if text.strip() == "/clear":
             messages = []
         if not text.strip() or text.strip() == "/clear":
             continue
-        asked = [*messages, _turn(text)]
+        asked = [*messages, turn(text)]
         try:
             sequence = _request(generator, options, _ids(generator, options, asked))
         except UserError as error:
@@ -285,20 +252,5 @@ def _chat(generator: Generator, options: argparse.Namespace) -> int:
             continue
         _answer(generator, options, [sequence])
         answer = generator.text(sequence).replace(MASK_TEXT, "")  # left by a Ctrl-C, and refused in a prompt
-        messages = [*asked, _turn(answer, "assistant")]
+        messages = [*asked, turn(answer, "assistant")]
     return 0
-
-
-def _ask() -> str | None:
-    """The next line, or None at the end of input."""
-    with suppress(ImportError):
-        import readline  # noqa: F401  (gives input() its line editing)
-    prompt = "> "
-    if not sys.stdout.isatty():  # input() would write it there
-        print(prompt, end="", file=sys.stderr, flush=True)
-        prompt = ""
-    try:
-        return input(prompt)
-    except EOFError:
-        print(file=sys.stderr)
-        return None

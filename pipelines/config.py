@@ -117,6 +117,12 @@ class DeploySettings(Section):
     start: Start = "reference"
     decode: DecodeSettings = DecodeSettings()
     baseline: bool = False
+    max_batch: Count = 32
+    max_queue: Annotated[int, Field(ge=0)] = 128
+    max_length: Count | None = None
+    min_replicas: Count = 1
+    max_replicas: Count = 1
+    target_ongoing_requests: Positive | None = None
 
 
 class Resources(Section):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from types import NoneType
@@ -94,20 +94,21 @@ def given_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 @contextmanager
-def errors_as_flags() -> Iterator[None]:
-    """UserErrors about settings, which are named as in Python, leave as UserErrors that name the flags."""
+def errors_as_flags(remedies: Mapping[str, str] = _REMEDIES) -> Iterator[None]:
+    """UserErrors about settings, which are named as in Python, leave as UserErrors that name the flags. remedies: what
+    else to replace."""
     try:
         yield
     except UserError as error:
-        raise UserError(_as_flags(str(error))) from error
+        raise UserError(_as_flags(str(error), remedies)) from error
 
 
-def _as_flags(message: str) -> str:
+def _as_flags(message: str, remedies: Mapping[str, str]) -> str:
     """`start is 'x'; set cache='none'` -> `--start is 'x'; set --cache none`; names of several words anywhere."""
     names = "|".join(sorted(FIELDS, key=len, reverse=True))
     message = re.sub(rf"(?<![\w'-])({names})='?([\w.]+)'?", r"--\1 \2", message)
     message = re.sub(rf"^({names})\b", r"--\1", message)
-    for remedy, flag in _REMEDIES.items():
+    for remedy, flag in remedies.items():
         message = message.replace(remedy, flag)
     several = "|".join(name for name in FIELDS if "_" in name)
     return re.sub(rf"(?<![\w'-])({several})(?![\w'-])", r"--\1", message)

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from pipelines.api_limits import ApiLimits
 from pipelines.openai_api import ServedModel, create_app
-from pipelines.openai_types import DecodeRequest, DecodeResult
+from pipelines.remote_model import RemoteModel
 from rcd_core.decoding.settings import DecodeSettings
 
 
-class RemoteModel:
-    """A Target deployment as the HTTP interface sees it."""
-
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self.handle = handle
-
-    async def decode(self, request: DecodeRequest) -> DecodeResult:
-        return await self.handle.decode.remote(request)
-
-    async def ready(self) -> None:
-        await self.handle.ready.remote()
+def limits_id(limits: ApiLimits) -> str:
+    """Tells limits apart without telling the keys."""
+    known = (limits.timeout_s, limits.max_body_bytes, *sorted(limits.api_keys))
+    return hashlib.sha256(repr(known).encode()).hexdigest()
 
 
 @serve.ingress()
@@ -31,9 +26,13 @@ class Ingress:
     """Answers even while models are loading or restarted. `about` is what /version says."""
 
     def __init__(
-        self, targets: dict[str, DeploymentHandle], defaults: dict[str, DecodeSettings], about: dict[str, Any]
+        self,
+        targets: dict[str, DeploymentHandle],
+        defaults: dict[str, DecodeSettings],
+        about: dict[str, Any],
+        limits: ApiLimits,
     ) -> None:
-        self.about = about
+        self.about, self.limits = about, limits
         created = int(about["created"])
         self.models = {
             name: ServedModel(backend=RemoteModel(handle), defaults=defaults[name], created=created)
@@ -41,8 +40,13 @@ class Ingress:
         }
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self.models, self.about)
+        # Serve's proxy gives every answer its X-Request-Id.
+        return create_app(self.models, self.about, self.limits, name_requests=False)
 
     async def version(self) -> dict[str, Any]:
         """What /version answers, for callers with a handle."""
         return self.about
+
+    async def guard(self) -> str:
+        """limits_id of the limits in force, for callers with a handle."""
+        return limits_id(self.limits)

@@ -61,7 +61,7 @@ def draw(sequence: Sequence, decode: Decode, console: Console) -> Group:
     """The end of the canvas that fits the console, and a line of counters."""
     width, height = console.size
     rows = max(1, height - 3)
-    text = canvas_text(sequence, decode, coloured=_coloured(console), most=rows * width)
+    text = canvas_text(sequence, decode, coloured=is_coloured(console), most=rows * width)
     return Group(*text.wrap(console, width)[-rows:], Text(), _counters(sequence))
 
 
@@ -85,12 +85,17 @@ def canvas_text(sequence: Sequence, decode: Decode, *, coloured: bool, most: int
             continue
         for position in positions:
             token, uncertainty = guesses.get(position, (None, 1.0))
-            guess = _UNKNOWN if token is None else printable(decode([token]), newline="↵") or _UNKNOWN
-            if coloured:
-                text.append(guess, _shade(uncertainty))
-            else:
-                text.append(_BLOCKS[round(uncertainty * (len(_BLOCKS) - 1))] + guess)
+            guess = "" if token is None else printable(decode([token]), newline="↵")
+            append_guess(text, guess, uncertainty, coloured)
     return text
+
+
+def append_guess(text: Text, guess: str, uncertainty: float, coloured: bool) -> None:
+    """A masked token, shaded by its uncertainty in [0, 1]; guess: safe to print, or empty where there is none."""
+    if coloured:
+        text.append(guess or _UNKNOWN, _shade(uncertainty))
+    else:
+        text.append(_BLOCKS[round(uncertainty * (len(_BLOCKS) - 1))] + (guess or _UNKNOWN))
 
 
 def _guesses(sequence: Sequence) -> dict[int, tuple[int, float]]:
@@ -123,5 +128,5 @@ def _counters(sequence: Sequence) -> Text:
     return Text(" · ".join(parts), style="dim", no_wrap=True, overflow="ellipsis")
 
 
-def _coloured(console: Console) -> bool:
+def is_coloured(console: Console) -> bool:
     return console.color_system is not None and not console.no_color

@@ -1,47 +1,54 @@
 """The OpenAI-compatible HTTP interface, free of Ray and of models: `create_app` over anything that can decode.
 
-GET /v1/models, /v1/models/{id}, /health, /ready, /version; POST /v1/completions, /v1/chat/completions.
-Errors have OpenAI's shape: 400 for a bad field, naming it, 404 for an unknown model, 504 after the deadline.
+GET /v1/models, /v1/models/{id}, /health, /ready, /metrics, /version, /openapi.json and the page at /; POST
+/v1/completions, /v1/chat/completions, whole or as server-sent events. Errors have OpenAI's shape: 400 for a bad field,
+naming it, 404 for an unknown model, 429 where the queue is full, 504 after the deadline. A client that hangs up cancels
+what it asked for.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
+from collections import deque
 from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI, Security
 from fastapi import Request as HttpRequest
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
+from fastapi.openapi.utils import get_openapi
+from fastapi.security import HTTPBearer
+from starlette.responses import PlainTextResponse, Response
 
-from pipelines.openai_types import (
-    ApiError,
-    ChatRequest,
-    CompletionRequest,
-    DecodeRequest,
-    DecodeResult,
-    Request,
-    response,
-)
-from pipelines.recipe_file import suggestion
+from pipelines.api_errors import ApiError, ErrorBody, shape_errors
+from pipelines.api_limits import ApiLimits, Guard, api_keys
+from pipelines.api_metrics import ApiMetrics
+from pipelines.interleave import Interleaved
+from pipelines.openai_answers import Answer, ChatCompletion, Completion, ModelCard, ModelList, Status
+from pipelines.openai_types import Backend, ChatRequest, CompletionRequest
+from pipelines.playground import add_playground
+from pipelines.sse import EventStream, frames, while_connected
 from rcd_core.decoding.settings import DecodeSettings
 from rcd_core.errors import UserError
 
-DEADLINE_S = 600.0
-
-
-class Backend(Protocol):
-    """A model that decodes, in this process or another."""
-
-    async def decode(self, request: DecodeRequest) -> DecodeResult:
-        """Raises UserError for a request that this model refuses."""
-
-    async def ready(self) -> None:
-        """Returns once the model can decode; raises where it cannot."""
+READY_TIMEOUT_S = 5.0
+# itemSchema: of each event, as OpenAPI 3.2 has it; data is a chunk in JSON, or [DONE].
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+_SSE = {
+    "description": "The body, or with stream: true its chunks",
+    "content": {"text/event-stream": {"itemSchema": _EVENT}},
+}
+_REASONS = {
+    400: "A field is wrong, or one that is not offered; the error names it",
+    401: "No valid API key",
+    404: "No such model",
+    413: "The body is too large",
+    429: "The queue is full; Retry-After says when to come again",
+    500: "The server failed",
+    503: "The model is not available",
+    504: "The deadline is over",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,62 +60,119 @@ class ServedModel:
     created: int
 
 
-def create_app(models: Mapping[str, ServedModel], about: Mapping[str, Any]) -> FastAPI:
-    """The application. `about` is what /version answers."""
-    app = FastAPI(title="Residual Context Diffusion", docs_url="/docs", redoc_url=None)
-    _shape_errors(app)
+def create_app(
+    models: Mapping[str, ServedModel],
+    about: Mapping[str, Any],
+    limits: ApiLimits | None = None,
+    *,
+    name_requests: bool = True,
+) -> FastAPI:
+    """The application. about: what /version answers; its key is the fingerprint of answers. limits None: the usual
+    ones, with the API keys of the environment. name_requests: answer with an X-Request-Id; False behind a proxy that
+    does so, as Ray Serve's. Raises UserError where the keys cannot be had."""
+    limits = ApiLimits(api_keys=api_keys()) if limits is None else limits
+    metrics = ApiMetrics()
+    app = FastAPI(title="Residual Context Diffusion", version=str(about.get("version", "unknown")), redoc_url=None)
+    app.add_middleware(Guard, limits=limits, metrics=metrics, name_requests=name_requests)
+    shape_errors(app)
+    app.include_router(_openai_routes(models, about.get("key"), limits, metrics))
+    app.include_router(_state_routes(models, about, metrics))
+    add_playground(app, models)
+    _describe(app)
+    return app
+
+
+def _openai_routes(
+    models: Mapping[str, ServedModel], fingerprint: str | None, limits: ApiLimits, metrics: ApiMetrics
+) -> APIRouter:
+    # The key is asked for before the body is read, by Guard; here it is only told.
+    keys = [Security(HTTPBearer(auto_error=False))] if limits.api_keys else []
+    router = APIRouter(prefix="/v1", dependencies=keys)
+    decoding = {**_errors(*_REASONS), 200: _SSE}
 
     def card(model_id: str) -> dict[str, Any]:
         return {"id": model_id, "object": "model", "created": _find(models, model_id).created, "owned_by": "rcd"}
 
-    @app.get("/v1/models")
+    @router.get("/models", response_model=ModelList, responses=_errors(401))
     async def list_models() -> dict[str, Any]:
         return {"object": "list", "data": [card(model_id) for model_id in models]}
 
-    @app.get("/v1/models/{model_id:path}")
+    @router.get("/models/{model_id:path}", response_model=ModelCard, responses=_errors(401, 404))
     async def get_model(model_id: str) -> dict[str, Any]:
         return card(model_id)
 
-    @app.post("/v1/completions")
-    async def complete(request: CompletionRequest) -> dict[str, Any]:
-        return await _answer(models, request)
+    async def decode(request: CompletionRequest | ChatRequest, http: HttpRequest) -> Any:
+        served = _find(models, request.model)
+        limit_s = _limit(request, limits)
+        asked = list(request.decode_requests(served.defaults))
+        answer = Answer(request, len(asked), fingerprint)
+        async with AsyncExitStack() as closing:
+            streams = Interleaved(map(served.backend.stream, asked), limit_s)
+            closing.push_async_callback(streams.aclose)
+            closing.enter_context(metrics.decoding(request.model, answer))
+            if not request.stream:
+                return await while_connected(http.receive, _whole(answer, streams))
+            # A refusal comes first and at once, while it can still have a status of its own.
+            first = await while_connected(http.receive, streams.next(limits.ping_s))
+            content = frames(answer, streams, first, metrics.stream_failed, limits.ping_s)
+            return EventStream(content, closing.pop_all())
 
-    @app.post("/v1/chat/completions")
-    async def chat(request: ChatRequest) -> dict[str, Any]:
-        return await _answer(models, request)
+    @router.post("/completions", response_model=Completion, response_model_exclude_unset=True, responses=decoding)
+    async def complete(request: CompletionRequest, http: HttpRequest) -> Any:
+        return await decode(request, http)
 
-    @app.get("/health")
+    @router.post(
+        "/chat/completions", response_model=ChatCompletion, response_model_exclude_unset=True, responses=decoding
+    )
+    async def chat(request: ChatRequest, http: HttpRequest) -> Any:
+        return await decode(request, http)
+
+    return router
+
+
+def _state_routes(models: Mapping[str, ServedModel], about: Mapping[str, Any], metrics: ApiMetrics) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/health", response_model=Status)
     async def health() -> dict[str, str]:
+        """Whether this process answers."""
         return {"status": "ok"}
 
-    @app.get("/ready")
+    @router.get("/ready", response_model=Status, responses=_errors(503))
     async def ready() -> dict[str, str]:
+        """Whether every model can decode."""
         try:
-            await asyncio.wait_for(asyncio.gather(*(m.backend.ready() for m in models.values())), timeout=5)
+            await asyncio.wait_for(asyncio.gather(*(m.backend.ready() for m in models.values())), READY_TIMEOUT_S)
         except Exception as error:
             raise ApiError(503, f"not ready: {error!r}") from error
         return {"status": "ready"}
 
-    @app.get("/version")
+    @router.get("/metrics", response_class=PlainTextResponse)
+    async def tell_metrics() -> Response:
+        """In the text form of Prometheus."""
+        text = await metrics.text({name: m.backend for name, m in models.items()})
+        return Response(text, media_type="text/plain; version=0.0.4")
+
+    @router.get("/version")
     async def version() -> dict[str, Any]:
         return dict(about)
 
-    return app
+    return router
 
 
-async def _answer(models: Mapping[str, ServedModel], request: CompletionRequest | ChatRequest) -> dict[str, Any]:
-    model = _find(models, request.model)
-    if request.stream:
-        raise ApiError(400, "stream is true; streaming is not offered yet: leave it out", "stream")
-    started = time.monotonic()
-    try:
-        asked = [model.backend.decode(r) for r in request.decode_requests(model.defaults)]
-        results = await asyncio.wait_for(asyncio.gather(*asked), DEADLINE_S)
-    except UserError as error:
-        raise ApiError(400, str(error), _field_of(str(error))) from error
-    except TimeoutError as error:
-        raise ApiError(504, f"no answer within {DEADLINE_S:g} s; ask for fewer tokens") from error
-    return response(request, results, time.monotonic() - started)
+async def _whole(answer: Answer, streams: Interleaved) -> dict[str, Any]:
+    while not answer.complete:
+        for index, event in await streams.next(streams.limit_s):
+            deque(answer.add(index, event), maxlen=0)  # the chunks are for streams
+    return answer.body()
+
+
+def _limit(request: CompletionRequest | ChatRequest, limits: ApiLimits) -> float:
+    if request.timeout_s is None:
+        return limits.timeout_s
+    if request.timeout_s > limits.timeout_s:
+        raise UserError(f"timeout_s is {request.timeout_s:g}; the server allows at most {limits.timeout_s:g}")
+    return request.timeout_s
 
 
 def _find(models: Mapping[str, ServedModel], model_id: str) -> ServedModel:
@@ -118,46 +182,25 @@ def _find(models: Mapping[str, ServedModel], model_id: str) -> ServedModel:
     return models[model_id]
 
 
-def _field_of(message: str) -> str | None:
-    """Messages of UserErrors begin with the field they are about."""
-    first = message.split(" ", 1)[0]
-    return first if first in CompletionRequest.model_fields or first in ChatRequest.model_fields else None
+# -- /openapi.json
 
 
-def _shape_errors(app: FastAPI) -> None:
-    """Every error that leaves the application is an ApiError's body."""
-
-    def answer(error: ApiError) -> JSONResponse:
-        return JSONResponse(error.body(), error.status)
-
-    @app.exception_handler(ApiError)
-    async def on_api_error(_: HttpRequest, error: ApiError) -> JSONResponse:
-        return answer(error)
-
-    @app.exception_handler(RequestValidationError)
-    async def on_bad_body(http: HttpRequest, error: RequestValidationError) -> JSONResponse:
-        return answer(_explain(error, ChatRequest if "/chat/" in http.url.path else CompletionRequest))
-
-    @app.exception_handler(HTTPException)
-    async def on_http_error(http: HttpRequest, error: HTTPException) -> JSONResponse:
-        return answer(ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}"))
-
-    @app.exception_handler(Exception)
-    async def on_failure(_: HttpRequest, error: Exception) -> JSONResponse:
-        return answer(ApiError(500, f"the server failed: {type(error).__name__}; its log says more"))
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": ErrorBody, "description": _REASONS[status]} for status in statuses}
 
 
-def _explain(error: RequestValidationError, model: type[Request]) -> ApiError:
-    """The first complaint, in one sentence that names the field, the value and what is wanted."""
-    first = error.errors()[0]
-    where = [str(part) for part in first["loc"] if part != "body"]
-    field = where[0] if where else None
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is no valid JSON: {first['ctx']['error']}")
-    if first["type"] == "extra_forbidden":
-        path = ".".join(where)
-        known = sorted(model.model_fields) if len(where) == 1 else []
-        return ApiError(400, f"unknown field {path!r}{suggestion(path, known)}", path, "unknown_field")
-    if first["type"] == "missing":
-        return ApiError(400, f"{field or 'the body'} is missing", field)
-    return ApiError(400, f"{field} is {first['input']!r}; {first['msg'][:1].lower()}{first['msg'][1:]}", field)
+def _describe(app: FastAPI) -> None:
+    """FastAPI would tell of a 422 in a shape of its own, which never leaves this application."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            for path in schema["paths"].values():
+                for operation in path.values():
+                    operation["responses"].pop("422", None)
+            for name in ("HTTPValidationError", "ValidationError"):
+                schema["components"]["schemas"].pop(name, None)
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,58 +1,92 @@
 """The bodies of the HTTP interface: OpenAI's fields that are honoured, and every DecodeSettings field by its own name.
 
-Anything else is refused: a misspelt threshold that is silently ignored would spoil an experiment.
+Anything else is refused: a misspelt threshold that is silently ignored would spoil an experiment. Types are strict: the
+text "0.5" is no number.
 """
 
 from __future__ import annotations
 
-import time
-import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, Protocol, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 
 from rcd_core.decoding.settings import DecodeSettings
 from rcd_core.errors import UserError
 
-DECODE_FIELDS = tuple(f.name for f in fields(DecodeSettings))
+DECODE_FIELDS = tuple(f.name for f in fields(DecodeSettings) if f.name != "trace")  # over HTTP: return_trace
 MAX_CHOICES = 128
+MAX_STOPS = 16
+MAX_INT = 2**31 - 1
+SEED_LIMIT = 2**63
+
+TraceDetail = Literal["none", "summary", "steps"]
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which is no text
+        raise ValueError(f"character {error.start} is half a surrogate pair, which is no text") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
+Count = Annotated[int, Field(ge=1, le=MAX_INT)]
+Seed = Annotated[int, Field(ge=-SEED_LIMIT, lt=SEED_LIMIT)]
+
+STRICT = ConfigDict(extra="forbid", strict=True)
+
+
+# DecodeSettings refuses what is out of these bounds too; here they are for /openapi.json to tell.
+_BOUNDED: dict[str, Any] = {
+    "seed": Seed,
+    "stop_token_ids": Annotated[tuple[TokenId, ...], Field(strict=False)],  # a list in JSON, so not strictly a tuple
+    **dict.fromkeys(("block_length", "denoising_steps", "max_new_tokens", "top_k", "residual_top_k"), Count),
+    **dict.fromkeys(("temperature", "cfg_scale"), Annotated[float, Field(ge=0)]),
+    **dict.fromkeys(("entropy_bound", "residual_temperature", "alpha_scale"), Annotated[float, Field(gt=0)]),
+    "confidence_threshold": Annotated[float, Field(ge=0, le=1)],
+    "top_p": Annotated[float, Field(gt=0, le=1)],
+}
+
 
 # One optional field per setting, under the setting's own name; left out or null means the server's default.
-_OPTIONAL: dict[str, Any] = {name: (hint | None, None) for name, hint in get_type_hints(DecodeSettings).items()}
-_DecodeFields: Any = create_model("_DecodeFields", __config__=ConfigDict(extra="forbid"), **_OPTIONAL)
+_HINTS = get_type_hints(DecodeSettings)
+_OPTIONAL: dict[str, Any] = {name: (_BOUNDED.get(name, _HINTS[name]) | None, None) for name in DECODE_FIELDS}
+_DecodeFields: Any = create_model("_DecodeFields", __config__=STRICT, **_OPTIONAL)
 
 
-class ApiError(Exception):
-    """An answer that is no completion, in OpenAI's shape."""
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
-
-    def body(self) -> dict[str, Any]:
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+class StreamOptions(BaseModel):
+    model_config = STRICT
+    include_usage: bool = False
 
 
 class Request(_DecodeFields):  # type: ignore[misc]
-    """What completions and chat have in common."""
+    """What completions and chat have in common.
+
+    return_trace: what comes back of every denoising pass, counts and means or all of it. timeout_s: seconds after which
+    to give up, at most the server's.
+    """
 
     model: str
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    stop: str | list[str] | None = None
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
     stream: bool = False
+    stream_options: StreamOptions | None = None
     user: str | None = None  # whom the request is made for: no effect
+    return_trace: TraceDetail = "none"
+    timeout_s: Annotated[float, Field(ge=0.1)] | None = None
 
     def settings(self, defaults: DecodeSettings) -> DecodeSettings:
         """The server's defaults with what this request changes. Raises UserError naming the field."""
         given = {name: value for name in DECODE_FIELDS if (value := getattr(self, name)) is not None}
         if (length := self.length()) is not None:
             given["max_new_tokens"] = length
-        return replace(defaults, **given)
+        return replace(defaults, **given, trace=self.return_trace != "none")
 
     def length(self) -> int | None:
         """The new tokens asked for, under whichever of their names."""
@@ -60,9 +94,6 @@ class Request(_DecodeFields):  # type: ignore[misc]
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if len(set(given.values())) > 1:
             raise UserError(f"{' and '.join(given)} differ; they mean the same, give one")
-        for name, value in given.items():
-            if value < 1:
-                raise UserError(f"{name} is {value}; it must be an integer of at least 1")
         return next(iter(given.values()), None)
 
     def stops(self) -> tuple[str, ...]:
@@ -71,11 +102,16 @@ class Request(_DecodeFields):  # type: ignore[misc]
             raise UserError("stop holds an empty string; leave it out")
         return stops
 
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
 
 class CompletionRequest(Request):
     """POST /v1/completions. infill: fill every mask token (`<|MASK|>`) of the prompt and return the filled text."""
 
-    prompt: str | Annotated[list[str] | list[int] | list[list[int]], Field(min_length=1)]
+    prompt: Text | Annotated[list[Text] | list[TokenId] | list[list[TokenId]], Field(min_length=1)]
     infill: bool = False
 
     def prompts(self) -> list[str | list[int]]:
@@ -88,20 +124,23 @@ class CompletionRequest(Request):
     def decode_requests(self, defaults: DecodeSettings) -> Iterator[DecodeRequest]:
         if self.infill and (self.length() is not None or self.stops()):
             raise UserError("max_tokens and stop do not go with infill, which fills every mask and adds nothing")
-        for prompt in self.prompts():
+        prompts = self.prompts()
+        if len(prompts) * self.n > MAX_CHOICES:
+            raise UserError(f"prompt holds {len(prompts)} prompts, with n {self.n}; at most {MAX_CHOICES} in all")
+        for prompt in prompts:
             yield from _choices(self, prompt, None, defaults, self.infill)
 
 
 class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
     role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
 
     def plain(self) -> dict[str, str]:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -125,6 +164,8 @@ def _choices(
     infill: bool,
 ) -> Iterator[DecodeRequest]:
     """One request per choice of a prompt; a given seed counts up over them."""
+    if request.stream_options and not request.stream:
+        raise UserError("stream_options goes with stream: true; leave it out")
     settings = request.settings(defaults)
     for i in range(request.n):
         yield DecodeRequest(
@@ -170,9 +211,25 @@ class TextDelta:
 
 @dataclass(frozen=True, kw_only=True)
 class TraceStep:
-    """One denoising pass, a decoding.Step as a mapping; only where settings.trace asks for it."""
+    """One denoising pass, only where settings.trace asks for it: a decoding.Step as a mapping, with argmax_text, what
+    each token of argmax reads by itself."""
 
     step: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeResult:
+    """forwards: passes by kind (prefill, denoise, store, reference). steps: the trace, where asked for.
+    reference_failures: blocks that started from zero because the reference could not answer."""
+
+    text: str
+    finish_reason: Literal["stop", "length"]
+    num_prompt_tokens: int
+    num_tokens: int
+    forwards: dict[str, int]
+    settings: dict[str, Any]
+    steps: list[dict[str, Any]]
+    reference_failures: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,52 +246,26 @@ class Overloaded(Exception):
     """The queue is full; worth another try in a while."""
 
     def __init__(self, retry_after_s: float) -> None:
-        super().__init__(f"the queue is full; try again in {retry_after_s:g} s")
+        super().__init__(retry_after_s)  # what it is made of again where it comes out of another process
         self.retry_after_s = retry_after_s
 
-
-@dataclass(frozen=True, kw_only=True)
-class DecodeResult:
-    """forwards: passes by kind (prefill, denoise, store, reference). steps: the trace, where asked for."""
-
-    text: str
-    finish_reason: Literal["stop", "length"]
-    num_prompt_tokens: int
-    num_tokens: int
-    forwards: dict[str, int]
-    settings: dict[str, Any]
-    steps: list[dict[str, Any]]
+    def __str__(self) -> str:
+        return f"the queue is full; try again in {self.retry_after_s:g} s"
 
 
-def response(request: Request, results: list[DecodeResult], seconds: float) -> dict[str, Any]:
-    """The body of an answer: OpenAI's, with what diffusion adds under `rcd`, in all and per choice."""
-    chat = isinstance(request, ChatRequest)
-    forwards = {kind: sum(r.forwards[kind] for r in results) for kind in results[0].forwards}
-    num_tokens = sum(r.num_tokens for r in results)
-    num_prompt_tokens = sum(r.num_prompt_tokens for r in results[:: request.n])  # a prompt counts once for its choices
-    return {
-        "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
-        "object": "chat.completion" if chat else "text_completion",
-        "created": int(time.time()),
-        "model": request.model,
-        "choices": [_choice(i, result, chat) for i, result in enumerate(results)],
-        "usage": {
-            "prompt_tokens": num_prompt_tokens,
-            "completion_tokens": num_tokens,
-            "total_tokens": num_prompt_tokens + num_tokens,
-        },
-        "rcd": {
-            "settings": results[0].settings,
-            "forwards": forwards,
-            "tokens_per_forward": round(num_tokens / max(1, forwards["denoise"]), 3),
-            "seconds": round(seconds, 4),
-        },
-    }
+class Unavailable(Exception):
+    """No replica can answer, or the one that did was lost and no other could go on."""
 
 
-def _choice(index: int, result: DecodeResult, chat: bool) -> dict[str, Any]:
-    text = {"message": {"role": "assistant", "content": result.text}} if chat else {"text": result.text}
-    rcd: dict[str, Any] = {"seed": result.settings["seed"], "forwards": result.forwards}
-    if result.settings["trace"]:
-        rcd["steps"] = result.steps
-    return {"index": index, **text, "logprobs": None, "finish_reason": result.finish_reason, "rcd": rcd}
+class Backend(Protocol):
+    """A model that decodes, in this process or another."""
+
+    def stream(self, request: DecodeRequest) -> AsyncIterator[DecodeEvent]:
+        """Raises UserError (this model refuses the request) or Overloaded on the first step, Unavailable on any.
+        Closing the iterator cancels the request."""
+
+    async def ready(self) -> None:
+        """Returns once the model can decode; raises where it cannot."""
+
+    async def statistics(self) -> dict[str, float]:
+        """Counters (monotone) and gauges by snake_case name, for /metrics."""

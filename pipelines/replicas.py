@@ -6,90 +6,100 @@ To the target come texts; between the two travel token ids and sparse ReferenceS
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from pipelines.openai_types import DecodeRequest, DecodeResult
-from rcd_core import (
-    Decoder,
-    DecodeSettings,
-    Generation,
-    LocalReference,
-    ReferenceSignals,
-    UserError,
-    WarmStart,
-    load_model,
-)
-from rcd_core.tasks import MASK_TEXT
-from rcd_core.tokenizer import load_tokenizer, stop_token_ids
+from pipelines.engine_thread import Batch, EngineThread
+from pipelines.openai_types import DecodeRequest, Overloaded
+from rcd_core import LocalReference, ReferenceSignals, UserError, WarmStart, load_model
+from rcd_core.decoding.memory import fit_batch
+from rcd_core.signals import Signals
+from rcd_core.tokenizer import load_tokenizer
 
-MAX_BATCH = 64
-REFERENCE_TIMEOUT_S = 120.0
+logger = logging.getLogger("ray.serve")
+MAX_LENGTH = 4096  # positions of a request where neither the recipe nor the model has fewer
+REFERENCE_TIMEOUT_S = 20.0
+RETRY_TIMEOUT_S = 5.0  # of the second try: a replica to take over is there at once or not soon
+REFERENCE_THREADS = 16  # questions on their way at once; blocks of different requests begin at different passes
 
 
 class RemoteReference:
-    """The reference deployment as the engine sees it: the same question and answer as of a LocalReference.
+    """The reference deployment as the engine sees it, an AsyncReference: each batch is one call, tried twice.
 
-    top_k: ids per position where a request wants all of them, which is too much to send.
+    After two failures nothing is asked until a replica has answered that it is ready: requests start from zero instead
+    of waiting in vain, one after the other. top_k: ids per position where a request wants all of them, which is too
+    much to send.
     """
 
     def __init__(self, handle: DeploymentHandle, top_k: int) -> None:
-        self.handle = handle
-        self.top_k = top_k
+        self.handle, self.top_k = handle, top_k
+        self._threads = ThreadPoolExecutor(REFERENCE_THREADS, thread_name_prefix="reference")
+        self._waiting = threading.Lock()  # held by whoever waits for the reference to come back
 
-    def signals(self, requests: Sequence[WarmStart]) -> list[Any]:
-        """Blocks; for the engine's thread, not for an event loop."""
+    def submit(self, requests: Sequence[WarmStart]) -> list[Future[Signals | None]]:
+        """One future per request; None where the reference cannot answer."""
+        futures: list[Future[Signals | None]] = [Future() for _ in requests]
         asked = [r if r.top_k is not None else replace(r, top_k=self.top_k) for r in requests]
-        replies = self.handle.signals.remote(asked).result(timeout_s=REFERENCE_TIMEOUT_S)
+        self._threads.submit(self._answer, asked, futures)
+        return futures
+
+    def _answer(self, asked: list[WarmStart], futures: list[Future[Signals | None]]) -> None:
+        found: Sequence[Signals | None] = [None] * len(asked)
+        if not self._waiting.locked():
+            try:
+                found = self._ask(asked)
+            except Exception:  # counted by the engine, told to the client under `rcd`
+                logger.warning("the reference cannot answer; blocks start from zero", exc_info=True)
+                if self._waiting.acquire(blocking=False):
+                    # A daemon: it must not keep a replica alive whose application is gone for good.
+                    threading.Thread(target=self._wait, name="reference-waits", daemon=True).start()
+        for future, signals in zip(futures, found, strict=True):
+            future.set_result(signals)
+
+    def _ask(self, asked: list[WarmStart]) -> list[Signals]:
+        try:
+            replies = self._call("signals", REFERENCE_TIMEOUT_S, asked)
+        except Exception:  # its replica died, most likely: another may be there
+            replies = self._call("signals", RETRY_TIMEOUT_S, asked)
         return [ReferenceSignals.from_bytes(reply) for reply in replies]
+
+    def _wait(self) -> None:
+        try:
+            while True:
+                with contextlib.suppress(Exception):
+                    self._call("ready", REFERENCE_TIMEOUT_S)
+                    return
+                time.sleep(1.0)
+        finally:
+            self._waiting.release()
+
+    def _call(self, method: str, timeout_s: float, *given: Any) -> Any:
+        response = getattr(self.handle, method).remote(*given)
+        try:
+            return response.result(timeout_s=timeout_s)
+        except TimeoutError:
+            response.cancel()
+            raise
 
 
 class Reference:
-    """Holds the reference model; answers with signals in their Arrow form."""
+    """Holds the reference model; answers with signals in their Arrow form. Contexts stay in its cache."""
 
     def __init__(self, checkpoint: str, device: str) -> None:
         self.model = LocalReference(load_model(checkpoint, device=device))
-
-    async def signals(self, requests: list[WarmStart]) -> list[bytes]:
-        return await asyncio.to_thread(self._signals, requests)
-
-    def _signals(self, requests: list[WarmStart]) -> list[bytes]:
-        found = self.model.signals(requests)
-        return [signals.to_bytes() for signals in found if isinstance(signals, ReferenceSignals)]
-
-    async def check_health(self) -> None:
-        """Answers from the event loop, so never waits for a pass of the model."""
-
-
-@dataclass(frozen=True)
-class _Job:
-    ids: list[int]
-    settings: DecodeSettings
-    infill: bool
-
-
-class Target:
-    """Holds a target model and its tokenizer; decodes requests that come at the same time in one batch."""
-
-    def __init__(self, checkpoint: str, device: str, reference: DeploymentHandle | None, reference_top_k: int) -> None:
-        self.model = load_model(checkpoint, device=device)
-        self.tokenizer: Any = load_tokenizer(checkpoint)
-        remote = RemoteReference(reference, reference_top_k) if reference else None
-        self.decoder = Decoder(self.model, remote, max_batch=MAX_BATCH)
-        self.stop_ids = tuple(dict.fromkeys((*self.model.info.eos_token_ids, *stop_token_ids(self.tokenizer))))
         self.thread = ThreadPoolExecutor(max_workers=1)  # one pass at a time, off the event loop
 
-    async def decode(self, request: DecodeRequest) -> DecodeResult:
-        """Raises UserError before it joins a batch, so that one bad request fails alone."""
-        job = self._job(request)
-        self.decoder.check(job.ids, job.settings, infill=job.infill)
-        generation: Generation = await self._batch(job)
-        return self._result(request, job, generation)
+    async def signals(self, requests: list[WarmStart]) -> list[bytes]:
+        return await self._merged(requests)
 
     async def ready(self) -> None:
         """Answers once the constructor is through."""
@@ -97,64 +107,82 @@ class Target:
     async def check_health(self) -> None:
         """Answers from the event loop, so never waits for a pass of the model."""
 
-    @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=0.01)
-    async def _batch(self, jobs: list[_Job]) -> list[Generation]:
-        return await asyncio.get_running_loop().run_in_executor(self.thread, self._run, jobs)
+    @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.0)
+    async def _merged(self, calls: list[list[WarmStart]]) -> list[list[bytes]]:
+        """Whatever has come in during the last pass goes through the next one together."""
+        everything = [request for call in calls for request in call]
+        found = await asyncio.get_running_loop().run_in_executor(self.thread, self._signals, everything)
+        answers = iter(found)
+        return [[next(answers) for _ in call] for call in calls]
 
-    def _run(self, jobs: list[_Job]) -> list[Generation]:
-        found: dict[int, Generation] = {}
-        for decode, infill in ((self.decoder.generate, False), (self.decoder.infill, True)):
-            mine = [i for i, job in enumerate(jobs) if job.infill == infill]
-            outputs = decode([jobs[i].ids for i in mine], [jobs[i].settings for i in mine])
-            found |= dict(zip(mine, outputs, strict=True))
-        return [found[i] for i in range(len(jobs))]
+    def _signals(self, requests: list[WarmStart]) -> list[bytes]:
+        found = self.model.signals(requests)
+        return [signals.to_bytes() for signals in found if isinstance(signals, ReferenceSignals)]
 
-    # -- text to ids and back
-    def _job(self, request: DecodeRequest) -> _Job:
-        ids, settings = self._ids(request), request.settings
-        if settings.stop_token_ids is None:
-            settings = replace(settings, stop_token_ids=self.stop_ids)
-        if not request.infill and not request.fixed_length:
-            block_length = settings.block_length or self.model.info.block_length
-            room = (self.model.max_positions - len(ids)) // block_length * block_length
-            if room > 0:
-                settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, room))
-        return _Job(ids, settings, request.infill)
 
-    def _ids(self, request: DecodeRequest) -> list[int]:
-        if isinstance(request.prompt, list):
-            return request.prompt
-        text = request.prompt
-        if text is None:
-            text = self._conversation(request.messages or [])
-        if request.infill:
-            text = text.replace(MASK_TEXT, self.tokenizer.convert_ids_to_tokens(self.model.mask_token_id))
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+@dataclass(frozen=True)
+class Refusal:
+    """A UserError, or Overloaded with retry_after_s. A value: of an exception Serve would log a traceback."""
 
-    def _conversation(self, messages: list[dict[str, str]]) -> str:
-        if not self.tokenizer.chat_template:
-            raise UserError("messages cannot be used: the model's tokenizer has no chat template; use /v1/completions")
-        from jinja2 import TemplateError
+    message: str
+    retry_after_s: float | None = None
 
-        try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except TemplateError as error:
-            raise UserError(f"messages are refused by the model's chat template: {error}") from error
+    def error(self) -> Exception:
+        return UserError(self.message) if self.retry_after_s is None else Overloaded(self.retry_after_s)
 
-    def _result(self, request: DecodeRequest, job: _Job, generation: Generation) -> DecodeResult:
-        if job.infill:
-            text, reason = self.tokenizer.decode(generation.canvas_ids), "stop"
-        else:
-            text = self.tokenizer.decode(generation.token_ids, skip_special_tokens=True)
-            reason = "length" if generation.finish_reason == "length" else "stop"
-            if cuts := [at for stop in request.stop if (at := text.find(stop)) >= 0]:
-                text, reason = text[: min(cuts)], "stop"
-        return DecodeResult(
-            text=text,
-            finish_reason="length" if reason == "length" else "stop",
-            num_prompt_tokens=len(job.ids),
-            num_tokens=len(generation.token_ids),
-            forwards=asdict(generation.num_forwards),
-            settings=asdict(generation.settings),
-            steps=[asdict(step) for step in generation.steps],
+
+@dataclass(frozen=True, kw_only=True)
+class EngineLimits:
+    """max_batch: requests under way at once, fewer where the memory does not suffice. max_queue: requests waiting
+    beyond these. max_length: positions of a request; None: the model's, at most MAX_LENGTH."""
+
+    max_batch: int
+    max_queue: int
+    max_length: int | None
+
+
+class Target:
+    """Holds a target model with its tokenizer, in an engine."""
+
+    def __init__(
+        self,
+        checkpoint: str,
+        device: str,
+        reference: DeploymentHandle | None,
+        reference_top_k: int,
+        limits: EngineLimits,
+    ) -> None:
+        model = load_model(checkpoint, device=device)
+        length = min(model.max_positions, limits.max_length or MAX_LENGTH)
+        self.engine = EngineThread(
+            model,
+            load_tokenizer(checkpoint),
+            RemoteReference(reference, reference_top_k) if reference else None,
+            max_batch=fit_batch(model, length, model.info.block_length, limits.max_batch),
+            max_length=length,
+            max_queue=limits.max_queue,
         )
+        self.replica_id = serve.get_replica_context().replica_id.unique_id
+
+    async def stream(self, request: DecodeRequest) -> AsyncIterator[Batch | Refusal]:
+        """A Batch after each pass that brought something, or one Refusal."""
+        try:
+            async with contextlib.aclosing(self.engine.batches(request)) as batches:
+                async for batch in batches:
+                    yield batch
+        except UserError as error:
+            yield Refusal(str(error))
+        except Overloaded as error:
+            yield Refusal(str(error), error.retry_after_s)
+
+    async def ready(self) -> None:
+        """Answers once the constructor is through; raises where the engine has given up."""
+        await self.engine.ready()
+
+    async def statistics(self) -> tuple[str, dict[str, float]]:
+        """Of this replica, by its id."""
+        return self.replica_id, await self.engine.statistics()
+
+    async def check_health(self) -> None:
+        """Answers from the event loop, so never waits for a pass of the model."""
+        self.engine.check()

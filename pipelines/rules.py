@@ -71,6 +71,9 @@ def problems(recipe: Recipe) -> Iterator[str]:
         yield f"evaluate.decode.policy is {policy!r}, which looks at no threshold; give evaluate.thresholds one value"
     if recipe.deploy.baseline and not recipe.baseline:
         yield "deploy.baseline is true but baseline is false; there would be no baseline to deploy"
+    if recipe.deploy.max_replicas < recipe.deploy.min_replicas:
+        few, many = recipe.deploy.min_replicas, recipe.deploy.max_replicas
+        yield f"deploy.max_replicas is {many} but deploy.min_replicas is {few}; it must be at least as large"
 
 
 def trainings(recipe: Recipe) -> dict[str, TrainSettings]:

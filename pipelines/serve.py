@@ -26,10 +26,11 @@ import pyarrow.parquet as pq
 from ray import serve
 from ray.serve.schema import ApplicationStatus
 
+from pipelines.api_limits import ApiLimits, api_keys
 from pipelines.cluster import wait_for_resources
 from pipelines.config import Recipe
-from pipelines.ingress import Ingress
-from pipelines.replicas import MAX_BATCH, Reference, Target
+from pipelines.ingress import Ingress, limits_id
+from pipelines.replicas import REFERENCE_THREADS, EngineLimits, Reference, Target
 from pipelines.run import StageContext
 from rcd_core import storage
 from rcd_core.decoding.settings import DecodeSettings
@@ -37,6 +38,9 @@ from rcd_core.errors import UserError
 from rcd_core.tasks import get_task
 
 READY_TIMEOUT_S = 60.0
+INGRESS_REQUESTS = 4096  # at once; it is the targets that refuse what is too much
+SPARE_REQUESTS = 32  # beyond those an engine takes: refusals on their way, statistics, /ready
+REFERENCE_CALLS = 4  # each a batch of some target's, per reference replica, above which another one is started
 CPUS_PER_REPLICA = 0.5  # decoding uses what it finds; a live application must leave a small machine room to train
 
 
@@ -45,7 +49,8 @@ def run(ctx: StageContext) -> dict[str, Any]:
     recipe = ctx.recipe
     if not ctx.verbose:
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    if _live_key(recipe.name) == ctx.key and _reachable(recipe):
+    limits = ApiLimits(api_keys=api_keys())
+    if _live(recipe.name) == (ctx.key, limits_id(limits)) and _reachable(recipe):
         ctx.console.print(f"deploy: {recipe.name} is live already")
     else:
         _start_http(recipe)
@@ -57,7 +62,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
             free=recipe.name not in _applications(),
             say=ctx.console.print,
         )
-        serve.run(application(ctx), name=recipe.name, route_prefix="/", blocking=False)
+        serve.run(application(ctx, limits), name=recipe.name, route_prefix="/", blocking=False)
         _wait_until_ready(recipe)
     return {"endpoint": endpoint(recipe), "application": recipe.name, "example": _example(ctx)}
 
@@ -70,8 +75,11 @@ def report(ctx: StageContext) -> None:
     example = summary["summary"]["example"]
     body = shlex.quote(json.dumps(example["body"], ensure_ascii=False))
     ctx.console.print(f"\nserving at {endpoint(ctx.recipe)}; try it on a problem of the test set:", markup=False)
+    headers = "-H 'Content-Type: application/json'"
+    if api_keys():
+        headers += ' -H "Authorization: Bearer $KEY"'
     # One line that survives copying, however narrow the terminal.
-    ctx.console.out(f"curl -s {endpoint(ctx.recipe)}{example['path']} -H 'Content-Type: application/json' -d {body}")
+    ctx.console.out(f"curl -s {endpoint(ctx.recipe)}{example['path']} {headers} -d {body}")
     ctx.console.print(
         "stop it: `make down` ends the local head with all on it; "
         # The recipe as it was run: with --set its name and port may be others than the file's.
@@ -99,13 +107,17 @@ def endpoint(recipe: Recipe) -> str:
     return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{recipe.deploy.port}"
 
 
-def application(ctx: StageContext) -> serve.Application:
+def application(ctx: StageContext, limits: ApiLimits) -> serve.Application:
     """The graph of deployments. The reference is part of it where the default settings ask for it."""
     recipe, deploy = ctx.recipe, ctx.recipe.deploy
     device = "cuda" if recipe.resources.gpus_per_worker else "cpu"
+    engine = EngineLimits(max_batch=deploy.max_batch, max_queue=deploy.max_queue, max_length=deploy.max_length)
+    ongoing = deploy.target_ongoing_requests or float(deploy.max_batch)
     reference = None
     if _wants_reference(recipe):
-        reference = _deployment(Reference, "Reference", recipe).bind(ctx.checkpoint("reference"), device)
+        calls = REFERENCE_CALLS * REFERENCE_THREADS * deploy.max_replicas
+        kind = _deployment(Reference, "Reference", recipe, target_ongoing=REFERENCE_CALLS, max_ongoing=calls)
+        reference = kind.bind(ctx.checkpoint("reference"), device)
     settings = replace(deploy.decode, residual=_wants_residual(recipe), start=deploy.start)
     targets, defaults = {}, {}
     for name, stage, behind, decode in (
@@ -113,20 +125,34 @@ def application(ctx: StageContext) -> serve.Application:
         (f"{deploy.model_id}-baseline", "baseline", None, replace(deploy.decode, residual=False)),
     ):
         if stage == "target" or deploy.baseline:
-            deployment = _deployment(Target, stage.capitalize(), recipe)
-            targets[name] = deployment.bind(ctx.checkpoint(stage), device, behind, recipe.signals.top_k)
+            # The engine itself refuses what is too much, so Serve must let it through.
+            room = deploy.max_batch + deploy.max_queue + SPARE_REQUESTS
+            kind = _deployment(Target, stage.capitalize(), recipe, target_ongoing=ongoing, max_ongoing=room)
+            targets[name] = kind.bind(ctx.checkpoint(stage), device, behind, recipe.signals.top_k, engine)
             defaults[name] = decode
-    ingress = serve.deployment(max_ongoing_requests=16 * MAX_BATCH, ray_actor_options={"num_cpus": 0})(Ingress)
-    return ingress.bind(targets, defaults, _about(ctx, defaults))
+    ingress = serve.deployment(max_ongoing_requests=INGRESS_REQUESTS, ray_actor_options={"num_cpus": 0})(Ingress)
+    return ingress.bind(targets, defaults, _about(ctx, defaults), limits)
 
 
-def _deployment(replica: type, name: str, recipe: Recipe) -> serve.Deployment:
-    needs = _bundles(recipe)[0]
+def _deployment(
+    replica: type, name: str, recipe: Recipe, *, target_ongoing: float, max_ongoing: int
+) -> serve.Deployment:
+    needs, deploy = _needs(recipe), recipe.deploy
+    scaled: dict[str, Any] = {"num_replicas": deploy.min_replicas}
+    if deploy.max_replicas > deploy.min_replicas:
+        scaled = {
+            "autoscaling_config": {
+                "min_replicas": deploy.min_replicas,
+                "max_replicas": deploy.max_replicas,
+                "target_ongoing_requests": target_ongoing,
+            }
+        }
     decorate = serve.deployment(
         name=name,
-        max_ongoing_requests=4 * MAX_BATCH,  # @serve.batch only fills when a replica may hold more than one batch
+        max_ongoing_requests=max_ongoing,
         max_constructor_retry_count=2,
         ray_actor_options={"num_cpus": needs["CPU"], "num_gpus": needs.get("GPU", 0.0)},
+        **scaled,
     )
     return decorate(replica)
 
@@ -139,13 +165,21 @@ def _wants_reference(recipe: Recipe) -> bool:
     return _wants_residual(recipe) and "reference" in (recipe.deploy.start, recipe.deploy.decode.residual_source)
 
 
-def _bundles(recipe: Recipe) -> list[dict[str, float]]:
-    """What each model asks for: together the GPUs that one training worker had, which fitted at least one of them."""
-    num_models = 1 + _wants_reference(recipe) + recipe.deploy.baseline
-    one = {"CPU": CPUS_PER_REPLICA}
+def _needs(recipe: Recipe) -> dict[str, float]:
+    """What a replica asks for: all models together the GPUs that one training worker had, which fitted at least one."""
+    needs = {"CPU": CPUS_PER_REPLICA}
     if recipe.resources.gpus_per_worker:
-        one["GPU"] = min(1.0, recipe.resources.gpus_per_worker / num_models)
-    return [one] * num_models
+        needs["GPU"] = min(1.0, recipe.resources.gpus_per_worker / _num_models(recipe))
+    return needs
+
+
+def _num_models(recipe: Recipe) -> int:
+    return 1 + _wants_reference(recipe) + recipe.deploy.baseline
+
+
+def _bundles(recipe: Recipe) -> list[dict[str, float]]:
+    """What all replicas ask for that are there from the beginning."""
+    return [_needs(recipe)] * (_num_models(recipe) * recipe.deploy.min_replicas)
 
 
 def _about(ctx: StageContext, defaults: dict[str, DecodeSettings]) -> dict[str, Any]:
@@ -160,6 +194,7 @@ def _about(ctx: StageContext, defaults: dict[str, DecodeSettings]) -> dict[str, 
         "created": int(time.time()),
         "reference_top_k": ctx.recipe.signals.top_k,
         "settings": {name: asdict(settings) for name, settings in defaults.items()},
+        "example": _example(ctx),
     }
 
 
@@ -182,14 +217,16 @@ def _applications() -> dict[str, ApplicationStatus]:
     return {name: found.status for name, found in serve.status().applications.items()}
 
 
-def _live_key(name: str) -> str | None:
+def _live(name: str) -> tuple[str, str] | None:
+    """Key and limits_id of the live application."""
     if _applications().get(name) != ApplicationStatus.RUNNING:
         return None
     try:
-        about = serve.get_app_handle(name).version.remote().result(timeout_s=READY_TIMEOUT_S)
+        handle = serve.get_app_handle(name)
+        about = handle.version.remote().result(timeout_s=READY_TIMEOUT_S)
+        return str(about["key"]), str(handle.guard.remote().result(timeout_s=READY_TIMEOUT_S))
     except Exception:  # whatever is wrong with it, deploying it again mends it
         return None
-    return str(about["key"])
 
 
 def _start_http(recipe: Recipe) -> None:

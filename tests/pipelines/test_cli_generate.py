@@ -1,25 +1,15 @@
 """`rcd generate` on the golden checkpoints and on small fresh ones: flags, texts, errors, and the live drawing.
 
-The drawing is looked at as a user would see it: the command runs under a real pseudo terminal, and a small screen
-interprets what it sends. It knows the few sequences that are wanted and fails at any other.
+The drawing is looked at as a user would see it: the command runs under a real pseudo terminal.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
-import os
-import pty
 import re
-import select
-import signal
-import struct
 import subprocess
 import sys
-import termios
-import unicodedata
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -34,12 +24,12 @@ from rcd_core import Decoder, DecodeSettings, Engine, ModelConfig, load_model, n
 from rcd_core.families.base import CheckpointInfo
 from rcd_core.tasks.base import MASK_TEXT
 from rcd_core.tokenizer import load_tokenizer, mask_token_id, stop_token_ids, train_tokenizer
+from tests.pipelines.terminal import in_terminal
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 SDAR = json.loads((GOLDEN / "sdar_vectors.json").read_text())["generate"]
 RCD = json.loads((GOLDEN / "rcd" / "rcd_vectors.json").read_text())["decode"]
-COLUMNS, ROWS = 100, 24
 
 
 @pytest.fixture(scope="module")
@@ -278,79 +268,10 @@ def test_mistakes_are_one_line_that_names_the_flag(
 # -- the drawing
 
 
-class Screen:
-    """A terminal of the size the tests set. frames: what stood there each time before something was erased."""
-
-    def __init__(self) -> None:
-        self.rows: list[list[str]] = [[]]
-        self.row = self.column = 0
-        self.frames: list[str] = []
-        self.styles: set[str] = set()
-
-    def feed(self, sent: str) -> None:
-        for code, letter, other in re.findall(r"\x1b\[([?0-9;]*)([A-Za-z])|([\s\S])", sent):
-            if other:
-                self._put(other)
-            elif letter == "m":
-                self.styles.add(code)
-            elif letter == "A":
-                self.row -= int(code or 1)
-            elif letter == "K" and code == "2":
-                if any(self.rows[self.row]):
-                    self.frames.append(self.text)
-                self.rows[self.row] = []
-            else:
-                assert letter in "hl" and code in ("?25", "?2004"), f"unexpected control sequence {code}{letter}"
-
-    def _put(self, character: str) -> None:
-        if character == "\r":
-            self.column = 0
-        elif character == "\n":
-            self.row, self.column = self.row + 1, 0
-            self.rows += [[]] * (self.row == len(self.rows))
-        else:
-            assert unicodedata.category(character) != "Cc", f"control character {character!r} reached the terminal"
-            line = self.rows[self.row]
-            width = 2 if unicodedata.east_asian_width(character) in "WF" else 1
-            line += [" "] * (self.column + width - len(line))
-            line[self.column : self.column + width] = [character, ""][:width]
-            self.column += width
-
-    @property
-    def text(self) -> str:
-        return "\n".join("".join(row).rstrip() for row in self.rows).rstrip()
-
-
-def in_terminal(*arguments: Any, keys: Sequence[tuple[str, str]] = (), **environment: str) -> tuple[Screen, int]:
-    """Run the command under a pseudo terminal until it ends; keys: (type this once that was seen since, ...)."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(ROOT)
-        os.environ.update({"TERM": "xterm-256color", "COLORTERM": "truecolor", "INPUTRC": "/dev/null", **environment})
-        os.execv(sys.executable, [sys.executable, "-m", "pipelines.cli", "generate", *map(str, arguments)])
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
-    sent, looked_at, waiting = b"", 0, list(keys)
-    while select.select([terminal], [], [], 60)[0]:
-        try:
-            sent += os.read(terminal, 1 << 16)
-        except OSError:  # how Linux says that the other side has closed
-            break
-        while waiting and (found := sent.find(waiting[0][0].encode(), looked_at)) >= 0:
-            looked_at = found + len(waiting[0][0].encode())
-            os.write(terminal, waiting.pop(0)[1].encode())
-    else:
-        os.kill(pid, signal.SIGKILL)
-    os.close(terminal)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert not waiting, f"never seen: {waiting[0][0]!r}"
-    screen = Screen()
-    screen.feed(sent.decode())
-    return screen, code
-
-
 def test_show_draws_the_masks_and_ends_with_the_plain_text(checkpoints: Path) -> None:
     target = checkpoints / "target"
-    screen, code = in_terminal("--model_dir", target, "--prompt", "the fox", "--max_new_tokens", 30, "--show")
+    flags = ("--prompt", "the fox", "--max_new_tokens", 30, "--show")
+    screen, code = in_terminal("generate", "--model_dir", target, *flags)
     assert code == 0
     lines = screen.text.splitlines()
     assert "\n".join(lines[:-1]) == printable(expected(target, "the fox", max_new_tokens=30, residual=True)).rstrip()
@@ -365,7 +286,7 @@ def test_control_characters_never_reach_the_terminal_and_without_colours_shades_
     checkpoints: Path,
 ) -> None:
     flags = ("--prompt", "the fox", "--max_new_tokens", 8, "--show", "--policy", "sequential")
-    screen, code = in_terminal("--model_dir", checkpoints / "esc", *flags, NO_COLOR="1")
+    screen, code = in_terminal("generate", "--model_dir", checkpoints / "esc", *flags, NO_COLOR="1")
     assert code == 0
     assert screen.text.splitlines()[0] == r"\x1b" * 8
     assert any(re.search(r"[░▒▓█]\\x1b", frame) for frame in screen.frames)  # guesses are escaped as well
@@ -375,6 +296,7 @@ def test_control_characters_never_reach_the_terminal_and_without_colours_shades_
 def test_ctrl_c_ends_with_what_was_committed(checkpoints: Path) -> None:
     target = checkpoints / "target"
     screen, code = in_terminal(
+        "generate",
         *("--model_dir", target, "--prompt", "the fox", "--max_new_tokens", 200, "--show", "--delay", 0.05),
         keys=[("9 passes", "\x03")],
     )
@@ -389,6 +311,7 @@ def test_a_conversation_keeps_its_history(checkpoints: Path) -> None:
     """In a terminal that cannot be drawn on, so --show changes nothing."""
     target = checkpoints / "target"
     screen, code = in_terminal(
+        "generate",
         *("--model_dir", target, "--max_new_tokens", 8, "--show"),
         keys=[("> ", "the fox\n"), ("prefill", ""), ("> ", "the dog\n"), ("prefill", ""), ("> ", "/clear\n")]
         + [("> ", "the fox\n"), ("prefill", ""), ("> ", "/exit\n")],

@@ -70,6 +70,7 @@ def test_variants_change_only_what_they_name() -> None:
         ("resources=null", "resources is null; it should be a mapping of keys"),
         ("target.start=5", "target.start is 5; it should be a mapping of keys, or a path, URI or hub id"),
         ("name=../up", "name is '../up'; it should match"),
+        ("deploy.min_replicas=2", "deploy.max_replicas is 1 but deploy.min_replicas is 2; it must be at least"),
         ("data.task=soduko", "data.task is 'soduko'; known tasks: arithmetic, gsm8k, math, sudoku"),
         ("data.train=rows.jsonl", "data.train is 'rows.jsonl', a relative path; a job's working directory"),
         ("data.train=/abs/rows.csv", "its name must end in .jsonl or .parquet"),

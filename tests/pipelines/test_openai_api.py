@@ -2,46 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
+from pipelines.api_limits import ApiLimits
 from pipelines.openai_api import ServedModel, create_app
-from pipelines.openai_types import DECODE_FIELDS, ChatRequest, CompletionRequest, DecodeRequest, DecodeResult
+from pipelines.openai_types import DECODE_FIELDS, ChatRequest, CompletionRequest
 from rcd_core.decoding.settings import DecodeSettings
-from rcd_core.errors import UserError
+from tests.pipelines.fake_backend import STEP, Echo
 
 DEFAULTS = DecodeSettings(confidence_threshold=0.9, residual=True, start="reference")
-
-
-class Echo:
-    """Answers with what it was asked; refuses the word `forbidden`, breaks on `broken`."""
-
-    def __init__(self) -> None:
-        self.asked: list[DecodeRequest] = []
-
-    async def decode(self, request: DecodeRequest) -> DecodeResult:
-        self.asked.append(request)
-        if request.prompt == "forbidden":
-            raise UserError("temperature is 9.0; this model refuses it")
-        if request.prompt == "broken":
-            raise RuntimeError("a replica died")
-        prompt = request.prompt if request.prompt is not None else request.messages
-        settings = asdict(replace(request.settings, seed=request.settings.seed or 11))
-        forwards = {"prefill": 1, "denoise": 4, "store": 0, "reference": 1}
-        return DecodeResult(
-            text=f"<{prompt}>",
-            finish_reason="stop",
-            num_prompt_tokens=3,
-            num_tokens=8,
-            forwards=forwards,
-            settings=settings,
-            steps=[{"masked": [1, 2]}],
-        )
-
-    async def ready(self) -> None: ...
 
 
 @pytest.fixture
@@ -51,8 +24,8 @@ def echo() -> Echo:
 
 @pytest.fixture
 def client(echo: Echo) -> TestClient:
-    app = create_app({"m": ServedModel(backend=echo, defaults=DEFAULTS, created=7)}, {"key": "k"})
-    return TestClient(app, raise_server_exceptions=False)
+    app = create_app({"m": ServedModel(backend=echo, defaults=DEFAULTS, created=7)}, {"key": "k"}, ApiLimits())
+    return TestClient(app)
 
 
 def complete(client: TestClient, **body: Any) -> Any:
@@ -75,9 +48,11 @@ def test_a_completion_has_openais_shape_and_the_passes(client: TestClient) -> No
     assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 8, "total_tokens": 11}
     [choice] = body["choices"]
     assert (choice["text"], choice["finish_reason"], choice["index"]) == ("<p>", "stop", 0)
+    assert body["system_fingerprint"] == "k"
     assert body["rcd"]["forwards"] == {"prefill": 1, "denoise": 4, "store": 0, "reference": 1}
     assert body["rcd"]["tokens_per_forward"] == 2.0
     assert body["rcd"]["settings"]["confidence_threshold"] == 0.9 and body["rcd"]["settings"]["seed"] == 5
+    assert body["rcd"]["reference_failures"] == 2 and body["rcd"]["seconds"] >= 0
     assert "steps" not in choice["rcd"]
 
 
@@ -110,10 +85,10 @@ def test_every_setting_is_a_field_under_its_own_name() -> None:
 
 
 def test_choices_of_prompts_and_n(client: TestClient, echo: Echo) -> None:
-    body = complete(client, prompt=["a", "b"], n=2, seed=10, trace=True).json()
+    body = complete(client, prompt=["a", "b"], n=2, seed=10, return_trace="steps").json()
     assert [c["text"] for c in body["choices"]] == ["<a>", "<a>", "<b>", "<b>"]
     assert [c["rcd"]["seed"] for c in body["choices"]] == [10, 11, 10, 11]
-    assert body["choices"][0]["rcd"]["steps"] == [{"masked": [1, 2]}]
+    assert body["choices"][0]["rcd"]["steps"] == [STEP, STEP]
     assert body["usage"] == {"prompt_tokens": 6, "completion_tokens": 32, "total_tokens": 38}
     assert body["rcd"]["forwards"]["denoise"] == 16
     complete(client, prompt=[[1, 2], [3]])
@@ -133,9 +108,17 @@ def test_choices_of_prompts_and_n(client: TestClient, echo: Echo) -> None:
         ({"max_tokens": 0}, "max_tokens", "max_tokens is 0"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "give one"),
         ({"stop": ["a", ""]}, "stop", "empty string"),
-        ({"stream": True}, "stream", "streaming is not offered yet"),
-        ({"prompt": []}, "prompt", "prompt"),
+        ({"stream": 1}, "stream", "stream is 1"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "goes with stream"),
+        ({"trace": True}, "trace", "over HTTP it is return_trace"),
+        ({"return_trace": "all"}, "return_trace", "return_trace is 'all'"),
+        ({"timeout_s": 601.0}, "timeout_s", "at most 600"),
+        ({"timeout_s": 0}, "timeout_s", "timeout_s is 0"),
+        ({"prompt": []}, "prompt", "it must be a text, texts"),
         ({"prompt": None}, "prompt", "prompt"),
+        ({"prompt": [1, "a"]}, "prompt", "it must be a text, texts"),
+        ({"prompt": ["a"] * 65, "n": 2}, "prompt", "at most 128 in all"),
+        ({"stop": ["x"] * 17}, "stop", "at most 16 texts"),
         ({"infill": True, "max_tokens": 5}, "max_tokens", "infill"),
         ({"prompt": "forbidden"}, "temperature", "this model refuses it"),
     ],

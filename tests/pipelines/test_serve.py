@@ -12,80 +12,26 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from ray import serve as ray_serve
-from rich.console import Console
 
 from pipelines import serve
-from pipelines.config import parse_recipe
+from pipelines.api_limits import ApiLimits, api_keys
+from pipelines.ingress import limits_id
 from pipelines.keys import key_of
-from pipelines.run import RunDirectory, StageContext
-from rcd_core import Decoder, DecodeSettings, ModelConfig, load_model, new_model
+from pipelines.run import StageContext
+from rcd_core import Decoder, DecodeSettings, load_model
 from rcd_core.errors import UserError
-from rcd_core.families.base import CheckpointInfo
-from rcd_core.tokenizer import mask_token_id, stop_token_ids, train_tokenizer
-
-BLOCK = 8
-CANVAS = "12<|MASK|>4<|MASK|><|MASK|>78" * 2
-SIZES = {"num_heads": 2, "num_kv_heads": 1, "intermediate_size": 32, "max_positions": 128}
-START = {"family": "sdar", "hidden_size": 16, "num_layers": 2, **SIZES}
-SMALLER = {"family": "sdar", "hidden_size": 8, "num_layers": 1, **SIZES}
-
-
-def save_model(directory: Path, sizes: dict[str, Any], seed: int, tokenizer: Any) -> None:
-    info = CheckpointInfo(
-        mask_token_id=mask_token_id(tokenizer),
-        eos_token_ids=stop_token_ids(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        block_length=BLOCK,
-    )
-    new_model(ModelConfig(**sizes), vocab_size=len(tokenizer), info=info, seed=seed).save_pretrained(
-        directory, tokenizer
-    )
+from tests.pipelines.serve_run import CANVAS, metrics, serve_context, tokenizer, until
 
 
 @pytest.fixture(scope="module")
 def context(tmp_path_factory: pytest.TempPathFactory) -> StageContext:
-    """A run whose stages before deploy are done, the models random."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    storage = tmp_path_factory.mktemp("runs")
-    raw = {
-        "name": "tiny",
-        "storage": str(storage),
-        "block_length": BLOCK,
-        "data": {"task": "sudoku", "train": "synthetic", "test": "synthetic", "num_train": 1, "num_test": 1},
-        "reference": {"start": SMALLER, "train": {"steps": 1, "batch_size": 1}},
-        "base": {"start": START, "train": {"steps": 1, "batch_size": 1}},
-        "target": {"train": {"steps": 1, "batch_size": 1}},
-        "signals": {"top_k": 16},
-        "deploy": {"port": port, "model_id": "tiny-rcd", "baseline": True, "decode": {"max_new_tokens": 16}},
-    }
-    recipe = parse_recipe(raw)
-    run = RunDirectory(recipe.run_directory)
-    tokenizer = train_tokenizer(["digits 123456 and words"] * 4, 300)
-    test = pa.table({"prompt": [CANVAS], "answer": ["12345678" * 2]})
-    (Path(run.path) / "prepare" / "test").mkdir(parents=True)
-    pq.write_table(test, Path(run.path) / "prepare" / "test" / "part-00000.parquet")
-    for seed, (name, sizes) in enumerate({"target": START, "baseline": START, "reference": SMALLER}.items()):
-        save_model(Path(run.stage_directory(name)) / "model", sizes, seed, tokenizer)
-    for name in ("prepare", "target", "baseline", "reference"):
-        run.finish(name, {"stage": name}, {"test": ["part-00000.parquet"]}, datetime.now().astimezone(), 0.0)
-    return StageContext(
-        recipe=recipe,
-        run=run,
-        stage="deploy",
-        key="key-1",
-        inputs=("prepare", "target", "reference", "baseline"),
-        console=Console(file=io.StringIO(), width=60),
-    )
+    return serve_context(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +70,7 @@ def test_the_client_lists_completes_and_chats(client: openai.OpenAI) -> None:
 def test_served_is_local(client: openai.OpenAI, deployed: StageContext) -> None:
     """Batched in the cluster with other requests, the reference in another process: what the engine gives alone."""
     model, reference = (load_model(deployed.checkpoint(name)) for name in ("target", "reference"))
-    tokenizer = train_tokenizer(["digits 123456 and words"] * 4, 300)
-    ids = tokenizer(CANVAS, add_special_tokens=False)["input_ids"]
+    ids = tokenizer()(CANVAS, add_special_tokens=False)["input_ids"]
     settings = DecodeSettings(residual=True, start="reference", temperature=0.8, residual_top_k=16)
 
     def ask(seed: int) -> Any:
@@ -136,11 +81,76 @@ def test_served_is_local(client: openai.OpenAI, deployed: StageContext) -> None:
         answers = list(threads.map(ask, range(1, 9)))
     for seed, answer in enumerate(answers, start=1):
         [alone] = Decoder(model, reference).infill([ids], replace(settings, seed=seed))
-        assert answer.choices[0].text == tokenizer.decode(alone.canvas_ids)
+        assert answer.choices[0].text == tokenizer().decode(alone.canvas_ids)
         assert answer.model_extra["rcd"]["forwards"]["denoise"] == alone.num_forwards.denoise
         assert answer.choices[0].finish_reason == "stop"
         assert "MASK" not in answer.choices[0].text
     assert len({answer.choices[0].text for answer in answers}) > 1
+
+
+def test_text_streams_block_by_block_and_is_the_whole_in_the_end(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny-rcd", "prompt": "words", "max_tokens": 64, "seed": 5, "temperature": 1.0}
+    whole = client.completions.create(**asked)
+    options = {"include_usage": True}
+    chunks = list(client.completions.create(**asked, stream=True, stream_options=options))  # type: ignore[call-overload]
+    told = [c.choices[0].text for c in chunks if c.choices and c.choices[0].text]
+    assert len(told) > 2 and "".join(told) == whole.choices[0].text
+    assert chunks[-1].usage == whole.usage
+    assert chunks[-1].model_extra["rcd"]["forwards"]["denoise"] == whole.model_extra["rcd"]["forwards"]["denoise"]
+
+
+def test_fifty_clients_that_leave_free_their_places(deployed: StageContext) -> None:
+    """In the middle of answers of a thousand tokens; whoever stays gets what he gets alone."""
+    url = serve.endpoint(deployed.recipe) + "/v1/completions"
+    before = metrics(deployed)
+
+    def leave(seed: int) -> bool:
+        body = {"model": "tiny-rcd", "prompt": "words", "max_tokens": 1000, "seed": seed, "temperature": 1.0}
+        body |= {"stream": True, "stop_token_ids": []}
+        with httpx.stream("POST", url, json=body, timeout=60, trust_env=False) as answer:
+            return any(line.startswith("data: ") for line in answer.iter_lines())  # the first one ends it
+
+    def stay(_: int) -> str:
+        body = {"model": "tiny-rcd", "prompt": "words", "max_tokens": 64, "seed": 7, "temperature": 1.0}
+        return str(httpx.post(url, json=body, timeout=60, trust_env=False).json()["choices"][0]["text"])
+
+    alone = stay(0)
+    with ThreadPoolExecutor(54) as threads:
+        left, stayed = threads.map(leave, range(1, 51)), threads.map(stay, range(4))
+        assert all(left) and list(stayed) == [alone] * 4
+
+    def idle() -> bool:
+        now = metrics(deployed)
+        return now["running"] == now["queue_length"] == 0
+
+    until(idle)
+    after = metrics(deployed)
+    assert after["cancelled_total"] - before["cancelled_total"] == 50
+    assert after["requests_total"] - before["requests_total"] == 5, "none of those who left was decoded to its end"
+
+
+def test_tenants_with_different_settings_get_what_each_gets_alone(
+    client: openai.OpenAI, deployed: StageContext
+) -> None:
+    model, reference = (load_model(deployed.checkpoint(name)) for name in ("target", "reference"))
+    ids = tokenizer()("words", add_special_tokens=False)["input_ids"]
+    tenants: list[dict[str, Any]] = [
+        {"temperature": 0.7, "residual": True, "start": "reference", "residual_top_k": 16},
+        {"temperature": 0.0, "residual": False, "policy": "sequential"},
+        {"temperature": 1.2, "residual": True, "start": "zero", "block_length": 4, "denoising_steps": 2},
+    ]
+
+    def ask(number: int) -> str:
+        own = {"stop_token_ids": [], "start": "zero", **tenants[number % 3]}
+        answer = client.completions.create(model="tiny-rcd", prompt="words", max_tokens=40, seed=number, extra_body=own)
+        return answer.choices[0].text
+
+    with ThreadPoolExecutor(12) as threads:
+        texts = list(threads.map(ask, range(12)))
+    for number, text in enumerate(texts):
+        own = {"stop_token_ids": (), "start": "zero", **tenants[number % 3]}
+        [alone] = Decoder(model, reference).generate([ids], DecodeSettings(max_new_tokens=40, seed=number, **own))
+        assert text == tokenizer().decode(alone.token_ids, skip_special_tokens=True)
 
 
 def test_stop_strings_cut_the_text(client: openai.OpenAI) -> None:
@@ -158,7 +168,7 @@ def test_stop_strings_cut_the_text(client: openai.OpenAI) -> None:
         ({"prompt": "a<|MASK|>b"}, "use infill"),
         ({"prompt": "no mask", "extra_body": {"infill": True}}, "no mask token"),
         ({"prompt": [100_000]}, "token id 100000"),
-        ({"prompt": "a", "max_tokens": 4000}, "the model has 128"),
+        ({"prompt": "a", "max_tokens": 4000}, "there is room for 1023"),
         ({"prompt": "a", "extra_body": {"cache": "dual"}}, "cache is 'dual'"),
         (
             {"prompt": "a", "model": "tiny-rcd-baseline", "extra_body": {"residual": True, "start": "reference"}},
@@ -173,8 +183,8 @@ def test_what_the_model_refuses_is_a_400(client: openai.OpenAI, change: dict[str
 
 
 def test_the_default_length_gives_way_to_a_long_prompt(client: openai.OpenAI) -> None:
-    answer = client.completions.create(model="tiny-rcd", prompt=[5] * 115)
-    assert answer.usage is not None and answer.usage.completion_tokens <= 8
+    answer = client.completions.create(model="tiny-rcd", prompt=[5] * 1011)
+    assert answer.usage is not None and answer.usage.completion_tokens <= 13  # of 1024 positions
 
 
 def test_the_printed_command_works(deployed: StageContext) -> None:
@@ -192,15 +202,24 @@ def test_the_printed_command_works(deployed: StageContext) -> None:
     assert f"--recipe {deployed.run.path}/recipe.yaml --teardown" in printed(deployed).replace("\n", "")
 
 
-def test_the_same_key_is_left_alone_and_another_is_deployed(deployed: StageContext) -> None:
+def test_the_same_key_is_left_alone_and_another_is_deployed(
+    deployed: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def about() -> Any:
         return ray_serve.get_app_handle("tiny").version.remote().result(timeout_s=30)
 
     before = about()
     serve.run(deployed)
     assert about() == before and "is live already" in printed(deployed)
+    monkeypatch.setenv("RCD_API_KEYS", "sesame")
+    assert serve._live("tiny") != ("key-1", limits_id(ApiLimits(api_keys=api_keys()))), "open to all is not live"
     serve.run(replace(deployed, key="key-2"))
-    assert about()["key"] == "key-2"
+    assert about()["key"] == "key-2" and "sesame" not in str(about())
+    assert serve._live("tiny") == ("key-2", limits_id(ApiLimits(api_keys=api_keys())))
+    base = serve.endpoint(deployed.recipe) + "/v1"
+    assert openai.OpenAI(base_url=base, api_key="sesame", max_retries=0).models.retrieve("tiny-rcd").id == "tiny-rcd"
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=base, api_key="open", max_retries=0).models.list()
 
 
 def test_another_application_in_the_way_is_named(deployed: StageContext) -> None:

@@ -1,0 +1,241 @@
+// The page: the form, the two requests it makes, and the pass that is shown.
+
+import { ApiError, decode, getJson, request } from "./api.js";
+import { MASK } from "./canvas.js";
+import { Panel, shade } from "./panel.js";
+
+const $ = (id) => document.getElementById(id);
+const form = $("form");
+const NO_TEMPLATE = "no chat template";
+
+const narrow = matchMedia("(max-width: 56rem)"); // as in style.css: the output is below the form
+
+let models = []; // {id, baseline, settings}
+let panels = [];
+let running = null; // AbortController of what is under way
+let playing = false; // the pass shown runs after the passes there are
+let last = 0; // when a pass was shown, ms
+
+// -- what is asked
+
+function mode() {
+  return form.elements.mode.value;
+}
+
+function settings() {
+  const given = {};
+  for (const field of document.querySelectorAll(".settings [name]")) {
+    if (field.value === "" || field.closest("[hidden]")) continue;
+    if (field.dataset.kind === "boolean") given[field.name] = field.value === "true";
+    else given[field.name] = field.type === "number" ? Number(field.value) : field.value;
+  }
+  return given;
+}
+
+function chosen() {
+  return models.find((m) => m.id === $("model").value);
+}
+
+function sides() {
+  const model = chosen();
+  // The chosen model, and beside it the baseline that is deployed, else itself without residuals.
+  const mine = { model: model.id, title: model.id, note: residualNote(model, settings()), settings: settings() };
+  if (!$("compare").checked || $("compare-field").hidden) return [mine];
+  const other = { ...settings(), residual: false };
+  delete other.start;
+  if (model.baseline) {
+    return [mine, { model: model.baseline, title: model.baseline, note: "baseline model, trained without residuals",
+      settings: other }];
+  }
+  const title = `${model.id}, residual off`;
+  return [mine, { model: model.id, title, note: "the same checkpoint with residual off; no baseline is deployed",
+    settings: other }];
+}
+
+function residualNote(model, given) {
+  const on = given.residual ?? model.settings.residual;
+  return on ? `residual on, start ${given.start ?? model.settings.start ?? "of the checkpoint"}` : "residual off";
+}
+
+// -- running
+
+async function run() {
+  running?.abort();
+  const controller = (running = new AbortController());
+  $("alert").textContent = "";
+  $("status").textContent = "Running";
+  $("run").disabled = true;
+  $("stop").disabled = false;
+  const template = mode() === "infill" ? $("prompt").value : null;
+  const asked = sides();
+  panels = asked.map((side) => new Panel(side.title, side.note, template));
+  $("panels").replaceChildren(...panels.map((panel) => panel.root));
+  limits();
+  show(0);
+  play(true);
+  if (narrow.matches) $("outputs").scrollIntoView();
+  try {
+    await Promise.all(asked.map((side, i) => follow(side, panels[i], controller.signal)));
+    $("status").textContent = panels.map(sentence).join(" ");
+  } catch (error) {
+    controller.abort(); // one side alone compares nothing
+    if (error instanceof ApiError && error.message.includes(NO_TEMPLATE) && mode() === "chat") {
+      setMode($("prompt").value.includes(MASK) ? "infill" : "completion");
+      return run().then(() => $("status").prepend("This model does not chat: its prompt was completed. "));
+    }
+    const stopped = error.name === "AbortError";
+    $("status").textContent = stopped ? "Stopped" : "";
+    $("alert").textContent = stopped ? "" : `Error: ${error.message}`;
+    if (error.status === 401) askForKey();
+  } finally {
+    if (running === controller) {
+      running = null;
+      $("run").disabled = false;
+      $("stop").disabled = true;
+    }
+  }
+}
+
+async function follow(side, panel, signal) {
+  const [path, body] = request(mode(), side.model, $("prompt").value, side.settings);
+  for await (const event of decode(path, body, $("key").value, signal)) {
+    if (event.step) panel.trace.add(event.step);
+    if (event.text) panel.say(event.text);
+    if (event.tokens !== undefined) panel.tokens = event.tokens;
+    if (event.done) panel.finish(event.done);
+    limits();
+  }
+}
+
+function sentence(panel) {
+  const title = panel.root.querySelector("h2").textContent;
+  const { forwards, tokens_per_forward: rate } = panel.result;
+  return `${title}: ${forwards.denoise} passes, ${rate.toFixed(2)} tokens per forward.`;
+}
+
+// -- the pass that is shown
+
+function limits() {
+  const most = Math.max(0, ...panels.map((panel) => panel.trace.length));
+  $("pass").max = most;
+  $("pass").disabled = $("play").disabled = most === 0;
+  number();
+}
+
+function number() {
+  $("pass-number").textContent = `${$("pass").value} / ${$("pass").max}`;
+  $("pass").setAttribute("aria-valuetext", `pass ${$("pass").value} of ${$("pass").max}`);
+}
+
+function show(pass) {
+  $("pass").value = pass;
+  number();
+  for (const panel of panels) panel.show(pass);
+  play(playing);
+}
+
+function play(on) {
+  playing = on;
+  $("play").textContent = on ? "Pause" : $("pass").value === $("pass").max ? "Replay" : "Play";
+}
+
+function tick(now) {
+  const [pass, most, pace] = [Number($("pass").value), Number($("pass").max), Number($("pace").value)];
+  if (playing && pass < most && now - last >= pace) {
+    show(pace ? pass + 1 : most);
+    last = now;
+  } else if (playing && pass >= most && running === null) {
+    playing = false;
+    show(most); // with the server's figures
+  }
+  requestAnimationFrame(tick);
+}
+
+// -- the form
+
+function setMode(value) {
+  form.elements.mode.value = value;
+  const infill = value === "infill";
+  $("prompt-label").textContent = value === "chat" ? "Message" : infill ? `Text with ${MASK}` : "Text to continue";
+  $("mask").hidden = !infill;
+  form.elements.max_tokens.disabled = infill;
+}
+
+function describe() {
+  const model = chosen();
+  const defaults = model?.settings ?? {};
+  $("compare-field").hidden = !model?.baseline && !defaults.residual; // nothing to compare with
+  $("compare-label").textContent = model?.baseline ? `Beside it: ${model.baseline}` : "Beside it: residual off";
+  for (const field of document.querySelectorAll(".settings [name]")) {
+    const value = defaults[field.name === "max_tokens" ? "max_new_tokens" : field.name] ?? null;
+    const text = typeof value === "boolean" ? (value ? "on" : "off") : String(value ?? "default");
+    if (field.tagName === "SELECT") field.options[0].textContent = value === null ? "default" : `(${text})`;
+    else field.placeholder = text;
+  }
+  entropyBound();
+}
+
+function entropyBound() {
+  const policy = form.elements.policy.value || chosen()?.settings.policy;
+  $("entropy-bound").hidden = policy !== "entropy_bounded";
+}
+
+function askForKey() {
+  $("key-field").hidden = false;
+  $("key").focus();
+}
+
+async function load() {
+  try {
+    ({ models } = await getJson("playground/models.json", $("key").value));
+    const about = await getJson("version", $("key").value);
+    $("release").textContent = about.version ? `Version ${about.version}` : "";
+    if (about.example && !$("prompt").value) {
+      const { body } = about.example;
+      $("prompt").value = body.prompt ?? body.messages[0].content;
+      setMode(body.messages ? "chat" : body.infill ? "infill" : "completion");
+    }
+    $("alert").textContent = "";
+  } catch (error) {
+    $("alert").textContent = `Error: ${error.message}`;
+    if (error.status === 401) askForKey();
+    return;
+  }
+  $("model").replaceChildren(...models.map((m) => new Option(m.id, m.id)));
+  describe();
+}
+
+form.addEventListener("submit", (event) => {
+  event.preventDefault();
+  run();
+});
+for (const radio of form.elements.mode) radio.addEventListener("change", () => setMode(mode()));
+$("prompt").addEventListener("input", () => {
+  if ($("prompt").value.includes(MASK) && mode() !== "infill") setMode("infill");
+});
+$("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
+});
+$("mask").addEventListener("click", () => {
+  $("prompt").setRangeText(MASK, $("prompt").selectionStart, $("prompt").selectionEnd, "end");
+  $("prompt").focus();
+});
+$("stop").addEventListener("click", () => running?.abort());
+$("model").addEventListener("change", describe);
+form.elements.policy.addEventListener("change", entropyBound);
+$("key").addEventListener("change", () => models.length || load());
+$("play").addEventListener("click", () => {
+  if (!playing && $("pass").value === $("pass").max) show(0);
+  play(!playing);
+});
+$("pass").addEventListener("input", () => {
+  playing = false;
+  show(Number($("pass").value));
+});
+for (const span of document.querySelectorAll(".legend [data-u]")) {
+  shade(span, Number(span.dataset.u), 1 - Number(span.dataset.u));
+}
+$("more").open = !narrow.matches;
+setMode(mode());
+load();
+requestAnimationFrame(tick);

@@ -1,0 +1,121 @@
+// One model's side of the page: its tokens at a pass, its figures and its text.
+
+import { Trace, boardColumns, summary, uncertainty } from "./canvas.js";
+
+const FLIP = 0.59; // where both inks have a contrast of at least 4.5 to the mixture of --certain and --uncertain
+
+export class Panel {
+  constructor(title, note, template) {
+    const root = document.getElementById("panel").content.cloneNode(true).firstElementChild;
+    this.root = root;
+    this.trace = new Trace(template);
+    this.columns = template === null ? 0 : boardColumns(template);
+    this.canvas = root.querySelector(".canvas");
+    this.answer = root.querySelector(".answer");
+    this.rows = root.querySelector("tbody");
+    this.table = root.querySelector("details.table");
+    this.result = null; // what the server says in the end,
+    this.tokens = null; // and how many tokens it counts
+    this.shown = 0;
+    root.querySelector("h2").textContent = title;
+    root.querySelector(".note").textContent = note;
+    root.setAttribute("aria-label", title);
+    this.canvas.classList.toggle("board", this.columns > 0);
+    this.canvas.style.setProperty("--columns", this.columns);
+    this.table.addEventListener("toggle", () => this.#numbers());
+    this.show(0);
+  }
+
+  say(text) {
+    this.answer.append(text); // appended, so that a screen reader says only what is new
+  }
+
+  finish(result) {
+    this.result = result;
+    const { forwards: f, seconds, reference_failures: failures } = result;
+    const rest = ["prefill", "store", "reference"].filter((kind) => f[kind]).map((kind) => `${f[kind]} ${kind}`);
+    const parts = [`${seconds.toFixed(2)} s`, `seed ${result.settings?.seed}`];
+    if (rest.length) parts.unshift(`passes of other kinds: ${rest.join(", ")}`);
+    if (failures) parts.push(`reference failed ${failures} times: those blocks started from zero`);
+    this.root.querySelector(".rest").textContent = parts.join(" · ");
+  }
+
+  /** Draw the state after `count` passes; beyond its last, the end. */
+  show(count) {
+    this.shown = Math.min(count, this.trace.length);
+    const tokens = this.trace.at(this.shown);
+    const told = summary(tokens, this.shown);
+    const ended = this.result !== null && this.shown === this.trace.length;
+    // The server's own figures at the end: they know of passes without a trace and of tokens after the stop.
+    const passes = ended ? this.result.forwards.denoise : told.passes;
+    const rate = ended ? this.result.tokens_per_forward : told.committed / Math.max(1, told.passes);
+    this.#figure("passes", passes);
+    this.#figure("tokens", ended ? this.tokens ?? told.committed : told.committed);
+    this.#figure("rate", passes ? rate.toFixed(2) : "–");
+    this.canvas.setAttribute("aria-label", label(told));
+    this.canvas.replaceChildren(...this.#drawn(tokens));
+    this.#numbers();
+  }
+
+  #drawn(tokens) {
+    const current = Math.max(-1, ...tokens.map((t) => t.block ?? -1));
+    const groups = [];
+    for (const token of tokens) {
+      const last = groups.at(-1);
+      if (last && last.block === token.block) last.tokens.push(token);
+      else groups.push({ block: token.block, tokens: [token] });
+    }
+    return groups.map(({ block, tokens: mine }) => {
+      const group = document.createElement("span");
+      group.className = "block";
+      group.classList.toggle("current", block === current && mine.some((t) => t.state === "guess"));
+      group.append(...mine.map(drawnToken));
+      return group;
+    });
+  }
+
+  #figure(name, value) {
+    this.root.querySelector(`[data-figure=${name}]`).textContent = value;
+  }
+
+  #numbers() {
+    const step = this.table.open && this.trace.steps[this.shown - 1];
+    const committed = new Set(step ? step.committed : []);
+    const rows = !step ? [] : step.masked.map((position, n) => {
+      const row = document.createElement("tr");
+      const cells = [position, step.argmax_text?.[n] ?? step.argmax[n], step.confidence[n].toFixed(3),
+        step.entropy[n].toFixed(3), step.alpha[n].toFixed(3), committed.has(position) ? "yes" : "no"];
+      row.append(...cells.map((value) => Object.assign(document.createElement("td"), { textContent: value })));
+      return row;
+    });
+    this.rows.replaceChildren(...rows);
+  }
+}
+
+function drawnToken(token) {
+  const span = document.createElement("span");
+  span.className = `token ${token.state}`;
+  span.classList.toggle("fresh", Boolean(token.fresh));
+  const masked = token.state === "guess" || token.state === "unseen";
+  span.textContent = masked ? token.text.replaceAll("\n", "↵") || "·" : token.text;
+  if (masked) shade(span, token.state === "unseen" ? 1 : uncertainty(token.entropy), token.confidence);
+  if (token.pass) {
+    const candidates = Math.exp(token.entropy).toFixed(1);
+    span.title = masked
+      ? `masked; confidence ${token.confidence.toFixed(2)}, ${candidates} candidates, alpha ${token.alpha.toFixed(2)}`
+      : `committed in pass ${token.pass} with confidence ${token.confidence.toFixed(2)}`;
+  }
+  return span;
+}
+
+/** The darker the less certain; the ink turns where white reads as well as black. */
+export function shade(span, u, confidence) {
+  span.style.setProperty("--u", u.toFixed(3));
+  span.style.setProperty("--confidence", confidence);
+  span.classList.toggle("dark", u > FLIP);
+}
+
+function label({ passes, committed, fresh, masked }) {
+  if (!passes) return masked ? `${masked} masked tokens` : "No tokens yet";
+  return `After pass ${passes}: ${committed} tokens committed, ${fresh} of them in this pass, ${masked} masked`;
+}

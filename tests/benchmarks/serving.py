@@ -1,0 +1,169 @@
+"""What HTTP and Ray Serve cost: the deployed graph beside the bare EngineThread, the same requests, one thread each.
+
+    python -m tests.benchmarks.serving [--rounds 3] [--requests 4]
+
+A random model whose batch of 32 takes some 30 ms a pass or more; both sides in turns. Of the time to a request's first
+text at concurrency 1: medians and their difference. At concurrency 32: tokens per second of clients that each send
+--requests requests one after the other, and the ratio. Starts a Ray of its own; minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+os.environ |= {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+
+import httpx  # noqa: E402
+import ray  # noqa: E402
+import torch  # noqa: E402
+from ray import serve as ray_serve  # noqa: E402
+
+from pipelines import serve  # noqa: E402
+from pipelines.engine_thread import EngineThread  # noqa: E402
+from pipelines.openai_types import DecodeRequest, Finished, TextDelta  # noqa: E402
+from pipelines.run import StageContext  # noqa: E402
+from rcd_core import DecodeSettings, load_model  # noqa: E402
+from tests.benchmarks.probe import header, idle_probe  # noqa: E402
+from tests.pipelines.serve_run import serve_context, tokenizer  # noqa: E402
+
+SIZES = {"hidden_size": 256, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 768}
+CLIENTS = 32
+TOKENS = 64
+FIRST_BLOCKS = 40  # requests that are timed one by one
+# Static, and without a stop: every request makes the same passes on both sides.
+SETTINGS: dict[str, Any] = {"denoising_steps": 4, "policy": "low_confidence_static", "stop_token_ids": ()}
+
+Ask = Callable[[int], AsyncIterator[tuple[str, int]]]  # (text, tokens that are new) as they come
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=4, help="of each client")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(header(), flush=True)
+    with tempfile.TemporaryDirectory(prefix="rcd-", dir="/tmp") as scratch:
+        context = serve_context(Path(scratch), SIZES, baseline=False, start="zero")
+        root = str(Path(__file__).resolve().parents[2])
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            object_store_memory=200 * 1024**2,
+            log_to_driver=False,
+            runtime_env={"env_vars": {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}},
+        )
+        try:
+            serve.run(context)
+            found = asyncio.run(measure(context, options.rounds, options.requests))
+        finally:
+            ray_serve.shutdown()
+            ray.shutdown()
+    found["idle_probe_after"] = idle_probe()
+    print(json.dumps(found))
+
+
+async def measure(context: StageContext, rounds: int, requests: int) -> dict[str, Any]:
+    model = load_model(context.checkpoint("target"))
+    engine = EngineThread(model, tokenizer(), None, max_batch=CLIENTS, max_length=model.max_positions, max_queue=128)
+    limits = httpx.Limits(max_connections=CLIENTS, max_keepalive_connections=CLIENTS)
+    async with httpx.AsyncClient(timeout=300, limits=limits, trust_env=False) as client:
+        sides: dict[str, Ask] = {
+            "engine": lambda seed: bare(engine, seed),
+            "served": lambda seed: served(client, serve.endpoint(context.recipe), seed),
+        }
+        for ask in sides.values():  # warm
+            await throughput(ask, 1)
+        first: dict[str, list[float]] = {name: [] for name in sides}
+        for seed in range(FIRST_BLOCKS):
+            for name, ask in sides.items():
+                first[name].append(await to_first_text(ask, seed))
+        rates: dict[str, list[float]] = {name: [] for name in sides}
+        pass_ms = 0.0
+        for _ in range(rounds):
+            for name, ask in sides.items():
+                before = await engine.statistics()
+                rates[name].append(await throughput(ask, requests))
+                if name == "engine":
+                    after = await engine.statistics()
+                    spent = sum(after[n] - before[n] for n in after if n.endswith("_seconds_total"))
+                    passes = sum(after[n] - before[n] for n in after if n.endswith("_passes_total"))
+                    pass_ms = 1e3 * spent / passes
+    engine.close()
+    medians = {name: 1e3 * statistics.median(values) for name, values in first.items()}
+    return {
+        "first_block_added_ms": medians["served"] - medians["engine"],
+        "throughput_vs_engine": statistics.median(rates["served"]) / statistics.median(rates["engine"]),
+        "first_block_ms": medians,
+        "tokens_per_second": rates,
+        "pass_ms": pass_ms,
+        "clients": CLIENTS,
+        "tokens_per_request": TOKENS,
+    }
+
+
+async def bare(engine: EngineThread, seed: int) -> AsyncIterator[tuple[str, int]]:
+    settings = DecodeSettings(max_new_tokens=TOKENS, seed=seed, temperature=1.0, **SETTINGS)
+    asked = DecodeRequest(
+        prompt=prompt(seed), messages=None, infill=False, settings=settings, fixed_length=True, stop=()
+    )
+    async for event in engine.stream(asked):
+        if isinstance(event, TextDelta):
+            yield event.text, len(event.token_ids)
+        else:
+            assert isinstance(event, Finished) and event.result.num_tokens == TOKENS
+
+
+async def served(client: httpx.AsyncClient, endpoint: str, seed: int) -> AsyncIterator[tuple[str, int]]:
+    body = {"model": "tiny-rcd", "prompt": prompt(seed), "max_tokens": TOKENS, "seed": seed, "temperature": 1.0}
+    body |= {**SETTINGS, "stop_token_ids": [], "stream": True, "stream_options": {"include_usage": True}}
+    async with client.stream("POST", endpoint + "/v1/completions", json=body) as answer:
+        async for line in answer.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = json.loads(line[6:])
+            assert "error" not in chunk, chunk
+            if chunk["choices"]:
+                yield chunk["choices"][0]["text"], 0
+            else:
+                yield "", chunk["usage"]["completion_tokens"]
+
+
+def prompt(seed: int) -> list[int]:
+    return [10 + (seed * 7 + i) % 200 for i in range(16 + seed % 32)]
+
+
+async def to_first_text(ask: Ask, seed: int) -> float:
+    """Seconds; the rest of the answer is waited for, so that the next one finds an idle engine."""
+    begun, first = time.perf_counter(), 0.0
+    async for text, _ in ask(seed):
+        if text and not first:
+            first = time.perf_counter() - begun
+    return first
+
+
+async def throughput(ask: Ask, requests: int) -> float:
+    """Tokens per second of CLIENTS clients together."""
+
+    async def one(client: int) -> int:
+        return sum([count for i in range(requests) async for _, count in ask(client * requests + i)])
+
+    begun = time.perf_counter()
+    tokens = sum(await asyncio.gather(*(one(i) for i in range(CLIENTS))))
+    assert tokens == CLIENTS * requests * TOKENS
+    return tokens / (time.perf_counter() - begun)
+
+
+if __name__ == "__main__":
+    main()
