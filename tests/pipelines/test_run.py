@@ -232,9 +232,9 @@ def test_resources_are_waited_for_with_a_deadline(ray_cluster: str) -> None:
     def hold(seconds: float) -> None:
         time.sleep(seconds)
 
-    held = hold.remote(30)
+    held = hold.remote(120)
     with pytest.raises(UserError, match=r"of which idle CPU 0; other jobs or a served model hold them"):
-        _wait_until_held(10)
+        _wait_until_held(60)
     ray.cancel(held, force=True)
 
 
