@@ -33,7 +33,6 @@ class SlotCache:
     def __init__(self, model: DiffusionModel, num_slots: int, num_positions: int) -> None:
         c = model.config
         shape = (num_slots, num_positions + 1, c.num_key_value_heads, c.head_dim)
-        self.num_slots, self.bin = num_slots, num_positions
         self.keys = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(c.num_hidden_layers)]
         self.values = [torch.zeros_like(k) for k in self.keys]
 

@@ -172,10 +172,6 @@ class Forward:
             view = CacheView(self.cache, written.flatten(), None if pools else chosen, shape.keys)
         return model.hidden(embeds, positions, layout, view)
 
-    def num_integers(self, shape: Shape) -> int:
-        """How many of `pack` there are."""
-        return shape.rows * (_PER_TOKEN * shape.queries + _PER_ROW)
-
 
 def _power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()

@@ -26,34 +26,21 @@ def mask_examples(
 
     An example without a maskable token gets an empty mask, where mask_example raises.
     """
-    if settings.block_length is not None:
-        return _one_by_one(maskable, offsets, example_ids, draw, settings)
-    keys = np.array([hash_key(settings.seed, draw, name, 0) for name in example_ids], dtype=np.uint64)
-    lengths = np.diff(offsets)
-    streams = splitmix64(keys)
-    p = (1.0 - settings.eps) * _uniform(streams) + settings.eps  # counter 0; the tokens' counters begin at 1
-    counters = np.arange(1, len(maskable) + 1, dtype=np.int64) - np.repeat(offsets[:-1], lengths)
-    drawn = _uniform(counters.astype(np.uint64) ^ np.repeat(streams, lengths))
-    p = np.repeat(p, lengths)
-    masked = (drawn < p) & maskable
-    found, possible = (_counts(flags, offsets) for flags in (masked, maskable))
-    for row in np.flatnonzero((found == 0) & (possible > 0)).tolist():  # an empty mask is drawn again, one by one
+    possible = _counts(maskable, offsets)
+    if settings.block_length is None:
+        keys = np.array([hash_key(settings.seed, draw, name, 0) for name in example_ids], dtype=np.uint64)
+        lengths = np.diff(offsets)
+        streams = splitmix64(keys)
+        levels = (1.0 - settings.eps) * _uniform(streams) + settings.eps  # counter 0; the tokens' counters begin at 1
+        counters = np.arange(1, len(maskable) + 1, dtype=np.int64) - np.repeat(offsets[:-1], lengths)
+        p = np.repeat(levels, lengths)
+        masked = (_uniform(counters.astype(np.uint64) ^ np.repeat(streams, lengths)) < p) & maskable
+    else:  # a noise level per block is drawn example by example
+        masked, p = np.zeros_like(maskable), np.ones(len(maskable))
+    # So is an empty mask, which is drawn again.
+    for row in np.flatnonzero((_counts(masked, offsets) == 0) & (possible > 0)).tolist():
         part = slice(offsets[row], offsets[row + 1])
         masked[part], p[part] = mask_example(maskable[part], example_ids[row], draw, settings)
-    return masked, p
-
-
-def _one_by_one(
-    maskable: NDArray[np.bool_],
-    offsets: NDArray[np.int64],
-    example_ids: Sequence[str],
-    draw: int,
-    settings: NoiseSettings,
-) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    masked, p = np.zeros_like(maskable), np.ones(len(maskable))
-    for name, first, end in zip(example_ids, offsets[:-1], offsets[1:], strict=True):
-        if maskable[first:end].any():
-            masked[first:end], p[first:end] = mask_example(maskable[first:end], name, draw, settings)
     return masked, p
 
 
