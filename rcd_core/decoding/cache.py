@@ -86,7 +86,7 @@ class Slots:
         """A slot for a request with these ids -> (slot, source, reused): [0, reused) of slot `source` are already those
         of ids[0:num_wanted], whole blocks only; source may be the slot itself. reused 0: nothing to copy."""
         source, reused = -1, 0
-        for slot, held in self.held.items():
+        for slot, held in self.held.items() if num_wanted else ():
             if held.block_length == block_length:
                 length = min(held.stored, num_wanted)
                 other = np.flatnonzero(held.ids[:length] != ids[:length])

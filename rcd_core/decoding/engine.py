@@ -197,37 +197,43 @@ class Engine:
     # -- what a pass changes
     def _passed(self, s: Sequence, p: Pass) -> None:
         """What a pass has left in the cache."""
-        setattr(s.forwards, p.kind, getattr(s.forwards, p.kind) + 1)
-        exact = not self.model.blocks_from_prompt_end and p.cached
-        if p.kind != "denoise":
+        exact = p.cached and not self.model.blocks_from_prompt_end
+        if p.kind == "denoise":
+            s.forwards.denoise += 1
+            if not exact or p.start == s.block[0]:
+                return
+            self.statistics.merged_stores += s.block_index > 0
+            s.stored = s.block[0]  # finished blocks before this one rode along
+        else:
+            setattr(s.forwards, p.kind, getattr(s.forwards, p.kind) + 1)
             s.stored = p.end
             if s.block_done:
                 s.advance()
-        elif exact:
-            self.statistics.merged_stores += p.start < s.block[0] and s.block_index > 0
-            s.stored = s.block[0]  # finished blocks before this one rode along
         if exact:
             self._slots.held[s.slot].stored = s.stored
 
-    def _apply(
-        self, reached: Reached, predictions: NDArray[np.float32], alpha: NDArray[np.float32]
-    ) -> None:
+    def _apply(self, reached: Reached, predictions: NDArray[np.float32], alpha: NDArray[np.float32]) -> None:
         tokens, confidence, entropy = predictions[0].astype(np.int64), predictions[1], predictions[2]
         commit = select(self.model, reached, confidence, entropy)
-        end = 0
-        for s in reached.sequences:
-            part = slice(end, end := end + len(s.open))
+        chosen, chosen_tokens, rest = reached.positions[commit], tokens[commit], reached.positions[~commit]
+        ends = reached.ends.tolist()
+        splits = np.concatenate([[0], commit.cumsum()])[reached.ends].tolist()  # of chosen, by request
+        end = split = 0
+        for s, next_end, next_split in zip(reached.sequences, ends, splits, strict=True):
+            begin, first, end, split = end, split, next_end, next_split
             if s.empty_pass_due:
                 s.empty_pass_due = False
                 s.advance()
                 continue
-            s.fed |= s.feedback is not None
+            if s.feedback is not None:
+                s.fed = True
             if s.settings.residual and not s.started:  # start "self": this pass only supplies the residual
                 s.started = True
                 continue
             if s.settings.trace:
+                part = slice(begin, end)
                 s.steps.append(_step(s, tokens[part], confidence[part], entropy[part], commit[part], alpha[part]))
-            s.commit(commit[part], tokens[part])
+            s.commit(chosen[first:split], chosen_tokens[first:split], rest[begin - first : end - split])
             s.step += 1
             if not s.block_done or (s.settings.compat_passes and s.settings.cache == "block"):
                 continue  # with compat_passes its store pass comes next

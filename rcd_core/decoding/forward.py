@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,8 +31,7 @@ _KEYS_STEP = 256  # passes of fixed shape read a multiple of so many keys
 Integers = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """One row of a pass: ids (q,) at positions [start, start + q), seeing keys [0, num_keys) of its slot. slot None:
     start is 0 and the row sees itself. residual: (slot, start, end), the state that masked tokens at positions
     [start, end) take in."""
@@ -95,8 +95,8 @@ class Forward:
 
     # -- on the host
     def pack(self, works: Sequence[Work], fixed: bool = False) -> tuple[Integers, Shape]:
-        """The integers of a pass and its shape. fixed: rows and keys are rounded up, so that few shapes occur; rows
-        beyond the works compute something that nobody reads."""
+        """The integers of a pass and its shape; works in the order of their slots. fixed: rows and keys are rounded up,
+        so that few shapes occur; rows beyond the works compute something that nobody reads."""
         num_rows = _power_of_two(len(works)) if fixed else len(works)
         num_keys = max(w.num_keys for w in works)
         cached = works[0].slot is not None
@@ -137,7 +137,8 @@ class Forward:
         one_block = True
         if self._block_causal:
             one_block = bool((start // block_length == (start + length - 1) // block_length)[: len(works)].all())
-        neighbours = len(works) == num_rows and bool((np.diff(slot) == 1).all())
+        # Slots are in order (`groups`), and nobody shares one.
+        neighbours = len(works) == num_rows and int(slot[-1] - slot[0]) == num_rows - 1
         shape = Shape(
             rows=num_rows,
             queries=width,

@@ -59,7 +59,8 @@ class Passes:
         feedback = first.feedback if first else None
         with_entropy = any(s.looks_at_entropy for s in reached.sequences)
         fixed = self.fixed and alike and all(w.slot is not None for w in works)
-        fixed &= all(len(w.ids) <= _FIXED_QUERIES for w, p in zip(works, passes, strict=True) if p.kind == "denoise")
+        if fixed:
+            fixed = all(len(w.ids) <= _FIXED_QUERIES for w, p in zip(works, passes, strict=True) if p.kind == "denoise")
         guided = any(s.settings.cfg_scale for s in reached.sequences)
         hidden: list[Tensor] = []
         bare: list[Tensor] = []
@@ -91,11 +92,11 @@ class Passes:
             return np.zeros((3, 0), dtype=np.float32)
         begun = time.perf_counter()
         if hidden and alike:
-            found = [self.predictor.greedy(torch.cat(hidden), self._upload(places), feedback, with_entropy)]
+            found = [self.predictor.greedy(_joined(hidden), self._upload(places), feedback, with_entropy)]
         elif hidden:
-            rest = torch.cat(bare) if guided else None
-            found = [self.predictor.mixed(reached, torch.cat(hidden), self._upload(places), rest)]
-        result: NDArray[np.float32] = torch.cat(found, 1).cpu().numpy()
+            rest = _joined(bare) if guided else None
+            found = [self.predictor.mixed(reached, _joined(hidden), self._upload(places), rest)]
+        result: NDArray[np.float32] = _joined(found, 1).cpu().numpy()
         self.statistics.spend("choose", time.perf_counter() - begun)
         return result
 
@@ -128,6 +129,10 @@ class Passes:
 
     def _upload(self, integers: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(integers).to(self.model.device)
+
+
+def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _without_prompt(s: Sequence, work: Work) -> Work:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,7 @@ from rcd_core.signals import Signals
 PassKind = Literal["prefill", "denoise", "store"]
 
 
-@dataclass(frozen=True)
-class Pass:
+class Pass(NamedTuple):
     """One forward over canvas positions [start, end) that sees keys [0, num_keys). `cached`: through the slot."""
 
     kind: PassKind
@@ -110,12 +109,14 @@ class Sequence:
     reference_failures: int = 0
     forwards: Forwards = field(default_factory=Forwards)
     steps: list[Step] = field(default_factory=list)
+    block: tuple[int, int] = field(init=False)  # blocks[block_index]
     wanted: NDArray[np.bool_] = field(init=False)  # positions that were masked at the beginning
     open: NDArray[np.int64] = field(init=False)  # masked positions from the block's start to scope_end
     feedback: Feedback | None = field(init=False)  # how its own predictions become residuals
     greedy: bool = field(init=False)
     looks_at_entropy: bool = field(init=False)
     wide: bool = field(init=False)  # its residuals reach beyond the block
+    _schedule: tuple[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.wanted = self.canvas == self.model.mask_token_id
@@ -125,14 +126,12 @@ class Sequence:
         self._open()
 
     def _open(self) -> None:
+        self.block = self.blocks[self.block_index]
         start = self.block[0]
-        self.open = np.flatnonzero(self.canvas[start : self.scope_end] == self.model.mask_token_id) + start
+        self.open = (self.canvas[start : self.scope_end] == self.model.mask_token_id).nonzero()[0] + start
+        self._schedule = self._planned()
 
     # -- where we are
-    @property
-    def block(self) -> tuple[int, int]:
-        return self.blocks[self.block_index]
-
     @property
     def scope_end(self) -> int:
         """Residuals and predictions reach to here: the block's end, or the canvas' for scope all_masked."""
@@ -150,28 +149,30 @@ class Sequence:
 
     @property
     def block_done(self) -> bool:
-        return not len(self.open) or bool(self.open[0] >= self.block[1])
+        return not len(self.open) or self.wide and bool(self.open[0] >= self.block[1])
 
-    def commit(self, chosen: NDArray[np.bool_], tokens: NDArray[np.int64]) -> None:
-        """Write tokens at some of the open positions; both as long as `open`."""
-        self.canvas[self.open[chosen]] = tokens[chosen]
-        self.open = self.open[~chosen]
+    def commit(self, positions: NDArray[np.int64], tokens: NDArray[np.int64], rest: NDArray[np.int64]) -> None:
+        """Write tokens at some of the open positions; rest: the others."""
+        self.canvas[positions] = tokens
+        self.open = rest
 
     def quota(self) -> int:
-        """Commits planned for this pass. SDAR: the block length over the steps, whatever is masked (semantics.md 1.6);
-        LLaDA: the masks present at the block's start, and one under a threshold (semantics.md 2.2, 3)."""
+        """Commits planned for this pass."""
+        each, extra = self._schedule
+        return each + (self.step < extra)
+
+    def _planned(self) -> tuple[int, int]:
+        """Commits of every pass of the block, and how many passes make one more. SDAR: the block length over the
+        steps, whatever is masked (semantics.md 1.6); LLaDA: the masks present at the block's start, and one under a
+        threshold (semantics.md 2.2, 3)."""
         s = self.settings
         assert s.denoising_steps is not None
+        start, end = self.block
         if not self.model.blocks_from_prompt_end:
-            start, end = self.block
-            count = s.block_length or end - start
-        elif s.policy == "low_confidence_dynamic":
-            return 1
-        else:
-            start, end = self.block
-            count = int(self.wanted[start:end].sum())
-        each, extra = divmod(count, s.denoising_steps)
-        return each + (self.step < extra)
+            return divmod(s.block_length or end - start, s.denoising_steps)
+        if s.policy == "low_confidence_dynamic":
+            return 1, 0
+        return divmod(int(self.wanted[start:end].sum()), s.denoising_steps)
 
     # -- what comes next
     def next_pass(self, prefill_chunk: int) -> Pass:
@@ -202,9 +203,9 @@ class Sequence:
         """Called when the current block holds no mask and nothing is due for it: on to the next block or the end."""
         self.fed, self.started, self.step = False, False, 0
         early = not self.infill and (not self.settings.compat_passes or not self.model.blocks_from_prompt_end)
-        end = self.block[1]
-        new = self.canvas[max(self.num_prompt, self.block[0]) : end].tolist()
-        if early and not set(self.settings.stop_token_ids or ()).isdisjoint(new):
+        start, end = self.block
+        stops = self.settings.stop_token_ids if early else None
+        if stops and not set(stops).isdisjoint(self.canvas[max(self.num_prompt, start) : end].tolist()):
             self.finished = self.stopped = True
         elif self.block_index + 1 == len(self.blocks):
             self.finished = True
