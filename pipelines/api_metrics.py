@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ from prometheus_client.registry import Collector
 from starlette.types import Scope
 
 from pipelines.api_errors import api_error
+from pipelines.metric_names import is_counter, meaning, metric_name
 from pipelines.openai_answers import Answer
 from pipelines.openai_types import Backend
 
@@ -89,9 +89,8 @@ class _Statistics(Collector):
             up.add_metric([model], float(model in self.told))
         yield up
         for name in sorted({name for statistics in self.told.values() for name in statistics}):
-            full = f"rcd_{re.sub(r'[^a-zA-Z0-9_]', '_', name)}"
-            kind = CounterMetricFamily if name.endswith("_total") else UntypedMetricFamily
-            family = kind(full, "Of a model; see rcd_core.decoding.statistics", labels=["model"])
+            kind = CounterMetricFamily if is_counter(name) else UntypedMetricFamily
+            family = kind(metric_name(name), meaning(name), labels=["model"])
             for model, statistics in self.told.items():
                 if name in statistics:
                     family.add_metric([model], float(statistics[name]))

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from pipelines.driver import user_message
 from rcd_core.errors import UserError
 
 # Each module has add_arguments(parser) and run(options) -> exit code.
@@ -15,6 +14,7 @@ COMMANDS = {
     "chat": ("pipelines.cli_chat", "talk to a served model"),
     "generate": ("pipelines.cli_generate", "generate text with a checkpoint"),
     "runs": ("pipelines.cli_runs", "list runs and the state of their stages"),
+    "serve": ("pipelines.cli_serve", "check a Serve config before it is deployed"),
     "signals": ("pipelines.cli_signals", "look at reference signals, or plan them"),
     "train": ("pipelines.cli_train", "plan trainings: memory, GPUs, hours"),
 }
@@ -35,8 +35,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(import_module(COMMANDS[options.command][0]).run(options))
     except UserError as error:
-        print(f"error: {user_message(error)}", file=sys.stderr)
+        print(f"error: {_message(error)}", file=sys.stderr)
         return 2
+
+
+def _message(error: UserError) -> str | None:
+    if type(error) is UserError:
+        return str(error)
+    from pipelines.driver import user_message  # with it comes torch, which `rcd chat` does without
+
+    return user_message(error)
 
 
 if __name__ == "__main__":

@@ -110,6 +110,13 @@ class EvaluateSettings(Section):
     starts: Annotated[tuple[Start, ...], Field(min_length=1)] = ("zero", "reference")
 
 
+class DeployedModel(Section):
+    """A checkpoint from outside the run, served beside the target; `decode`: its default settings."""
+
+    checkpoint: str
+    decode: DecodeSettings = DecodeSettings()
+
+
 class DeploySettings(Section):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
@@ -117,6 +124,7 @@ class DeploySettings(Section):
     start: Start = "reference"
     decode: DecodeSettings = DecodeSettings()
     baseline: bool = False
+    models: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], DeployedModel] = {}
     max_batch: Count = 32
     max_queue: Annotated[int, Field(ge=0)] = 128
     max_length: Count | None = None
@@ -224,9 +232,13 @@ def parse_recipe(raw: dict[str, Any], label: str = "") -> Recipe:
     except ValidationError as error:
         found = explain(error, Recipe)
     if found:
-        label = f"recipe {label or raw.get('name')}"
-        raise UserError(f"{label}: {found[0]}" if len(found) == 1 else "\n  ".join([f"{label} has problems:", *found]))
+        raise complaint(f"recipe {label or raw.get('name')}", found)
     return recipe
+
+
+def complaint(label: str, found: Sequence[str]) -> UserError:
+    """All that was found wrong with something, in one error."""
+    return UserError(f"{label}: {found[0]}" if len(found) == 1 else "\n  ".join([f"{label} has problems:", *found]))
 
 
 def dump_recipe(recipe: Recipe) -> str:

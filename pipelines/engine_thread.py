@@ -63,6 +63,8 @@ class _Client:
     def __post_init__(self) -> None:
         self._progress = Progress(self.sequence)
         self._seen = (0, 0, False)
+        self.begun = time.monotonic()
+        self.admitted = False  # it has a place in the batch
 
     def look(self) -> None:
         """Tell what is new since the last look."""
@@ -103,6 +105,7 @@ class EngineThread:
         self._clients: dict[Sequence, _Client] = {}
         self._orders: queue.SimpleQueue[tuple[str, _Client | None]] = queue.SimpleQueue()
         self._answered: Counter[str] = Counter()
+        self._waits = (0, 0.0)  # requests that got a place, seconds until they did
         self._mean_seconds = 1.0  # that a request takes, the last ones counting most
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -123,7 +126,6 @@ class EngineThread:
             raise Overloaded(self._seconds_to_a_place())
         answer = Answer(self.tokenizer, request, client.sequence)
         anew = bool(request.committed) and client.sequence.block[0] <= client.sequence.num_prompt
-        begun = time.monotonic()
         self._clients[client.sequence] = client
         self._orders.put(("add", client))
         try:
@@ -135,7 +137,7 @@ class EngineThread:
                     raise news
                 events = answer.events(news.events, news.forwards)
                 if answer.finished:
-                    self._count(answer, news.forwards, time.monotonic() - begun)
+                    self._count(answer, news.forwards, time.monotonic() - client.begun)
                 if events:
                     yield Batch(events, news.forwards, anew)
         finally:
@@ -154,13 +156,14 @@ class EngineThread:
     async def statistics(self) -> dict[str, float]:
         """Counters since the start, whose names end in _total, and gauges. Of answered requests: requests, tokens, and
         forwards, which are passes of one request; of batched passes: their number and seconds ("choose": head and
-        reduction)."""
+        reduction). admitted, queue_seconds: requests that got a place in the batch, and how long they waited for it."""
         found = self._passes()
         for name, value in self._past.items():
             found[name] += value
         answered = ("requests", "tokens", "cancelled", "failed", "reference_failures")
         for name in (*answered, *(f"{kind}_forwards" for kind in _KINDS)):
             found[f"{name}_total"] = float(self._answered[name])
+        found["admitted_total"], found["queue_seconds_total"] = map(float, self._waits)
         found["running"] = float(len(self._engine.running))
         found["queue_length"] = float(max(0, len(self._clients) - len(self._engine.running)))
         return found
@@ -190,6 +193,7 @@ class EngineThread:
     def _run(self) -> None:
         failures = 0
         while self.failure is None and self._take_orders():
+            begun = time.monotonic()
             try:
                 done = self._engine.step()
                 failures = 0
@@ -199,6 +203,9 @@ class EngineThread:
                 continue
             for s in [*self._engine.running, *done]:
                 if (client := self._clients.get(s)) is not None:
+                    if not client.admitted:
+                        client.admitted = True
+                        self._waits = (self._waits[0] + 1, self._waits[1] + begun - client.begun)
                     client.look()
                 if s.finished:
                     self._clients.pop(s, None)

@@ -11,13 +11,15 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.style import Style
 from rich.text import Text
 
-from rcd_core.decoding.sequence import Sequence
+if TYPE_CHECKING:  # `rcd chat` draws with this too, and does without torch
+    from rcd_core.decoding.sequence import Sequence
 
 Decode = Callable[[list[int]], str]
 GIVEN, COMMITTED = Style(dim=True), Style(bold=True)

@@ -72,7 +72,13 @@ def create_app(
     does so, as Ray Serve's. Raises UserError where the keys cannot be had."""
     limits = ApiLimits(api_keys=api_keys()) if limits is None else limits
     metrics = ApiMetrics()
-    app = FastAPI(title="Residual Context Diffusion", version=str(about.get("version", "unknown")), redoc_url=None)
+    # FastAPI's pages about the API load their scripts from elsewhere; /openapi.json says the same.
+    app = FastAPI(
+        title="Residual Context Diffusion",
+        version=str(about.get("version", "unknown")),
+        docs_url=None,
+        redoc_url=None,
+    )
     app.add_middleware(Guard, limits=limits, metrics=metrics, name_requests=name_requests)
     shape_errors(app)
     app.include_router(_openai_routes(models, about.get("key"), limits, metrics))

@@ -1,7 +1,7 @@
 """The bodies of the HTTP interface: OpenAI's fields that are honoured, and every DecodeSettings field by its own name.
 
 Anything else is refused: a misspelt threshold that is silently ignored would spoil an experiment. Types are strict: the
-text "0.5" is no number.
+text "0.5" is no number. Null is as good as left out, for every field but model, prompt and messages.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal, Protocol, get_type_hints
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, create_model
+from pydantic_core import CoreSchema, PydanticUseDefault, core_schema
 
 from rcd_core.decoding.settings import DecodeSettings
 from rcd_core.errors import UserError
@@ -40,6 +41,22 @@ Seed = Annotated[int, Field(ge=-SEED_LIMIT, lt=SEED_LIMIT)]
 STRICT = ConfigDict(extra="forbid", strict=True)
 
 
+class _NullIsDefault:
+    """Marks a field whose value is never None, but for which null may be sent: it means that nothing is given."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(_not_null, core_schema.nullable_schema(handler(source)))
+
+
+def _not_null(value: Any) -> Any:
+    if value is None:
+        raise PydanticUseDefault
+    return value
+
+
+# Clients send null for what their user left out.
+Switch = Annotated[bool, _NullIsDefault()]
+
 # DecodeSettings refuses what is out of these bounds too; here they are for /openapi.json to tell.
 _BOUNDED: dict[str, Any] = {
     "seed": Seed,
@@ -60,7 +77,7 @@ _DecodeFields: Any = create_model("_DecodeFields", __config__=STRICT, **_OPTIONA
 
 class StreamOptions(BaseModel):
     model_config = STRICT
-    include_usage: bool = False
+    include_usage: Switch = False
 
 
 class Request(_DecodeFields):  # type: ignore[misc]
@@ -71,14 +88,14 @@ class Request(_DecodeFields):  # type: ignore[misc]
     """
 
     model: str
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), _NullIsDefault()] = 1
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
-    stream: bool = False
+    stream: Switch = False
     stream_options: StreamOptions | None = None
     user: str | None = None  # whom the request is made for: no effect
-    return_trace: TraceDetail = "none"
+    return_trace: Annotated[TraceDetail, _NullIsDefault()] = "none"
     timeout_s: Annotated[float, Field(ge=0.1)] | None = None
 
     def settings(self, defaults: DecodeSettings) -> DecodeSettings:
@@ -112,7 +129,7 @@ class CompletionRequest(Request):
     """POST /v1/completions. infill: fill every mask token (`<|MASK|>`) of the prompt and return the filled text."""
 
     prompt: Text | Annotated[list[Text] | list[TokenId] | list[list[TokenId]], Field(min_length=1)]
-    infill: bool = False
+    infill: Switch = False
 
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str):
@@ -175,6 +192,7 @@ def _choices(
             settings=settings if settings.seed is None else replace(settings, seed=settings.seed + i),
             fixed_length=request.length() is not None,
             stop=request.stops(),
+            streamed=request.stream,
         )
 
 
@@ -186,8 +204,10 @@ class DecodeRequest:
     """One prompt (text or token ids) or conversation to decode. fixed_length: the user asked for max_new_tokens;
     otherwise it is the server's default, and gives way where the model has fewer positions left.
 
+    streamed: the client gets text as it comes; otherwise nothing before the end, so that it may all begin anew.
+
     committed, told: a request that goes on after its replica was lost: the new token ids of finished blocks, and how
-    many characters of text were sent of them.
+    many characters of text were sent of them. checkpoint: weights_id of the model they are of.
     """
 
     prompt: str | list[int] | None
@@ -196,8 +216,10 @@ class DecodeRequest:
     settings: DecodeSettings
     fixed_length: bool
     stop: tuple[str, ...]
+    streamed: bool = True
     committed: tuple[int, ...] = ()
     told: int = 0
+    checkpoint: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

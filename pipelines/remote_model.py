@@ -1,7 +1,9 @@
 """A Target deployment as the HTTP interface sees it: a Backend that outlives replicas.
 
 A request whose replica is lost goes to another: as it was where nothing was sent yet, else with what was sent, so that
-the stream goes on where it broke off. The seed is fixed before the first try: both tries give one text.
+the stream goes on where it broke off. The seed is fixed before the first try: both tries give one text. Where the other
+replica has another checkpoint, nothing of the first one's work is used: the request begins anew, unless its client has
+seen some of it, which ends with Unavailable.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from pipelines.openai_types import (
     TraceStep,
     Unavailable,
 )
-from pipelines.replicas import Refusal
+from pipelines.replicas import FirstBatch, Refusal
 from rcd_core.decoding.request import NUM_SEED_BITS
 
 MAX_TRIES = 3
@@ -55,25 +57,34 @@ class RemoteModel:
         self._retries = 0
 
     async def stream(self, request: DecodeRequest) -> AsyncGenerator[DecodeEvent, None]:
-        """Raises UserError or Overloaded on the first step, Unavailable where no replica lives long enough."""
-        sent = _Sent(_seeded(request))
+        """Raises UserError or Overloaded on the first step, Unavailable where no replica lives long enough, or none has
+        the checkpoint any more with which the answer began. Unless streamed, there is one event, Finished."""
+        seeded = _seeded(request)
+        sent = _Sent(seeded)
         for attempt in range(1, MAX_TRIES + 1):
             batches: Any = self._streaming.stream.remote(sent.request)
             sent.begin_try()
             ended = False
             try:
                 async for batch in batches:
+                    if isinstance(batch, FirstBatch | Refusal):
+                        sent.meet(batch.checkpoint)
                     if isinstance(batch, Refusal):
                         error = batch.error()
                         if attempt > 1 and isinstance(error, Overloaded):  # it had a place before
                             raise _Retry(error.retry_after_s)
                         raise error
                     for event in sent.news(batch):
-                        yield event
+                        if request.streamed or isinstance(event, Finished):
+                            yield event
                 ended = True
                 return
             except _Retry as full:
                 pause, why = full.pause_s, "another one is full"
+            except _OtherCheckpoint as error:
+                if sent.seen:
+                    raise Unavailable("the model was replaced by another while it answered; send it again") from error
+                sent, pause, why = _Sent(seeded), 0.0, "another has a different checkpoint"
             except DeploymentUnavailableError as error:
                 raise Unavailable("the model's replicas cannot be started; its log says why") from error
             except _LOST as error:
@@ -109,6 +120,10 @@ class _Retry(Exception):
         self.pause_s = pause_s
 
 
+class _OtherCheckpoint(Exception):
+    """A replica cannot go on with what one of another checkpoint has begun."""
+
+
 @dataclass
 class _Sent:
     """What a client has of its answer, whichever replicas it came from. `request` asks for the rest."""
@@ -120,6 +135,17 @@ class _Sent:
     forwards: dict[str, int] = field(default_factory=dict)  # of this try, up to its last finished block
     repeated: int = 0  # steps to come that have been told
     first: bool = True  # nothing has come of this try yet
+
+    @property
+    def seen(self) -> bool:
+        """Whether the client has some of it."""
+        return self.request.streamed and (self.request.told > 0 or bool(self.steps))
+
+    def meet(self, checkpoint: str) -> None:
+        """A replica answers. Raises _OtherCheckpoint."""
+        if (self.request.committed or self.steps) and checkpoint != self.request.checkpoint:
+            raise _OtherCheckpoint
+        self.request = replace(self.request, checkpoint=checkpoint)
 
     def begin_try(self) -> None:
         self.repeated, self.first = self.steps_since_block, True

@@ -20,8 +20,11 @@ from ray.serve.handle import DeploymentHandle
 
 from pipelines.engine_thread import Batch, EngineThread
 from pipelines.openai_types import DecodeRequest, Overloaded
+from pipelines.ray_metrics import keep_telling
+from pipelines.weights_id import weights_id
 from rcd_core import LocalReference, ReferenceSignals, UserError, WarmStart, load_model
 from rcd_core.decoding.memory import fit_batch
+from rcd_core.node_copy import node_copy
 from rcd_core.signals import Signals
 from rcd_core.tokenizer import load_tokenizer
 
@@ -97,12 +100,19 @@ class Reference:
     def __init__(self, checkpoint: str, device: str) -> None:
         self.model = LocalReference(load_model(checkpoint, device=device))
         self.thread = ThreadPoolExecutor(max_workers=1)  # one pass at a time, off the event loop
+        self.counts = {"reference_passes_total": 0.0, "reference_seconds_total": 0.0}
+        self.telling = asyncio.create_task(keep_telling(self.statistics))
 
     async def signals(self, requests: list[WarmStart]) -> list[bytes]:
         return await self._merged(requests)
 
     async def ready(self) -> None:
         """Answers once the constructor is through."""
+
+    async def statistics(self) -> dict[str, float]:
+        """Of this replica: its passes, each for all blocks that were asked for at once, their time, and what of the
+        contexts its cache had already."""
+        return {**self.counts, "reused_tokens_total": float(self.model.reused_tokens)}
 
     async def check_health(self) -> None:
         """Answers from the event loop, so never waits for a pass of the model."""
@@ -116,8 +126,18 @@ class Reference:
         return [[next(answers) for _ in call] for call in calls]
 
     def _signals(self, requests: list[WarmStart]) -> list[bytes]:
+        begun = time.perf_counter()
         found = self.model.signals(requests)
+        self.counts["reference_passes_total"] += 1
+        self.counts["reference_seconds_total"] += time.perf_counter() - begun
         return [signals.to_bytes() for signals in found if isinstance(signals, ReferenceSignals)]
+
+
+@dataclass(frozen=True)
+class FirstBatch(Batch):
+    """What a replica answers first. checkpoint: weights_id of its model."""
+
+    checkpoint: str = ""
 
 
 @dataclass(frozen=True)
@@ -125,6 +145,7 @@ class Refusal:
     """A UserError, or Overloaded with retry_after_s. A value: of an exception Serve would log a traceback."""
 
     message: str
+    checkpoint: str
     retry_after_s: float | None = None
 
     def error(self) -> Exception:
@@ -152,7 +173,9 @@ class Target:
         reference_top_k: int,
         limits: EngineLimits,
     ) -> None:
+        checkpoint = node_copy(checkpoint)  # once: model and tokenizer are of one version
         model = load_model(checkpoint, device=device)
+        self.checkpoint = weights_id(model)
         length = min(model.max_positions, limits.max_length or MAX_LENGTH)
         self.engine = EngineThread(
             model,
@@ -163,17 +186,23 @@ class Target:
             max_queue=limits.max_queue,
         )
         self.replica_id = serve.get_replica_context().replica_id.unique_id
+        self.telling = asyncio.create_task(keep_telling(self.engine.statistics))
 
     async def stream(self, request: DecodeRequest) -> AsyncIterator[Batch | Refusal]:
-        """A Batch after each pass that brought something, or one Refusal."""
+        """A Batch after each pass that brought something, a FirstBatch before the others, or one Refusal."""
+        if request.committed and request.checkpoint != self.checkpoint:  # ids that may not even be in its vocabulary
+            yield Refusal("a model of another checkpoint has begun the answer", self.checkpoint)
+            return
+        first = True
         try:
             async with contextlib.aclosing(self.engine.batches(request)) as batches:
                 async for batch in batches:
-                    yield batch
+                    yield FirstBatch(**vars(batch), checkpoint=self.checkpoint) if first else batch
+                    first = False
         except UserError as error:
-            yield Refusal(str(error))
+            yield Refusal(str(error), self.checkpoint)
         except Overloaded as error:
-            yield Refusal(str(error), error.retry_after_s)
+            yield Refusal(str(error), self.checkpoint, error.retry_after_s)
 
     async def ready(self) -> None:
         """Answers once the constructor is through; raises where the engine has given up."""

@@ -15,9 +15,11 @@ from rcd_core.tasks import TASKS
 
 if TYPE_CHECKING:
     from pipelines.config import Recipe
+    from rcd_core.decoding.settings import DecodeSettings
     from rcd_core.training.settings import TrainSettings
 
 SYNTHETIC = "synthetic"
+DEPLOYMENTS = ("Target", "Baseline", "Reference", "Ingress")  # of the stage deploy, on Ray's dashboard
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_DATA = re.compile(r"hf://[\w.-]+/[\w.-]+(@[\w.-]+)?(:\S+)?")
 _DATA_SUFFIXES = (".jsonl", ".parquet")
@@ -46,7 +48,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
     if data.min_length is not None and data.min_length > data.max_length:
         yield f"data.min_length is {data.min_length}, above data.max_length {data.max_length}; nothing would be left"
     for key, start in checkpoints(recipe).items():
-        yield from _checkpoint_problems(key, start)
+        yield from checkpoint_problems(key, start)
         if recipe.tokenizer.path is None:
             yield f"tokenizer.path is null but {key} is a checkpoint; set it to that checkpoint's tokenizer"
     if target.start is None and recipe.base is None:
@@ -69,8 +71,18 @@ def problems(recipe: Recipe) -> Iterator[str]:
     policy, thresholds = recipe.evaluate.decode.policy, recipe.evaluate.thresholds
     if policy != "low_confidence_dynamic" and len(thresholds) > 1:
         yield f"evaluate.decode.policy is {policy!r}, which looks at no threshold; give evaluate.thresholds one value"
+    yield from _deploy_problems(recipe)
+
+
+def _deploy_problems(recipe: Recipe) -> Iterator[str]:
     if recipe.deploy.baseline and not recipe.baseline:
         yield "deploy.baseline is true but baseline is false; there would be no baseline to deploy"
+    first = recipe.deploy.model_id
+    taken = {first: "the target", f"{first}-baseline": "the baseline"} | dict.fromkeys(DEPLOYMENTS, "a deployment")
+    for model_id, model in recipe.deploy.models.items():
+        if model_id in taken:
+            yield f"deploy.models.{model_id}: {taken[model_id]} has this name; choose another id"
+        yield from checkpoint_problems(f"deploy.models.{model_id}.checkpoint", model.checkpoint)
     if recipe.deploy.max_replicas < recipe.deploy.min_replicas:
         few, many = recipe.deploy.min_replicas, recipe.deploy.max_replicas
         yield f"deploy.max_replicas is {many} but deploy.min_replicas is {few}; it must be at least as large"
@@ -125,12 +137,20 @@ def reference_keys(recipe: Recipe) -> dict[str, str]:
         found["evaluate.starts"] = "evaluate"
     if recipe.evaluate.decode.residual_source == "reference":
         found["evaluate.decode.residual_source"] = "evaluate"
+    for model_id, model in recipe.deploy.models.items():
+        if asks_reference(model.decode):
+            found[f"deploy.models.{model_id}.decode"] = "deploy"
     if recipe.target.residual.feeds_back:
         if recipe.deploy.start == "reference":
             found["deploy.start"] = "deploy"
         if recipe.deploy.decode.residual_source == "reference":
             found["deploy.decode.residual_source"] = "deploy"
     return found
+
+
+def asks_reference(decode: DecodeSettings) -> bool:
+    """Whether requests with these settings need the reference model."""
+    return decode.residual and "reference" in (decode.start, decode.residual_source)
 
 
 def checkpoints(recipe: Recipe) -> dict[str, str]:
@@ -164,7 +184,8 @@ def _source_problems(key: str, source: str | tuple[str, ...], count: int | None)
             yield f"data.{key} is {path!r}; its name must end in {' or '.join(_DATA_SUFFIXES)}"
 
 
-def _checkpoint_problems(key: str, start: str) -> Iterator[str]:
+def checkpoint_problems(key: str, start: str) -> Iterator[str]:
+    """What is wrong with the name of a checkpoint; nothing is read."""
     if storage.is_absolute(start):
         return
     if not is_hub_id(start):
@@ -186,7 +207,8 @@ def check_inputs(recipe: Recipe) -> None:
                 raise UserError(f"{key}: {path} is no file with content; name a .jsonl or .parquet file")
         if any(p.startswith("hf://") for p in ([source] if isinstance(source, str) else source)):
             _require_datasets(key)
-    outside = {key: path for key, path in checkpoints(recipe).items() if storage.is_absolute(path)}
+    served = {f"deploy.models.{name}.checkpoint": model.checkpoint for name, model in recipe.deploy.models.items()}
+    outside = {k: path for k, path in (checkpoints(recipe) | served).items() if storage.is_absolute(path)}
     for key, path in outside.items():
         if key == "tokenizer.path":
             _require_file(key, path, "tokenizer_config.json", "it must hold a Hugging Face tokenizer")

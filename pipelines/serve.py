@@ -1,4 +1,4 @@
-"""deploy: the trained models as a Ray Serve application (ingress -> target -> reference) that outlives the job.
+"""deploy: the trained models as a Ray Serve application (graph.py) that outlives the job.
 
     python pipelines/serve.py --recipe demo
 
@@ -14,8 +14,7 @@ import socket
 import sys
 import time
 import urllib.request
-from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +28,16 @@ from ray.serve.schema import ApplicationStatus
 from pipelines.api_limits import ApiLimits, api_keys
 from pipelines.cluster import wait_for_resources
 from pipelines.config import Recipe
-from pipelines.ingress import Ingress, limits_id
-from pipelines.replicas import REFERENCE_THREADS, EngineLimits, Reference, Target
+from pipelines.description import DescribedModel, DescribedReference, Description, Replicas
+from pipelines.graph import application
+from pipelines.ingress import limits_id
+from pipelines.rules import asks_reference
 from pipelines.run import StageContext
 from rcd_core import storage
-from rcd_core.decoding.settings import DecodeSettings
 from rcd_core.errors import UserError
 from rcd_core.tasks import get_task
 
 READY_TIMEOUT_S = 60.0
-INGRESS_REQUESTS = 4096  # at once; it is the targets that refuse what is too much
-SPARE_REQUESTS = 32  # beyond those an engine takes: refusals on their way, statistics, /ready
-REFERENCE_CALLS = 4  # each a batch of some target's, per reference replica, above which another one is started
-CPUS_PER_REPLICA = 0.5  # decoding uses what it finds; a live application must leave a small machine room to train
 
 
 def run(ctx: StageContext) -> dict[str, Any]:
@@ -53,16 +49,18 @@ def run(ctx: StageContext) -> dict[str, Any]:
     if _live(recipe.name) == (ctx.key, limits_id(limits)) and _reachable(recipe):
         ctx.console.print(f"deploy: {recipe.name} is live already")
     else:
+        description = describe(ctx)
         _start_http(recipe)
         # What a live application of ours holds comes free as its successor starts.
         wait_for_resources(
-            _bundles(recipe),
+            description.bundles,
             recipe.resources.timeout_s,
             f"the application {recipe.name}",
             free=recipe.name not in _applications(),
             say=ctx.console.print,
         )
-        serve.run(application(ctx, limits), name=recipe.name, route_prefix="/", blocking=False)
+        about = {"recipe": recipe.name, "key": ctx.key, "example": _example(ctx)}
+        serve.run(application(description, limits, about), name=recipe.name, route_prefix="/", blocking=False)
         _wait_until_ready(recipe)
     return {"endpoint": endpoint(recipe), "application": recipe.name, "example": _example(ctx)}
 
@@ -107,95 +105,40 @@ def endpoint(recipe: Recipe) -> str:
     return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{recipe.deploy.port}"
 
 
-def application(ctx: StageContext, limits: ApiLimits) -> serve.Application:
-    """The graph of deployments. The reference is part of it where the default settings ask for it."""
+def describe(ctx: StageContext) -> Description:
+    """The recipe's models as an application. The reference is part of it where default settings ask for it."""
     recipe, deploy = ctx.recipe, ctx.recipe.deploy
-    device = "cuda" if recipe.resources.gpus_per_worker else "cpu"
-    engine = EngineLimits(max_batch=deploy.max_batch, max_queue=deploy.max_queue, max_length=deploy.max_length)
-    ongoing = deploy.target_ongoing_requests or float(deploy.max_batch)
-    reference = None
-    if _wants_reference(recipe):
-        calls = REFERENCE_CALLS * REFERENCE_THREADS * deploy.max_replicas
-        kind = _deployment(Reference, "Reference", recipe, target_ongoing=REFERENCE_CALLS, max_ongoing=calls)
-        reference = kind.bind(ctx.checkpoint("reference"), device)
-    settings = replace(deploy.decode, residual=_wants_residual(recipe), start=deploy.start)
-    targets, defaults = {}, {}
-    for name, stage, behind, decode in (
-        (deploy.model_id, "target", reference, settings),
-        (f"{deploy.model_id}-baseline", "baseline", None, replace(deploy.decode, residual=False)),
-    ):
-        if stage == "target" or deploy.baseline:
-            # The engine itself refuses what is too much, so Serve must let it through.
-            room = deploy.max_batch + deploy.max_queue + SPARE_REQUESTS
-            kind = _deployment(Target, stage.capitalize(), recipe, target_ongoing=ongoing, max_ongoing=room)
-            targets[name] = kind.bind(ctx.checkpoint(stage), device, behind, recipe.signals.top_k, engine)
-            defaults[name] = decode
-    ingress = serve.deployment(max_ongoing_requests=INGRESS_REQUESTS, ray_actor_options={"num_cpus": 0})(Ingress)
-    return ingress.bind(targets, defaults, _about(ctx, defaults), limits)
-
-
-def _deployment(
-    replica: type, name: str, recipe: Recipe, *, target_ongoing: float, max_ongoing: int
-) -> serve.Deployment:
-    needs, deploy = _needs(recipe), recipe.deploy
-    scaled: dict[str, Any] = {"num_replicas": deploy.min_replicas}
-    if deploy.max_replicas > deploy.min_replicas:
-        scaled = {
-            "autoscaling_config": {
-                "min_replicas": deploy.min_replicas,
-                "max_replicas": deploy.max_replicas,
-                "target_ongoing_requests": target_ongoing,
-            }
-        }
-    decorate = serve.deployment(
-        name=name,
-        max_ongoing_requests=max_ongoing,
-        max_constructor_retry_count=2,
-        ray_actor_options={"num_cpus": needs["CPU"], "num_gpus": needs.get("GPU", 0.0)},
-        **scaled,
+    start = replace(deploy.decode, residual=recipe.target.residual.feeds_back, start=deploy.start)
+    served = {deploy.model_id: ("Target", ctx.checkpoint("target"), start)}
+    if deploy.baseline:
+        plain = replace(deploy.decode, residual=False)
+        served[f"{deploy.model_id}-baseline"] = ("Baseline", ctx.checkpoint("baseline"), plain)
+    served |= {model_id: (model_id, model.checkpoint, model.decode) for model_id, model in deploy.models.items()}
+    behind = any(asks_reference(decode) for _, _, decode in served.values())
+    # All models together get the GPUs that one training worker had, which fitted at least one.
+    replicas = Replicas(
+        min_replicas=deploy.min_replicas,
+        max_replicas=deploy.max_replicas,
+        num_gpus=min(1.0, recipe.resources.gpus_per_worker / (len(served) + behind)),
     )
-    return decorate(replica)
-
-
-def _wants_residual(recipe: Recipe) -> bool:
-    return recipe.target.residual.feeds_back
-
-
-def _wants_reference(recipe: Recipe) -> bool:
-    return _wants_residual(recipe) and "reference" in (recipe.deploy.start, recipe.deploy.decode.residual_source)
-
-
-def _needs(recipe: Recipe) -> dict[str, float]:
-    """What a replica asks for: all models together the GPUs that one training worker had, which fitted at least one."""
-    needs = {"CPU": CPUS_PER_REPLICA}
-    if recipe.resources.gpus_per_worker:
-        needs["GPU"] = min(1.0, recipe.resources.gpus_per_worker / _num_models(recipe))
-    return needs
-
-
-def _num_models(recipe: Recipe) -> int:
-    return 1 + _wants_reference(recipe) + recipe.deploy.baseline
-
-
-def _bundles(recipe: Recipe) -> list[dict[str, float]]:
-    """What all replicas ask for that are there from the beginning."""
-    return [_needs(recipe)] * (_num_models(recipe) * recipe.deploy.min_replicas)
-
-
-def _about(ctx: StageContext, defaults: dict[str, DecodeSettings]) -> dict[str, Any]:
-    try:
-        release = version("rcd-ray")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        release = "unknown"
-    return {
-        "version": release,
-        "recipe": ctx.recipe.name,
-        "key": ctx.key,
-        "created": int(time.time()),
-        "reference_top_k": ctx.recipe.signals.top_k,
-        "settings": {name: asdict(settings) for name, settings in defaults.items()},
-        "example": _example(ctx),
+    models = {
+        model_id: DescribedModel(
+            checkpoint=checkpoint,
+            decode=decode,
+            deployment=name,
+            max_batch=deploy.max_batch,
+            max_queue=deploy.max_queue,
+            max_length=deploy.max_length,
+            replicas=replicas.model_copy(update={"target_ongoing_requests": deploy.target_ongoing_requests}),
+        )
+        for model_id, (name, checkpoint, decode) in served.items()
     }
+    reference = None
+    if behind:
+        reference = DescribedReference(
+            checkpoint=ctx.checkpoint("reference"), top_k=recipe.signals.top_k, replicas=replicas
+        )
+    return Description(models=models, reference=reference)
 
 
 def _example(ctx: StageContext) -> dict[str, Any]:

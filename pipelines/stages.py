@@ -124,6 +124,11 @@ def _deploy(recipe: Recipe, asking: set[str]) -> Stage:
         function="pipelines.serve:run",
         inputs=("prepare", "target", *reference, *(("baseline",) if recipe.deploy.baseline else ())),
         sections=("deploy", "block_length", "data.task", "signals.top_k"),
+        outside={
+            key: checkpoint
+            for model_id, model in recipe.deploy.models.items()
+            for key, checkpoint in _outside(f"deploy.models.{model_id}.checkpoint", model.checkpoint).items()
+        },
         always=True,  # the application may have been removed since
         report="pipelines.serve:report",
         teardown="pipelines.serve:teardown",

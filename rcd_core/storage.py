@@ -24,7 +24,6 @@ from typing import Any, BinaryIO
 from rcd_core.errors import UserError
 
 _CHUNK = 1 << 20
-_CACHE = Path.home() / ".cache" / "rcd"
 
 
 def is_uri(path: str) -> bool:
@@ -219,42 +218,6 @@ def upload_dir(local_dir: str | Path, destination: str) -> None:
     for source in sorted(p for p in root.rglob("*") if p.is_file()):
         with source.open("rb") as stream, open_output(join(destination, source.relative_to(root).as_posix())) as out:
             shutil.copyfileobj(stream, out, _CHUNK)
-
-
-def local_copy(path: str) -> Path:
-    """A local file or directory with the content of `path`.
-
-    Local paths come back as they are; what a URI names is downloaded once into ~/.cache/rcd, under a name made of the
-    URI and of sizes and times of its files, so that changed content is downloaded anew. Raises FileNotFoundError.
-    """
-    if path.startswith("file://"):
-        path = path.removeprefix("file://")
-    if not is_uri(path):
-        if not os.path.exists(path):
-            raise FileNotFoundError(path)
-        return Path(path)
-    files, inner = filesystem(path)
-    if is_directory(path):
-        sources = [info for info in _children(path, recursive=True) if info.is_file]
-    else:
-        size(path)
-        sources = [_info(path)]
-    state = json.dumps([path, *((info.path, info.size, info.mtime_ns) for info in sources)])
-    target = _CACHE / hashlib.sha256(state.encode()).hexdigest()[:24] / basename(path)
-    if target.exists():
-        return target
-    temporary = target.parent.with_name(f".{target.parent.name}.{uuid.uuid4().hex[:8]}")
-    for info in sources:
-        relative = str(info.path)[len(inner.rstrip("/")) :].lstrip("/")
-        destination = temporary / target.name / relative
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        with files.open_input_stream(info.path) as stream, destination.open("wb") as out:
-            shutil.copyfileobj(stream, out, _CHUNK)
-    try:
-        temporary.rename(target.parent)
-    except OSError:  # another process was first
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
 
 
 def sha256(path: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcd_core.errors import UserError
+from rcd_core.node_copy import node_copy
 from rcd_core.tasks.base import MASK_TEXT
 
 if TYPE_CHECKING:
@@ -69,11 +70,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a directory, a URI or a hub id; no code of the checkpoint is run."""
-    from rcd_core.storage import is_uri, local_copy
-
     loader: Any
+    local = Path(node_copy(str(path)))
     try:
-        local = local_copy(str(path)) if is_uri(str(path)) else Path(path)
         if (local / "tokenizer.json").exists():
             # Complete in itself, and this class does not import torch, which takes a worker seconds.
             from transformers import PreTrainedTokenizerFast as loader

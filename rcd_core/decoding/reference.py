@@ -54,6 +54,7 @@ class LocalReference:
     def __init__(self, model: DiffusionModel, cache_slots: int = 64) -> None:
         self.model = model
         self.cache_slots = cache_slots
+        self.reused_tokens = 0  # of contexts, found in the cache
         self._forward = Forward(model, cache_slots, 0)
         self._slots = Slots(cache_slots)
 
@@ -86,6 +87,7 @@ class LocalReference:
         if self.model.attention_block(request.block_length) is None:
             return Work(canvas, 0, len(canvas), request.block_length, None)
         slot, source, reused = self._slots.take(canvas, request.block_length, _context(request))
+        self.reused_tokens += reused
         if reused and source != slot:
             self._forward.cache.copy(source, slot, reused)
         return Work(canvas[reused:], reused, len(canvas), request.block_length, slot)

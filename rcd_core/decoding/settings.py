@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from rcd_core.alpha import AlphaRule
 from rcd_core.errors import UserError
-from rcd_core.residual import AlphaRule
 
 Policy = Literal["sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded", "random"]
 Start = Literal["reference", "zero", "self", "dirichlet"]

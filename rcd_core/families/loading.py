@@ -20,6 +20,8 @@ from rcd_core.families.base import CheckpointInfo, DiffusionModel
 from rcd_core.families.config import ModelConfig
 from rcd_core.families.files import CheckpointFiles, read_json, released_name
 from rcd_core.families.weights import StoredTensor, list_weights, read_weights
+from rcd_core.node_copy import node_copy
+from rcd_core.storage import is_uri
 
 _FAMILIES = (sdar, llada)
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -99,10 +101,8 @@ def new_model(
 def checkpoint_directory(path: str | Path) -> Path:
     """A local directory holding the checkpoint; URIs and hub ids are downloaded (json, safetensors, txt, jinja)."""
     text = str(path)
-    if "://" in text:
-        from rcd_core.storage import local_copy
-
-        return local_copy(text)
+    if is_uri(text):
+        return Path(node_copy(text))
     directory = Path(text)
     if directory.is_dir():
         if not (directory / "config.json").exists():

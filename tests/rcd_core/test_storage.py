@@ -10,6 +10,7 @@ import pytest
 
 from rcd_core import storage
 from rcd_core.errors import UserError
+from rcd_core.node_copy import CACHE, node_copy
 from tests.s3_server import s3_server
 
 
@@ -63,21 +64,18 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(base: str) -> N
     assert [info.base_name for info in files.get_file_info(fs.FileSelector(inner))] == ["x.bin"]
 
 
-def test_upload_and_local_copy(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_CACHE", tmp_path / "cache")
+def test_upload_and_copy(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
     source = tmp_path / "model"
     (source / "deep").mkdir(parents=True)
     (source / "config.json").write_text("{}")
     (source / "deep" / "weights").write_bytes(b"\0\1")
     storage.upload_dir(source, storage.join(base, "model"))
-    copy = storage.local_copy(storage.join(base, "model"))
+    copy = Path(node_copy(storage.join(base, "model")))
     assert (copy / "config.json").read_text() == "{}" and (copy / "deep" / "weights").read_bytes() == b"\0\1"
-    assert storage.local_copy(storage.join(base, "model")) == copy
+    assert node_copy(storage.join(base, "model")) == str(copy)
     storage.write_bytes(storage.join(base, "model/config.json"), b'{"changed": 1}')
-    assert (storage.local_copy(storage.join(base, "model")) / "config.json").read_bytes() == b'{"changed": 1}'
-    assert storage.local_copy(storage.join(base, "model/config.json")).read_bytes() == b'{"changed": 1}'
-    with pytest.raises(FileNotFoundError):
-        storage.local_copy(storage.join(base, "nothing"))
+    assert (Path(node_copy(storage.join(base, "model"))) / "config.json").read_bytes() == b'{"changed": 1}'
 
 
 def test_join_keeps_schemes_and_roots() -> None:
