@@ -1,7 +1,7 @@
 # make demo    from a dataset to a served model on this machine: installs, starts a local Ray head, submits the job
 # make down    ends what `make demo` started
 # make test    the tests         make lint    ruff, mypy and the import rules         make clean    removes .venv
-# make drill   slower tests: the job killed in every stage, workers killed in training; installs DeepSpeed for them
+# make drill   slower tests: jobs, workers and replicas killed, a served model updated under load; installs DeepSpeed
 #
 # Options: PORT=8000 (HTTP endpoint)  DASHBOARD_PORT=8265  PYTHON=python3 (3.11 or newer)
 

@@ -108,6 +108,7 @@ class EvaluateSettings(Section):
     decode: DecodeSettings = DecodeSettings()
     thresholds: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
     starts: Annotated[tuple[Start, ...], Field(min_length=1)] = ("zero", "reference")
+    run_code: bool = False
 
 
 class DeployedModel(Section):

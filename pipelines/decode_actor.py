@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 
 from rcd_core import storage
 from rcd_core.decoding.settings import DecodeSettings
-from rcd_core.tasks import get_task
+from rcd_core.tasks import check_gradable, get_task
 
 ROWS = pa.schema(
     {
@@ -61,6 +62,7 @@ class Plan:
     """What an actor needs to do any piece of the work."""
 
     task: str
+    run_code: bool
     tokenizer: str
     files: tuple[str, ...]
     arms: tuple[Arm, ...]
@@ -77,6 +79,9 @@ class DecodeActor:
         from rcd_core.tokenizer import load_tokenizer
 
         self.plan = plan
+        if plan.run_code:
+            os.environ["RCD_RUN_CODE"] = "1"  # of this actor only
+        check_gradable(plan.task)
         self.task = get_task(plan.task)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.dtype = torch.bfloat16 if self.device == "cuda" else None

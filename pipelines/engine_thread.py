@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipelines.openai_types import DecodeEvent, DecodeRequest, Overloaded
@@ -66,17 +66,31 @@ class _Client:
         self.begun = time.monotonic()
         self.admitted = False  # it has a place in the batch
 
-    def look(self) -> None:
-        """Tell what is new since the last look."""
+    def news(self) -> _News | None:
+        """What is new since the last look."""
         s = self.sequence
         now = (s.block_index, len(s.steps), s.finished)  # whatever is told comes with a change of these
-        if now != self._seen:
-            self._seen = now
-            self.tell(_News(list(self._progress.news()), asdict(s.forwards)))
+        if now == self._seen:
+            return None
+        self._seen = now
+        return _News(list(self._progress.news()), vars(s.forwards).copy())
 
-    def tell(self, news: _News | EngineFailed) -> None:
-        with contextlib.suppress(RuntimeError):  # its event loop is closed: nobody listens
-            self.loop.call_soon_threadsafe(self.inbox.put_nowait, news)
+
+_Letters = list[tuple[_Client, _News | EngineFailed]]
+
+
+def _send(letters: _Letters) -> None:
+    """From the engine's thread to those who wait. One call for all of an event loop: each wakes it up, and it takes its
+    time from the engine's."""
+    for loop in {client.loop for client, _ in letters}:
+        mine = [(client, news) for client, news in letters if client.loop is loop]
+        with contextlib.suppress(RuntimeError):  # it is closed: nobody listens
+            loop.call_soon_threadsafe(_put, mine)
+
+
+def _put(letters: _Letters) -> None:
+    for client, news in letters:
+        client.inbox.put_nowait(news)
 
 
 class EngineThread:
@@ -201,18 +215,21 @@ class EngineThread:
                 failures += 1
                 self._start_again(error, failures)
                 continue
+            letters: _Letters = []
             for s in [*self._engine.running, *done]:
                 if (client := self._clients.get(s)) is not None:
                     if not client.admitted:
                         client.admitted = True
                         self._waits = (self._waits[0] + 1, self._waits[1] + begun - client.begun)
-                    client.look()
+                    if (news := client.news()) is not None:
+                        letters.append((client, news))
                 if s.finished:
                     self._clients.pop(s, None)
                 elif s.forwards.denoise > len(s.canvas) + 2 * len(s.blocks):
                     # A pass commits a token at least, but for a start and an end of each block.
                     self._engine.cancel(s)
                     self._lose([s], ArithmeticError("predictions are not finite, so that no token is ever sure"))
+            _send(letters)
 
     def _take_orders(self) -> bool:
         """What has come in since the last pass; waits where there is nothing else to do. False: the end."""
@@ -255,4 +272,4 @@ class EngineThread:
             if (client := self._clients.pop(s, None)) is not None:
                 failed = EngineFailed(f"a pass failed: {type(error).__name__}: {error}")
                 failed.__cause__ = error
-                client.tell(failed)
+                _send([(client, failed)])

@@ -77,6 +77,7 @@ def make_plan(ctx: StageContext) -> Plan:
     directory = ctx.input_dir("prepare")
     return Plan(
         task=recipe.data.task,
+        run_code=recipe.evaluate.run_code,
         tokenizer=storage.join(directory, "tokenizer"),
         files=tuple(storage.join(directory, "test", name) for name in summary["test"]),
         arms=arms,

@@ -26,6 +26,14 @@ from pipelines.serve_config import app_args
 INGRESS_REQUESTS = 4096  # at once; it is the targets that refuse what is too much
 SPARE_REQUESTS = 32  # beyond those an engine takes: refusals on their way, statistics, /ready
 DRAIN_SPARE_S = 10.0  # beyond the longest deadline: an answer that comes to it ends with an error of ours
+# Serve's own switches for less work per message: one event loop in a replica (the engine has a thread of its own in any
+# case), and log lines of requests written many at a time.
+LEAN = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+}
+# The ingress asks from that loop; a target asks its reference from threads, which needs the router in a loop apart.
+LEAN_INGRESS = {**LEAN, "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
 REFERENCE_CALLS = 4  # each a batch of some target's, per reference replica, above which another one is started
 
 
@@ -34,7 +42,7 @@ def application(
 ) -> serve.Application:
     """The graph of deployments. about: what /version says besides; its `key` tells applications apart."""
     # A replica that is replaced first ends what it has begun, however long that may take.
-    draining = {"graceful_shutdown_timeout_s": limits.timeout_s + DRAIN_SPARE_S}
+    draining: dict[str, Any] = {"graceful_shutdown_timeout_s": limits.timeout_s + DRAIN_SPARE_S}
     reference = None
     if behind := description.reference:
         askers = sum(model.replicas.max_replicas for model in description.models.values() if model.uses_reference)
@@ -71,7 +79,7 @@ def application(
         name=INGRESS,
         max_ongoing_requests=INGRESS_REQUESTS,
         max_surge_percent=100,  # it costs next to nothing: the new one is there before the old one goes
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": LEAN_INGRESS}},
         **draining,
     )
     return front(Ingress).bind(targets, defaults, everything, limits)
@@ -108,7 +116,11 @@ def _deployment(
         name=name,
         max_ongoing_requests=max_ongoing,
         max_constructor_retry_count=2,
-        ray_actor_options={"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus},
+        ray_actor_options={
+            "num_cpus": replicas.num_cpus,
+            "num_gpus": replicas.num_gpus,
+            "runtime_env": {"env_vars": LEAN},
+        },
         **scaled,
         **options,
     )

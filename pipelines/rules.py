@@ -39,6 +39,11 @@ def problems(recipe: Recipe) -> Iterator[str]:
         yield f"storage is {recipe.storage!r}, a relative path; {_ABSOLUTE}"
     if data.task not in TASKS:
         yield f"data.task is {data.task!r}; known tasks: {', '.join(sorted(TASKS))}"
+    if data.task == "humaneval" and not recipe.evaluate.run_code:
+        yield (
+            "data.task is 'humaneval', which runs code that a model wrote, but evaluate.run_code is false; "
+            "set it to true where that is safe"
+        )
     yield from _source_problems("train", data.train, data.num_train)
     yield from _source_problems("test", data.test, data.num_test)
     if multiple % recipe.block_length:

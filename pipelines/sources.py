@@ -17,7 +17,7 @@ from pipelines.run import StageContext
 from rcd_core import storage
 from rcd_core.errors import UserError
 from rcd_core.tasks import SPLITS, get_task
-from rcd_core.tasks.rows import Row, check_columns, read_rows
+from rcd_core.tasks.rows import Row, check_columns, read_rows, spellings
 
 _HUB = re.compile(r"hf://(?P<name>[^@:]+)(?:@(?P<config>[^:]+))?(?::(?P<split>.+))?")
 _ROWS_AT_ONCE = 4096
@@ -121,12 +121,13 @@ def _download(name: str, split: str, path: str, columns: dict[str, str], limit: 
         data = _datasets(key).load_dataset(match["name"], match["config"], split=match["split"] or split)
     except Exception as error:  # the hub client has no common base class for what can go wrong
         raise UserError(f"{key}: {name} cannot be loaded from the hub: {error}") from error
-    missing = [column for column in columns.values() if column not in data.column_names]
+    missing = [column for column in columns.values() if not set(spellings(column)) & set(data.column_names)]
     if missing:
         raise UserError(
             f"{key}: {name} has no column {missing[0]!r}; it has {', '.join(data.column_names)}; set data.fields"
         )
-    data = data.select_columns(list(columns.values())).with_format("arrow")
+    found = [next(name for name in spellings(column) if name in data.column_names) for column in columns.values()]
+    data = data.select_columns(found).with_format("arrow")
     data = data.select(range(min(limit or len(data), len(data))))
     with storage.open_output(path) as stream, pq.ParquetWriter(stream, data.features.arrow_schema) as writer:
         for batch in data.iter(batch_size=_ROWS_AT_ONCE):

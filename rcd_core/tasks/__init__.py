@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from rcd_core.errors import UserError
+from rcd_core.tasks.aime import Aime24, Aime25
 from rcd_core.tasks.arithmetic import Arithmetic
 from rcd_core.tasks.base import MASK_TEXT, SPLITS, Problem, Task
+from rcd_core.tasks.gsm1k import Gsm1k
 from rcd_core.tasks.gsm8k import Gsm8k
+from rcd_core.tasks.gsm_plus import GsmPlus
+from rcd_core.tasks.humaneval import HumanEval, check_allowed
 from rcd_core.tasks.math import Math
+from rcd_core.tasks.math500 import Math500
+from rcd_core.tasks.minerva_math import MinervaMath
+from rcd_core.tasks.qa import Qa
 from rcd_core.tasks.sudoku import Sudoku
 
-TASKS: dict[str, Task] = {task.name: task for task in (Sudoku(), Arithmetic(), Gsm8k(), Math())}
+_SYNTHETIC: tuple[Task, ...] = (Sudoku(), Arithmetic())
+_GRADE_SCHOOL: tuple[Task, ...] = (Gsm8k(), Gsm1k(), GsmPlus())
+_BOXED: tuple[Task, ...] = (Math(), Math500(), MinervaMath(), Aime24(), Aime25())
+TASKS: dict[str, Task] = {task.name: task for task in (*_SYNTHETIC, *_GRADE_SCHOOL, *_BOXED, HumanEval(), Qa())}
 
 
 def get_task(name: str) -> Task:
@@ -19,4 +29,19 @@ def get_task(name: str) -> Task:
     return TASKS[name]
 
 
-__all__ = ["MASK_TEXT", "SPLITS", "TASKS", "Problem", "Task", "get_task"]
+def grade(task: str, completion: str, answer: str, prompt: str = "") -> bool:
+    """Whether `completion` solves a problem of the task called `task`; answer: as `Problem.answer` has it.
+
+    prompt: the canvas, which an infill task needs. UserError for an unknown task, a missing canvas, and for humaneval
+    unless RCD_RUN_CODE=1.
+    """
+    return get_task(task).grade(prompt, completion, answer)
+
+
+def check_gradable(task: str) -> None:
+    """UserError if completions of the task called `task` cannot be graded here. To be called before decoding them."""
+    if isinstance(get_task(task), HumanEval):
+        check_allowed()
+
+
+__all__ = ["MASK_TEXT", "SPLITS", "TASKS", "Problem", "Task", "check_gradable", "get_task", "grade"]

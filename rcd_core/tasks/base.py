@@ -44,6 +44,13 @@ class Task(Protocol):
         """Whether `completion` solves the problem; for an infill task it is the filled canvas."""
 
 
+def no_generator(task: str, split: str, hub: str) -> UserError:
+    """The error of a task without a generator that is asked for synthetic rows. hub: where its rows can be had."""
+    return UserError(
+        f"data.{split} is 'synthetic' but task {task!r} has no generator; give a .jsonl or .parquet file, or {hub}"
+    )
+
+
 def belongs_to(split: str, content: str) -> bool:
     """Split synthetic problems in halves by a checksum, so that no problem is in both train and test."""
     if split not in SPLITS:

@@ -15,6 +15,8 @@ from rcd_core.errors import UserError
 
 _FIRST_ROWS = 20  # looked at to learn which columns there are
 _DETAIL = 200  # characters of a bad row that are kept
+# What public data sets call their questions. A recipe that maps the field to a column gets that column and no other.
+_SAME: dict[str, tuple[str, ...]] = {"question": ("question", "problem", "prompt")}
 
 
 class BadRow(Exception):
@@ -37,13 +39,19 @@ class Row:
 def read_rows(path: str, columns: Mapping[str, str]) -> Iterator[Row]:
     """Rows of a .jsonl or .parquet file, as texts. columns: our field -> the column it is read from.
 
-    Blank lines are passed over. Raises UserError where the file itself cannot be read.
+    A column `question` may be called `problem` or `prompt` in the file; numbers become text. Blank lines are passed
+    over. Raises UserError where the file itself cannot be read.
     """
-    for number, record in _records(path, list(columns.values())):
+    for number, record in _records(path, [name for column in columns.values() for name in spellings(column)]):
         try:
             yield Row(number, values={field: _text(record, column) for field, column in columns.items()})
         except BadRow as bad:
             yield Row(number, bad=bad)
+
+
+def spellings(column: str) -> tuple[str, ...]:
+    """The names under which a column is looked for, best first."""
+    return _SAME.get(column, (column,))
 
 
 def check_columns(path: str, columns: Mapping[str, str], key: str) -> None:
@@ -63,7 +71,7 @@ def check_columns(path: str, columns: Mapping[str, str], key: str) -> None:
             raise UserError(f"{key}: none of the first {len(records)} lines of {path} is a JSON object; see JSON Lines")
         present = sorted({str(name) for record in objects for name in record})
     for field, column in columns.items():
-        if column not in present:
+        if not set(spellings(column)) & set(present):
             raise UserError(
                 f"{key}: {path} has no column {column!r} for our field {field!r}; it has {', '.join(present)}; "
                 f"set data.fields.{field} to the right one"
@@ -98,9 +106,11 @@ def _text(record: Any, column: str) -> str:
         raise record
     if not isinstance(record, dict):
         raise BadRow("not a JSON object", repr(record))
-    value = record.get(column)
-    if value is None:
+    value = next((record[name] for name in spellings(column) if record.get(name) is not None), None)
+    if value is None or value != value:  # a missing number can be NaN
         raise BadRow(f"missing {column!r}", repr(record))
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
     if not isinstance(value, str):
         raise BadRow(f"{column!r} is no text", repr(value))
     if not value.strip():

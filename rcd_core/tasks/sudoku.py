@@ -55,6 +55,8 @@ class Sudoku:
 
     def grade(self, prompt: str, completion: str, answer: str) -> bool:
         puzzle = prompt.strip().replace(MASK_TEXT, ".").removeprefix(ANCHOR)
+        if len(puzzle) != CELLS:
+            raise UserError(f"prompt is {prompt[:40]!r}; grading sudoku needs the canvas: which cells were given")
         board = completion.strip().removeprefix(ANCHOR)
         return is_valid(board) and all(p in (".", b) for p, b in zip(puzzle, board, strict=True))
 

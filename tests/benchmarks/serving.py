@@ -4,7 +4,8 @@
 
 A random model whose batch of 32 takes some 30 ms a pass or more; both sides in turns. Of the time to a request's first
 text at concurrency 1: medians and their difference. At concurrency 32: tokens per second of clients that each send
---requests requests one after the other, and the ratio. Starts a Ray of its own; minutes.
+--requests requests one after the other, and the ratio, for answers of 64 tokens (throughput_vs_engine) and of 256, of
+which fewer begin. Starts a Ray of its own; minutes.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ from tests.pipelines.serve_run import serve_context, tokenizer  # noqa: E402
 
 SIZES = {"hidden_size": 256, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 768}
 CLIENTS = 32
-TOKENS = 64
+TOKENS, LONG_TOKENS = 64, 256
 FIRST_BLOCKS = 40  # requests that are timed one by one
 # Static, and without a stop: every request makes the same passes on both sides.
 SETTINGS: dict[str, Any] = {"denoising_steps": 4, "policy": "low_confidence_static", "stop_token_ids": ()}
 
-Ask = Callable[[int], AsyncIterator[tuple[str, int]]]  # (text, tokens that are new) as they come
+Ask = Callable[[int, int], AsyncIterator[tuple[str, int]]]  # seed, length -> (text, tokens that are new) as they come
 
 
 def main() -> None:
@@ -80,41 +81,46 @@ async def measure(context: StageContext, rounds: int, requests: int) -> dict[str
     limits = httpx.Limits(max_connections=CLIENTS, max_keepalive_connections=CLIENTS)
     async with httpx.AsyncClient(timeout=300, limits=limits, trust_env=False) as client:
         sides: dict[str, Ask] = {
-            "engine": lambda seed: bare(engine, seed),
-            "served": lambda seed: served(client, serve.endpoint(context.recipe), seed),
+            "engine": lambda seed, tokens: bare(engine, seed, tokens),
+            "served": lambda seed, tokens: served(client, serve.endpoint(context.recipe), seed, tokens),
         }
         for ask in sides.values():  # warm
-            await throughput(ask, 1)
+            await throughput(ask, 1, TOKENS)
         first: dict[str, list[float]] = {name: [] for name in sides}
         for seed in range(FIRST_BLOCKS):
             for name, ask in sides.items():
                 first[name].append(await to_first_text(ask, seed))
-        rates: dict[str, list[float]] = {name: [] for name in sides}
-        pass_ms = 0.0
+        rates: dict[int, dict[str, list[float]]] = {n: {name: [] for name in sides} for n in (TOKENS, LONG_TOKENS)}
+        pass_ms: list[float] = []
         for _ in range(rounds):
-            for name, ask in sides.items():
-                before = await engine.statistics()
-                rates[name].append(await throughput(ask, requests))
-                if name == "engine":
-                    after = await engine.statistics()
-                    spent = sum(after[n] - before[n] for n in after if n.endswith("_seconds_total"))
-                    passes = sum(after[n] - before[n] for n in after if n.endswith("_passes_total"))
-                    pass_ms = 1e3 * spent / passes
+            for tokens, by_side in rates.items():
+                for name, ask in sides.items():
+                    before = await engine.statistics()
+                    by_side[name].append(await throughput(ask, max(1, requests * TOKENS // tokens), tokens))
+                    if name == "engine":
+                        pass_ms.append(mean_pass(before, await engine.statistics()))
     engine.close()
     medians = {name: 1e3 * statistics.median(values) for name, values in first.items()}
+    ratios = {n: statistics.median(r["served"]) / statistics.median(r["engine"]) for n, r in rates.items()}
     return {
         "first_block_added_ms": medians["served"] - medians["engine"],
-        "throughput_vs_engine": statistics.median(rates["served"]) / statistics.median(rates["engine"]),
+        "throughput_vs_engine": ratios[TOKENS],
+        f"throughput_vs_engine_{LONG_TOKENS}": ratios[LONG_TOKENS],
         "first_block_ms": medians,
         "tokens_per_second": rates,
-        "pass_ms": pass_ms,
+        "pass_ms": statistics.median(pass_ms),
         "clients": CLIENTS,
-        "tokens_per_request": TOKENS,
     }
 
 
-async def bare(engine: EngineThread, seed: int) -> AsyncIterator[tuple[str, int]]:
-    settings = DecodeSettings(max_new_tokens=TOKENS, seed=seed, temperature=1.0, **SETTINGS)
+def mean_pass(before: dict[str, float], after: dict[str, float]) -> float:
+    """Milliseconds of a denoising pass, head and reduction included."""
+    spent = {name: after[name] - before[name] for name in after}
+    return 1e3 * (spent["denoise_seconds_total"] + spent["choose_seconds_total"]) / spent["denoise_passes_total"]
+
+
+async def bare(engine: EngineThread, seed: int, tokens: int) -> AsyncIterator[tuple[str, int]]:
+    settings = DecodeSettings(max_new_tokens=tokens, seed=seed, temperature=1.0, **SETTINGS)
     asked = DecodeRequest(
         prompt=prompt(seed), messages=None, infill=False, settings=settings, fixed_length=True, stop=()
     )
@@ -122,11 +128,11 @@ async def bare(engine: EngineThread, seed: int) -> AsyncIterator[tuple[str, int]
         if isinstance(event, TextDelta):
             yield event.text, len(event.token_ids)
         else:
-            assert isinstance(event, Finished) and event.result.num_tokens == TOKENS
+            assert isinstance(event, Finished) and event.result.num_tokens == tokens
 
 
-async def served(client: httpx.AsyncClient, endpoint: str, seed: int) -> AsyncIterator[tuple[str, int]]:
-    body = {"model": "tiny-rcd", "prompt": prompt(seed), "max_tokens": TOKENS, "seed": seed, "temperature": 1.0}
+async def served(client: httpx.AsyncClient, endpoint: str, seed: int, tokens: int) -> AsyncIterator[tuple[str, int]]:
+    body = {"model": "tiny-rcd", "prompt": prompt(seed), "max_tokens": tokens, "seed": seed, "temperature": 1.0}
     body |= {**SETTINGS, "stop_token_ids": [], "stream": True, "stream_options": {"include_usage": True}}
     async with client.stream("POST", endpoint + "/v1/completions", json=body) as answer:
         async for line in answer.aiter_lines():
@@ -147,22 +153,22 @@ def prompt(seed: int) -> list[int]:
 async def to_first_text(ask: Ask, seed: int) -> float:
     """Seconds; the rest of the answer is waited for, so that the next one finds an idle engine."""
     begun, first = time.perf_counter(), 0.0
-    async for text, _ in ask(seed):
+    async for text, _ in ask(seed, TOKENS):
         if text and not first:
             first = time.perf_counter() - begun
     return first
 
 
-async def throughput(ask: Ask, requests: int) -> float:
+async def throughput(ask: Ask, requests: int, tokens: int) -> float:
     """Tokens per second of CLIENTS clients together."""
 
     async def one(client: int) -> int:
-        return sum([count for i in range(requests) async for _, count in ask(client * requests + i)])
+        return sum([count for i in range(requests) async for _, count in ask(client * requests + i, tokens)])
 
     begun = time.perf_counter()
-    tokens = sum(await asyncio.gather(*(one(i) for i in range(CLIENTS))))
-    assert tokens == CLIENTS * requests * TOKENS
-    return tokens / (time.perf_counter() - begun)
+    found = sum(await asyncio.gather(*(one(i) for i in range(CLIENTS))))
+    assert found == CLIENTS * requests * tokens
+    return found / (time.perf_counter() - begun)
 
 
 if __name__ == "__main__":

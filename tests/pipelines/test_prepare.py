@@ -131,7 +131,7 @@ def test_bad_rows_are_counted_listed_and_left_out(
             "{broken",
             {"question": "no answer"},
             {"question": "", "answer": "#### 1"},
-            {"question": "q", "answer": 5},
+            {"question": "q", "answer": [5]},
             {"question": "no number", "answer": "five"},
             {"question": " ".join(map(str, range(200))), "answer": "#### 1"},
             {"question": "spells <|MASK|>", "answer": "#### 1"},

@@ -15,7 +15,6 @@ import pytest
 import yaml
 
 from pipelines import cli, serve
-from pipelines.checkpoint_cache import CACHE
 from pipelines.config import load_recipe
 from pipelines.description import DescribedModel, DescribedReference, Description, Replicas, parse_description
 from pipelines.graph import build
@@ -24,6 +23,7 @@ from pipelines.rules import check_inputs, reference_keys
 from pipelines.serve_config import BUILD, CONFIG, config_problems, read_config
 from rcd_core import storage
 from rcd_core.errors import UserError
+from rcd_core.node_copy import CACHE
 from tests.conftest import ROOT
 from tests.pipelines.serve_run import SMALLER, START, free_port, save_model, serve_context, until
 from tests.s3_server import s3_server

@@ -193,7 +193,7 @@ class Killer:
             time.sleep(0.01)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("ddp", marks=pytest.mark.drill)])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.drill)])
 @pytest.mark.timeout(280)
 def test_a_killed_worker_is_replaced_and_nothing_shows_in_the_result(
     strategy: str, ray_cluster: str, tmp_path: Path

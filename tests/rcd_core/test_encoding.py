@@ -25,7 +25,7 @@ def test_bad_lines_are_reported_with_their_numbers(tmp_path: Path) -> None:
         b'["a list"]',
         b'{"q": "no a"}',
         b'{"q": " ", "a": "1"}',
-        b'{"q": "type", "a": 1}',
+        b'{"q": "type", "a": [1]}',
         b'{"q": "bytes \xff", "a": "1"}',
         b'{"q": "two", "a": "2", "more": [1]}',
     ]

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 
 import pytest
 
 from rcd_core.errors import UserError
-from rcd_core.tasks import MASK_TEXT, TASKS, Problem, arithmetic, get_task, gsm8k, math, sudoku
+from rcd_core.tasks import MASK_TEXT, TASKS, Problem, get_task, grade, math, sudoku
 from rcd_core.tasks.answers import final_number, same_final_number
 
 GENERATORS = ("sudoku", "arithmetic")
 
 
 def test_unknown_task_lists_the_names() -> None:
-    with pytest.raises(UserError, match="sudoko.*sudoku, arithmetic, gsm8k, math"):
+    with pytest.raises(UserError, match="sudoko.*sudoku, arithmetic, gsm8k, gsm1k"):
         get_task("sudoko")
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_docstring_example_is_a_row_that_solves_itself(name: str) -> None:
-    module = {"sudoku": sudoku, "arithmetic": arithmetic, "gsm8k": gsm8k, "math": math}[name]
-    row = json.loads(re.search(r'\{"question.*?"\}', str(module.__doc__), re.DOTALL)[0], strict=False)  # type: ignore[index]
+def test_docstring_example_is_a_row_that_solves_itself(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RCD_RUN_CODE", "1")
+    doc = str(sys.modules[type(TASKS[name]).__module__].__doc__)
+    row, _ = json.JSONDecoder(strict=False).raw_decode(doc, doc.index('{"'))
+    assert set(TASKS[name].fields) <= set(row)
     problem = TASKS[name].problem(row)
-    assert TASKS[name].grade(problem.prompt, problem.response, problem.answer)
+    assert grade(name, problem.response, problem.answer, prompt=problem.prompt)
+    assert not grade(name, "no idea", problem.answer, prompt=problem.prompt)
 
 
 @pytest.mark.parametrize("name", GENERATORS)
@@ -118,6 +122,10 @@ def test_sudoku_rejects_rows_that_are_no_puzzle(row: dict[str, str]) -> None:
         ("#### 12.", 12),
         ("#### 5 apples", 5),
         ("#### .5", 0.5),
+        (r"#### \$5", 5),
+        ("#### 3/4", 0.75),
+        ("#### 3/0", None),
+        ("#### 60/week", 60),
         ("#### 1\n#### 2", 1),
         ("the answer is 18", None),
         ("#### none", None),
@@ -133,6 +141,14 @@ def test_numbers_are_compared_as_numbers() -> None:
     assert not same_final_number("#### 1000.01", "#### 1000")
     assert not same_final_number("1000", "#### 1000")
     assert not same_final_number("#### x", "#### x")
+    assert not same_final_number("#### 2/5", "#### 2") and same_final_number("#### 0.4", "#### 2/5")
+
+
+def test_a_box_counts_where_there_is_no_number_behind_a_marker() -> None:
+    assert same_final_number(r"so \boxed{\$1,200 \text{ dollars}}", "#### 1200")
+    assert same_final_number(r"\boxed{\frac{2}{5}}", "#### 2/5")
+    assert not same_final_number(r"\boxed{3}", "#### 4")
+    assert not same_final_number(r"#### 3, not \boxed{4}", "#### 4")
 
 
 def test_gsm8k_drops_calculator_annotations_and_keeps_the_working() -> None:

@@ -1,0 +1,28 @@
+"""Grading inside a Ray actor: it works there, in threads too, and its process goes with the actor."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+
+from rcd_core.tasks import grade, math_grader
+
+
+class Judge:
+    def grade(self, completions: list[str], answer: str) -> tuple[list[bool], int]:
+        with ThreadPoolExecutor(2) as pool:
+            verdicts = list(pool.map(lambda completion: grade("math500", completion, answer), completions))
+        worker = math_grader._GRADER._worker
+        return verdicts, worker.pid if worker else 0
+
+
+def test_an_actor_grades_and_takes_its_process_with_it(ray_cluster: str) -> None:
+    import ray
+
+    judge = ray.remote(num_cpus=1)(Judge).remote()
+    verdicts, pid = ray.get(judge.grade.remote([r"\boxed{0.5}", r"\boxed{\frac13}", r"\boxed{2/4}"], r"\frac{1}{2}"))
+    assert verdicts == [True, False, True]
+    process = psutil.Process(pid)
+    ray.kill(judge)
+    process.wait(30)
