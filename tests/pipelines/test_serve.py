@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shlex
 import shutil
 import socket
@@ -26,6 +27,7 @@ from pipelines.keys import key_of
 from pipelines.run import StageContext
 from rcd_core import Decoder, DecodeSettings, load_model
 from rcd_core.errors import UserError
+from tests.conftest import ROOT
 from tests.pipelines.serve_run import CANVAS, metrics, serve_context, tokenizer, until
 
 
@@ -200,6 +202,16 @@ def test_the_printed_command_works(deployed: StageContext) -> None:
     answer = json.loads(subprocess.run(shlex.split(line), capture_output=True, check=True, timeout=60).stdout)
     assert answer["choices"][0]["text"][0:2] == "12" and answer["model"] == "tiny-rcd"
     assert f"--recipe {deployed.run.path}/recipe.yaml --teardown" in printed(deployed).replace("\n", "")
+
+
+def test_the_snippet_of_the_readme_works(deployed: StageContext, capsys: pytest.CaptureFixture[str]) -> None:
+    [snippet] = re.findall(r"```python\n(from openai import OpenAI\n.*?)```", (ROOT / "README.md").read_text(), re.S)
+    for theirs, ours in (("http://127.0.0.1:8000", serve.endpoint(deployed.recipe)), ('"rcd-demo"', '"tiny-rcd"')):
+        assert theirs in snippet
+        snippet = snippet.replace(theirs, ours)
+    exec(snippet, {})
+    filled = capsys.readouterr().out
+    assert filled.startswith("#41") and "MASK" not in filled and len(filled) > len("#415")
 
 
 def test_the_same_key_is_left_alone_and_another_is_deployed(
