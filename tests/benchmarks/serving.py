@@ -5,7 +5,8 @@
 A random model whose batch of 32 takes some 30 ms a pass or more; both sides in turns. Of the time to a request's first
 text at concurrency 1: medians and their difference. At concurrency 32: tokens per second of clients that each send
 --requests requests one after the other, and the ratio, for answers of 64 tokens (throughput_vs_engine) and of 256, of
-which fewer begin. Starts a Ray of its own; minutes.
+which fewer begin. "floor" is the least graph that Ray Serve can do it with (serving_floor.py), in the same turns.
+Starts a Ray of its own; minutes.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from pipelines.engine_thread import EngineThread  # noqa: E402
 from pipelines.openai_types import DecodeRequest, Finished, TextDelta  # noqa: E402
 from pipelines.run import StageContext  # noqa: E402
 from rcd_core import DecodeSettings, load_model  # noqa: E402
+from tests.benchmarks import serving_floor  # noqa: E402
 from tests.benchmarks.probe import header, idle_probe  # noqa: E402
 from tests.pipelines.serve_run import serve_context, tokenizer  # noqa: E402
 
@@ -67,6 +69,10 @@ def main() -> None:
         )
         try:
             serve.run(context)
+            least = serving_floor.application(
+                context.checkpoint("target"), CLIENTS, {n: decode_request(0, n) for n in (TOKENS, LONG_TOKENS)}
+            )
+            ray_serve.run(least, name="floor", route_prefix="/floor")
             found = asyncio.run(measure(context, options.rounds, options.requests))
         finally:
             ray_serve.shutdown()
@@ -83,6 +89,7 @@ async def measure(context: StageContext, rounds: int, requests: int) -> dict[str
         sides: dict[str, Ask] = {
             "engine": lambda seed, tokens: bare(engine, seed, tokens),
             "served": lambda seed, tokens: served(client, serve.endpoint(context.recipe), seed, tokens),
+            "floor": lambda seed, tokens: floor(client, serve.endpoint(context.recipe), seed, tokens),
         }
         for ask in sides.values():  # warm
             await throughput(ask, 1, TOKENS)
@@ -101,11 +108,13 @@ async def measure(context: StageContext, rounds: int, requests: int) -> dict[str
                         pass_ms.append(mean_pass(before, await engine.statistics()))
     engine.close()
     medians = {name: 1e3 * statistics.median(values) for name, values in first.items()}
-    ratios = {n: statistics.median(r["served"]) / statistics.median(r["engine"]) for n, r in rates.items()}
+    typical = {n: {name: statistics.median(values) for name, values in r.items()} for n, r in rates.items()}
     return {
         "first_block_added_ms": medians["served"] - medians["engine"],
-        "throughput_vs_engine": ratios[TOKENS],
-        f"throughput_vs_engine_{LONG_TOKENS}": ratios[LONG_TOKENS],
+        "throughput_vs_engine": typical[TOKENS]["served"] / typical[TOKENS]["engine"],
+        "floor_vs_engine": typical[TOKENS]["floor"] / typical[TOKENS]["engine"],
+        f"throughput_vs_engine_{LONG_TOKENS}": typical[LONG_TOKENS]["served"] / typical[LONG_TOKENS]["engine"],
+        f"floor_vs_engine_{LONG_TOKENS}": typical[LONG_TOKENS]["floor"] / typical[LONG_TOKENS]["engine"],
         "first_block_ms": medians,
         "tokens_per_second": rates,
         "pass_ms": statistics.median(pass_ms),
@@ -119,12 +128,15 @@ def mean_pass(before: dict[str, float], after: dict[str, float]) -> float:
     return 1e3 * (spent["denoise_seconds_total"] + spent["choose_seconds_total"]) / spent["denoise_passes_total"]
 
 
-async def bare(engine: EngineThread, seed: int, tokens: int) -> AsyncIterator[tuple[str, int]]:
+def decode_request(seed: int, tokens: int) -> DecodeRequest:
     settings = DecodeSettings(max_new_tokens=tokens, seed=seed, temperature=1.0, **SETTINGS)
-    asked = DecodeRequest(
+    return DecodeRequest(
         prompt=prompt(seed), messages=None, infill=False, settings=settings, fixed_length=True, stop=()
     )
-    async for event in engine.stream(asked):
+
+
+async def bare(engine: EngineThread, seed: int, tokens: int) -> AsyncIterator[tuple[str, int]]:
+    async for event in engine.stream(decode_request(seed, tokens)):
         if isinstance(event, TextDelta):
             yield event.text, len(event.token_ids)
         else:
@@ -144,6 +156,14 @@ async def served(client: httpx.AsyncClient, endpoint: str, seed: int, tokens: in
                 yield chunk["choices"][0]["text"], 0
             else:
                 yield "", chunk["usage"]["completion_tokens"]
+
+
+async def floor(client: httpx.AsyncClient, endpoint: str, seed: int, tokens: int) -> AsyncIterator[tuple[str, int]]:
+    async with client.stream("POST", endpoint + "/floor/", json={"prompt": prompt(seed), "tokens": tokens}) as answer:
+        async for line in answer.aiter_lines():
+            if line:
+                text, count = json.loads(line.removeprefix("data: "))
+                yield text, count
 
 
 def prompt(seed: int) -> list[int]:

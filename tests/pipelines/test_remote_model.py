@@ -64,7 +64,7 @@ class Handle:
         self.lives, self.asked = list(lives), list[DecodeRequest]()
         self.stream = self
 
-    def options(self, stream: bool) -> Handle:
+    def options(self, stream: bool, _by_reference: bool) -> Handle:
         return self
 
     def remote(self, request: DecodeRequest) -> _Batches:

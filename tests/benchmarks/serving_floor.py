@@ -1,0 +1,59 @@
+"""The least that Ray Serve needs to stream an engine's text over HTTP: no checks, no settings, no retries, no figures.
+
+What it loses against the bare engine is Serve's own; beside it the served application is measured (serving.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+from fastapi import FastAPI, Request
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.responses import StreamingResponse
+
+from pipelines.engine_thread import EngineThread
+from pipelines.graph import LEAN, LEAN_INGRESS
+from pipelines.openai_types import DecodeRequest, TextDelta
+from rcd_core import load_model
+from rcd_core.tokenizer import load_tokenizer
+
+app = FastAPI()
+
+
+class Target:
+    def __init__(self, checkpoint: str, max_batch: int) -> None:
+        model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
+        length = model.max_positions
+        self.engine = EngineThread(model, tokenizer, None, max_batch=max_batch, max_length=length, max_queue=128)
+
+    async def stream(self, request: DecodeRequest) -> AsyncIterator[tuple[str, int]]:
+        async for event in self.engine.stream(request):
+            if isinstance(event, TextDelta):
+                yield event.text, len(event.token_ids)
+
+
+@serve.ingress(app)
+class Ingress:
+    def __init__(self, target: DeploymentHandle, requests: dict[int, DecodeRequest]) -> None:
+        self.handle, self.requests = target.options(stream=True, _by_reference=False), requests
+
+    @app.post("/")
+    async def answer(self, http: Request) -> StreamingResponse:
+        asked = await http.json()
+        return StreamingResponse(self.pieces(asked["prompt"], asked["tokens"]), media_type="text/event-stream")
+
+    async def pieces(self, prompt: list[int], tokens: int) -> AsyncIterator[bytes]:
+        async for text, count in self.handle.stream.remote(replace(self.requests[tokens], prompt=prompt)):
+            yield b"data: " + json.dumps([text, count]).encode() + b"\n\n"
+
+
+def application(checkpoint: str, max_batch: int, requests: dict[int, DecodeRequest]) -> serve.Application:
+    """requests: what to decode, by its length in tokens; the prompt comes by HTTP."""
+    options: dict[str, Any] = {"max_ongoing_requests": 1000}
+    actor, front = ({"num_cpus": 0, "runtime_env": {"env_vars": env}} for env in (LEAN, LEAN_INGRESS))
+    target = serve.deployment(ray_actor_options=actor, **options)(Target).bind(checkpoint, max_batch)
+    return serve.deployment(ray_actor_options=front, **options)(Ingress).bind(target, requests)
