@@ -160,6 +160,7 @@ async def served(client: httpx.AsyncClient, endpoint: str, seed: int, tokens: in
 
 async def floor(client: httpx.AsyncClient, endpoint: str, seed: int, tokens: int) -> AsyncIterator[tuple[str, int]]:
     async with client.stream("POST", endpoint + "/floor/", json={"prompt": prompt(seed), "tokens": tokens}) as answer:
+        assert answer.status_code == 200, await answer.aread()
         async for line in answer.aiter_lines():
             if line:
                 text, count = json.loads(line.removeprefix("data: "))

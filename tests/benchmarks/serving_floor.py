@@ -3,8 +3,7 @@
 What it loses against the bare engine is Serve's own; beside it the served application is measured (serving.py).
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: FastAPI could not read them in a replica, to which `app` is pickled.
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
