@@ -156,7 +156,7 @@ def _load(path: Any, options: argparse.Namespace) -> DiffusionModel:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # a torch without CUDA says it by assert
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA says it by assert
         reason = str(error).splitlines()[0]
         raise UserError(f"--device is {device!r}, which cannot be used here: {reason}; try --device cpu") from error
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)

@@ -159,7 +159,8 @@ async def served(client: httpx.AsyncClient, endpoint: str, seed: int, tokens: in
 
 
 async def floor(client: httpx.AsyncClient, endpoint: str, seed: int, tokens: int) -> AsyncIterator[tuple[str, int]]:
-    async with client.stream("POST", endpoint + "/floor/", json={"prompt": prompt(seed), "tokens": tokens}) as answer:
+    body = {"prompt": prompt(seed), "seed": seed, "tokens": tokens}
+    async with client.stream("POST", endpoint + "/floor/", json=body) as answer:
         assert answer.status_code == 200, await answer.aread()
         async for line in answer.aiter_lines():
             if line:

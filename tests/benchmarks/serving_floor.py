@@ -43,15 +43,18 @@ class Ingress:
     @app.post("/")
     async def answer(self, http: Request) -> StreamingResponse:
         asked = await http.json()
-        return StreamingResponse(self.pieces(asked["prompt"], asked["tokens"]), media_type="text/event-stream")
+        like = self.requests[asked["tokens"]]
+        settings = replace(like.settings, seed=asked["seed"])
+        pieces = self.pieces(replace(like, prompt=asked["prompt"], settings=settings))
+        return StreamingResponse(pieces, media_type="text/event-stream")
 
-    async def pieces(self, prompt: list[int], tokens: int) -> AsyncIterator[bytes]:
-        async for text, count in self.handle.stream.remote(replace(self.requests[tokens], prompt=prompt)):
+    async def pieces(self, request: DecodeRequest) -> AsyncIterator[bytes]:
+        async for text, count in self.handle.stream.remote(request):
             yield b"data: " + json.dumps([text, count]).encode() + b"\n\n"
 
 
 def application(checkpoint: str, max_batch: int, requests: dict[int, DecodeRequest]) -> serve.Application:
-    """requests: what to decode, by its length in tokens; the prompt comes by HTTP."""
+    """requests: what to decode, by its length in tokens; prompt and seed come by HTTP."""
     options: dict[str, Any] = {"max_ongoing_requests": 1000}
     actor, front = ({"num_cpus": 0, "runtime_env": {"env_vars": env}} for env in (LEAN, LEAN_INGRESS))
     target = serve.deployment(ray_actor_options=actor, **options)(Target).bind(checkpoint, max_batch)
