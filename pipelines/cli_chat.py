@@ -12,14 +12,14 @@ import sys
 import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 
 from pipelines.chat_client import ChatClient
 from pipelines.decode_flags import add_decode_flags, add_flag, errors_as_flags, given_settings
 from pipelines.live_view import printable
-from pipelines.terminal import INTERRUPTED, ask, read_stdin, statistics_line, turn
+from pipelines.terminal import INTERRUPTED, converse, read_stdin, refuse_in_one_line, statistics_line, turn
 from pipelines.trace_view import TraceCanvas, trace_view
 from rcd_core.decoding.settings import DecodeSettings
 from rcd_core.errors import UserError
@@ -38,7 +38,7 @@ REMEDIES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "rcd chat --url URL [--model ID] [--prompt TEXT] [flags]"
     parser.allow_abbrev = False
-    parser.error = _refuse  # type: ignore[method-assign]
+    refuse_in_one_line(parser, "rcd chat")
     server = parser.add_argument_group("endpoint", f"An API key is taken from the environment variable {KEY_VARIABLE}.")
     add_flag(server, "--url", required=True, metavar="URL", help="for example http://127.0.0.1:8000")
     add_flag(server, "--model", metavar="ID", help="default: the first that the endpoint lists")
@@ -72,11 +72,6 @@ def run(options: argparse.Namespace) -> int:
         return INTERRUPTED
 
 
-def _refuse(message: str) -> NoReturn:
-    print(f"error: {message}; `rcd chat --help` lists the flags", file=sys.stderr)
-    sys.exit(2)
-
-
 def _check(options: argparse.Namespace) -> None:
     """Combinations that contradict each other. Raises UserError naming the flags."""
     if options.raw and options.infill:
@@ -88,21 +83,8 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _chat(client: ChatClient, options: argparse.Namespace) -> int:
-    """Turn by turn, until the end of input or /exit. A turn that is refused is said and forgotten."""
-    print(f"{options.model}: Ctrl-C stops an answer, /clear forgets the conversation, /exit ends it", file=sys.stderr)
-    messages: list[dict[str, str]] = []
-    while (text := ask()) is not None and text.strip() != "/exit":
-        if text.strip() == "/clear":
-            messages = []
-        if not text.strip() or text.strip() == "/clear":
-            continue
-        asked = [*messages, turn(text)]
-        try:
-            reply = _reply(client, options, asked)
-        except UserError as error:
-            print(f"error: {printable(str(error))}", file=sys.stderr)
-            continue
-        messages = [*asked, turn(reply.text, "assistant")]
+    print(f"talking to {options.model}", file=sys.stderr)
+    converse(lambda messages: _reply(client, options, messages).text)
     return 0
 
 

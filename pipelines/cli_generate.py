@@ -14,14 +14,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 
 from pipelines.decode_flags import add_decode_flags, add_flag, errors_as_flags, given_settings
 from pipelines.generator import Generator, load_generator
 from pipelines.live_view import live_view
-from pipelines.terminal import INTERRUPTED, ask, print_text, read_stdin, statistics_line, turn
+from pipelines.terminal import INTERRUPTED, converse, print_text, read_stdin, refuse_in_one_line, statistics_line, turn
 from rcd_core.attention import BACKENDS
 from rcd_core.decoding.engine import Engine
 from rcd_core.decoding.sequence import Sequence
@@ -36,7 +36,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "rcd generate --model_dir DIR [--ref_model_dir DIR] [--prompt TEXT] [--show] [flags]"
     parser.allow_abbrev = False
-    parser.error = _refuse  # type: ignore[method-assign]
+    refuse_in_one_line(parser, "rcd generate")
     model = parser.add_argument_group("model")
     add_flag(model, "--model_dir", required=True, metavar="DIR", help="checkpoint: a directory, a URI or a hub id")
     add_flag(model, "--ref_model_dir", metavar="DIR", help="reference: warm-starts each block's residuals")
@@ -71,11 +71,6 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED
-
-
-def _refuse(message: str) -> NoReturn:
-    print(f"error: {message}; `rcd generate --help` lists the flags", file=sys.stderr)
-    sys.exit(2)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -236,21 +231,10 @@ def _result(generator: Generator, sequence: Sequence) -> dict[str, Any]:
 
 
 def _chat(generator: Generator, options: argparse.Namespace) -> int:
-    """Turn by turn, until the end of input or /exit. A turn that is refused is said and forgotten."""
-    print("Ctrl-C stops an answer, /clear forgets the conversation, /exit ends it", file=sys.stderr)
-    messages: list[dict[str, str]] = []
-    while (text := ask()) is not None and text.strip() != "/exit":
-        if text.strip() == "/clear":
-            messages = []
-        if not text.strip() or text.strip() == "/clear":
-            continue
-        asked = [*messages, turn(text)]
-        try:
-            sequence = _request(generator, options, _ids(generator, options, asked))
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            continue
+    def answer(messages: list[dict[str, str]]) -> str:
+        sequence = _request(generator, options, _ids(generator, options, messages))
         _answer(generator, options, [sequence])
-        answer = generator.text(sequence).replace(MASK_TEXT, "")  # left by a Ctrl-C, and refused in a prompt
-        messages = [*asked, turn(answer, "assistant")]
+        return generator.text(sequence).replace(MASK_TEXT, "")  # left by a Ctrl-C, and refused in a prompt
+
+    converse(answer)
     return 0

@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 from pipelines.live_view import printable
 from rcd_core.errors import UserError
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+
+
+def refuse_in_one_line(parser: argparse.ArgumentParser, command: str) -> None:
+    """Without the usage, which is long where every setting is a flag."""
+
+    def error(message: str) -> NoReturn:
+        print(f"error: {message}; `{command} --help` lists the flags", file=sys.stderr)
+        sys.exit(2)
+
+    parser.error = error  # type: ignore[assignment, method-assign]
+
+
+def converse(answer: Callable[[list[dict[str, str]]], str]) -> None:
+    """Turn by turn, until the end of input or /exit. answer: all messages so far -> the model's text. A turn that it
+    refuses (UserError) is said and forgotten."""
+    print("Ctrl-C stops an answer, /clear forgets the conversation, /exit ends it", file=sys.stderr)
+    messages: list[dict[str, str]] = []
+    while (text := ask()) is not None and text.strip() != "/exit":
+        if text.strip() == "/clear":
+            messages = []
+        elif text.strip():
+            asked = [*messages, turn(text)]
+            try:
+                messages = [*asked, turn(answer(asked), "assistant")]
+            except UserError as error:
+                print(f"error: {printable(str(error))}", file=sys.stderr)
 
 
 def turn(text: str, role: str = "user") -> dict[str, str]:

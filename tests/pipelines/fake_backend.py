@@ -6,6 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import asdict, replace
 
+from fastapi.testclient import TestClient
+
+from pipelines.api_limits import ApiLimits
+from pipelines.openai_api import ServedModel, create_app
 from pipelines.openai_types import (
     DecodeEvent,
     DecodeRequest,
@@ -16,6 +20,7 @@ from pipelines.openai_types import (
     TraceStep,
     Unavailable,
 )
+from rcd_core.decoding.settings import DecodeSettings
 from rcd_core.errors import UserError
 
 STEP = {
@@ -71,6 +76,12 @@ class Echo:
             raise RuntimeError("a replica died")
         if isinstance(prompt, list) and max(prompt, default=0) >= 1000:
             raise UserError(f"the prompt holds token id {max(prompt)}; ids run from 0 to 999")
+
+
+def client_of(echo: Echo, defaults: DecodeSettings) -> TestClient:
+    """The application with this one model, `m`."""
+    app = create_app({"m": ServedModel(backend=echo, defaults=defaults, created=7)}, {"key": "k"}, ApiLimits())
+    return TestClient(app)
 
 
 def _result(request: DecodeRequest, text: str) -> DecodeResult:

@@ -8,11 +8,9 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from pipelines.api_limits import ApiLimits
-from pipelines.openai_api import ServedModel, create_app
 from pipelines.openai_types import DECODE_FIELDS, ChatRequest, CompletionRequest
 from rcd_core.decoding.settings import DecodeSettings
-from tests.pipelines.fake_backend import STEP, Echo
+from tests.pipelines.fake_backend import STEP, Echo, client_of
 
 DEFAULTS = DecodeSettings(confidence_threshold=0.9, residual=True, start="reference")
 
@@ -24,8 +22,7 @@ def echo() -> Echo:
 
 @pytest.fixture
 def client(echo: Echo) -> TestClient:
-    app = create_app({"m": ServedModel(backend=echo, defaults=DEFAULTS, created=7)}, {"key": "k"}, ApiLimits())
-    return TestClient(app)
+    return client_of(echo, DEFAULTS)
 
 
 def complete(client: TestClient, **body: Any) -> Any:

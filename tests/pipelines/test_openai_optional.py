@@ -9,11 +9,9 @@ import openai
 import pytest
 from starlette.testclient import TestClient
 
-from pipelines.api_limits import ApiLimits
-from pipelines.openai_api import ServedModel, create_app
 from pipelines.openai_types import ChatRequest, CompletionRequest
 from rcd_core.decoding.settings import DecodeSettings
-from tests.pipelines.fake_backend import Echo
+from tests.pipelines.fake_backend import Echo, client_of
 
 DEFAULTS = DecodeSettings(confidence_threshold=0.9)
 BODIES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -29,8 +27,7 @@ def echo() -> Echo:
 
 @pytest.fixture
 def client(echo: Echo) -> TestClient:
-    app = create_app({"m": ServedModel(backend=echo, defaults=DEFAULTS, created=7)}, {"key": "k"}, ApiLimits())
-    return TestClient(app)
+    return client_of(echo, DEFAULTS)
 
 
 def optional(path: str) -> list[str]:
