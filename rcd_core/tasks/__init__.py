@@ -14,9 +14,10 @@ from rcd_core.tasks.math import Math
 from rcd_core.tasks.math500 import Math500
 from rcd_core.tasks.minerva_math import MinervaMath
 from rcd_core.tasks.qa import Qa
-from rcd_core.tasks.sudoku import Sudoku
+from rcd_core.tasks.stories import Stories
+from rcd_core.tasks.sudoku import SUDOKU, SUDOKU9
 
-_SYNTHETIC: tuple[Task, ...] = (Sudoku(), Arithmetic())
+_SYNTHETIC: tuple[Task, ...] = (SUDOKU, SUDOKU9, Arithmetic(), Stories())
 _GRADE_SCHOOL: tuple[Task, ...] = (Gsm8k(), Gsm1k(), GsmPlus())
 _BOXED: tuple[Task, ...] = (Math(), Math500(), MinervaMath(), Aime24(), Aime25())
 TASKS: dict[str, Task] = {task.name: task for task in (*_SYNTHETIC, *_GRADE_SCHOOL, *_BOXED, HumanEval(), Qa())}

@@ -1,6 +1,7 @@
-"""6x6 Sudoku as infilling: boxes of 2 rows x 3 columns, digits 1-6, 8-16 givens standing in place.
+"""Sudoku as infilling: givens stand in place, the other cells are masked. 6x6 (boxes of 2 rows x 3 columns, 8-16
+givens) and 9x9 (boxes of 3 x 3, 32-48 givens).
 
-A row looks like this one ("." is unknown; cells row by row):
+A row of the 6x6 task looks like this ("." is unknown; cells row by row):
 
     {"question": "1...5..5...3.3..6...4..1...6..6...1.", "answer": "123456456123231564564231312645645312"}
 
@@ -19,87 +20,101 @@ from rcd_core.errors import UserError
 from rcd_core.noise import hash_key, uniforms
 from rcd_core.tasks.base import MASK_TEXT, Problem, belongs_to
 
-SIZE, BOX_ROWS, BOX_COLUMNS = 6, 2, 3
-CELLS = SIZE * SIZE
-MIN_GIVENS, MAX_GIVENS = 8, 16
 ANCHOR = "#"
-DIGITS = "123456"
-
-_ROW = [cell // SIZE for cell in range(CELLS)]
-_COLUMN = [cell % SIZE for cell in range(CELLS)]
-_BOX = [r // BOX_ROWS * BOX_ROWS + c // BOX_COLUMNS for r, c in zip(_ROW, _COLUMN, strict=True)]
-_UNITS = [[cell for cell in range(CELLS) if of[cell] == unit] for of in (_ROW, _COLUMN, _BOX) for unit in range(SIZE)]
 
 
 class Sudoku:
-    name = "sudoku"
+    """Boards of size x size cells in boxes of box_rows x (size / box_rows), with givens[0] to givens[1] cells known."""
+
     infill = True
     fields: tuple[str, ...] = ("question", "answer")
 
+    def __init__(self, name: str, size: int, box_rows: int, givens: tuple[int, int]) -> None:
+        self.name, self.size, self.num_givens = name, size, givens
+        self.cells = size * size
+        self.digits = "123456789"[:size]
+        rows = [cell // size for cell in range(self.cells)]
+        columns = [cell % size for cell in range(self.cells)]
+        box_columns = size // box_rows
+        boxes = [r // box_rows * box_rows + c // box_columns for r, c in zip(rows, columns, strict=True)]
+        self._of_cell = list(zip(rows, columns, boxes, strict=True))
+        self._units = [
+            [cell for cell in range(self.cells) if of[cell] == unit]
+            for of in (rows, columns, boxes)
+            for unit in range(size)
+        ]
+
     def synthetic(self, index: int, split: str, seed: int) -> dict[str, str]:
+        num_order = self.cells * self.size
         for attempt in range(64):
-            draws = uniforms(hash_key("sudoku", seed, split, index, attempt), CELLS * SIZE + CELLS + 1)
-            board = _fill(draws[: CELLS * SIZE])
+            draws = uniforms(hash_key(self.name, seed, split, index, attempt), num_order + self.cells + 1)
+            board = self._fill(draws[:num_order])
             if belongs_to(split, board):
-                return {"question": _hide(board, draws[CELLS * SIZE :]), "answer": board}
+                return {"question": self._hide(board, draws[num_order:]), "answer": board}
         raise RuntimeError(f"no {split} board in 64 draws: index {index}, seed {seed}")  # a chance of 2**-64
 
     def problem(self, row: Mapping[str, str]) -> Problem:
         puzzle, board = row["question"].strip().replace("0", "."), row["answer"].strip()
-        if not is_valid(board):
-            raise UserError(f"the answer is not a valid 6x6 board of {CELLS} digits 1-6: {board[:40]!r}")
-        if len(puzzle) != CELLS or any(p not in (".", b) for p, b in zip(puzzle, board, strict=True)):
-            raise UserError(f"the question is not {CELLS} cells, each '.' or the answer's digit: {puzzle[:40]!r}")
+        if not self.is_valid(board):
+            raise UserError(
+                f"the answer is not a valid {self.size}x{self.size} board of {self.cells} digits "
+                f"1-{self.size}: {board[:40]!r}"
+            )
+        if len(puzzle) != self.cells or any(p not in (".", b) for p, b in zip(puzzle, board, strict=True)):
+            raise UserError(f"the question is not {self.cells} cells, each '.' or the answer's digit: {puzzle[:40]!r}")
         canvas = ANCHOR + puzzle.replace(".", MASK_TEXT)
         return Problem(prompt=canvas, response=ANCHOR + board, answer=ANCHOR + board)
 
     def grade(self, prompt: str, completion: str, answer: str) -> bool:
         puzzle = prompt.strip().replace(MASK_TEXT, ".").removeprefix(ANCHOR)
-        if len(puzzle) != CELLS:
-            raise UserError(f"prompt is {prompt[:40]!r}; grading sudoku needs the canvas: which cells were given")
+        if len(puzzle) != self.cells:
+            raise UserError(
+                f"prompt is {prompt[:40]!r}; grading {self.name} needs the canvas: which cells were given"
+            )
         board = completion.strip().removeprefix(ANCHOR)
-        return is_valid(board) and all(p in (".", b) for p, b in zip(puzzle, board, strict=True))
+        return self.is_valid(board) and all(p in (".", b) for p, b in zip(puzzle, board, strict=True))
+
+    def is_valid(self, board: str) -> bool:
+        """Whether `board` has a digit in each cell, none twice in a row, column or box."""
+        if len(board) != self.cells or not set(board) <= set(self.digits):
+            return False
+        return all(len({board[cell] for cell in unit}) == self.size for unit in self._units)
+
+    def _fill(self, draws: NDArray[np.float64]) -> str:
+        """A board by backtracking, trying each cell's digits in a drawn order; draws: (cells * size,) in [0, 1)."""
+        order = draws.reshape(self.cells, self.size).argsort(axis=1).tolist()
+        rows, columns, boxes = ([0] * self.size for _ in range(3))  # digits used, one bit each
+        tried = [0] * self.cells
+        digit = [0] * self.cells
+        cell = 0
+        while cell < self.cells:
+            r, c, b = self._of_cell[cell]
+            used = rows[r] | columns[c] | boxes[b]
+            for position in range(tried[cell], self.size):
+                bit = 1 << order[cell][position]
+                if not used & bit:
+                    rows[r] |= bit
+                    columns[c] |= bit
+                    boxes[b] |= bit
+                    digit[cell] = bit
+                    tried[cell] = position + 1
+                    cell += 1
+                    break
+            else:  # no digit fits: forget this cell's tries and take back the cell before
+                tried[cell] = 0
+                cell -= 1
+                r, c, b = self._of_cell[cell]
+                rows[r] ^= digit[cell]
+                columns[c] ^= digit[cell]
+                boxes[b] ^= digit[cell]
+        return "".join(str(bit.bit_length()) for bit in digit)
+
+    def _hide(self, board: str, draws: NDArray[np.float64]) -> str:
+        """Keep as many cells as a draw says; draws: (cells + 1,) in [0, 1)."""
+        fewest, most = self.num_givens
+        givens = set(draws[1:].argsort()[: fewest + int(draws[0] * (most - fewest + 1))].tolist())
+        return "".join(digit if cell in givens else "." for cell, digit in enumerate(board))
 
 
-def is_valid(board: str) -> bool:
-    """Whether `board` is 36 digits 1-6, none twice in a row, column or box."""
-    if len(board) != CELLS or not set(board) <= set(DIGITS):
-        return False
-    return all(len({board[cell] for cell in unit}) == SIZE for unit in _UNITS)
-
-
-def _fill(draws: NDArray[np.float64]) -> str:
-    """A board by backtracking, trying each cell's digits in a drawn order; draws: (CELLS * SIZE,) in [0, 1)."""
-    order = draws.reshape(CELLS, SIZE).argsort(axis=1).tolist()
-    rows, columns, boxes = [0] * SIZE, [0] * SIZE, [0] * SIZE  # digits used, one bit each
-    tried = [0] * CELLS
-    digit = [0] * CELLS
-    cell = 0
-    while cell < CELLS:
-        r, c, b = _ROW[cell], _COLUMN[cell], _BOX[cell]
-        used = rows[r] | columns[c] | boxes[b]
-        for position in range(tried[cell], SIZE):
-            bit = 1 << order[cell][position]
-            if not used & bit:
-                rows[r] |= bit
-                columns[c] |= bit
-                boxes[b] |= bit
-                digit[cell] = bit
-                tried[cell] = position + 1
-                cell += 1
-                break
-        else:  # no digit fits: forget this cell's tries and take back the cell before
-            tried[cell] = 0
-            cell -= 1
-            r, c, b = _ROW[cell], _COLUMN[cell], _BOX[cell]
-            rows[r] ^= digit[cell]
-            columns[c] ^= digit[cell]
-            boxes[b] ^= digit[cell]
-    return "".join(str(bit.bit_length()) for bit in digit)
-
-
-def _hide(board: str, draws: NDArray[np.float64]) -> str:
-    """Keep MIN_GIVENS..MAX_GIVENS cells; draws: (CELLS + 1,) in [0, 1)."""
-    num_givens = MIN_GIVENS + int(draws[0] * (MAX_GIVENS - MIN_GIVENS + 1))
-    givens = set(draws[1:].argsort()[:num_givens].tolist())
-    return "".join(digit if cell in givens else "." for cell, digit in enumerate(board))
+SUDOKU = Sudoku("sudoku", size=6, box_rows=2, givens=(8, 16))
+SUDOKU9 = Sudoku("sudoku9", size=9, box_rows=3, givens=(32, 48))

@@ -1,0 +1,131 @@
+"""Word problems with a worked solution in words: a text-like task whose tokenizer has one to two thousand tokens.
+
+A row looks like this:
+
+    {"question": "Mia keeps 7 lemons at the harbour. On Monday Tom brings 5 more lemons. On Friday Mia gives 4 to Eva. "
+                 "How many lemons does Mia have now?",
+     "answer": "With 5 from Tom there are 12 lemons. Taking 4 from 12 leaves 8.\\n#### 8"}
+
+Each step of the solution is worded in one of several ways that the question does not decide, of different lengths, so
+that tokens decoded together have to agree on one, as in real text. Numbers stay within 1..20, all but the first below
+10. Train and test differ in the sums themselves: a chain such as 7+5-4 belongs to one split, whoever owns the lemons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rcd_core.errors import UserError
+from rcd_core.noise import hash_key, uniforms
+from rcd_core.tasks.answers import final_number, same_final_number
+from rcd_core.tasks.base import Problem, belongs_to
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+_PEOPLE = _words("""Ada Alan Amir Ana Anton Ben Bella Boris Carla Chen Clara Cora Dan Dora Eli Elsa Emil Erik Eva Felix Fiona
+Finn Gina Greta Hana Hugo Ida Igor Ines Ivan Jan Jana Jonas Julia Karim Kira Lara Lena Leo Lina Luca Maja Marek Maria
+Mia Milan Nadia Nina Noah Nora Olga Omar Oscar Paula Pavel Petra Rafael Rita Rosa Sam Sara Selma Simon Sofia Tara Theo
+Tom Ugo Vera Victor Wanda Yara Yuri Zara Zoe""")
+_THINGS = _words("""acorns almonds apples arrows badges bagels balls bananas barrels baskets batteries beads beans bells books
+boots bottles bowls boxes bricks brushes buckets buttons cakes candles caps cards carrots chairs cherries chestnuts
+coats coins combs cookies crates crayons cups daisies dates dolls drums eggs envelopes erasers feathers figs flags
+flowers forks gloves grapes hammers hats herbs hooks jars kites knives ladders lamps leaves lemons letters lilies limes
+magnets maps marbles masks melons mugs mushrooms nails needles nuts olives onions oranges paddles pages pans pearls
+pears pebbles pencils peppers pillows pins plates plums postcards pots potatoes radishes ribbons rings ropes roses
+rulers saddles seeds shells shirts shoes socks spoons stamps stars stickers stones straws tickets tiles tomatoes tools
+towels toys trays tulips turnips vases walnuts wheels whistles""")
+_PLACES = _words("""airport attic bakery balcony barn beach bridge cabin camp castle cellar chapel church cinema clinic corner
+cottage desert dock factory farm field forest fountain gallery garage garden gate hall harbour hill hostel hotel island
+kitchen lake library lighthouse market meadow mill museum office orchard palace park pier playground pond porch port
+school shed shop square stable stadium station studio temple theatre tower valley village vineyard workshop""")
+_TIMES = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+_GAIN = (
+    "On {time} {other} brings {n} more {things}.",
+    "Then {who} finds {n} near the {place}.",
+    "In the {place} {who} buys {n} from {other}.",
+    "Later {other} sends {n} more.",
+)
+_LOSS = (
+    "On {time} {who} gives {n} to {other}.",
+    "Then {who} loses {n} in the {place}.",
+    "At the {place} {n} of the {things} break.",
+    "Later {who} sells {n} to {other}.",
+)
+_GAINED = (
+    "{a} and {n} make {b}.",
+    "Adding {n} to {a} gives {b} {things}.",
+    "So {who} has {a} + {n} = {b}.",
+    "With {n} more there are {b} {things} now.",
+)
+_LOST = (
+    "{a} without {n} is {b}.",
+    "Taking {n} from {a} leaves {b} {things}.",
+    "So {who} has {a} - {n} = {b}.",
+    "After losing {n} there are {b} {things} left.",
+)
+_MAX_STEPS = 3
+_LARGEST = 20
+_DRAWS_PER_STEP = 6
+Step = tuple[int, int]  # +1 or -1, and by how much
+
+
+class Stories:
+    name = "stories"
+    infill = False
+    fields: tuple[str, ...] = ("question", "answer")
+
+    def synthetic(self, index: int, split: str, seed: int) -> dict[str, str]:
+        for attempt in range(64):
+            key = hash_key("stories", seed, split, index, attempt)
+            draws = uniforms(key, 6 + _DRAWS_PER_STEP * _MAX_STEPS).tolist()
+            start, steps = _chain(draws)
+            if belongs_to(split, f"{start}{steps}"):
+                return _in_words(start, steps, draws)
+        raise RuntimeError(f"no {split} problem in 64 draws: index {index}, seed {seed}")  # a chance of 2**-64
+
+    def problem(self, row: Mapping[str, str]) -> Problem:
+        response = row["answer"].strip()
+        number = final_number(response)
+        if number is None:
+            raise UserError("the answer does not end in '#### NUMBER'")
+        return Problem(prompt=row["question"].strip(), response=response, answer=f"#### {number}")
+
+    def grade(self, prompt: str, completion: str, answer: str) -> bool:
+        return same_final_number(completion, answer)
+
+
+def _chain(draws: Sequence[float]) -> tuple[int, list[Step]]:
+    """A start and 2.._MAX_STEPS steps whose values stay within 1.._LARGEST."""
+    value = start = 2 + int(draws[0] * 11)
+    steps: list[Step] = []
+    for i in range(2 + int(draws[1] * (_MAX_STEPS - 1))):
+        which, size = draws[6 + _DRAWS_PER_STEP * i : 8 + _DRAWS_PER_STEP * i]
+        room = {+1: min(9, _LARGEST - value), -1: min(9, value - 1)}
+        sign = +1 if room[-1] < 1 or (room[+1] >= 1 and which < 0.5) else -1
+        n = 1 + int(size * room[sign])
+        value += sign * n
+        steps.append((sign, n))
+    return start, steps
+
+
+def _in_words(start: int, steps: Sequence[Step], draws: Sequence[float]) -> dict[str, str]:
+    who, things, place = _pick(_PEOPLE, draws[2]), _pick(_THINGS, draws[3]), _pick(_PLACES, draws[4])
+    told, working, value = [f"{who} keeps {start} {things} at the {place}."], [], start
+    for i, (sign, n) in enumerate(steps):
+        how, where, other, wording = draws[8 + _DRAWS_PER_STEP * i : 12 + _DRAWS_PER_STEP * i]
+        words = {
+            "who": who, "things": things, "n": n, "a": value, "b": value + sign * n, "place": _pick(_PLACES, where),
+            "time": _pick(_TIMES, where), "other": _pick(_PEOPLE, other),
+        }  # fmt: skip
+        told.append(_pick(_GAIN if sign > 0 else _LOSS, how).format(**words))
+        working.append(_pick(_GAINED if sign > 0 else _LOST, wording).format(**words))
+        value += sign * n
+    question = " ".join([*told, f"How many {things} does {who} have now?"])
+    return {"question": question, "answer": f"{' '.join(working)}\n#### {value}"}
+
+
+def _pick(items: Sequence[str], u: float) -> str:
+    return items[int(u * len(items))]

@@ -1,0 +1,56 @@
+"""The experiment that decides the defaults (plan.yaml), on rcd_core alone: no Ray.
+
+    python -m tests.benchmarks.evidence run --output DIR [--only sudoku6 stories16] [--replicates 3] [--minutes 60]
+    python -m tests.benchmarks.evidence report --output DIR [--write tests/benchmarks/evidence/results]
+
+`run` goes on where it stopped; several may work on different experiments of one directory. On a GPU where there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from tests.benchmarks.evidence.plan import load_plan
+from tests.benchmarks.evidence.run import Runner, cells
+from tests.benchmarks.probe import header
+
+PLAN = Path(__file__).with_name("plan.yaml")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("action", choices=("run", "report"))
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", help="experiments, in this order; default: all of the plan")
+    parser.add_argument("--replicates", type=int, default=1000, help="run at most so many of each")
+    parser.add_argument("--minutes", type=float, default=1e6, help="begin no cell after this time")
+    parser.add_argument("--plan", type=Path, default=PLAN)
+    parser.add_argument("--write", type=Path, help="report: where results.json and the plots go")
+    options = parser.parse_args()
+    plan = load_plan(options.plan)
+    names = options.only or list(plan.experiments)
+    if unknown := set(names) - set(plan.experiments):
+        parser.error(f"--only {' '.join(unknown)}: the plan has {', '.join(plan.experiments)}")
+    if options.action == "report":
+        from tests.benchmarks.evidence.report import report
+
+        report(plan, names, options.output, options.write)
+        return 0
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    print(header(), flush=True)
+    deadline = time.monotonic() + 60 * options.minutes
+    runner = Runner(options.output, device, deadline, lambda text: print(text, flush=True))
+    for cell in cells(plan, names, options.replicates):
+        runner.run(cell)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

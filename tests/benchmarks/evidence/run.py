@@ -1,0 +1,199 @@
+"""Trains and decodes the cells of the plan, one after the other; what is done is on disk and not done again.
+
+A cell is (experiment, base, reference, arm, second-stage seed). Its file has, for each start and threshold and each
+problem: right or wrong, tokens, target passes, reference passes. Arms are paired: the same start weights, rows, noise
+and problems.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rcd_core.calibrate import entropy_histogram, entropy_quantile
+from rcd_core.decoding.decoder import Decoder
+from rcd_core.decoding.settings import DecodeSettings
+from rcd_core.families.base import DiffusionModel
+from rcd_core.families.config import ModelConfig
+from rcd_core.families.loading import load_model
+from rcd_core.residual import ResidualSettings
+from rcd_core.training.batches import collate
+from rcd_core.training.loop import Callbacks, reference_signals, train
+from rcd_core.training.settings import TrainSettings
+from tests.benchmarks.evidence.plan import Arm, Experiment, Plan
+from tests.benchmarks.evidence.world import MemorySource, World
+
+PLAIN = ResidualSettings(source="none")
+NO_REFERENCE = "none"
+SCALE_ROWS = 2048  # rows whose entropies give h of the calibrated rule
+SIGNAL_TOP_K = 32
+
+
+@dataclass(frozen=True)
+class Cell:
+    experiment: Experiment
+    base: int
+    seed: int
+    arm: Arm
+    reference: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.experiment.name}/base{self.base}.seed{self.seed}.{self.arm.name}.{self.reference}"
+
+
+def cells(plan: Plan, names: list[str], replicates: int) -> Iterator[Cell]:
+    """In running order: a replicate has all its arms before the next one begins."""
+    for name in names:
+        experiment = plan.experiments[name]
+        for base, seed in experiment.replicates[:replicates]:
+            for arm in (plan.arms[a] for a in experiment.arms):
+                for reference in experiment.references if arm.asks_reference else (NO_REFERENCE,):
+                    yield Cell(experiment, base, seed, arm, reference)
+
+
+class Runner:
+    """output: where bases, references and cells lie. deadline: monotonic time after which no cell is begun."""
+
+    def __init__(self, output: Path, device: torch.device, deadline: float, say: Callable[[str], None]) -> None:
+        self.output, self.device, self.deadline, self.say = output, device, deadline, say
+        self.worlds: dict[str, World] = {}
+
+    def run(self, cell: Cell) -> None:
+        path = self.output / f"{cell.name}.npz"
+        if path.exists() or time.monotonic() > self.deadline:
+            return
+        world = self.worlds.setdefault(cell.experiment.name, World(cell.experiment))
+        base = self._base(world, cell.base)
+        reference = None if cell.reference == NO_REFERENCE else self._reference(world, cell.reference, cell.base)
+        began = time.perf_counter()
+        rows = world.rows(1000 * cell.base + cell.seed + 1)
+        residual = self._scaled(cell.arm.residual, rows, reference or base)
+        settings = cell.experiment.second_train
+        steps = math.ceil(settings.steps * cell.arm.steps_factor)
+        settings = replace(settings, steps=steps, seed=cell.seed, log_every=steps, checkpoint_every=steps)
+        loss = self._train(base, settings, residual or PLAIN, rows, reference)
+        trained = time.perf_counter() - began
+        found = {
+            start: self._decode(world, base, reference, residual, start) for start in (cell.arm.starts or ("none",))
+        }
+        arrays = {f"{start}.{name}": array for start, part in found.items() for name, array in part.items()}
+        facts = {
+            "train_seconds": trained,
+            "decode_seconds": time.perf_counter() - began - trained,
+            "train_loss": loss,
+            "alpha_scale": (residual.alpha_scale if residual else None) or math.nan,
+            "parameters": base.num_parameters(),
+            "reference_parameters": reference.num_parameters() if reference else 0,
+            "thresholds": np.array(cell.experiment.thresholds),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial.npz")
+        np.savez_compressed(partial, **arrays, **{f"fact.{name}": np.asarray(value) for name, value in facts.items()})
+        partial.rename(path)
+        best = {start: float(part["correct"].mean(1).max()) for start, part in found.items()}
+        self.say(f"{cell.name}: trained {trained:.0f} s, decoded {facts['decode_seconds']:.0f} s, best {best}")
+
+    # -- models
+    def _base(self, world: World, base: int) -> DiffusionModel:
+        e = world.experiment
+        return self._plain(world, f"base{base}", e.target, e.base_train, 10_000 + base)
+
+    def _reference(self, world: World, which: str, base: int) -> DiffusionModel:
+        """One per base: the spread over replicates includes the reference's."""
+        config, settings = world.experiment.references[which]
+        return self._plain(world, f"reference.{which}.base{base}", config, settings, 20_000 + base)
+
+    def _plain(
+        self, world: World, role: str, config: ModelConfig, settings: TrainSettings, seed: int
+    ) -> DiffusionModel:
+        """A model trained from nothing, kept as a checkpoint."""
+        directory = self.output / world.experiment.name / role
+        if not (directory / "config.json").exists():
+            model = world.model(config, seed, role).to(self.device)
+            began = time.perf_counter()
+            settings = replace(settings, seed=seed, log_every=settings.steps, checkpoint_every=settings.steps)
+            loss = self._train(model, settings, PLAIN, world.rows(seed), None)
+            model.save_pretrained(directory)
+            self.say(f"{world.experiment.name}/{role}: {time.perf_counter() - began:.0f} s, last loss {loss:.3f}")
+        return load_model(directory, device=self.device)
+
+    def _train(
+        self,
+        model: DiffusionModel,
+        settings: TrainSettings,
+        residual: ResidualSettings,
+        rows: MemorySource,
+        reference: DiffusionModel | None,
+    ) -> float:
+        lines: list[dict[str, float]] = []
+        callbacks = Callbacks(log=lines.append, checkpoint=lambda step, save: None)
+        block = model.info.block_length
+        train(model, rows, settings, residual, block, callbacks, reference=reference, noise=rows.noise)
+        return lines[-1]["loss"]
+
+    def _scaled(
+        self, residual: ResidualSettings | None, rows: MemorySource, source: DiffusionModel
+    ) -> ResidualSettings | None:
+        """h of the calibrated rule: the quantile of the entropies of what supplies the residuals in training."""
+        if residual is None or residual.alpha != "calibrated_entropy":
+            return residual
+        histogram = 0
+        for first in range(0, SCALE_ROWS, 64):
+            batch, _ = collate(
+                [rows.row(g) for g in range(first, first + 64)],
+                mask_token_id=source.mask_token_id,
+                pad_token_id=source.info.pad_token_id,
+                block_length=source.info.block_length,
+            )
+            signals = reference_signals(source, batch.to(self.device), SIGNAL_TOP_K)
+            histogram = histogram + entropy_histogram(signals.entropy.float().cpu().numpy())
+        return replace(residual, alpha_scale=entropy_quantile(histogram, residual.alpha_quantile))
+
+    # -- decoding
+    def _decode(
+        self,
+        world: World,
+        model: DiffusionModel,
+        reference: DiffusionModel | None,
+        residual: ResidualSettings | None,
+        start: str,
+    ) -> dict[str, np.ndarray]:
+        """(T thresholds, N problems) each."""
+        e, tests = world.experiment, world.tests
+        feeds = residual is not None and residual.feeds_back
+        decoder = Decoder(model, reference if start == "reference" else None, max_batch=256)
+        decode = decoder.infill if world.task.infill else decoder.generate
+        found: dict[str, list[list[float]]] = {n: [] for n in ("correct", "tokens", "denoise", "reference")}
+        for threshold in e.thresholds:
+            settings = DecodeSettings(
+                block_length=e.block_length,
+                max_new_tokens=e.max_new_tokens,
+                confidence_threshold=threshold,
+                stop_token_ids=model.info.eos_token_ids,
+                residual=feeds,
+                start=start if feeds else None,
+                alpha=residual.alpha if feeds and residual else None,
+                alpha_scale=residual.alpha_scale if feeds and residual else None,
+            )
+            outputs = decode([test.prompt_ids for test in tests], settings)
+            ids = [o.canvas_ids if world.task.infill else o.token_ids for o in outputs]
+            texts = [str(world.tokenizer.decode(i, skip_special_tokens=not world.task.infill)) for i in ids]
+            found["correct"].append(
+                [float(world.task.grade(t.prompt, text, t.answer)) for t, text in zip(tests, texts, strict=True)]
+            )
+            # The stop token was decoded too; what follows it in its block was not asked for.
+            found["tokens"].append([len(o.token_ids) + (o.finish_reason == "stop") for o in outputs])
+            for kind in ("denoise", "reference"):
+                found[kind].append([asdict(o.num_forwards)[kind] for o in outputs])
+        kinds = {"correct": np.bool_}
+        return {name: np.array(rows).astype(kinds.get(name, np.int16)) for name, rows in found.items()}
+
+
+
