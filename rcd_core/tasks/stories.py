@@ -2,9 +2,9 @@
 
 A row looks like this:
 
-    {"question": "Mia keeps 7 lemons at the harbour. On Monday Tom brings 5 more lemons. On Friday Mia gives 4 to Eva. "
-                 "How many lemons does Mia have now?",
-     "answer": "With 5 from Tom there are 12 lemons. Taking 4 from 12 leaves 8.\\n#### 8"}
+    {"question": "Mia keeps 7 lemons at the harbour. On Monday Tom brings 5 more lemons. Later Mia sells 4 to Eva.
+                  How many lemons does Mia have now?",
+     "answer": "Adding 5 to 7 gives 12 lemons. 12 without 4 is 8.\\n#### 8"}
 
 Each step of the solution is worded in one of several ways that the question does not decide, of different lengths, so
 that tokens decoded together have to agree on one, as in real text. Numbers stay within 1..20, all but the first below
@@ -25,22 +25,29 @@ def _words(text: str) -> list[str]:
     return text.split()
 
 
-_PEOPLE = _words("""Ada Alan Amir Ana Anton Ben Bella Boris Carla Chen Clara Cora Dan Dora Eli Elsa Emil Erik Eva Felix Fiona
-Finn Gina Greta Hana Hugo Ida Igor Ines Ivan Jan Jana Jonas Julia Karim Kira Lara Lena Leo Lina Luca Maja Marek Maria
-Mia Milan Nadia Nina Noah Nora Olga Omar Oscar Paula Pavel Petra Rafael Rita Rosa Sam Sara Selma Simon Sofia Tara Theo
-Tom Ugo Vera Victor Wanda Yara Yuri Zara Zoe""")
-_THINGS = _words("""acorns almonds apples arrows badges bagels balls bananas barrels baskets batteries beads beans bells books
-boots bottles bowls boxes bricks brushes buckets buttons cakes candles caps cards carrots chairs cherries chestnuts
-coats coins combs cookies crates crayons cups daisies dates dolls drums eggs envelopes erasers feathers figs flags
-flowers forks gloves grapes hammers hats herbs hooks jars kites knives ladders lamps leaves lemons letters lilies limes
-magnets maps marbles masks melons mugs mushrooms nails needles nuts olives onions oranges paddles pages pans pearls
-pears pebbles pencils peppers pillows pins plates plums postcards pots potatoes radishes ribbons rings ropes roses
-rulers saddles seeds shells shirts shoes socks spoons stamps stars stickers stones straws tickets tiles tomatoes tools
-towels toys trays tulips turnips vases walnuts wheels whistles""")
-_PLACES = _words("""airport attic bakery balcony barn beach bridge cabin camp castle cellar chapel church cinema clinic corner
-cottage desert dock factory farm field forest fountain gallery garage garden gate hall harbour hill hostel hotel island
-kitchen lake library lighthouse market meadow mill museum office orchard palace park pier playground pond porch port
-school shed shop square stable stadium station studio temple theatre tower valley village vineyard workshop""")
+_PEOPLE = _words(
+    """Ada Alan Amir Ana Anton Ben Bella Boris Carla Chen Clara Cora Dan Dora Eli Elsa Emil Erik Eva Felix Fiona Finn
+    Gina Greta Hana Hugo Ida Igor Ines Ivan Jan Jana Jonas Julia Karim Kira Lara Lena Leo Lina Luca Maja Marek Maria Mia
+    Milan Nadia Nina Noah Nora Olga Omar Oscar Paula Pavel Petra Rafael Rita Rosa Sam Sara Selma Simon Sofia Tara Theo
+    Tom Ugo Vera Victor Wanda Yara Yuri Zara Zoe"""
+)
+_THINGS = _words(
+    """acorns almonds apples arrows badges bagels balls bananas barrels baskets batteries beads beans bells books boots
+    bottles bowls boxes bricks brushes buckets buttons cakes candles caps cards carrots chairs cherries chestnuts coats
+    coins combs cookies crates crayons cups daisies dates dolls drums eggs envelopes erasers feathers figs flags flowers
+    forks gloves grapes hammers hats herbs hooks jars kites knives ladders lamps leaves lemons letters lilies limes
+    magnets maps marbles masks melons mugs mushrooms nails needles nuts olives onions oranges paddles pages pans pearls
+    pears pebbles pencils peppers pillows pins plates plums postcards pots potatoes radishes ribbons rings ropes roses
+    rulers saddles seeds shells shirts shoes socks spoons stamps stars stickers stones straws tickets tiles tomatoes
+    tools towels toys trays tulips turnips vases walnuts wheels whistles"""
+)
+_PLACES = _words(
+    """airport attic bakery balcony barn beach bridge cabin camp castle cellar chapel church cinema clinic corner
+    cottage desert dock factory farm field forest fountain gallery garage garden gate hall harbour hill hostel hotel
+    island kitchen lake library lighthouse market meadow mill museum office orchard palace park pier playground pond
+    porch port school shed shop square stable stadium station studio temple theatre tower valley
+    village vineyard workshop"""
+)
 _TIMES = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 _GAIN = (
     "On {time} {other} brings {n} more {things}.",

@@ -1,9 +1,11 @@
 """Sudoku as infilling: givens stand in place, the other cells are masked. 6x6 (boxes of 2 rows x 3 columns, 8-16
 givens) and 9x9 (boxes of 3 x 3, 32-48 givens).
 
-A row of the 6x6 task looks like this ("." is unknown; cells row by row):
+A row of the 6x6 task and one of the 9x9 task look like this ("." is unknown; cells row by row):
 
     {"question": "1...5..5...3.3..6...4..1...6..6...1.", "answer": "123456456123231564564231312645645312"}
+    {"question": "..73.9.1.2941576..183462.97..1.3....34629.17.8...1.9.4.6...382151267..494.8.2...5",
+     "answer": "657389412294157683183462597971834256346295178825716934769543821512678349438921765"}
 
 A puzzle has often more than one solution: any valid board that keeps the givens is right. The canvas starts with an
 anchor "#": rotary positions are relative, and one clean token in a fixed place tells the model which cell is which.
@@ -68,9 +70,7 @@ class Sudoku:
     def grade(self, prompt: str, completion: str, answer: str) -> bool:
         puzzle = prompt.strip().replace(MASK_TEXT, ".").removeprefix(ANCHOR)
         if len(puzzle) != self.cells:
-            raise UserError(
-                f"prompt is {prompt[:40]!r}; grading {self.name} needs the canvas: which cells were given"
-            )
+            raise UserError(f"prompt is {prompt[:40]!r}; grading {self.name} needs the canvas: which cells were given")
         board = completion.strip().removeprefix(ANCHOR)
         return self.is_valid(board) and all(p in (".", b) for p, b in zip(puzzle, board, strict=True))
 

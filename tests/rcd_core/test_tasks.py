@@ -10,14 +10,15 @@ import time
 import pytest
 
 from rcd_core.errors import UserError
-from rcd_core.tasks import MASK_TEXT, TASKS, Problem, get_task, grade, math, sudoku
+from rcd_core.tasks import MASK_TEXT, TASKS, Problem, get_task, grade, math
 from rcd_core.tasks.answers import final_number, same_final_number
+from rcd_core.tasks.sudoku import SUDOKU
 
-GENERATORS = ("sudoku", "arithmetic")
+GENERATORS = ("sudoku", "sudoku9", "arithmetic", "stories")
 
 
 def test_unknown_task_lists_the_names() -> None:
-    with pytest.raises(UserError, match="sudoko.*sudoku, arithmetic, gsm8k, gsm1k"):
+    with pytest.raises(UserError, match="sudoko.*sudoku, sudoku9, arithmetic, stories, gsm8k, gsm1k"):
         get_task("sudoko")
 
 
@@ -25,7 +26,10 @@ def test_unknown_task_lists_the_names() -> None:
 def test_docstring_example_is_a_row_that_solves_itself(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RCD_RUN_CODE", "1")
     doc = str(sys.modules[type(TASKS[name]).__module__].__doc__)
-    row, _ = json.JSONDecoder(strict=False).raw_decode(doc, doc.index('{"'))
+    # A file with two tasks shows a row of each, in the order of their sizes.
+    examples = [m.start() for m in re.finditer(r'\{"', doc)]
+    start = examples[1 if name == "sudoku9" else 0]
+    row, _ = json.JSONDecoder(strict=False).raw_decode(doc, start)
     assert set(TASKS[name].fields) <= set(row)
     problem = TASKS[name].problem(row)
     assert grade(name, problem.response, problem.answer, prompt=problem.prompt)
@@ -63,11 +67,11 @@ def test_synthetic_problems_are_solved_by_their_own_response(name: str) -> None:
 
 def test_boards_are_valid_varied_and_have_8_to_16_givens() -> None:
     rows = [get_task("sudoku").synthetic(i, "train", 0) for i in range(1000)]
-    assert all(sudoku.is_valid(row["answer"]) for row in rows)
+    assert all(SUDOKU.is_valid(row["answer"]) for row in rows)
     assert {36 - row["question"].count(".") for row in rows} == set(range(8, 17))
     assert len({row["answer"] for row in rows}) > 990
     for cell in (0, 17, 35):  # no digit is preferred: 1000 / 6 = 167 of each, SD 12
-        counts = [sum(row["answer"][cell] == digit for row in rows) for digit in sudoku.DIGITS]
+        counts = [sum(row["answer"][cell] == digit for row in rows) for digit in SUDOKU.digits]
         assert min(counts) > 115 and max(counts) < 220
 
 
@@ -95,7 +99,7 @@ def test_sudoku_accepts_any_valid_board_with_the_givens() -> None:
 def test_a_box_twice_is_no_board() -> None:
     # Rows and columns are right, boxes are not: a cyclic Latin square.
     latin = "".join("123456"[(r + c) % 6] for r in range(6) for c in range(6))
-    assert not sudoku.is_valid(latin)
+    assert not SUDOKU.is_valid(latin)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +162,19 @@ def test_gsm8k_drops_calculator_annotations_and_keeps_the_working() -> None:
         get_task("gsm8k").problem({"question": "Q", "answer": "6"})
     with pytest.raises(UserError, match="data.train.*gsm8k.*no generator"):
         get_task("gsm8k").synthetic(0, "train", 0)
+
+
+def test_stories_are_worded_in_ways_the_question_does_not_decide() -> None:
+    task = get_task("stories")
+    rows = [task.synthetic(i, "train", 0) for i in range(400)]
+    for row in rows:
+        told = [int(n) for n in re.findall(r"\d+", row["question"])]
+        final = int(row["answer"].rsplit("#### ", 1)[1])
+        gains = re.findall(r"brings (\d+)|finds (\d+)|buys (\d+)|sends (\d+)", row["question"])
+        gained = sum(int(n) for found in gains for n in found if n)
+        assert final == told[0] + gained - (sum(told[1:]) - gained)
+    openings = {row["answer"].split()[0] for row in rows if row["question"].split()[2].isdigit()}
+    assert {"So", "After", "With", "Adding", "Taking"} <= openings
 
 
 def test_arithmetic_working_is_right_step_by_step() -> None:
