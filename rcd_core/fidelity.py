@@ -20,10 +20,11 @@ from torch import Tensor
 
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
+from rcd_core.learned_alpha import LearnedAlpha
 from rcd_core.residual import AlphaRule
 from rcd_core.residual import entropy as residual_entropy
 from rcd_core.signals import DenseSignals, ReferenceSignals, Signals
-from rcd_core.training.objective import LossWeight, TrainingBatch, masked_hidden, training_loss
+from rcd_core.training.objective import LossWeight, TrainingBatch, masked_blocks, masked_hidden, training_loss
 
 Treatment = Literal["drop", "renormalise", "mean_tail"]
 NUM_DECILES = 10
@@ -112,10 +113,12 @@ def bytes_per_token(signals: ReferenceSignals, treatment: Treatment = "mean_tail
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """How signals become residuals: the alpha rule with its scale, and the temperatures the signals are made at."""
+    """How signals become residuals: the alpha rule with its scale or its network, and the temperatures the signals are
+    made at."""
 
     alpha: AlphaRule = "normalized_entropy"
     alpha_scale: float | None = None
+    learned: LearnedAlpha | None = None
     alpha_temperature: float = 1.0
     delta_temperature: float = 1.0
 
@@ -162,7 +165,8 @@ def measure(
     for batch, stored in batches:
         if not batch.masked.any():
             continue
-        entropy, dense, sparse = _residuals(reference, table, batch, kinds, stored, rule)
+        blocks = masked_blocks(target, batch)
+        entropy, dense, sparse = _residuals(reference, table, batch, kinds, stored, rule, blocks)
         entropies.append(entropy)
         dense_losses.append(float(training_loss(target, batch, (dense.alpha, dense.delta), weight=weight)))
         plain_losses.append(float(training_loss(target, batch, None, weight=weight)))
@@ -190,6 +194,7 @@ def _residuals(
     kinds: Sequence[Kind],
     stored: ReferenceSignals | None,
     rule: Rule,
+    blocks: Tensor,
 ) -> tuple[Tensor, _State, dict[Kind | None, _State]]:
     """Entropies (N,), the dense residuals, and those of every kind, from one pass of the reference."""
     hidden = masked_hidden(reference, batch, None)
@@ -205,18 +210,18 @@ def _residuals(
         if stored is not None:
             made[None] = stored[tile].to(logits.device)
         entropies.append(residual_entropy(logits / rule.alpha_temperature))
-        dense.append(_state(whole, whole.soft_embedding(table), len(table), rule))
+        dense.append(_state(whole, whole.soft_embedding(table), len(table), rule, blocks[tile]))
         for kind, signals in made.items():
             treatment: Treatment = kind.treatment if kind else "mean_tail"
-            state = _state(signals, sparse_delta(signals, table, treatment), len(table), rule)
+            state = _state(signals, sparse_delta(signals, table, treatment), len(table), rule, blocks[tile])
             size = bytes_per_token(signals, treatment, ragged=kind is not None and kind.mass is not None) * len(tile)
             sparse.setdefault(kind, []).append(state._replace(size=size))
     return torch.cat(entropies), _join(dense), {kind: _join(states) for kind, states in sparse.items()}
 
 
-def _state(signals: Signals, delta: Tensor, vocab_size: int, rule: Rule) -> _State:
+def _state(signals: Signals, delta: Tensor, vocab_size: int, rule: Rule, blocks: Tensor) -> _State:
     entries = signals.topk_logprobs if isinstance(signals, ReferenceSignals) else signals.logits
-    alpha = signals.alpha(vocab_size, rule.alpha, rule.alpha_scale)
+    alpha = signals.alpha(vocab_size, rule.alpha, rule.alpha_scale, learned=rule.learned, groups=blocks)
     return _State(alpha, delta, torch.isfinite(entries).sum(1), 0.0)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rcd_core.alpha import AlphaRule as AlphaRule
 from rcd_core.errors import UserError
+from rcd_core.learned_alpha import LearnedAlpha
 
 FIXED_ALPHA = 0.3
 
@@ -25,7 +26,8 @@ class ResidualSettings:
     source: "signals" cached reference signals, "online" the reference inside the step, "none" plain masked SFT; without
     a reference: "self" the target's own one or two passes on nested noisier inputs, "self_same" on the same input (the
     weak control), "on_policy" no residual but masks as the target's passes leave them (the other control).
-    alpha_scale: h of calibrated_entropy in nats; None takes `alpha_quantile` of the signals' entropies.
+    alpha_scale: h of calibrated_entropy, uniform and learned in nats; None takes `alpha_quantile` of the signals'
+    entropies. top_k: only so many of the ids that the signals keep, the others join the tail; None: all of them.
     dropout: share of samples trained with alpha = 0 (experiments: lifts the zero start; 0 is the paper's form).
     """
 
@@ -35,12 +37,17 @@ class ResidualSettings:
     alpha: AlphaRule = "normalized_entropy"
     alpha_scale: float | None = None
     alpha_quantile: float = 0.999
+    top_k: int | None = None
     dropout: float = 0.25
 
     @property
     def feeds_back(self) -> bool:
         """The model learns to read residuals: decoding it with them makes sense."""
         return self.source not in ("none", "on_policy")
+
+    @property
+    def learns_alpha(self) -> bool:
+        return self.feeds_back and self.alpha == "learned"
 
     @property
     def runs_model(self) -> bool:
@@ -57,6 +64,10 @@ class ResidualSettings:
             raise UserError(f"residual.alpha_scale is {self.alpha_scale}; it must be above 0 (nats)")
         if not 0.0 < self.alpha_quantile <= 1.0:
             raise UserError(f"residual.alpha_quantile is {self.alpha_quantile}; it must lie in (0, 1]")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"residual.top_k is {self.top_k}; it must be at least 1, or null for all that is kept")
+        if self.alpha == "ramp":
+            raise UserError("residual.alpha is 'ramp', which counts decoding's passes; train with another rule")
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -67,9 +78,21 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def alpha_from_statistics(
-    rule: AlphaRule, entropy_n: Tensor, confidence_n: Tensor, vocab_size: int, alpha_scale: float | None = None
+    rule: AlphaRule,
+    entropy_n: Tensor,
+    confidence_n: Tensor,
+    vocab_size: int,
+    alpha_scale: float | None = None,
+    *,
+    learned: LearnedAlpha | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor:
-    """(N,) entropies in nats and (N,) top probabilities -> (N,) alpha in [0, 1]; Eq. 3 and its variants."""
+    """(N,) entropies in nats and (N,) top probabilities -> (N,) alpha in [0, 1]; Eq. 3 and its variants.
+
+    learned: the network of the rule "learned". groups (N,): which block each position is of, for "uniform", whose
+    alpha is the mean over a block's masked positions of H / alpha_scale, or of H / ln V where no scale is given: the
+    weight in all is the method's, only where it goes differs. None: all positions are of one block.
+    """
     if rule not in get_args(AlphaRule):
         raise UserError(f"alpha is {rule!r}; allowed: {', '.join(get_args(AlphaRule))}")
     if rule == "calibrated_entropy":
@@ -79,6 +102,16 @@ def alpha_from_statistics(
                 "set alpha_scale (nats), or use alpha='normalized_entropy'"
             )
         return (entropy_n / alpha_scale).clamp(0.0, 1.0)
+    if rule == "ramp":
+        raise UserError("alpha is 'ramp', which follows from the number of the pass; it is for decoding only")
+    if rule in ("uniform", "learned"):
+        share = (entropy_n / (alpha_scale or math.log(vocab_size))).clamp(0.0, 1.0)
+        if rule == "uniform":
+            return group_mean(share, groups)
+        if learned is None:
+            raise UserError("alpha is 'learned' but the model has not learned one; use a rule it was trained with")
+        alpha: Tensor = learned(share, confidence_n)
+        return alpha
     normalized = (entropy_n / math.log(vocab_size)).clamp(0.0, 1.0)
     if rule in ("normalized_entropy", "top1"):
         return normalized
@@ -89,6 +122,16 @@ def alpha_from_statistics(
     if rule == "inverse_confidence":
         return 1.0 - confidence_n
     return torch.full_like(entropy_n, FIXED_ALPHA if rule == "fixed" else 1.0)
+
+
+def group_mean(values: Tensor, groups: Tensor | None) -> Tensor:
+    """(N,) values, (N,) int group numbers -> (N,) the mean of each value's group; None: of all."""
+    if groups is None:
+        return values.mean().expand_as(values)
+    _, index, counts = torch.unique(groups, return_inverse=True, return_counts=True)
+    sums = values.new_zeros(len(counts)).index_add_(0, index, values)
+    means: Tensor = sums / counts
+    return means[index]
 
 
 def entropy_weight(

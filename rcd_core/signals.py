@@ -19,6 +19,7 @@ from torch import Tensor
 from rcd_core.errors import UserError
 from rcd_core.kernels.encode import Encoded, encode
 from rcd_core.kernels.residual_embedding import SparseResidual
+from rcd_core.learned_alpha import LearnedAlpha
 from rcd_core.residual import AlphaRule, alpha_from_statistics, entropy
 from rcd_core.signal_arrow import from_table, to_table
 
@@ -128,11 +129,29 @@ class ReferenceSignals:
 
     # -- use
     def alpha(
-        self, vocab_size: int, rule: AlphaRule = "normalized_entropy", alpha_scale: float | None = None
+        self,
+        vocab_size: int,
+        rule: AlphaRule = "normalized_entropy",
+        alpha_scale: float | None = None,
+        *,
+        learned: LearnedAlpha | None = None,
+        groups: Tensor | None = None,
     ) -> Tensor:
-        """(N,) weights in [0, 1], Eq. 3 or another rule."""
+        """(N,) weights in [0, 1], Eq. 3 or another rule; learned and groups as in alpha_from_statistics."""
         confidence = self.topk_logprobs[:, 0].float().exp()
-        return alpha_from_statistics(rule, self.entropy, confidence, vocab_size, alpha_scale)
+        return alpha_from_statistics(
+            rule, self.entropy, confidence, vocab_size, alpha_scale, learned=learned, groups=groups
+        )
+
+    def largest(self, k: int) -> ReferenceSignals:
+        """As if only k entries had been kept: the others join the tail. Entropies stay exact."""
+        dropped = self.topk_logprobs[:, k:].float().exp().sum(1)
+        return replace(
+            self,
+            topk_ids=self.topk_ids[:, :k],
+            topk_logprobs=self.topk_logprobs[:, :k],
+            tail_mass=self.tail_mass + dropped,
+        )
 
     def mixture(self, vocab_size: int) -> tuple[Tensor, Tensor]:
         """((N, K) weights, (N,) share): delta = sum_k weights E[topk_ids] + share * (the sum of E's rows); the tail's
@@ -252,11 +271,19 @@ class DenseSignals:
     delta_temperature: float = 1.0
 
     def alpha(
-        self, vocab_size: int, rule: AlphaRule = "normalized_entropy", alpha_scale: float | None = None
+        self,
+        vocab_size: int,
+        rule: AlphaRule = "normalized_entropy",
+        alpha_scale: float | None = None,
+        *,
+        learned: LearnedAlpha | None = None,
+        groups: Tensor | None = None,
     ) -> Tensor:
         scaled = self.logits / self.alpha_temperature
         confidence = torch.softmax(scaled, dim=-1).amax(-1)
-        return alpha_from_statistics(rule, entropy(scaled), confidence, vocab_size, alpha_scale)
+        return alpha_from_statistics(
+            rule, entropy(scaled), confidence, vocab_size, alpha_scale, learned=learned, groups=groups
+        )
 
     def soft_embedding(self, embedding_weight: Tensor) -> Tensor:
         return torch.softmax(self.logits / self.delta_temperature, dim=-1).to(embedding_weight.dtype) @ embedding_weight
@@ -275,21 +302,33 @@ Signals = ReferenceSignals | DenseSignals
 
 
 def sparse_residual(
-    signals: ReferenceSignals, vocab_size: int, rule: AlphaRule, alpha_scale: float | None
+    signals: ReferenceSignals,
+    vocab_size: int,
+    rule: AlphaRule,
+    alpha_scale: float | None,
+    *,
+    learned: LearnedAlpha | None = None,
+    groups: Tensor | None = None,
 ) -> SparseResidual:
     """residual_state as weights on rows of the embedding table, for training steps."""
     weights, share = signals.mixture(vocab_size)
-    ids, alpha = signals.topk_ids, signals.alpha(vocab_size, rule, alpha_scale)
+    ids, alpha = signals.topk_ids, signals.alpha(vocab_size, rule, alpha_scale, learned=learned, groups=groups)
     if rule == "top1":
         ids, weights, share = ids[:, :1], torch.ones_like(weights[:, :1]), torch.zeros_like(share)
     return SparseResidual(alpha, ids, weights, share)
 
 
 def residual_state(
-    signals: Signals, embedding_weight: Tensor, rule: AlphaRule, alpha_scale: float | None
+    signals: Signals,
+    embedding_weight: Tensor,
+    rule: AlphaRule,
+    alpha_scale: float | None,
+    *,
+    learned: LearnedAlpha | None = None,
+    groups: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(alpha (N,), delta (N, D)): the state of masked positions under a rule, from either form of signals."""
-    alpha = signals.alpha(embedding_weight.shape[0], rule, alpha_scale)
+    alpha = signals.alpha(embedding_weight.shape[0], rule, alpha_scale, learned=learned, groups=groups)
     if rule == "top1":
         top = signals.top1() if isinstance(signals, DenseSignals) else signals.topk_ids[:, 0].long()
         return alpha, embedding_weight[top]

@@ -19,6 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from rcd_core.decoding.settings import Start
 from rcd_core.families.weights import MAX_SHARD_BYTES, write_json, write_weights
 from rcd_core.layouts import PADDING, Layout, block_causal
+from rcd_core.learned_alpha import LearnedAlpha, save_learned_alpha
+
+_ALPHA = "learned_alpha."  # begins the names of its weights among the backbone's
 
 
 @dataclass
@@ -59,6 +62,7 @@ class DiffusionModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.info = info
+        self.learned_alpha: LearnedAlpha | None = None  # of a target that was trained with the rule "learned"
 
     # -- facts
     @property
@@ -97,13 +101,19 @@ class DiffusionModel(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> DiffusionModel:
-        """A model like this one with other backbone weights, taken as they are: to export what is trained in shards."""
+        """A model like this one with the weights that training returns, taken as they are: to export what is trained in
+        shards."""
+        of_alpha = {n.removeprefix(_ALPHA): w for n, w in weights.items() if n.startswith(_ALPHA)}
         with torch.device("meta"):
             backbone = type(self.backbone)(self.config)
-        backbone.load_state_dict(dict(weights), assign=True)
+        backbone.load_state_dict({n: w for n, w in weights.items() if not n.startswith(_ALPHA)}, assign=True)
         if self.config.tie_word_embeddings:
             backbone.tie_weights()
-        return type(self)(backbone, self.info)
+        model = type(self)(backbone, self.info)
+        if of_alpha:
+            model.learned_alpha = LearnedAlpha()
+            model.learned_alpha.load_state_dict(of_alpha, assign=True)
+        return model
 
     @abstractmethod
     def attention_block(self, block_length: int) -> int | None:
@@ -156,7 +166,8 @@ class DiffusionModel(nn.Module):
         self, directory: str | Path, tokenizer: Any = None, max_shard_bytes: int = MAX_SHARD_BYTES
     ) -> None:
         """Write the checkpoint in the authors' format: weights under their names, config.json, generation_config.json,
-        the RCD settings as config.json's `rcd`, and the tokenizer with its chat template if given.
+        the RCD settings as config.json's `rcd`, a learned alpha's network in a file beside them, and the tokenizer with
+        its chat template if given.
 
         Weights above max_shard_bytes are sharded. config.json is taken away first and written last: a directory that
         was not finished has none, and does not load.
@@ -168,6 +179,7 @@ class DiffusionModel(nn.Module):
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
         write_weights(directory, weights, max_shard_bytes)
+        save_learned_alpha(self.learned_alpha, directory)
         eos = self.info.eos_token_ids
         ids = {"eos_token_id": eos[0] if len(eos) == 1 else list(eos), "pad_token_id": self.info.pad_token_id}
         write_json(directory / "generation_config.json", ids)

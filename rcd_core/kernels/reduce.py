@@ -16,13 +16,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rcd_core.kernels.encode import LOWEST, encode
+from rcd_core.learned_alpha import LearnedAlpha
 from rcd_core.residual import AlphaRule, alpha_from_statistics
 
 
 @dataclass(frozen=True)
 class Feedback:
-    """How the residual follows from a prediction; requests alike in this share one reduction. top_k None: delta over
-    the whole vocabulary, else over the top_k largest with the rest on the mean of the others."""
+    """How the residual follows from a prediction; requests alike in this share one reduction. rule: one that looks at
+    the position alone. top_k None: delta over the whole vocabulary, else over the top_k largest with the rest on the
+    mean of the others."""
 
     rule: AlphaRule
     alpha_scale: float | None
@@ -54,10 +56,11 @@ def reduce_greedy(
 
 
 class Table:
-    """The embedding table and the sum of its rows, which is made once: weights do not change while decoding."""
+    """The weights that residuals are made with: the embedding table, the network of a learned alpha, and the sum of the
+    table's rows, which is made once: weights do not change while decoding."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
+    def __init__(self, weight: Tensor, learned: LearnedAlpha | None = None) -> None:
+        self.weight, self.learned = weight, learned
         self._sum: Tensor | None = None
 
     @property
@@ -89,7 +92,9 @@ def _dense(z: Tensor, mask_token_id: int, feedback: Feedback, table: Table) -> R
         log_warm = torch.log_softmax(logp / feedback.alpha_temperature, -1)
         warm = log_warm.exp()
         own_entropy = _entropy(warm, log_warm)
-    alpha = alpha_from_statistics(feedback.rule, own_entropy, warm.amax(-1), z.shape[1], feedback.alpha_scale)
+    alpha = alpha_from_statistics(
+        feedback.rule, own_entropy, warm.amax(-1), z.shape[1], feedback.alpha_scale, learned=table.learned
+    )
     if feedback.rule == "top1":
         delta = table.weight[p.argmax(-1)]
     else:
@@ -117,7 +122,9 @@ def _sparse(z: Tensor, mask_token_id: int, feedback: Feedback, table: Table) -> 
         reduced = Reduced(tokens, confidence, found.entropy)
     else:
         reduced = _plain(z, mask_token_id, True)
-    alpha = alpha_from_statistics(feedback.rule, found.entropy, p[:, 0], z.shape[1], feedback.alpha_scale)
+    alpha = alpha_from_statistics(
+        feedback.rule, found.entropy, p[:, 0], z.shape[1], feedback.alpha_scale, learned=table.learned
+    )
     share = found.tail / max(1, z.shape[1] - k)
     weights = (p - share[:, None]).to(table.weight.dtype)
     delta = F.embedding_bag(found.ids, table.weight, per_sample_weights=weights, mode="sum").float()

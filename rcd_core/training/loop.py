@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
+from rcd_core.learned_alpha import LearnedAlpha
 from rcd_core.noise import NoiseSettings
 from rcd_core.residual import ResidualSettings
 from rcd_core.signals import ReferenceSignals
@@ -83,7 +84,9 @@ def train(
     and "on_policy" run the model itself on noisier versions of the rows, drawn by `noise`, the rows' own.
     device: where training runs, the model's by default. fsdp2 takes a model that is still on the CPU there layer by
     layer, so that it is never whole on a device; ddp wants it there.
-    Returns the backbone's weights on CPU on rank 0, {} on the others. UserError for what settings or data rule out.
+    Where alpha is learned, `model.learned_alpha` is trained along, made here if the model has none.
+    Returns the backbone's weights, and learned_alpha's, on CPU on rank 0, {} on the others. UserError for what settings
+    or data rule out.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if settings.batch_size % world:
@@ -104,6 +107,10 @@ def train(
         block_diffusion=model.attention_block(block_length) is not None,
         noise=noise,
     )
+    if not residual.learns_alpha:
+        model.learned_alpha = None
+    elif model.learned_alpha is None:
+        model.learned_alpha = LearnedAlpha().to(model.device)
     model.train()
     model.activation_checkpointing = settings.activation_checkpointing
     meter = Meter(model, device, 0)
@@ -148,7 +155,7 @@ def train(
             callbacks.checkpoint(done, lambda directory, done=done: _save(strategy, directory, done, settings, rank))  # type: ignore[misc]
             last_checkpoint = done
         waiting = time.perf_counter()
-    weights = {n.removeprefix("model.backbone."): w for n, w in strategy.full_weights().items()}
+    weights = {n.removeprefix("model.").removeprefix("backbone."): w for n, w in strategy.full_weights().items()}
     model.eval()
     return weights
 

@@ -9,15 +9,23 @@ Shapes: B rows, L tokens, N masked positions, D width.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rcd_core.families.base import DiffusionModel
-from rcd_core.residual import ResidualSettings
+from rcd_core.residual import AlphaRule, ResidualSettings
 from rcd_core.signals import ReferenceSignals, residual_state, sparse_residual
 from rcd_core.training.batches import MicroBatch
-from rcd_core.training.objective import LossWeight, Residual, TrainingBatch, loss_parts, masked_hidden
+from rcd_core.training.objective import (
+    LossWeight,
+    Residual,
+    TrainingBatch,
+    loss_parts,
+    masked_blocks,
+    masked_hidden,
+)
 
 OWN_TOP_K = 32  # entries kept of the model's own predictions
 NUM_BUCKETS = 4  # of the masking probability, for looking at the loss
@@ -37,8 +45,9 @@ class LossModule(nn.Module):
         batch = micro.batch
         state: Residual | None = None
         if signals is not None:
-            found = sparse_residual(signals, self.model.vocab_size, self.residual.alpha, self.residual.alpha_scale)
-            state = found.scaled(micro.keep)
+            rule, more = self._rule(batch)
+            kept = signals if self.residual.top_k is None else signals.largest(self.residual.top_k)
+            state = sparse_residual(kept, self.model.vocab_size, *rule, **more).scaled(micro.keep)
         elif self.residual.source == "on_policy":
             batch = self._on_policy(micro)
         elif self.residual.runs_model:
@@ -52,22 +61,31 @@ class LossModule(nn.Module):
         batch = _with_mask(micro.batch, masked, self.model.mask_token_id)
         return masked_hidden(self.model, batch, state)
 
-    @torch.no_grad()
+    def _rule(self, batch: TrainingBatch) -> tuple[tuple[AlphaRule, float | None], dict[str, Any]]:
+        """What alpha follows from, besides the signals at the batch's masked positions."""
+        groups = masked_blocks(self.model, batch) if self.residual.alpha == "uniform" else None
+        rule = (self.residual.alpha, self.residual.alpha_scale)
+        return rule, {"learned": self.model.learned_alpha, "groups": groups}
+
     def _own_residual(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        """(alpha (N,), delta (N, D)) of the model's own last pass, each pass fed by the one before, as in decoding."""
+        """(alpha (N,), delta (N, D)) of the model's own last pass, each pass fed by the one before, as in decoding.
+        Without gradient, but for the last alpha where it is learned."""
         assert micro.chain is not None and micro.depth is not None
         state = None
         masks = [*micro.chain, micro.batch.masked]
         for number, (masked, following) in enumerate(zip(masks, masks[1:], strict=False)):
-            hidden = self._previous(micro, masked, state)
-            signals = ReferenceSignals.from_hidden(hidden, self.model.lm_head_weight, OWN_TOP_K)
-            alpha, delta = residual_state(
-                signals, self.model.embedding.weight, self.residual.alpha, self.residual.alpha_scale
-            )
+            with torch.no_grad():
+                hidden = self._previous(micro, masked, state)
+                signals = ReferenceSignals.from_hidden(
+                    hidden, self.model.lm_head_weight, self.residual.top_k or OWN_TOP_K
+                )[following[masked]]
+            last = number + 2 == len(masks)
+            with torch.set_grad_enabled(last and torch.is_grad_enabled()):
+                rule, more = self._rule(_with_mask(micro.batch, following, self.model.mask_token_id))
+                alpha, delta = residual_state(signals, self.model.embedding.weight.detach(), *rule, **more)
             # Rows with fewer previous passes start later.
             begun = micro.depth[following] >= len(micro.chain) - number
-            inside = following[masked]
-            state = (alpha[inside] * begun, delta[inside])
+            state = (alpha * begun, delta)
         assert state is not None
         return state
 

@@ -100,6 +100,16 @@ def masked_hidden(model: DiffusionModel, batch: TrainingBatch, residual: Residua
     return model.hidden(embeds, positions, layout)[masked]
 
 
+def masked_blocks(model: DiffusionModel, batch: TrainingBatch) -> Tensor:
+    """(N,) numbers that are equal where masked positions are of one block; of one sample where the model's attention
+    knows no blocks."""
+    assert batch.positions is not None
+    within = batch.positions[batch.masked]
+    if model.attention_block(batch.block_length) is not None:
+        within = within % batch.block_length
+    return batch.masked.flatten().nonzero()[:, 0] - within  # where in the batch the block begins
+
+
 def normalizer(batch: TrainingBatch, family: str, weight: LossWeight) -> Tensor:
     """What the weighted sum is divided by, over a batch; it adds up over the batches of one optimiser step.
 
@@ -167,8 +177,9 @@ def training_loss(
         batch = TrainingBatch(**{"labels": None, **batch})
     if bool((batch.masked & (batch.labels == IGNORED)).any()):
         raise UserError("masked covers tokens whose label is -100; only labelled tokens may be masked")
+    learned, groups = model.learned_alpha, masked_blocks(model, batch)
     if isinstance(residual, ReferenceSignals):
-        residual = sparse_residual(residual, model.vocab_size, alpha, alpha_scale)
+        residual = sparse_residual(residual, model.vocab_size, alpha, alpha_scale, learned=learned, groups=groups)
     elif isinstance(residual, DenseSignals):
-        residual = residual_state(residual, model.embedding.weight, alpha, alpha_scale)
+        residual = residual_state(residual, model.embedding.weight, alpha, alpha_scale, learned=learned, groups=groups)
     return loss_sum(model, batch, residual, weight) / normalizer(batch, model.family, weight)

@@ -151,6 +151,20 @@ def test_fsdp2_trains_what_one_process_trains_and_resumes_exactly(
         read_progress(checkpoint, "deepspeed")
 
 
+@pytest.mark.drill  # two more pairs of processes
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+def test_a_learned_alpha_is_trained_with_the_model(strategy: Any, examples: str, tmp_path: Path) -> None:
+    """Its few weights are sharded and saved like the others: as many as one process has, close to those."""
+    residual = replace(RESIDUAL, alpha="learned")
+    alone, _ = run(examples, settings(), residual=residual)
+    found = launch(tmp_path / "two", examples, settings(strategy=strategy), residual=residual)
+    names = [name for name in alone if name.startswith("learned_alpha.")]
+    assert len(names) == 4 and found.keys() == alone.keys()
+    for name in names:
+        assert alone[name].any()
+        torch.testing.assert_close(found[name], alone[name], atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.drill  # needs the extra `deepspeed`, and builds C++ code the first time
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
