@@ -16,14 +16,17 @@ from concurrent.futures import FIRST_COMPLETED, wait
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from rcd_core.decoding.cache import Slots
-from rcd_core.decoding.feedback import temperatures
+from rcd_core.decoding.feedback import own_rule, temperatures
 from rcd_core.decoding.forward import Work, groups
+from rcd_core.decoding.observer import Observed, Observer
 from rcd_core.decoding.passes import Passes
 from rcd_core.decoding.prediction import Reached, dirichlet, select
 from rcd_core.decoding.reference import AsyncReference, Reference, WarmStart
 from rcd_core.decoding.sequence import Pass, Sequence, Step
+from rcd_core.decoding.spread import spread_alpha
 from rcd_core.decoding.statistics import Statistics
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
@@ -42,6 +45,7 @@ class Engine:
     most, so that a long prompt does not hold up the others. reuse_prefixes: SDAR requests take what the cache holds of
     their prompt's first blocks; the text is the same, the number of prefill passes then depends on what ran before.
     fixed_shapes: passes over cached blocks are rounded up to few shapes, captured as CUDA graphs (None: on GPUs).
+    observer: is shown each step's predictions; nothing is captured then.
     """
 
     def __init__(
@@ -55,9 +59,11 @@ class Engine:
         prefill_chunk: int = 2048,
         reuse_prefixes: bool = False,
         fixed_shapes: bool | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.model = model
         self.reference = reference
+        self.observer = observer
         self.max_batch, self.max_length, self.max_queue = max_batch, max_length, max_queue
         self.prefill_chunk, self.reuse_prefixes = prefill_chunk, reuse_prefixes
         self.waiting: deque[Sequence] = deque()
@@ -103,12 +109,14 @@ class Engine:
         works = [_work(s, p) for s, p in zip(ready, passes, strict=True)]
         order = groups(works, self._passes.forward.pass_tokens)
         reached = Reached.of([ready[i] for group in order for i in group if passes[i].kind == "denoise"])
-        alpha = self._passes.traced_alpha(reached)
-        found = self._passes.run(order, ready, passes, works, reached)
+        observed = self.observer is not None
+        alpha = self._passes.traced_alpha(reached, observed)
+        found, hidden = self._passes.run(order, ready, passes, works, reached, observed)
         for s, p in zip(ready, passes, strict=True):
             self._passed(s, p)
         if reached.sequences:
-            self._apply(reached, found, alpha)
+            self._apply(reached, found, alpha, hidden)
+            spread_alpha(self._state, reached.sequences)
         done = [s for s in self.running if s.finished]
         self.running = [s for s in self.running if not s.finished]
         for s in done:
@@ -189,10 +197,13 @@ class Engine:
         assert s.settings.alpha is not None
         if isinstance(signals, ReferenceSignals):
             signals = signals.to(self.model.device)
-        alpha, delta = residual_state(signals, self.model.embedding.weight, s.settings.alpha, s.settings.alpha_scale)
+        rule, scale = own_rule(s.settings), s.settings.alpha_scale
+        learned = self.model.learned_alpha
+        alpha, delta = residual_state(signals, self.model.embedding.weight, rule, scale, learned=learned)
         places = s.slot * self._state.reach + positions - s.block[0]
         self._state.write(torch.from_numpy(places).to(self.model.device), alpha, delta)
         s.fed = True
+        spread_alpha(self._state, [s])
 
     # -- what a pass changes
     def _passed(self, s: Sequence, p: Pass) -> None:
@@ -212,9 +223,15 @@ class Engine:
         if exact:
             self._slots.held[s.slot].stored = s.stored
 
-    def _apply(self, reached: Reached, predictions: NDArray[np.float32], alpha: NDArray[np.float32]) -> None:
+    def _apply(
+        self, reached: Reached, predictions: NDArray[np.float32], alpha: NDArray[np.float32], hidden: Tensor | None
+    ) -> None:
         tokens, confidence, entropy = predictions[0].astype(np.int64), predictions[1], predictions[2]
         commit = select(self.model, reached, confidence, entropy)
+        if self.observer is not None and hidden is not None:
+            fed = np.array([s.fed for s in reached.sequences])[reached.owner]
+            starting = np.array([s.settings.residual and not s.started for s in reached.sequences])[reached.owner]
+            self.observer(Observed(reached, hidden, alpha, fed, commit & ~starting))
         chosen, chosen_tokens, rest = reached.positions[commit], tokens[commit], reached.positions[~commit]
         ends = reached.ends.tolist()
         splits = np.concatenate([[0], commit.cumsum()])[reached.ends].tolist()  # of chosen, by request

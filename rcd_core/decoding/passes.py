@@ -39,26 +39,33 @@ class Passes:
         self.predictor = Predictor(model, self.state)
         self.replays = Replays(model.device)
 
-    def traced_alpha(self, reached: Reached) -> NDArray[np.float32]:
+    def traced_alpha(self, reached: Reached, observed: bool) -> NDArray[np.float32]:
         """(N,) alpha in the input of the coming pass; zeros where nobody asks."""
         found = np.zeros(len(reached.positions), dtype=np.float32)
-        for i, s in enumerate(reached.sequences):
-            if s.fed and s.settings.trace:
-                places = s.slot * self.state.reach + s.open - s.block[0]
-                found[reached.owner == i] = self.state.alpha[torch.from_numpy(places)].cpu().numpy()
+        asked = [s.fed and (observed or s.settings.trace) for s in reached.sequences]
+        if any(asked):
+            of = np.array(asked)[reached.owner]
+            found[of] = self.state.alpha[self._upload(reached.places(self.state.reach)[of])].cpu().numpy()
         return found
 
     def run(
-        self, order: Many[list[int]], ready: Many[Sequence], passes: Many[Pass], works: Many[Work], reached: Reached
-    ) -> NDArray[np.float32]:
+        self,
+        order: Many[list[int]],
+        ready: Many[Sequence],
+        passes: Many[Pass],
+        works: Many[Work],
+        reached: Reached,
+        observed: bool,
+    ) -> tuple[NDArray[np.float32], Tensor | None]:
         """(3, N) tokens, confidence, entropy of the reached positions: one forward per group, then head and reduction
-        for all of them, or both in one where the pass is captured. One copy from the device in the end."""
+        for all of them, or both in one where the pass is captured. One copy from the device in the end.
+        observed: nothing is captured, and the hidden states (N, D) are given too."""
         places = reached.places(self.state.reach)
         first = reached.sequences[0] if reached.sequences else None
         alike = all(s.greedy and s.feedback == first.feedback for s in reached.sequences if first)
         feedback = first.feedback if first else None
         with_entropy = any(s.looks_at_entropy for s in reached.sequences)
-        fixed = self.fixed and alike and all(w.slot is not None for w in works)
+        fixed = self.fixed and alike and not observed and all(w.slot is not None for w in works)
         if fixed:
             fixed = all(len(w.ids) <= _FIXED_QUERIES for w, p in zip(works, passes, strict=True) if p.kind == "denoise")
         guided = any(s.settings.cfg_scale for s in reached.sequences)
@@ -89,16 +96,17 @@ class Passes:
             kinds = [passes[i].kind for i in group]
             self.statistics.add(max(set(kinds), key=kinds.count), len(group), time.perf_counter() - begun)
         if not hidden and not found:
-            return np.zeros((3, 0), dtype=np.float32)
+            return np.zeros((3, 0), dtype=np.float32), None
         begun = time.perf_counter()
-        if hidden and alike:
-            found = [self.predictor.greedy(_joined(hidden), self._upload(places), feedback, with_entropy)]
-        elif hidden:
+        states = _joined(hidden) if hidden else None
+        if states is not None and alike:
+            found = [self.predictor.greedy(states, self._upload(places), feedback, with_entropy)]
+        elif states is not None:
             rest = _joined(bare) if guided else None
-            found = [self.predictor.mixed(reached, _joined(hidden), self._upload(places), rest)]
+            found = [self.predictor.mixed(reached, states, self._upload(places), rest)]
         result: NDArray[np.float32] = _joined(found, 1).cpu().numpy()
         self.statistics.spend("choose", time.perf_counter() - begun)
-        return result
+        return result, states
 
     def _captured(
         self,

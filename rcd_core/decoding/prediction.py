@@ -60,7 +60,7 @@ class Predictor:
 
     def __init__(self, model: DiffusionModel, state: ResidualState) -> None:
         self.model, self.state = model, state
-        self.table = Table(model.embedding.weight)
+        self.table = Table(model.embedding.weight, model.learned_alpha)
         self.tile = max(1, TILE_BYTES // (4 * model.vocab_size))
 
     def greedy(self, hidden: Tensor, places: Tensor, feedback: Feedback | None, with_entropy: bool) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from rcd_core.alpha import UNMOVED
 from rcd_core.decoding.sequence import Sequence
 from rcd_core.decoding.settings import DecodeSettings, Start
 from rcd_core.errors import UserError
@@ -41,6 +42,8 @@ def resolve_settings(settings: DecodeSettings, model: DiffusionModel, has_refere
         raise UserError(
             "alpha is 'calibrated_entropy' but the checkpoint stores no alpha_scale; set alpha_scale (nats)"
         )
+    if settings.residual and alpha == "learned" and model.learned_alpha is None:
+        raise UserError("alpha is 'learned' but the checkpoint has not learned one; choose another rule")
     stops = model.info.eos_token_ids if settings.stop_token_ids is None else settings.stop_token_ids
     seed = settings.seed
     if seed is None:
@@ -56,6 +59,21 @@ def resolve_settings(settings: DecodeSettings, model: DiffusionModel, has_refere
         alpha_scale=alpha_scale,
         stop_token_ids=tuple(stops),
         seed=seed,
+    )
+
+
+def uncalibrated(settings: DecodeSettings, model: DiffusionModel) -> str | None:
+    """What to warn of where residuals from the model's own predictions are weighed at a T_res that nobody chose."""
+    chosen = settings.residual_temperature or model.info.rcd.get("calibration")
+    chosen = chosen or (settings.alpha or model.info.rcd.get("alpha")) in UNMOVED
+    # Training writes 1 into every checkpoint; another value somebody has chosen.
+    if not settings.residual or settings.residual_source != "self" or chosen:
+        return None
+    if model.info.rcd.get("residual_temperature") not in (None, 1.0):
+        return None
+    return (
+        "T_res was never calibrated for this checkpoint: 1 is used; run `rcd calibrate` (see its --help), or set "
+        "residual_temperature"
     )
 
 

@@ -14,12 +14,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from rcd_core.attention import backend_key
+from rcd_core.calibrate import CALIBRATION_FILE, SCHEMA_VERSION
 from rcd_core.errors import UserError
 from rcd_core.families import llada, sdar
 from rcd_core.families.base import CheckpointInfo, DiffusionModel
 from rcd_core.families.config import ModelConfig
 from rcd_core.families.files import CheckpointFiles, read_json, released_name
 from rcd_core.families.weights import StoredTensor, list_weights, read_weights
+from rcd_core.learned_alpha import load_learned_alpha
 from rcd_core.node_copy import node_copy
 from rcd_core.storage import is_uri
 
@@ -50,6 +52,7 @@ def load_model(
     except (TypeError, StrictDataclassError) as error:  # a field of the wrong type, as transformers finds it
         raise UserError(f"{directory}: config.json does not describe a model: {error}") from error
     info = family.checkpoint_info(_files(directory, str(path), config))
+    info.rcd = {**info.rcd, **calibration(directory)}
     _check_ids(info, backbone_config.vocab_size, directory)
     with torch.device("meta"):
         backbone = family.build_backbone(backbone_config)
@@ -71,6 +74,7 @@ def load_model(
     backbone.model.rotary_emb = type(backbone.model.rotary_emb)(backbone_config).to(device)
     backbone.config._attn_implementation = backend
     model: DiffusionModel = family.MODEL(backbone, info)
+    model.learned_alpha = load_learned_alpha(directory, device, wanted=info.rcd.get("alpha") == "learned")
     return model.eval()
 
 
@@ -96,6 +100,31 @@ def new_model(
     backbone.config._attn_implementation = backend_key(attention)
     model: DiffusionModel = family.MODEL(backbone, info)
     return model
+
+
+def describe_checkpoint(path: str | Path) -> tuple[CheckpointInfo, int]:
+    """What a checkpoint's json files say, its weights left aside: its info and how many positions it has."""
+    directory = checkpoint_directory(path)
+    config = read_json(directory / "config.json")
+    family = _family_of(config, directory)
+    positions = family.backbone_config(config, directory, True).max_position_embeddings
+    info = family.checkpoint_info(_files(directory, str(path), config))
+    info.rcd = {**info.rcd, **calibration(directory)}
+    return info, int(positions)
+
+
+def calibration(directory: Path) -> dict[str, Any]:
+    """residual_temperature and calibration, the file's content, of a checkpoint that was calibrated (self_loop.py)."""
+    path = directory / CALIBRATION_FILE
+    if not path.exists():
+        return {}
+    found = read_json(path)
+    version, value = found.get("schema_version"), found.get("residual_temperature")
+    if version != SCHEMA_VERSION:
+        raise UserError(f"{path}: schema_version is {version!r}, known is {SCHEMA_VERSION}; run `rcd calibrate` again")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value < float("inf"):
+        raise UserError(f"{path}: residual_temperature is {value!r}; it must be a finite number above 0")
+    return {"residual_temperature": float(value), "calibration": found}
 
 
 def checkpoint_directory(path: str | Path) -> Path:
@@ -173,4 +202,12 @@ def _check_fit(wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, Store
             )
 
 
-__all__ = ["CheckpointInfo", "DiffusionModel", "ModelConfig", "checkpoint_directory", "load_model", "new_model"]
+__all__ = [
+    "CheckpointInfo",
+    "DiffusionModel",
+    "ModelConfig",
+    "checkpoint_directory",
+    "describe_checkpoint",
+    "load_model",
+    "new_model",
+]

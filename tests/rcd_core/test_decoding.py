@@ -59,6 +59,7 @@ def any_settings(draw: st.DrawFn, family: str) -> DecodeSettings:
         start=draw(st.sampled_from(["zero", "self", "dirichlet", "reference"])),  # type: ignore[arg-type]
         residual_temperature=draw(st.sampled_from([1.0, 1.5])),
         residual_top_k=draw(st.sampled_from([None, 16])),
+        alpha=draw(st.sampled_from([None, None, "uniform", "ramp"])),  # type: ignore[arg-type]
         trace=True,
     )
 
