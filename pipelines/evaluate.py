@@ -2,16 +2,18 @@
 
     python pipelines/evaluate.py --recipe demo
 
-Arms: SeqD (the baseline, plain block decoding) and RCD (every target, once per start). All arms solve the same
-problems at the same thresholds, so they are compared in pairs. Writes results.parquet (a row per arm, threshold and
-problem), results.json (curves, comparisons, settings), pareto.png and report.html.
+Arms: SeqD (the baseline, plain block decoding) and RCD (every target, once per start), each once per block length. All
+arms solve the same problems at the same thresholds, so they are compared in pairs. Writes results.parquet (a row per
+arm, threshold, problem and sample), results.json (curves, comparisons, settings), two plots and report.html. Until that
+is done, parts/ holds what has been decoded: a killed evaluation goes on with what is missing.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,111 +28,176 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.decode_actor import DECODED, ROWS, Arm, DecodeActor, Plan, Work
-from pipelines.report import html_report, pareto_plot, print_tables
+from pipelines.evaluation_settings import provenance, provenance_line, provenance_section
+from pipelines.parts import read_parts
+from pipelines.report import html_report, plots_of, print_tables
+from pipelines.results import ArmInfo, analyse
 from pipelines.run import StageContext
 from rcd_core import storage
-from rcd_core.evaluation import collect, compare, curve
 
-SCHEMA_VERSION = 1
 BASELINE = "seqd"
-ACCURACY_LEVEL = 0.9
-RESAMPLES = 2000
+FLUSH_S = 5.0  # what a kill costs, at most, of answers that were finished
+_KEYS = ["arm", "threshold", "example_id", "sample"]
+Answer = tuple[str, float, int]  # arm, threshold, item
 
 
 def run(ctx: StageContext) -> dict[str, Any]:
-    """Decode, compare, write. The summary repeats the curves, so that a manifest tells what came out."""
-    plan = make_plan(ctx)
-    table = _decode(ctx, plan)
-    settings = {
-        arm: json.loads(text) for arm, text in dict(zip(*_columns(table, "arm", "settings"), strict=True)).items()
-    }
-    table = table.select(ROWS.names)
+    """Decode, compare, write. The summary repeats accuracies and rates, so that a manifest tells what came out."""
+    arms = tuple(_arms(ctx))
+    if ctx.recipe.calibrate is None and any(_takes_t_res(arm) for arm in arms):
+        ctx.console.print("  evaluate: T_res is not calibrated in this run (recipe section `calibrate`)")
+    parts = storage.join(ctx.directory, "parts")
+    done = _done(read_parts(parts, DECODED, _KEYS))
+    if done:
+        ctx.console.print(f"  evaluate: {len(done)} answers were decoded before the interruption")
+    plan = make_plan(ctx, arms, done)
+    _decode(ctx, plan)
+    decoded = _in_order(read_parts(parts, DECODED, _KEYS), arms)
+    table = decoded.select(ROWS.names)
     with storage.open_output(storage.join(ctx.directory, "results.parquet")) as stream:
         pq.write_table(table, stream, compression="zstd")
-    results = analyse(ctx, plan, table, settings)
-    storage.write_json(storage.join(ctx.directory, "results.json"), results)
-    light, dark = pareto_plot(results), pareto_plot(results, dark=True)
-    storage.write_bytes(storage.join(ctx.directory, "pareto.png"), light)
-    storage.write_bytes(storage.join(ctx.directory, "report.html"), html_report(results, light, dark).encode())
-    return {"num_problems": results["num_problems"], "curves": {a["name"]: a["curve"] for a in results["arms"]}}
+    results = analyse(
+        recipe=ctx.recipe.name,
+        task=plan.task,
+        seed=ctx.recipe.seed,
+        arms=[arm.info for arm in arms],
+        table=table,
+        settings={arm: json.loads(text) for arm, text in _distinct(decoded, "arm", "settings")},
+        accuracy_levels=ctx.recipe.evaluate.accuracy_levels,
+        hardware=_hardware(ctx, decoded),
+    ) | {"settings_file": provenance(ctx.recipe)}
+    _write(ctx, results)
+    storage.remove(parts)
+    kept = ("threshold", "accuracy", "tokens_per_pass", "tokens_per_forward")
+    curves = {arm["name"]: [{name: point[name] for name in kept} for point in arm["curve"]] for arm in results["arms"]}
+    return {"num_problems": results["num_problems"], "num_samples": results["num_samples"], "curves": curves}
 
 
 def report(ctx: StageContext) -> None:
     """Print the tables of a finished evaluation and where its files lie."""
-    print_tables(storage.read_json(storage.join(ctx.directory, "results.json")), ctx.console)
+    results = storage.read_json(storage.join(ctx.directory, "results.json"))
+    print_tables(results, ctx.console)
+    if line := provenance_line(results.get("settings_file")):
+        ctx.console.print(line, soft_wrap=True, markup=False)
     for what, name in (("plot", "pareto.png"), ("report", "report.html"), ("numbers", "results.json")):
         ctx.console.print(f"{what}: {storage.join(ctx.directory, name)}", soft_wrap=True, markup=False)
 
 
-def make_plan(ctx: StageContext) -> Plan:
-    """Arms and pieces of work: a pure function of the recipe and the manifests."""
+def make_plan(ctx: StageContext, arms: Sequence[Arm], done: Set[Answer]) -> Plan:
+    """What is left to decode: for every arm and threshold a piece per actor, fewer where a batch holds more."""
     recipe, evaluate = ctx.recipe, ctx.recipe.evaluate
     summary = ctx.input("prepare")["summary"]
-    num_examples = min(evaluate.num_examples or sys.maxsize, summary["counts"]["test"]["examples"])
-    arms = tuple(_arms(ctx))
-    work = tuple(
-        Work(arm=arm, threshold=threshold, first=first, last=min(first + evaluate.batch_size, num_examples))
-        for arm in range(len(arms))
-        for threshold in sorted(evaluate.thresholds, reverse=True)  # most passes first: no long tail at the end
-        for first in range(0, num_examples, evaluate.batch_size)
-    )
+    num_items = min(evaluate.num_examples or sys.maxsize, summary["counts"]["test"]["examples"]) * evaluate.samples
+    work: list[Work] = []
+    for number, arm in enumerate(arms):
+        for threshold in sorted(evaluate.thresholds, reverse=True):  # most passes first: no long tail at the end
+            left = [item for item in range(num_items) if (arm.info.name, threshold, item) not in done]
+            size = max(evaluate.batch_size, -(-len(left) // recipe.resources.evaluate_actors))
+            pieces = -(-len(left) // size)
+            cuts = [len(left) * i // pieces for i in range(pieces + 1)] if pieces else []
+            work += [
+                Work(arm=number, threshold=threshold, items=tuple(left[first:last]))
+                for first, last in zip(cuts, cuts[1:], strict=False)
+            ]
     directory = ctx.input_dir("prepare")
     return Plan(
-        task=recipe.data.task,
-        run_code=recipe.evaluate.run_code,
+        task=recipe.data.task_of("test"),
+        run_code=evaluate.run_code,
         tokenizer=storage.join(directory, "tokenizer"),
         files=tuple(storage.join(directory, "test", name) for name in summary["test"]),
-        arms=arms,
-        work=work,
+        arms=tuple(arms),
+        work=tuple(work),
+        samples=evaluate.samples,
+        batch_size=evaluate.batch_size,
         threads=max(1, int(recipe.resources.cpus_per_worker)),
+        parts=storage.join(ctx.directory, "parts"),
+        name=uuid.uuid4().hex[:8],
+        flush_s=FLUSH_S,
     )
+
+
+def _takes_t_res(arm: Arm) -> bool:
+    """Whether the checkpoint's T_res decides how its own predictions are fed back."""
+    settings = arm.settings
+    return settings.residual and settings.residual_source == "self" and settings.residual_temperature is None
+
+
+def _done(decoded: pa.Table) -> set[Answer]:
+    return set(_distinct(decoded, "arm", "threshold", "item"))
+
+
+def _distinct(decoded: pa.Table, *names: str) -> list[tuple[Any, ...]]:
+    found = decoded.group_by(list(names)).aggregate([])
+    return list(zip(*(found[name].to_pylist() for name in names), strict=True))
+
+
+# -- arms
 
 
 def _arms(ctx: StageContext) -> Iterator[Arm]:
+    """Every model in every way it is decoded; of each block length the baseline first."""
+    evaluate = ctx.recipe.evaluate
+    lengths = evaluate.block_lengths or (evaluate.decode.block_length or ctx.recipe.block_length,)
+    for length in lengths:
+        name, title = (f"/b{length}", f", block {length}") if len(lengths) > 1 else ("", "")
+        for arm in _arms_of(ctx, length):
+            base = arm.info.baseline
+            info = replace(
+                arm.info, name=arm.info.name + name, title=arm.info.title + title, baseline=base and base + name
+            )
+            yield replace(arm, info=info)
+
+
+def _arms_of(ctx: StageContext, block_length: int) -> Iterator[Arm]:
     recipe, decode = ctx.recipe, ctx.recipe.evaluate.decode
     # A drawn seed would make every evaluation another one.
-    decode = replace(
-        decode,
-        block_length=decode.block_length or recipe.block_length,
-        seed=recipe.seed if decode.seed is None else decode.seed,
-    )
+    decode = replace(decode, block_length=block_length, seed=recipe.seed if decode.seed is None else decode.seed)
+    plain = replace(decode, residual=False, residual_source="self", start=None)
     if recipe.baseline:
-        settings = replace(decode, residual=False, residual_source="self", start=None)
-        yield Arm(
-            name=BASELINE,
-            title="SeqD",
-            stage="baseline",
-            checkpoint=ctx.checkpoint("baseline"),
-            reference=None,
-            settings=settings,
-        )
+        yield _arm(ctx, BASELINE, "SeqD", "baseline", plain)
+    for name in recipe.baselines:
+        yield _arm(ctx, f"{BASELINE}-{name}", f"SeqD {name}", f"baseline-{name}", plain)
     for stage in ("target", *(f"target-{name}" for name in recipe.variants)):
         variant = stage.removeprefix("target").replace("-", " ")
-        trained = recipe.training(stage).residual
+        trained = recipe.residual(stage)
         if trained is not None and not trained.feeds_back:
-            yield Arm(
-                name=stage,
-                title=f"No residual{variant}",
-                stage=stage,
-                checkpoint=ctx.checkpoint(stage),
-                reference=None,
-                settings=replace(decode, residual=False, residual_source="self", start=None),
-            )
+            yield _arm(ctx, stage, f"No residual{variant}", stage, plain)
             continue
         for start in dict.fromkeys(recipe.evaluate.starts):
-            warm = start == "reference" or decode.residual_source == "reference"
-            yield Arm(
-                name=f"{stage}/{start}",
-                title=f"RCD{variant}, {start} start",
-                stage=stage,
-                checkpoint=ctx.checkpoint(stage),
-                reference=ctx.checkpoint("reference") if warm else None,
-                settings=replace(decode, residual=True, start=start),
-            )
+            settings = replace(decode, residual=True, start=start)
+            yield _arm(ctx, f"{stage}/{start}", f"RCD{variant}, {start} start", stage, settings)
+    for name, extra in recipe.evaluate.arms.items():
+        seed = decode.seed if extra.decode.seed is None else extra.decode.seed
+        settings = replace(extra.decode, block_length=block_length, seed=seed)
+        yield _arm(ctx, name, extra.title or name.replace("_", " "), extra.model, settings)
 
 
-def _decode(ctx: StageContext, plan: Plan) -> pa.Table:
-    """All pieces of work as one table in the order of arm, threshold and example, whoever did them when."""
+def _arm(ctx: StageContext, name: str, title: str, stage: str, settings: Any) -> Arm:
+    trained = ctx.recipe.residual(stage)
+    warm = settings.residual and "reference" in (settings.start, settings.residual_source)
+    return Arm(
+        info=ArmInfo(
+            name=name,
+            title=title,
+            model=stage,
+            baseline=BASELINE if ctx.recipe.baseline and name != BASELINE else None,
+            start=settings.start,
+            block_length=settings.block_length,
+            trained_with=asdict(trained) if trained else None,
+        ),
+        checkpoint=ctx.checkpoint(stage),
+        reference=ctx.checkpoint("reference") if warm else None,
+        settings=settings,
+    )
+
+
+# -- decoding
+
+
+def _decode(ctx: StageContext, plan: Plan) -> None:
+    """Have actors decode all pieces of work. Their answers lie in plan.parts afterwards."""
+    if not plan.work:
+        return
     import ray.data
 
     resources = ctx.recipe.resources
@@ -144,75 +211,54 @@ def _decode(ctx: StageContext, plan: Plan) -> pa.Table:
             compute=ray.data.ActorPoolStrategy(size=min(resources.evaluate_actors, len(plan.work))),
             num_cpus=resources.cpus_per_worker,
             num_gpus=resources.gpus_per_worker,
+            resources=resources.custom_of("evaluate"),
         )
         .iter_batches(batch_size=None, batch_format="pyarrow")
     )
-    total = sum(piece.last - piece.first for piece in plan.work)
-    schema = DECODED
-    tables, done, said, started = [schema.empty_table()], 0, 0, time.monotonic()
-    for table in pieces:
-        tables.append(table.cast(schema))
-        done += len(table)
+    total = sum(len(piece.items) for piece in plan.work)
+    done, said, started = 0, 0, time.monotonic()
+    for piece in pieces:
+        done += pc.sum(piece["answers"]).as_py()
         if done * 10 // total > said:
             said = done * 10 // total
             rate = done / (time.monotonic() - started)
             left = f", {rate:.0f} a second, {(total - done) / rate:.0f} s left" if done < total else ""
-            ctx.console.print(f"  evaluate: {done} of {total} problems decoded{left}")
-    order = pa.array([arm.name for arm in plan.arms])
-    merged = pa.concat_tables(tables)
-    rank = pc.index_in(merged["arm"], value_set=order)
-    keys = [("rank", "ascending"), ("threshold", "ascending"), ("example_id", "ascending")]
-    return merged.append_column("rank", rank).sort_by(keys).select(schema.names)
+            ctx.console.print(f"  evaluate: {done} of {total} answers decoded{left}")
 
 
-def _columns(table: pa.Table, *names: str) -> list[list[Any]]:
-    return [table[name].to_pylist() for name in names]
+def _in_order(decoded: pa.Table, arms: Sequence[Arm]) -> pa.Table:
+    """By arm as they are listed, threshold, example and sample, whoever decoded them when."""
+    rank = pc.index_in(decoded["arm"], value_set=pa.array([arm.info.name for arm in arms]))
+    keys = [("rank", "ascending"), *((key, "ascending") for key in _KEYS[1:])]
+    return decoded.append_column("rank", rank).sort_by(keys)
 
 
-# -- statistics
-
-
-def analyse(ctx: StageContext, plan: Plan, table: pa.Table, settings: dict[str, Any]) -> dict[str, Any]:
-    """results.json: what was decoded and how, a curve per arm, each RCD arm against SeqD."""
-    outcomes = collect(table.to_pylist())
-    weights = dict(zip(*_columns(table, "arm", "reference_weight"), strict=True))
-    residuals = ctx.recipe.residuals()
-    arms, comparisons = [], []
-    for arm in plan.arms:
-        section = "target.residual" if arm.stage == "target" else f"variants.{arm.stage.removeprefix('target-')}"
-        arms.append(
-            {
-                "name": arm.name,
-                "title": arm.title,
-                "model": arm.stage,
-                "start": arm.settings.start,
-                "trained_with": asdict(residuals[section]) if section in residuals else None,
-                "decode": {k: v for k, v in settings[arm.name].items() if k != "confidence_threshold"},
-                "reference_weight": weights[arm.name],
-                "curve": [asdict(point) for point in curve(outcomes[arm.name], weights[arm.name])],
-            }
-        )
-        if arm.name != BASELINE and BASELINE in outcomes:
-            found = compare(
-                outcomes[BASELINE], outcomes[arm.name], weights[arm.name], ACCURACY_LEVEL, RESAMPLES, ctx.recipe.seed
-            )
-            comparisons.append({"arm": arm.name, "baseline": BASELINE, **asdict(found)})
+def _hardware(ctx: StageContext, decoded: pa.Table) -> dict[str, Any]:
+    """On what it was decoded. More than one device where a run went on elsewhere."""
     return {
-        "schema_version": SCHEMA_VERSION,
-        "recipe": ctx.recipe.name,
-        "task": plan.task,
-        "num_problems": len(next(iter(outcomes.values())).example_ids),
-        "thresholds": sorted(ctx.recipe.evaluate.thresholds),
-        "arms": arms,
-        "comparisons": comparisons,
-        "statistics": {
-            "accuracy_interval": "Wilson, 95 %",
-            "comparison_interval": "paired bootstrap over problems, percentile, 95 %",
-            "resamples": RESAMPLES,
-            "seed": ctx.recipe.seed,
-            "reference_weight": "cost of a reference pass in target passes, taken as the ratio of parameters",
-        },
+        "devices": [json.loads(text) for (text,) in sorted(_distinct(decoded, "hardware"))],
+        "actors": ctx.recipe.resources.evaluate_actors,
+        "batch_size": ctx.recipe.evaluate.batch_size,
     }
+
+
+def _write(ctx: StageContext, results: dict[str, Any]) -> None:
+    storage.write_json(storage.join(ctx.directory, "results.json"), results)
+    plots = plots_of(results)
+    for name, (light, _) in plots.items():
+        storage.write_bytes(storage.join(ctx.directory, f"{name}.png"), light)
+    page = html_report(results, plots, _sections(ctx))
+    storage.write_bytes(storage.join(ctx.directory, "report.html"), page.encode())
+
+
+def _sections(ctx: StageContext) -> list[tuple[str, str]]:
+    """The settings file of the recipe, and what the stage calibrate has to show, where it has them."""
+    found = provenance_section(provenance(ctx.recipe))
+    if "calibrate" not in ctx.inputs:
+        return found
+    from pipelines.calibration_report import sections
+
+    return found + sections(storage.read_json(storage.join(ctx.input_dir("calibrate"), "calibration.json")))
 
 
 if __name__ == "__main__":

@@ -1,250 +1,172 @@
-"""How an evaluation is shown: tables for the terminal, a plot, and one HTML page that needs no other file.
+"""How an evaluation is shown: tables for the terminal, plots, and one HTML page that needs no other file.
 
-Everything here reads results.json. It says what was measured and how sure that is, in the same words whichever arm is
-ahead.
+Everything here reads results.json; the words and the cells of the tables are in report_text.py.
 """
 
 from __future__ import annotations
 
-import base64
-import io
-import json
+from collections.abc import Mapping, Sequence
+from functools import partial
 from html import escape
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-# Okabe and Ito's colours, told apart by readers with any colour vision; the first is the baseline's.
-_LIGHT = ("#666666", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-_DARK = ("#b0b0b0", "#56b4e9", "#ff8c42", "#2ec4a0", "#e39ac4", "#f0c040", "#9ad0f5", "#ffffff")
-_MARKERS = "os^Dv<>P"
-_NOT_CROSSED = "not crossed"
+from pipelines import plots
+from pipelines import report_text as text
+from pipelines.plots import Plot
+from pipelines.report_page import note, page, pairs, picture, table
+from pipelines.report_text import Cells, Results
+
+# Plot -> (what is on its x axis, the axis' label, the picture's words).
+_PLOTS = {
+    "pareto": (
+        "tokens_per_pass",
+        "tokens per pass (reference passes counted by their FLOPs)",
+        "Accuracy against tokens per pass, a line per arm; a table below has the numbers",
+    ),
+    "throughput": (
+        "tokens_per_second",
+        "tokens per second",
+        "Accuracy against tokens per second, a line per arm; a table below has the numbers",
+    ),
+}
 
 
-def print_tables(results: dict[str, Any], console: Console) -> None:
-    """Accuracy @ tokens per pass for every arm and threshold, then the comparisons with SeqD."""
-    by_threshold = Table(
-        "threshold", *(arm["title"] for arm in results["arms"]), title=_title(results), caption=_costs(results)
-    )
-    for row in _curve_rows(results):
-        by_threshold.add_row(*row)
-    console.print(by_threshold)
+def print_tables(results: Results, console: Console) -> None:
+    """Accuracy @ tokens per pass for every arm and threshold, the comparisons, and what was in effect."""
+    head, rows = text.curve_table(results)
+    _print(console, (head, rows), title=f"{text.title(results)}: accuracy in % @ tokens per pass")
+    console.print(text.costs(results), markup=False, highlight=False)
     if results["comparisons"]:
-        arm, ratio, _ = _comparison_head(results)  # the differences are many numbers: they stand in the page
-        table = Table(arm, ratio, title="against SeqD, in pairs", caption=_scope(results))
-        for row in _comparison_rows(results):
-            table.add_row(*row[:2])
-        console.print(table)
-
-
-def pareto_plot(results: dict[str, Any], dark: bool = False) -> bytes:
-    """PNG: accuracy with its 95 % interval against tokens per pass, a line per arm along the thresholds."""
-    from matplotlib.figure import Figure
-
-    ink, paper = ("#e6e6e6", "#16181c") if dark else ("#222222", "#ffffff")
-    figure = Figure(figsize=(8, 5), dpi=150, facecolor=paper, layout="constrained")
-    axes = figure.add_subplot(facecolor=paper)
-    for i, arm in enumerate(results["arms"]):
-        points = sorted(arm["curve"], key=lambda point: point["threshold"])
-        x = [point["tokens_per_pass"] for point in points]
-        y = [100 * point["accuracy"] for point in points]
-        below = [100 * (point["accuracy"] - point["accuracy_low"]) for point in points]
-        above = [100 * (point["accuracy_high"] - point["accuracy"]) for point in points]
-        color = (_DARK if dark else _LIGHT)[i % len(_LIGHT)]
-        axes.errorbar(
-            x, y, yerr=[below, above], color=color, marker=_MARKERS[i % len(_MARKERS)], label=arm["title"],
-            markersize=5, linewidth=1.6, elinewidth=0.9, capsize=2,
-        )  # fmt: skip
-    axes.set_xlabel("tokens per pass (reference passes counted by their cost)", color=ink)
-    axes.set_ylabel("accuracy, %", color=ink)
-    axes.set_title(_title(results), color=ink, fontsize=11)
-    axes.tick_params(colors=ink)
-    axes.grid(color=ink, alpha=0.15, linewidth=0.6)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("bottom", "left"):
-        axes.spines[side].set_color(ink)
-    axes.legend(frameon=False, labelcolor=ink, fontsize=9)
-    stream = io.BytesIO()
-    # No software version inside: equal results give equal bytes.
-    figure.savefig(stream, format="png", metadata={"Software": None})
-    return stream.getvalue()
-
-
-def html_report(results: dict[str, Any], light: bytes, dark: bytes) -> str:
-    """One page: the plot in both schemes, the tables, the settings."""
-    comparisons = ""
-    if results["comparisons"]:
-        sentences = "".join(f"<li>{escape(text)}</li>" for text in _sentences(results))
-        comparisons = (
-            f"<h2>Against SeqD</h2><ul>{sentences}</ul>"
-            f"{_html_table(_comparison_head(results), _comparison_rows(results))}"
-            f"<p class=note>{escape(_scope(results))}</p>"
+        head, rows = text.comparison_table(results, "tokens_per_pass")
+        # The differences in accuracy are many numbers: they stand in the page.
+        _print(
+            console,
+            (head[:-1], [row[:-1] for row in rows]),
+            title="against SeqD, in pairs",
+            caption=text.scope(results),
         )
-    settings = {
-        "statistics": results["statistics"],
-        "arms": [{key: arm[key] for key in ("name", "model", "trained_with", "decode")} for arm in results["arms"]],
-    }
-    return _PAGE.format(
-        title=escape(_title(results)),
-        light=base64.b64encode(light).decode(),
-        dark=base64.b64encode(dark).decode(),
-        measured=escape(_measured(results)),
-        curves=_html_table(["threshold", *(arm["title"] for arm in results["arms"])], _curve_rows(results)),
-        costs=escape(_costs(results)),
-        passes=_html_table(_PASSES_HEAD, _passes_rows(results)),
-        comparisons=comparisons,
-        settings=escape(json.dumps(settings, indent=2, ensure_ascii=False)),
-    )
+    head, rows = text.differing_settings(results)
+    _print(console, (head, [row for row in rows if not row[0].startswith("trained with")]), title="decoding settings")
+    shared = ", ".join(f"{name} {value}" for name, value in text.common_settings(results))
+    console.print(f"all arms: {shared}", markup=False, highlight=False)
+    console.print(f"hardware: {text.hardware(results)}", markup=False, highlight=False)
 
 
-# -- words
+def _print(console: Console, cells: Cells, title: str, caption: str | None = None) -> None:
+    head, rows = cells
+    made = Table(*head, title=title, caption=caption)
+    for row in rows:
+        made.add_row(*row)
+    console.print(made)
 
 
-def _title(results: dict[str, Any]) -> str:
-    return f"{results['recipe']}: {results['task']}, {results['num_problems']} held-out problems"
+def plots_of(results: Results) -> dict[str, Plot]:
+    """The plots of an evaluation by name: pareto, and throughput where the time was taken. Files are <name>.png."""
+    timed = any(p["tokens_per_second"] is not None for arm in results["arms"] for p in arm["curve"])
+    return {name: plots.both(partial(plot, results, name)) for name in _PLOTS if timed or name != "throughput"}
 
 
-def _measured(results: dict[str, Any]) -> str:
-    return (
-        f"{results['num_problems']} held-out problems of the task {results['task']}, each decoded by every arm at "
-        "every threshold. Bars in the plot are 95 % intervals of the accuracy (Wilson); results.json has the numbers."
-    )
-
-
-def _costs(results: dict[str, Any]) -> str:
-    weights = {arm["reference_weight"] for arm in results["arms"] if arm["reference_weight"]}
-    text = "accuracy in % @ tokens per pass; passes that only fill a cache are not counted"
-    if weights:
-        cost = " or ".join(f"{weight:.2f}" for weight in sorted(weights))
-        text += f", a reference pass counts as {cost} of a target pass (ratio of parameters)"
-    return text
-
-
-def _scope(results: dict[str, Any]) -> str:
-    return (
-        f"95 % intervals, paired bootstrap over {results['num_problems']} problems. One training run per model: the "
-        "intervals cover the choice of problems, not the spread between training runs."
-    )
-
-
-def _sentences(results: dict[str, Any]) -> list[str]:
-    titles = _titles(results)
-    sentences = []
-    for c in results["comparisons"]:
-        arm, baseline, level = titles[c["arm"]], titles[c["baseline"]], f"{100 * c['accuracy_level']:.0f} %"
-        if c["ratio"]["value"] is None:
-            text = f"{arm}: the two curves do not both cross {level} accuracy at these thresholds; there is no ratio."
-        else:
-            text = f"{arm}: at {level} accuracy {_ratio(c['ratio'])} times the tokens per pass of {baseline}."
-        sentences.append(text)
-    return sentences
-
-
-# -- tables
-
-
-def _titles(results: dict[str, Any]) -> dict[str, str]:
-    return {arm["name"]: arm["title"] for arm in results["arms"]}
-
-
-def _curve_rows(results: dict[str, Any]) -> list[list[str]]:
-    rows = []
-    for threshold in results["thresholds"]:
-        points = [next(p for p in arm["curve"] if p["threshold"] == threshold) for arm in results["arms"]]
-        rows.append([f"{threshold:g}", *(f"{100 * p['accuracy']:.1f} @ {p['tokens_per_pass']:.2f}" for p in points)])
-    return rows
-
-
-_PASSES_HEAD = ["arm", "threshold", "tokens", "denoise", "reference", "prefill", "store", "tokens per denoise pass"]
-
-
-def _passes_rows(results: dict[str, Any]) -> list[list[str]]:
-    kinds = ("mean_tokens", "mean_denoise", "mean_reference", "mean_prefill", "mean_store", "tokens_per_forward")
-    return [
-        [arm["title"], f"{point['threshold']:g}", *(f"{point[kind]:.2f}" for kind in kinds)]
-        for arm in results["arms"]
-        for point in arm["curve"]
-    ]
-
-
-def _comparison_head(results: dict[str, Any]) -> list[str]:
-    level = f"{100 * results['comparisons'][0]['accuracy_level']:.0f} %"
-    return ["arm", f"tokens per pass at {level}, ratio", "difference in accuracy (points) at equal tokens per pass"]
-
-
-def _comparison_rows(results: dict[str, Any]) -> list[list[str]]:
-    titles = _titles(results)
-    return [
-        [
-            titles[c["arm"]],
-            _NOT_CROSSED if c["ratio"]["value"] is None else _ratio(c["ratio"]),
-            "\n".join(f"{g['tokens_per_pass']:.2f}: {_points(g['difference'])}" for g in c["gains"])
-            or "no common range",
+def plot(results: Results, name: str, dark: bool = False) -> bytes:
+    """PNG: accuracy with its 95 % interval against a speed, a line per arm along the thresholds."""
+    speed, label, _ = _PLOTS[name]
+    figure, axes = plots.figure(dark)
+    for i, arm in enumerate(results["arms"]):
+        points = sorted((p for p in arm["curve"] if p[speed] is not None), key=lambda point: point["threshold"])
+        y = [100 * p["accuracy"] for p in points]
+        spread = [
+            [abs(100 * p[end] - v) for p, v in zip(points, y, strict=True)] for end in ("accuracy_low", "accuracy_high")
         ]
-        for c in results["comparisons"]
+        axes.errorbar(
+            [p[speed] for p in points], y, yerr=spread, color=plots.colour(i, dark), marker=plots.marker(i),
+            linestyle=plots.line(i), label=arm["title"], markersize=5, linewidth=1.6, elinewidth=0.9, capsize=2,
+        )  # fmt: skip
+    axes.set_xlabel(label)
+    axes.set_ylabel("accuracy, %")
+    axes.set_title(text.title(results), fontsize=11)
+    plots.legend(axes, dark)
+    return plots.png(figure)
+
+
+def html_report(results: Results, plots: Mapping[str, Plot], sections: Sequence[tuple[str, str]] = ()) -> str:
+    """One page. plots: as of `plots_of`, others may stand beside them. sections: (heading, ready HTML)."""
+    pictures = {name: picture(made, _PLOTS[name][2] if name in _PLOTS else name) for name, made in plots.items()}
+    parts = [
+        f"<p>{escape(text.measured(results))}</p>",
+        _headlines(results),
+        pictures.pop("pareto", ""),
+        note(text.costs(results)),
+        _comparisons(results),
+        "<h2>Area under the curve (AUP)</h2>",
+        table(*text.aup_table(results)),
+        note(_aup_words(results)),
+        "<h2>Throughput with its accuracy</h2>",
+        pictures.pop("throughput", ""),
+        table(*text.throughput_table(results)),
+        note(
+            f"Tokens per second: of {results.get('decoded_by', 'one actor')}, generated tokens over its seconds of "
+            f"decoding. {text.hardware(results)}"
+        ),
+        *pictures.values(),
+        "<h2>Accuracy in % @ tokens per pass, by confidence threshold</h2>",
+        table(*text.curve_table(results)),
+        _details("Mean passes of an answer, by kind", table(*text.passes_table(results))),
+        _details("Accuracy of each sample", table(*text.samples_table(results))) if results["num_samples"] > 1 else "",
+        "<h2>Decoding settings</h2>",
+        table(*text.differing_settings(results)),
+        f"<p>The same in all arms:</p>{pairs(text.common_settings(results))}",
+        *(f"<h2>{escape(heading)}</h2>{body}" for heading, body in sections),
+        "<h2>How it was measured</h2>",
+        f"<p>{escape(text.reproduce(results))}</p>",
+        f"<p>{escape(text.hardware(results))}</p>",
+        _statistics(results),
     ]
+    return page(text.title(results), "\n".join(part for part in parts if part))
 
 
-def _ratio(estimate: dict[str, Any]) -> str:
-    return f"{estimate['value']:.2f}{_interval(estimate, 1, '.2f')}"
+def _headlines(results: Results) -> str:
+    if not results["comparisons"]:
+        return ""
+    parts = []
+    for subject, sentences in text.headlines(results):
+        items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
+        parts.append(f"<p><b>{escape(subject)}</b></p><ul>{items}</ul>")
+    words = "More than 1 times the tokens per pass is faster, less than 1 is slower; 95 % intervals in parentheses."
+    return f"<div class=headline>{''.join(parts)}{note(words)}</div>"
 
 
-def _points(estimate: dict[str, Any]) -> str:
-    return "none" if estimate["value"] is None else f"{100 * estimate['value']:+.1f}{_interval(estimate, 100, '+.1f')}"
+def _comparisons(results: Results) -> str:
+    if not results["comparisons"]:
+        return ""
+    parts = [
+        "<h2>Against the baseline, in pairs</h2>",
+        note(text.scope(results)),
+        table(*text.comparison_table(results, "tokens_per_pass")),
+    ]
+    if any(arm["reference_weight"] for arm in results["arms"]):
+        parts += [
+            "<h3>The same by the paper's measure: reference passes are not counted</h3>",
+            table(*text.comparison_table(results, "tokens_per_forward")),
+        ]
+    return "".join(parts)
 
 
-def _interval(estimate: dict[str, Any], scale: float, form: str) -> str:
-    if estimate["low"] is None:
-        return " (no interval: not reached in enough resamples)"
-    return f" ({scale * estimate['low']:{form}} to {scale * estimate['high']:{form}})"
+def _aup_words(results: Results) -> str:
+    found = results["statistics"]["aup"]
+    return (
+        f"Area under accuracy y (%) against speed ({found['source']}). Points count with the weight "
+        f"min(exp(-{found['alpha']:g} (1 - y / y_max)), 1), y_max = {text.percent(found['best_accuracy'])}, and not at "
+        f"all where y is more than {found['offset_points']:g} points below that of the slowest point. Its authors take "
+        "tokens per forward."
+    )
 
 
-def _html_table(head: list[str], rows: list[list[str]]) -> str:
-    cells = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    return f"<div class=scroll><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>"
+def _statistics(results: Results) -> str:
+    found = results["statistics"]
+    rows = [[name.replace("_", " "), str(value)] for name, value in found.items() if name != "aup"]
+    return table(["", ""], rows, numbers=False)
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>
-:root {{ --ink: #222; --soft: #666; --line: #d8d8d8; --paper: #fff; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --ink: #e6e6e6; --soft: #a0a0a0; --line: #3a3d42; --paper: #16181c; }}
-}}
-body {{ color: var(--ink); background: var(--paper); font: 16px/1.5 system-ui, sans-serif;
-  max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
-h1 {{ font-size: 1.4rem; }} h2 {{ font-size: 1.1rem; margin-top: 2rem; }}
-img {{ max-width: 100%; height: auto; }}
-.scroll {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }}
-th, td {{ text-align: left; vertical-align: top; padding: 0.3rem 0.9rem 0.3rem 0;
-  border-bottom: 1px solid var(--line); white-space: pre-line; }}
-.note {{ color: var(--soft); font-size: 0.9rem; }}
-pre {{ overflow-x: auto; font-size: 0.8rem; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p>{measured}</p>
-<picture>
-<source srcset="data:image/png;base64,{dark}" media="(prefers-color-scheme: dark)">
-<img src="data:image/png;base64,{light}"
-alt="Accuracy against tokens per pass, a line per arm; the table below has the numbers">
-</picture>
-<h2>Accuracy @ tokens per pass, by confidence threshold</h2>
-{curves}
-<p class="note">{costs}</p>
-{comparisons}
-<details><summary>Mean passes of a problem, by kind</summary>{passes}</details>
-<details><summary>Settings</summary><pre>{settings}</pre></details>
-</body>
-</html>
-"""
+def _details(summary: str, body: str) -> str:
+    return f"<details><summary>{escape(summary)}</summary>{body}</details>"

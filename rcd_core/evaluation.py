@@ -1,72 +1,65 @@
-"""Statistics of decoding: accuracy against tokens per pass, and whether two arms differ.
+"""Statistics of decoding: whether two arms differ in accuracy and in tokens per pass, and how sure that is.
 
-An arm is one model decoded in one way over a sweep of confidence thresholds; all arms solve the same problems, so
-arms are compared in pairs: the bootstrap draws problems and keeps both arms' results of each together.
+All arms solve the same problems, so they are compared in pairs: the bootstrap draws problems and keeps both arms'
+answers to each together. Intervals are percentile intervals (Efron and Tibshirani 1993, chapter 13) of 95 %.
 
-Shapes: T thresholds, N problems, R resamples.
+    arms = collect(rows)                                     # outcomes.py: rows, outcomes, curves
+    seqd, rcd = (resample(arms[name]) for name in ("seqd", "target/zero"))
+    compare(seqd, rcd, accuracy_levels=(0.9,)).levels[0].ratio
+
+Shapes: T thresholds, N problems, R resamples; row 0 of 1 + R is the problems as they are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rcd_core.errors import UserError
+from rcd_core.outcomes import Array, Measure, Outcomes, Point, collect, curve, wilson_interval
 
-Array = NDArray[np.float64]
-Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
+__all__ = [
+    "AUP_ALPHA",
+    "AUP_OFFSET",
+    "RESAMPLES",
+    "Comparison",
+    "Curves",
+    "Estimate",
+    "Gain",
+    "Level",
+    "Measure",
+    "Outcomes",
+    "Point",
+    "aup",
+    "collect",
+    "compare",
+    "crossing",
+    "curve",
+    "estimate",
+    "resample",
+    "wilson_interval",
+]
+
+RESAMPLES = 2000
+AUP_ALPHA, AUP_OFFSET = 3.0, 0.05  # d3LLM's penalty, and its 5 points that accuracy may fall
 _LEAST_DEFINED = 0.95  # an interval is given only where this share of the resamples has a value
-NUM_RATES = 5
-_CHUNK = 256  # resamples held at once
+_NUM_RATES = 5
+_CHUNK = 256  # resamples drawn at once
+
+Reached = Literal["crossed", "above", "below"]
 
 
 @dataclass(frozen=True)
-class Outcomes:
-    """One arm's results. correct, tokens and the passes are (T, N), thresholds (T,) ascending, example_ids (N,).
+class Curves:
+    """An arm's curve on resampled problems: accuracy (1 + R, T), rates (1 + R, T) by measure."""
 
-    tokens: generated up to the end of the answer (infill: filled). denoise: target passes that choose tokens;
-    prefill and store: target passes that only fill the cache; reference: passes of the reference model.
-    """
-
-    thresholds: tuple[float, ...]
     example_ids: tuple[str, ...]
-    correct: Array
-    tokens: Array
-    denoise: Array
-    reference: Array
-    prefill: Array
-    store: Array
-
-    def cost(self, reference_weight: float) -> Array:
-        """(T, N) passes that produce tokens, a reference pass counted as `reference_weight` target passes."""
-        return self.denoise + reference_weight * self.reference
-
-
-@dataclass(frozen=True)
-class Point:
-    """One arm at one threshold. Accuracy with its Wilson 95 % interval; the rates are ratios of sums over problems.
-
-    tokens_per_forward: tokens / denoise passes. tokens_per_pass: the reference's passes counted too, by their cost.
-    The mean passes of a problem are given by kind; prefill and store passes are in neither rate.
-    """
-
-    threshold: float
-    num_problems: int
-    accuracy: float
-    accuracy_low: float
-    accuracy_high: float
-    tokens_per_forward: float
-    tokens_per_pass: float
-    mean_tokens: float
-    mean_denoise: float
-    mean_reference: float
-    mean_prefill: float
-    mean_store: float
+    accuracy: Array
+    rates: Mapping[Measure, Array]
 
 
 @dataclass(frozen=True)
@@ -78,81 +71,97 @@ class Estimate:
     high: float | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """Both arms at the same accuracy. ratio: rate of the arm over the baseline's (above 1: fewer passes).
+
+    baseline_rate, arm_rate: the fastest, by interpolation, at which a sweep has this accuracy; None where it does not
+    cross it, being above or below at all thresholds.
+    """
+
+    accuracy: float
+    baseline_rate: float | None
+    arm_rate: float | None
+    baseline: Reached
+    arm: Reached
+    ratio: Estimate
+
+
 @dataclass(frozen=True)
 class Gain:
-    """Difference in accuracy (arm - baseline) where both make `tokens_per_pass`, by interpolation."""
+    """Both arms at the same rate, by interpolation. difference: in accuracy, the arm's minus the baseline's."""
 
-    tokens_per_pass: float
+    rate: float
+    baseline_accuracy: float
+    arm_accuracy: float
     difference: Estimate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """`ratio`: tokens per pass of the arm over the baseline's, both at `accuracy_level` (above 1: fewer passes)."""
+    """levels: at the accuracies asked for. best: at the baseline's best accuracy, its highest over the thresholds,
+    which each resample takes anew. gains: at rates evenly spaced inside the range that both curves cover. aup: the
+    arm's minus the baseline's."""
 
+    measure: Measure
     num_problems: int
-    accuracy_level: float
-    ratio: Estimate
+    levels: tuple[Level, ...]
+    best: Level
     gains: tuple[Gain, ...]
+    aup: Estimate
 
 
-def collect(rows: Iterable[Mapping[str, Any]]) -> dict[str, Outcomes]:
-    """Group per-example rows by arm; every arm must hold each of its problems once at each of its thresholds.
-
-    A row has arm, threshold, example_id, correct, tokens, denoise, reference, prefill, store.
-    """
-    by_arm: dict[str, dict[tuple[float, str], Mapping[str, Any]]] = {}
-    for row in rows:
-        cells = by_arm.setdefault(row["arm"], {})
-        key = (float(row["threshold"]), str(row["example_id"]))
-        if key in cells:
-            raise UserError(f"results: arm {row['arm']!r} has example {key[1]!r} twice at threshold {key[0]}")
-        cells[key] = row
-    return {arm: _outcomes(arm, cells) for arm, cells in by_arm.items()}
-
-
-def wilson_interval(successes: float, trials: int, z: float = Z_95) -> tuple[float, float]:
-    """Wilson score interval of a proportion (Wilson 1927): sound at 0, at 1 and for few trials."""
-    if trials < 1:
-        raise UserError("no problems were evaluated; an interval needs at least one")
-    p = successes / trials
-    center = p + z * z / (2 * trials)
-    spread = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    # At 0 and 1 the end equals p exactly, but for rounding.
-    return min(p, max(0.0, (center - spread) / scale)), max(p, min(1.0, (center + spread) / scale))
-
-
-def curve(outcomes: Outcomes, reference_weight: float) -> list[Point]:
-    """One point per threshold, in the order of `outcomes.thresholds`."""
-    cost = outcomes.cost(reference_weight)
+def resample(outcomes: Outcomes, resamples: int = RESAMPLES, seed: int = 0) -> Curves:
+    """Draw problems with replacement. Arms of as many problems get the same draws from the same seed: pairs."""
     num_problems = len(outcomes.example_ids)
-    points = []
-    for t, threshold in enumerate(outcomes.thresholds):
-        num_correct = float(outcomes.correct[t].sum())
-        low, high = wilson_interval(num_correct, num_problems)
-        tokens = float(outcomes.tokens[t].sum())
-        points.append(
-            Point(
-                threshold=threshold,
-                num_problems=num_problems,
-                accuracy=num_correct / num_problems,
-                accuracy_low=low,
-                accuracy_high=high,
-                tokens_per_forward=tokens / float(outcomes.denoise[t].sum()),
-                tokens_per_pass=tokens / float(cost[t].sum()),
-                mean_tokens=tokens / num_problems,
-                mean_denoise=float(outcomes.denoise[t].mean()),
-                mean_reference=float(outcomes.reference[t].mean()),
-                mean_prefill=float(outcomes.prefill[t].mean()),
-                mean_store=float(outcomes.store[t].mean()),
-            )
-        )
-    return points
+    generator = np.random.default_rng(seed)
+    share = np.full(num_problems, 1.0 / num_problems)
+    accuracy: list[Array] = []
+    rates: dict[Measure, list[Array]] = {measure: [] for measure in get_args(Measure)}
+    sizes = [min(_CHUNK, resamples - first) for first in range(0, resamples, _CHUNK)]
+    for times in (np.ones((1, num_problems)), *(generator.multinomial(num_problems, share, size=n) for n in sizes)):
+        drawn = np.asarray(times, dtype=np.float64)  # how often each problem is in
+        accuracy.append(drawn @ outcomes.rates.T / num_problems)
+        for measure, parts in rates.items():
+            parts.append((drawn @ outcomes.tokens.T) / (drawn @ outcomes.passes(measure).T))
+    return Curves(
+        outcomes.example_ids,
+        np.concatenate(accuracy),
+        {measure: np.concatenate(parts) for measure, parts in rates.items()},
+    )
 
 
-def crossing(values: Array, along: Array, level: float) -> Array:
-    """Walk the sweep from point to point: the largest `values` (..., T) where `along` (..., T) crosses `level`.
+def compare(
+    baseline: Curves,
+    arm: Curves,
+    *,
+    accuracy_levels: Sequence[float] = (0.9,),
+    best_accuracy: float | None = None,
+    measure: Measure = "tokens_per_pass",
+) -> Comparison:
+    """best_accuracy: of all arms, for `aup` (None: of these two). UserError where the two did not decode the same
+    problems, or were not resampled alike."""
+    if baseline.example_ids != arm.example_ids or len(baseline.accuracy) != len(arm.accuracy):
+        raise UserError("results: the two arms did not decode the same problems, so they cannot be compared in pairs")
+    if best_accuracy is None:
+        best_accuracy = float(max(baseline.accuracy[0].max(), arm.accuracy[0].max()))
+    gains = []
+    for rate in _shared_rates(baseline.rates[measure][0], arm.rates[measure][0]):
+        base, own = (crossing(curves.accuracy, curves.rates[measure], rate) for curves in (baseline, arm))
+        gains.append(Gain(rate, float(base[0]), float(own[0]), estimate(own - base)))
+    areas = [aup(curves.rates[measure], curves.accuracy, best_accuracy) for curves in (baseline, arm)]
+    return Comparison(
+        measure=measure,
+        num_problems=len(arm.example_ids),
+        levels=tuple(_level(baseline, arm, measure, np.asarray(level)) for level in accuracy_levels),
+        best=_level(baseline, arm, measure, baseline.accuracy.max(axis=1)),
+        gains=tuple(gains),
+        aup=estimate(areas[1] - areas[0]),
+    )
+
+
+def crossing(values: Array, along: Array, level: float | Array) -> Array:
+    """Walk the sweep from point to point: the largest `values` (..., T) where `along` (..., T) crosses `level` (...).
 
     Piecewise linear between neighbouring thresholds; NaN where the sweep never crosses the level. So
     crossing(rate, accuracy, 0.9) is the fastest rate at 90 % accuracy, crossing(accuracy, rate, 4) the accuracy at 4.
@@ -169,81 +178,65 @@ def crossing(values: Array, along: Array, level: float) -> Array:
     return best
 
 
-def compare(
-    baseline: Outcomes,
-    arm: Outcomes,
-    reference_weight: float,
-    accuracy_level: float = 0.9,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Comparison:
-    """Paired bootstrap over problems, percentile intervals (Efron and Tibshirani 1993, chapter 13).
-
-    Gains are taken at NUM_RATES rates evenly spaced inside the range that both curves cover. reference_weight: cost of
-    a reference pass in target passes. UserError where the two did not decode the same problems.
-    """
-    if baseline.example_ids != arm.example_ids:
-        raise UserError("results: the two arms did not decode the same problems, so they cannot be compared in pairs")
-    num_problems = len(arm.example_ids)
-    once = np.ones((1, num_problems))
-    rates = _shared_rates(*(_rates_and_accuracies(o, reference_weight, once)[0] for o in (baseline, arm)))
-    value = _differences(baseline, arm, reference_weight, once, rates, accuracy_level)[0]
-    generator = np.random.default_rng(seed)
-    drawn = []
-    for first in range(0, resamples, _CHUNK):
-        size = min(_CHUNK, resamples - first)
-        times = generator.multinomial(num_problems, np.full(num_problems, 1.0 / num_problems), size=size)
-        drawn.append(_differences(baseline, arm, reference_weight, times.astype(float), rates, accuracy_level))
-    samples = np.concatenate(drawn)
-    estimates = [_estimate(value[i], samples[:, i]) for i in range(len(value))]
-    gains = tuple(Gain(rate, estimate) for rate, estimate in zip(rates, estimates[1:], strict=True))
-    return Comparison(num_problems, accuracy_level, estimates[0], gains)
-
-
-def _differences(
-    baseline: Outcomes, arm: Outcomes, weight: float, times: Array, rates: Sequence[float], accuracy_level: float
+def aup(
+    rate: Array, accuracy: Array, best_accuracy: float, alpha: float = AUP_ALPHA, offset: float = AUP_OFFSET
 ) -> Array:
-    """(R, N) how often each problem is drawn -> (R, 1 + len(rates)): the ratio, then the gain at each rate."""
-    base_rate, base_accuracy = _rates_and_accuracies(baseline, weight, times)
-    arm_rate, arm_accuracy = _rates_and_accuracies(arm, weight, times)
-    ratio = crossing(arm_rate, arm_accuracy, accuracy_level) / crossing(base_rate, base_accuracy, accuracy_level)
-    gains = [crossing(arm_accuracy, arm_rate, r) - crossing(base_accuracy, base_rate, r) for r in rates]
-    return np.stack([ratio, *gains], axis=1)
+    """(..., T) rates and accuracies -> (...) accuracy under parallelism (d3LLM, arXiv 2601.07568):
+
+        AUP = rho_1 y_1 + 1/2 sum_{i > 1} (rho_i - rho_{i-1}) (y_i W(y_i) + y_{i-1} W(y_{i-1}))
+        W(y) = min(exp(-alpha (1 - y / y_max)), 1)
+
+    over the points in ascending order of the rate rho with y_i >= y_1 - offset; y: accuracy in %, y_max: best_accuracy,
+    the highest of all arms. (Its authors' rho is tokens per forward.) An arm of constant accuracy y_max has y_max times
+    its fastest rate.
+    """
+    order = np.argsort(rate, axis=-1, kind="stable")
+    rho, y = np.take_along_axis(rate, order, -1), np.take_along_axis(accuracy, order, -1)
+    height = 100 * y * np.minimum(np.exp(-alpha * (1 - y / best_accuracy)), 1.0) if best_accuracy else 0 * y
+    area = 100 * rho[..., 0] * y[..., 0]
+    last_rho, last_height = rho[..., 0], height[..., 0]
+    for t in range(1, rho.shape[-1]):
+        kept = y[..., t] >= y[..., 0] - offset
+        area = area + np.where(kept, (rho[..., t] - last_rho) * (height[..., t] + last_height) / 2, 0.0)
+        last_rho, last_height = np.where(kept, rho[..., t], last_rho), np.where(kept, height[..., t], last_height)
+    return np.asarray(area)
+
+
+def estimate(values: Array) -> Estimate:
+    """(1 + R,) -> the first value with the percentile interval of the others."""
+    value, samples = float(values[0]), values[1:]
+    if math.isnan(value):
+        return Estimate(None, None, None)
+    defined = samples[~np.isnan(samples)]
+    if not len(defined) or len(defined) < _LEAST_DEFINED * len(samples):
+        return Estimate(value, None, None)
+    low, high = np.quantile(defined, [0.025, 0.975])
+    return Estimate(value, float(low), float(high))
+
+
+def _level(baseline: Curves, arm: Curves, measure: Measure, level: Array) -> Level:
+    """level: (), or (1 + R,) where each resample has its own."""
+    rates = [crossing(curves.rates[measure], curves.accuracy, level) for curves in (baseline, arm)]
+    accuracy = float(level.flat[0])
+    return Level(
+        accuracy=accuracy,
+        baseline_rate=None if math.isnan(rates[0][0]) else float(rates[0][0]),
+        arm_rate=None if math.isnan(rates[1][0]) else float(rates[1][0]),
+        baseline=_reached(baseline, accuracy),
+        arm=_reached(arm, accuracy),
+        ratio=estimate(rates[1] / rates[0]),
+    )
+
+
+def _reached(curves: Curves, level: float) -> Reached:
+    """A sweep that does not cross a level lies on one side of it."""
+    seen = curves.accuracy[0]
+    if seen.min() > level:
+        return "above"
+    return "below" if seen.max() < level else "crossed"
 
 
 def _shared_rates(baseline: Array, arm: Array) -> list[float]:
     """Rates strictly inside both ranges: at the ends of a range half of the resamples would have no value."""
     low, high = max(baseline.min(), arm.min()), min(baseline.max(), arm.max())
-    return np.linspace(low, high, NUM_RATES + 2)[1:-1].round(3).tolist() if low < high else []
-
-
-def _rates_and_accuracies(outcomes: Outcomes, weight: float, times: Array) -> tuple[Array, Array]:
-    """(R, N) -> tokens per pass and accuracy, each (R, T)."""
-    rate = (times @ outcomes.tokens.T) / (times @ outcomes.cost(weight).T)
-    return rate, (times @ outcomes.correct.T) / times.sum(axis=1, keepdims=True)
-
-
-def _estimate(value: float, samples: Array) -> Estimate:
-    if math.isnan(value):
-        return Estimate(None, None, None)
-    defined = samples[~np.isnan(samples)]
-    if len(defined) < _LEAST_DEFINED * len(samples):
-        return Estimate(float(value), None, None)
-    low, high = np.quantile(defined, [0.025, 0.975])
-    return Estimate(float(value), float(low), float(high))
-
-
-def _outcomes(arm: str, cells: Mapping[tuple[float, str], Mapping[str, Any]]) -> Outcomes:
-    thresholds = tuple(sorted({threshold for threshold, _ in cells}))
-    example_ids = tuple(sorted({example_id for _, example_id in cells}))
-    if len(cells) != len(thresholds) * len(example_ids):
-        raise UserError(
-            f"results: arm {arm!r} has {len(cells)} rows for {len(thresholds)} thresholds "
-            f"and {len(example_ids)} examples; decode every example at every threshold"
-        )
-
-    def table(name: str) -> Array:
-        return np.array([[float(cells[t, e][name]) for e in example_ids] for t in thresholds])
-
-    fields: Sequence[str] = ("correct", "tokens", "denoise", "reference", "prefill", "store")
-    return Outcomes(thresholds, example_ids, **{name: table(name) for name in fields})
+    return np.linspace(low, high, _NUM_RATES + 2)[1:-1].round(3).tolist() if low < high else []

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -15,9 +20,10 @@ from rich.console import Console
 
 from pipelines import evaluate, prepare
 from pipelines.config import Recipe, parse_recipe
-from pipelines.report import html_report, pareto_plot, print_tables
+from pipelines.decode_actor import DecodeActor, Plan, request_seed
 from pipelines.run import RunDirectory, StageContext
 from rcd_core import Decoder, DecodeSettings, load_model, new_model
+from rcd_core.errors import UserError
 from rcd_core.families.base import CheckpointInfo
 from rcd_core.families.config import ModelConfig
 from rcd_core.tasks import get_task
@@ -101,6 +107,11 @@ def rows(ctx: StageContext) -> list[dict[str, Any]]:
     return pq.read_table(f"{ctx.directory}/results.parquet").to_pylist()  # type: ignore[no-any-return]
 
 
+def timeless(ctx: StageContext) -> list[dict[str, Any]]:
+    """All that a rerun must repeat."""
+    return [{**row, "seconds": None} for row in rows(ctx)]
+
+
 def test_every_arm_decodes_every_problem_at_every_threshold(sudoku: StageContext) -> None:
     arms = ["seqd", "target/zero", "target/reference", "target-paper/zero", "target-paper/reference"]
     found = [(row["arm"], row["threshold"], row["example_id"]) for row in rows(sudoku)]
@@ -111,7 +122,7 @@ def test_every_arm_decodes_every_problem_at_every_threshold(sudoku: StageContext
 def test_rows_are_what_the_decoder_gives_alone(sudoku: StageContext) -> None:
     examples = pq.read_table(f"{sudoku.input_dir('prepare')}/test/part-00000.parquet").to_pylist()
     model, reference = (load_model(sudoku.checkpoint(stage)) for stage in ("target", "reference"))
-    settings = DecodeSettings(residual=True, start="reference", confidence_threshold=0.02, seed=0)
+    settings = DecodeSettings(residual=True, start="reference", confidence_threshold=0.02)
     tokenizer = load_tokenizer(f"{sudoku.input_dir('prepare')}/tokenizer")
     mine = [row for row in rows(sudoku) if row["arm"] == "target/reference" and row["threshold"] == 0.02]
     for example, row in zip(examples, mine, strict=True):
@@ -122,6 +133,7 @@ def test_rows_are_what_the_decoder_gives_alone(sudoku: StageContext) -> None:
         assert row["tokens"] == example["prompt_ids"].count(mask_token_id(tokenizer))
         assert (row["denoise"], row["reference"]) == (alone.num_forwards.denoise, 1)
         assert row["reference_weight"] == reference.num_parameters() / model.num_parameters()
+        assert 0.1 < row["reference_flops_weight"] < row["reference_weight"]
 
 
 def test_results_say_what_was_done(sudoku: StageContext) -> None:
@@ -129,25 +141,31 @@ def test_results_say_what_was_done(sudoku: StageContext) -> None:
     arms = {arm["name"]: arm for arm in found["arms"]}
     assert found["num_problems"] == 12 and found["thresholds"] == [0.02, 0.9]
     assert arms["seqd"]["decode"]["residual"] is False and arms["seqd"]["reference_weight"] == 0
+    assert (found["schema_version"], found["recipe"], found["seed"], found["num_samples"]) == (2, "run", 0, 1)
+    (device,) = found["hardware"]["devices"]
+    assert device["device"] and device["threads"] == 1 and found["hardware"]["actors"] == 2
     warm = arms["target/reference"]
     assert warm["decode"]["alpha"] == "normalized_entropy"  # the checkpoint's, filled in
     assert (warm["decode"]["start"], warm["decode"]["seed"], warm["decode"]["block_length"]) == ("reference", 0, 37)
     assert arms["target-paper/zero"]["trained_with"]["dropout"] == 0.0
     point = warm["curve"][1]
     mine = [row for row in rows(sudoku) if row["arm"] == "target/reference" and row["threshold"] == 0.9]
-    passes = sum(row["denoise"] + row["reference_weight"] * row["reference"] for row in mine)
+    passes = sum(row["denoise"] + row["reference_flops_weight"] * row["reference"] for row in mine)
     assert point["tokens_per_pass"] == pytest.approx(sum(row["tokens"] for row in mine) / passes)
     assert point["tokens_per_forward"] > point["tokens_per_pass"]
+    assert point["tokens_per_second"] == pytest.approx(
+        sum(row["tokens"] for row in mine) / sum(row["seconds"] for row in mine)
+    )
     assert point["mean_reference"] == 1
     assert [c["arm"] for c in found["comparisons"]] == [name for name in arms if name != "seqd"]
 
 
 def test_batches_and_actors_do_not_change_the_results(sudoku: StageContext) -> None:
-    before = rows(sudoku)
+    before = timeless(sudoku)
     sections = {"evaluate": {"thresholds": [0.9, 0.02], "batch_size": 12}, "resources": {"evaluate_actors": 1}}
     other = make_recipe(Path(sudoku.recipe.storage), **sections)
     evaluate.run(stage_context(other, "evaluate", sudoku.inputs))
-    assert rows(sudoku) == before
+    assert timeless(sudoku) == before
 
 
 def test_report_prints_tables_and_where_things_lie(sudoku: StageContext) -> None:
@@ -156,90 +174,157 @@ def test_report_prints_tables_and_where_things_lie(sudoku: StageContext) -> None
     assert "RCD, reference start" in text and "12 held-out problems" in text and "not crossed" in text
     for name in ("pareto.png", "report.html", "results.json"):
         assert f"{sudoku.directory}/{name}\n" in text and (Path(sudoku.directory) / name).stat().st_size > 1000
-    assert (Path(sudoku.directory) / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("pareto.png", "throughput.png"):
+        assert (Path(sudoku.directory) / name).read_bytes().startswith(b"\x89PNG")
+    assert not (Path(sudoku.directory) / "parts").exists()
 
 
-def test_prompts_are_continued_and_without_a_baseline_nothing_is_compared(
+def test_prompts_are_continued_k_times_at_every_block_length(
     make_run: Callable[[Recipe], StageContext], tmp_path: Path
 ) -> None:
+    decode = {"max_new_tokens": 20, "temperature": 1.0}
     recipe = make_recipe(
         tmp_path,
         block_length=8,
         data={"task": "arithmetic", "train": "synthetic", "test": "synthetic", "num_train": 50, "num_test": 6},
         tokenizer={"vocab_size": 330},
         variants={},
-        baseline=False,
-        evaluate={"num_examples": 5, "thresholds": [0.5], "starts": ["zero"], "decode": {"max_new_tokens": 20}},
+        evaluate={
+            "num_examples": 5,
+            "samples": 3,
+            "block_lengths": [8, 4],
+            "thresholds": [0.5],
+            "starts": ["zero"],
+            "decode": decode,
+        },
     )
     ctx = make_run(recipe)
     summary = evaluate.run(ctx)
-    assert summary["num_problems"] == 5 and list(summary["curves"]) == ["target/zero"]
-    assert results(ctx)["comparisons"] == []
+    arms = ["seqd/b8", "target/zero/b8", "seqd/b4", "target/zero/b4"]
+    assert (summary["num_problems"], summary["num_samples"], list(summary["curves"])) == (5, 3, arms)
+    found = results(ctx)
+    assert [(c["arm"], c["baseline"]) for c in found["comparisons"]] == [(arms[1], arms[0]), (arms[3], arms[2])]
+    assert [arm["decode"]["block_length"] for arm in found["arms"]] == [8, 8, 4, 4]
+    assert found["arms"][3]["title"] == "RCD, zero start, block 4"
     for row in rows(ctx):
         assert row["finish_reason"] in ("stop", "length") and 1 <= row["tokens"] <= 20
         assert row["prefill"] == 1 and "<|" not in row["completion"]
+    texts = {(row["example_id"], row["sample"]): row["completion"] for row in rows(ctx) if row["arm"] == arms[3]}
+    assert len(texts) == len(set(texts.values())) == 15, "each sample is drawn by itself"
+    examples = pq.read_table(f"{ctx.input_dir('prepare')}/test/part-00000.parquet").to_pylist()
+    tokenizer = load_tokenizer(f"{ctx.input_dir('prepare')}/tokenizer")
+    seed = request_seed(0, examples[3]["example_id"], 2)
+    settings = DecodeSettings(
+        residual=True, start="zero", confidence_threshold=0.5, block_length=4, seed=seed, **decode
+    )
+    (alone,) = Decoder(load_model(ctx.checkpoint("target"))).generate([examples[3]["prompt_ids"]], settings)
+    assert texts[examples[3]["example_id"], 2] == tokenizer.decode(alone.token_ids, skip_special_tokens=True)
+
+
+def test_without_a_baseline_nothing_is_compared(tmp_path: Path, in_process: list[int], sudoku: StageContext) -> None:
+    recipe = sudoku.recipe.model_copy(update={"baseline": False})
+    ctx = stage_context(recipe, "alone", sudoku.inputs)
+    evaluate.run(ctx)
+    assert results(ctx)["comparisons"] == []
     evaluate.report(ctx)
     assert "against SeqD" not in ctx.console.file.getvalue()  # type: ignore[attr-defined]
 
 
-# -- how results are shown
+@pytest.mark.parametrize(
+    ("section", "complaint"),
+    [
+        ({"samples": 4}, "evaluate.samples is 4 but evaluate.decode.temperature is 0"),
+        ({"block_lengths": [8, 8]}, "evaluate.block_lengths is [8, 8], which names a value twice"),
+        ({"thresholds": [0.9, 0.5, 0.9]}, "evaluate.thresholds is [0.9, 0.5, 0.9], which names a value twice"),
+        ({"block_lengths": [8], "decode": {"block_length": 8}}, "evaluate.decode.block_length are both given"),
+        ({"block_lengths": [8, 4], "decode": {"denoising_steps": 8}}, "denoising_steps is 8, more than the smallest"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(section: Any, complaint: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=re.escape(complaint)):
+        make_recipe(tmp_path, evaluate=section)
+    make_recipe(tmp_path, evaluate={"samples": 4, "decode": {"temperature": 0.6}, "block_lengths": [8, 4]})
 
 
-def shown(ratio: float | None, low: float | None, high: float | None) -> dict[str, Any]:
-    """Results of two made-up arms; only the comparison is of interest."""
-    point = {"threshold": 0.5, "accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6, "tokens_per_pass": 4.0}
-    means = {f"mean_{kind}": 1.0 for kind in ("tokens", "denoise", "reference", "prefill", "store")}
-    curve = [{**point, **means, "tokens_per_forward": 4.0}]
-    arm = {"model": "target", "trained_with": None, "decode": {}, "curve": curve, "start": None}
-    return {
-        "recipe": "<made up>",
-        "task": "sudoku",
-        "num_problems": 7,
-        "thresholds": [0.5],
-        "arms": [
-            {**arm, "name": "seqd", "title": "SeqD", "reference_weight": 0.0},
-            {**arm, "name": "target/zero", "title": "RCD, zero start", "reference_weight": 0.4},
-        ],
-        "comparisons": [
-            {
-                "arm": "target/zero",
-                "baseline": "seqd",
-                "accuracy_level": 0.9,
-                "ratio": {"value": ratio, "low": low, "high": high},
-                "gains": [{"tokens_per_pass": 3.0, "difference": {"value": -0.02, "low": -0.05, "high": 0.01}}],
-            }
-        ],
-        "statistics": {},
-    }
+# -- interrupted and taken up again
 
 
-@pytest.mark.parametrize(("ratio", "says"), [(1.5, "1.50 (1.40 to 1.60) times"), (0.75, "0.75 (0.70 to 0.80) times")])
-def test_a_loss_is_told_like_a_win(ratio: float, says: str) -> None:
-    found = shown(ratio, round(ratio * 14 / 15, 2), round(ratio * 16 / 15, 2))
-    page = html_report(found, b"light", b"dark")
-    assert f"RCD, zero start: at 90 % accuracy {says} the tokens per pass of SeqD." in page
-    assert "-2.0 (-5.0 to +1.0)" in page and "7 held-out problems" in page and "7 problems" in page
-    assert "0.40 of a target pass" in page
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """An actor in this process instead of Ray, which writes every answer at once; the answers it began, by piece."""
+    begun: list[int] = []
+
+    def decode(ctx: StageContext, plan: Plan) -> None:
+        actor = DecodeActor(plan)
+        for piece in range(len(plan.work)):
+            actor.decode(piece)
+
+    finished = Decoder.finished
+
+    def counted(self: Decoder, inputs: Any, *args: Any, **options: Any) -> Any:
+        begun.append(len(inputs))
+        return finished(self, inputs, *args, **options)
+
+    monkeypatch.setattr(evaluate, "_decode", decode)
+    monkeypatch.setattr(evaluate, "FLUSH_S", 0.0)
+    monkeypatch.setattr(Decoder, "finished", counted)
+    return begun
 
 
-def test_what_was_not_reached_gets_no_number() -> None:
-    page = html_report(shown(None, None, None), b"", b"")
-    assert "do not both cross 90 % accuracy" in page and "not crossed" in page
-    console = Console(file=io.StringIO(), width=200)
-    print_tables(shown(1.2, None, None), console)
-    assert "1.20 (no interval" in console.file.getvalue()  # type: ignore[attr-defined]
+def test_an_interrupted_evaluation_decodes_only_what_is_missing(
+    sudoku: StageContext, in_process: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ctx = stage_context(sudoku.recipe, "interrupted", sudoku.inputs)
+    graded = 0
+
+    def grade(*args: Any) -> bool:
+        nonlocal graded
+        graded += 1
+        if graded == 30:  # in the second piece, of the first arm's other threshold and the second arm
+            raise KeyboardInterrupt
+        return type(task).grade(task, *args)
+
+    task = get_task("sudoku")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(task, "grade", grade, raising=False)
+        evaluate.run(ctx)
+    assert not (Path(ctx.directory) / "results.parquet").exists()
+    in_process.clear()
+    evaluate.run(ctx)
+    assert sum(in_process) == 5 * 2 * 12 - 29
+    assert timeless(ctx) == timeless(sudoku)
+    assert "29 answers were decoded before" in ctx.console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_page_is_whole_and_escaped() -> None:
-    page = html_report(shown(1.0, 0.9, 1.1), b"light", b"dark")
-    assert "&lt;made up&gt;" in page and "<made up>" not in page
-    assert "http://" not in page and "https://" not in page and 'src="data:image/png' in page
-    assert "prefers-color-scheme: dark" in page
-
-
-def test_equal_results_give_equal_plots() -> None:
-    assert pareto_plot(shown(1.0, 0.9, 1.1)) == pareto_plot(shown(1.0, 0.9, 1.1))
-    assert pareto_plot(shown(1.0, 0.9, 1.1)) != pareto_plot(shown(1.0, 0.9, 1.1), dark=True)
+@pytest.mark.drill
+def test_a_killed_evaluation_goes_on_and_ends_with_the_same_results(
+    sudoku: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL to a driver in a process of its own, once some answers are on disk."""
+    ctx = stage_context(sudoku.recipe, "killed", sudoku.inputs)
+    code = (
+        "from pathlib import Path; from pipelines import evaluate; from tests.pipelines import test_evaluate as t\n"
+        "evaluate.FLUSH_S = 0.0\n"
+        f"recipe = t.make_recipe(Path({sudoku.recipe.storage!r}))\n"
+        f"evaluate.run(t.stage_context(recipe, 'killed', {sudoku.inputs!r}))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(Path(ctx.directory).glob("parts/*/*.parquet"))) < 20:
+            assert process.poll() is None and time.monotonic() < deadline, process.returncode
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (Path(ctx.directory) / "results.parquet").exists()
+    again: list[Plan] = []
+    decode = evaluate._decode
+    monkeypatch.setattr(evaluate, "_decode", lambda ctx, plan: (again.append(plan), decode(ctx, plan)))
+    evaluate.run(ctx)
+    left = sum(len(piece.items) for piece in again[0].work)
+    assert 0 < left <= 5 * 2 * 12 - 20, "what was on disk was not decoded again"
+    assert timeless(ctx) == timeless(sudoku)
 
 
 def test_a_model_without_residuals_in_training_is_decoded_without(tmp_path: Path) -> None:
@@ -249,6 +334,6 @@ def test_a_model_without_residuals_in_training_is_decoded_without(tmp_path: Path
     ctx = stage_context(recipe, "evaluate", stages)
     for stage in stages:
         ctx.run.finish(stage, {"stage": stage}, {"checkpoint": f"/{stage}"}, datetime.now().astimezone(), 0.0)
-    arms = {arm.name: arm for arm in evaluate._arms(ctx)}
+    arms = {arm.info.name: arm for arm in evaluate._arms(ctx)}
     assert {name for name in arms if "control" in name} == {"target-control"}
     assert not arms["target-control"].settings.residual and arms["target/zero"].settings.residual
