@@ -7,7 +7,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,19 @@ def recipe_names() -> list[str]:
 
 
 def read_recipe(name_or_path: str) -> dict[str, Any]:
-    """The mapping of a packaged recipe (by name) or of a YAML file. Raises UserError, with the nearest name."""
+    """The mapping of a packaged recipe (by name) or of a YAML file. Raises UserError, with the nearest name.
+
+    `extends: NAME` takes everything from another recipe, a packaged one or a file beside this one, and changes what is
+    said here: sections are merged key by key, anything else is replaced.
+    """
+    return _read(name_or_path, Path(), ())
+
+
+def _read(name_or_path: str, beside: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """above: the recipes that extend this one, outermost first."""
     path = RECIPES / f"{name_or_path}.yaml"
     if not re.fullmatch(r"[\w-][\w.-]*", name_or_path) or not path.exists():
-        path = Path(name_or_path).expanduser()
+        path = beside / Path(name_or_path).expanduser()
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -71,7 +80,22 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
     raw = parse_yaml(text, f"recipe {path}")
     if not isinstance(raw, dict):
         raise UserError(f"recipe {path} must be a mapping of keys like `name:` and `data:`; it is {type(raw).__name__}")
-    return raw
+    if (base := raw.pop("extends", None)) is None:
+        return raw
+    if not isinstance(base, str) or path.resolve() in above:
+        why = "in the end itself" if isinstance(base, str) else "no name"
+        raise UserError(f"recipe {path}: extends is {base!r}, {why}; give another recipe's name or file")
+    return merged(_read(base, path.parent, (*above, path.resolve())), raw)
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Two sections as one; where both give a value, the one above counts, and mappings are merged key by key."""
+    result = dict(below)
+    for key, value in above.items():
+        inner = result.get(key)
+        both = isinstance(inner, dict) and isinstance(value, dict)
+        result[key] = merged(inner, value) if both else value  # type: ignore[arg-type]
+    return result
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Iterable[str]) -> None:
