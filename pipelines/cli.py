@@ -11,8 +11,11 @@ from rcd_core.errors import UserError
 
 # Each module has add_arguments(parser) and run(options) -> exit code.
 COMMANDS = {
+    "calibrate": ("pipelines.cli_calibrate", "choose T_res of a checkpoint, look at its discarded predictions"),
     "chat": ("pipelines.cli_chat", "talk to a served model"),
+    "evaluate": ("pipelines.cli_evaluate", "evaluate checkpoints, or a served model"),
     "generate": ("pipelines.cli_generate", "generate text with a checkpoint"),
+    "report": ("pipelines.cli_report", "compare the evaluations of runs"),
     "runs": ("pipelines.cli_runs", "list runs and the state of their stages"),
     "serve": ("pipelines.cli_serve", "check a Serve config before it is deployed"),
     "signals": ("pipelines.cli_signals", "look at reference signals, or plan them"),

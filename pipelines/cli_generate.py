@@ -24,6 +24,7 @@ from pipelines.live_view import live_view
 from pipelines.terminal import INTERRUPTED, converse, print_text, read_stdin, refuse_in_one_line, statistics_line, turn
 from rcd_core.attention import BACKENDS
 from rcd_core.decoding.engine import Engine
+from rcd_core.decoding.request import uncalibrated
 from rcd_core.decoding.sequence import Sequence
 from rcd_core.decoding.settings import DecodeSettings
 from rcd_core.errors import UserError
@@ -139,7 +140,9 @@ def _answer(generator: Generator, options: argparse.Namespace, sequences: list[S
         print(json.dumps(report, ensure_ascii=False))
     else:
         notes = ["interrupted"] * (not complete) + [f"{len(sequences)} prompts"] * (len(sequences) > 1)
-        print(statistics_line(report, *notes), file=sys.stderr)
+        unsure = uncalibrated(generator.settings, generator.decoder.model)
+        warning = " · T_res was never calibrated: rcd calibrate" if unsure else ""
+        print(statistics_line(report, *notes) + warning, file=sys.stderr)
     return 0 if complete else INTERRUPTED
 
 

@@ -140,7 +140,7 @@ def _jobs(recipe: Recipe, options: argparse.Namespace) -> Iterator[Job]:
     forwards = OWN_FORWARDS if residual.runs_model else 0.0
     if residual.source == "online" and smaller is not None:
         forwards = smaller.parameters / shape.parameters
-    yield Job("target", shape, recipe.target.train, residual, forwards)
+    yield Job("target", shape, recipe.training("target").train, residual, forwards)
 
 
 def _shape(key: str, start: str | ModelConfig, recipe: Recipe, options: argparse.Namespace) -> ModelShape:

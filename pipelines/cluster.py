@@ -12,6 +12,7 @@ from rcd_core.errors import UserError
 
 Bundle = Mapping[str, float]
 _SAY_EVERY_S = 10.0
+_GROUP = "ray.io/node-group"  # label of nodes that a launcher has started, with the name of their group
 
 
 def connect(verbose: bool = False) -> None:
@@ -54,29 +55,42 @@ def wait_for_resources(
 ) -> None:
     """Wait until the cluster could ever hold the bundles, each on one node (free: until that much is idle as well).
 
-    An autoscaler may add nodes nobody can count beforehand, so missing resources are waited for until the deadline.
-    Raises UserError then, with what is wanted, what there is, and the remedy.
+    Nodes that a launcher has made (ray up, KubeRay) may become more when more is asked for: there only what is to be
+    free is waited for, and asked for meanwhile by a placement group, which is what an autoscaler looks at. Other nodes
+    may be added by hand. Raises UserError at the deadline, with what is wanted, what there is, and the remedy.
     """
     import ray
+    from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
     start = time.monotonic()
     said = start - _SAY_EVERY_S
-    while True:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        idle = ray.available_resources() if free else _total(nodes)
-        if _fits(bundles, nodes) and all(idle.get(k, 0.0) >= v for k, v in _total(bundles).items()):
-            return
-        now = time.monotonic()
-        fits = _fits(bundles, nodes)
-        state = f"wanted {describe_all(bundles)}; present {_describe(_total(nodes), bundles)} on {len(nodes)} node(s)"
-        if fits:
-            state += f", of which idle {_describe(idle, bundles)}"
-        if now - start >= timeout_s:
-            raise UserError(f"no resources for {what} after {timeout_s:g} s: {state}; {_remedy(fits)}")
-        if now - said >= _SAY_EVERY_S:
-            say(f"waiting for resources for {what}: {state}; {timeout_s - (now - start):.0f} s left")
-            said = now
-        time.sleep(min(1.0, max(0.05, timeout_s - (now - start))))
+    asked: PlacementGroup | None = None
+    try:
+        while True:
+            alive = [node for node in ray.nodes() if node["Alive"]]
+            nodes = [node["Resources"] for node in alive]
+            idle = ray.available_resources() if free else _total(nodes)
+            fits = _fits(bundles, nodes)
+            enough = fits and all(idle.get(k, 0.0) >= v for k, v in _total(bundles).items())
+            may_come = not free and any(_GROUP in node["Labels"] for node in alive)
+            if asked.wait(timeout_seconds=1) if asked is not None else enough or may_come:
+                return
+            now = time.monotonic()
+            present = f"present {_describe(_total(nodes), bundles)} on {len(nodes)} node(s)"
+            state = f"wanted {describe_all(bundles)}; {present}"
+            if fits:
+                state += f", of which idle {_describe(idle, bundles)}"
+            if now - start >= timeout_s:
+                raise UserError(f"no resources for {what} after {timeout_s:g} s: {state}; {_remedy(fits)}")
+            if now - said >= _SAY_EVERY_S:
+                say(f"waiting for resources for {what}: {state}; {timeout_s - (now - start):.0f} s left")
+                said = now
+            if free and asked is None:
+                asked = placement_group([dict(bundle) for bundle in bundles if bundle], strategy="PACK")
+            time.sleep(min(1.0, max(0.05, timeout_s - (now - start))))
+    finally:
+        if asked is not None:  # what it holds is for the stage, which asks for it now
+            remove_placement_group(asked)
 
 
 def _remedy(would_fit: bool) -> str:

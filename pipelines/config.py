@@ -10,14 +10,17 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from fnmatch import fnmatch
 from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
+from pipelines.evaluation_settings import complete
 from pipelines.recipe_file import apply_overrides, explain, read_recipe
 from pipelines.rules import problems
 from rcd_core import storage
+from rcd_core.calibrate import Match
 from rcd_core.decoding.settings import DecodeSettings, Start
 from rcd_core.errors import UserError
 from rcd_core.families.config import ModelConfig
@@ -43,6 +46,12 @@ Workers = Annotated[
     Discriminator(lambda value: "<elastic>" if isinstance(value, list | tuple) else "<fixed>"),
 ]
 Positive = Annotated[float, Field(gt=0)]
+EntryName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
+# Whether to train a baseline, or the checkpoint that is one.
+Baseline = Annotated[
+    Annotated[str, Tag("<checkpoint>")] | Annotated[bool, Tag("<switch>")],
+    Discriminator(lambda value: "<checkpoint>" if isinstance(value, str) else "<switch>"),
+]
 
 
 class Section(BaseModel):
@@ -53,7 +62,8 @@ class DataSettings(Section):
     """What is learned and tested on; comments on every key stand in recipes/demo.yaml."""
 
     task: str
-    train: DataSource
+    test_task: str | None = None
+    train: DataSource | None
     test: DataSource
     num_train: Count | None = None
     num_test: Count | None = None
@@ -64,6 +74,10 @@ class DataSettings(Section):
     min_length: Count | None = None
     pad_multiple: Count | None = None
     max_bad_rows: Share = 0.01
+
+    def task_of(self, split: str) -> str:
+        """The task of a split's rows: what is tested and graded can be another one than what is trained."""
+        return self.test_task if split == "test" and self.test_task is not None else self.task
 
 
 class TokenizerSettings(Section):
@@ -98,17 +112,37 @@ class SignalSettings(Section):
 
 class TargetStage(Section):
     start: ModelSource | None = None
-    train: TrainSettings
+    train: TrainSettings | None
     residual: ResidualSettings = ResidualSettings()
 
 
+class ExtraArm(Section):
+    """One more way to decode a model of the run, beside those that every model gets. decode: what differs from
+    evaluate.decode; the threshold is swept, as everywhere."""
+
+    model: str
+    title: str | None = None
+    decode: DecodeSettings = DecodeSettings()
+
+
 class EvaluateSettings(Section):
+    settings: str | None = None
     num_examples: Count | None = None
+    samples: Count = 1
     batch_size: Count = 256
     decode: DecodeSettings = DecodeSettings()
-    thresholds: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+    thresholds: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
+    block_lengths: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
+    accuracy_levels: tuple[Share, ...] = (0.9,)
     starts: Annotated[tuple[Start, ...], Field(min_length=1)] = ("zero", "reference")
+    arms: dict[EntryName, ExtraArm] = {}
     run_code: bool = False
+
+
+class CalibrateSettings(Section):
+    num_examples: Count = 256
+    match: Match = "decoding"
+    decode: DecodeSettings = DecodeSettings()
 
 
 class DeployedModel(Section):
@@ -145,6 +179,7 @@ class Resources(Section):
     evaluate_actors: Count = 1
     timeout_s: Annotated[float, Field(ge=0)] = 600
     no_progress_timeout_s: Positive | None = None
+    custom: dict[str, dict[str, Positive]] = {}
 
     @property
     def worker_counts(self) -> range:
@@ -155,6 +190,20 @@ class Resources(Section):
     @property
     def elastic(self) -> bool:
         return not isinstance(self.num_workers, int)
+
+    def custom_of(self, stage: str) -> dict[str, float]:
+        """Ray's custom resources that each worker of a stage asks for: those of all patterns that fit its name."""
+        return {
+            name: amount
+            for pattern, asked in self.custom.items()
+            if fnmatch(stage, pattern)
+            for name, amount in asked.items()
+        }
+
+    def worker(self, stage: str) -> dict[str, float]:
+        """All that one worker of a stage asks of the node it runs on."""
+        asked = {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker, **self.custom_of(stage)}
+        return {name: amount for name, amount in asked.items() if amount}
 
 
 @dataclass(frozen=True)
@@ -178,8 +227,10 @@ class Recipe(Section):
     reference: ReferenceStage | None = None
     signals: SignalSettings = SignalSettings()
     target: TargetStage
-    variants: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")], ResidualSettings] = {}
-    baseline: bool = True
+    variants: dict[EntryName, ResidualSettings] = {}
+    baseline: Baseline = True
+    baselines: dict[EntryName, TrainSettings] = {}
+    calibrate: CalibrateSettings | None = None
     evaluate: EvaluateSettings = EvaluateSettings()
     deploy: DeploySettings = DeploySettings()
     resources: Resources = Resources()
@@ -189,23 +240,44 @@ class Recipe(Section):
         return storage.join(self.storage, self.name)
 
     def residuals(self) -> dict[str, ResidualSettings]:
-        """How each target is trained with residuals, by the recipe's section for it."""
+        """How each target is trained with residuals, by the recipe's section for it; none for one taken as it is."""
+        if self.target.train is None:
+            return {}
         return {"target.residual": self.target.residual} | {f"variants.{n}": r for n, r in self.variants.items()}
 
+    def residual(self, stage: str) -> ResidualSettings | None:
+        """How the model of a stage was trained with residuals; None for one without, or from outside the run."""
+        sections = {"target": "target.residual"} | {f"target-{name}": f"variants.{name}" for name in self.variants}
+        if self.checkpoint(stage) and stage == "target" and not self.target.residual.feeds_back:
+            return self.target.residual  # all that a recipe can say of a checkpoint: that it feeds nothing back
+        return self.residuals().get(sections.get(stage, ""))
+
+    def checkpoint(self, stage: str) -> str | None:
+        """The checkpoint that is taken as it is for a stage's model; None where a model is trained."""
+        found: str | ModelConfig | bool | None = None
+        if stage == "target" and self.target.train is None:
+            found = self.target.start
+        elif stage == "baseline":
+            found = self.baseline
+        elif stage == "reference" and self.reference and self.reference.train is None:
+            found = self.reference.start
+        return found if isinstance(found, str) else None
+
     def training(self, stage: str) -> Training:
-        """The work of a training stage: base, reference, target, target-<variant> or baseline."""
+        """The work of a training stage: base, reference, target, target-<variant>, baseline or baseline-<name>."""
         if stage == "base" and self.base:
             return Training(self.base.start, self.base.train, None)
         if stage == "reference" and self.reference and self.reference.train:
             return Training(self.reference.start, self.reference.train, None)
-        if stage == "baseline":
-            return Training(self.target.start, self.target.train, None)
-        if stage == "target":
-            return Training(self.target.start, self.target.train, self.target.residual)
-        variant = stage.removeprefix("target-")
-        if variant not in self.variants:
+        train = self.target.train
+        if train and stage == "baseline" and self.baseline is True:
+            return Training(self.target.start, train, None)
+        if (name := stage.removeprefix("baseline-")) in self.baselines:
+            return Training(self.target.start, self.baselines[name], None)
+        residual = self.residual(stage)
+        if train is None or residual is None:
             raise UserError(f"stage {stage!r} trains nothing in recipe {self.name}")
-        return Training(self.target.start, self.target.train, self.variants[variant])
+        return Training(self.target.start, train, residual)
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -225,7 +297,8 @@ def parse_recipe(raw: dict[str, Any], label: str = "") -> Recipe:
         raw["storage"] = "~/rcd-runs"
     if isinstance(raw["storage"], str):
         raw["storage"] = os.path.expanduser(raw["storage"])
-    _complete_variants(raw)
+    complete(raw)
+    _complete_entries(raw)
     try:
         # By way of JSON: strict there still takes a list for a tuple and a mapping for a settings class.
         recipe = Recipe.model_validate_json(json.dumps(raw), strict=True)
@@ -247,10 +320,32 @@ def dump_recipe(recipe: Recipe) -> str:
     return str(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120))
 
 
-def _complete_variants(raw: dict[str, Any]) -> None:
-    """A variant names only what it changes: the rest is the target's."""
-    target, variants = raw.get("target"), raw.get("variants")
-    residual = target.get("residual") if isinstance(target, dict) else None
-    if isinstance(residual, dict) and isinstance(variants, dict):
-        full = {name: {**residual, **changes} for name, changes in variants.items() if isinstance(changes, dict)}
-        raw["variants"] = {**variants, **full}
+def _complete_entries(raw: dict[str, Any]) -> None:
+    """A variant names only what it changes: the rest is the target's; so do a further baseline and an extra arm. An
+    entry that is null is none: so a recipe leaves out what the one it extends has."""
+    target, evaluate = _mapping(raw.get("target")), _mapping(raw.get("evaluate"))
+    raw["variants"] = _completed(raw.get("variants", {}), _mapping(target.get("residual")))
+    raw["baselines"] = _completed(raw.get("baselines", {}), _mapping(target.get("train")))
+    arms = _completed(evaluate.get("arms", {}), {})
+    if isinstance(arms, dict) and arms:
+        decode = _mapping(evaluate.get("decode"))
+        full = {
+            name: {**arm, "decode": {**decode, **_mapping(arm.get("decode"))}}
+            for name, arm in arms.items()
+            if isinstance(arm, dict) and isinstance(arm.get("decode", {}), dict)
+        }
+        arms = {**arms, **full}
+    if evaluate:
+        raw["evaluate"] = {**evaluate, "arms": arms}
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    """A section, or nothing where something else stands: validation says so."""
+    return value if isinstance(value, dict) else {}
+
+
+def _completed(entries: Any, rest: dict[str, Any]) -> Any:
+    if not isinstance(entries, dict):
+        return entries
+    present = {name: entry for name, entry in entries.items() if entry is not None}
+    return {name: {**rest, **entry} if isinstance(entry, dict) else entry for name, entry in present.items()}

@@ -38,7 +38,7 @@ _HELP = {
     "residual": "RCD's residuals; default: on for an RCD checkpoint and with --ref_model_dir",
     "start": "first residual of a block; with --ref_model_dir: reference",
     "residual_temperature": "T_res",
-    "alpha_scale": "nats, for calibrated_entropy",
+    "alpha_scale": "nats, for calibrated_entropy, uniform and learned",
     "residual_top_k": "sparse residuals of so many tokens",
     "compat_passes": "exactly the passes the authors' code makes",
     "trace": "each pass in the output of --json",

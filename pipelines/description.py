@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from pipelines.config import Count, Positive, Section, complaint
+from pipelines.config import Count, Positive, Recipe, Section, complaint
 from pipelines.recipe_file import explain
 from pipelines.rules import asks_reference, checkpoint_problems
 from rcd_core.decoding.settings import DecodeSettings
@@ -24,7 +25,8 @@ class Replicas(Section):
     """Of one deployment, under Serve's names: as many as the ongoing requests ask for, between two numbers.
 
     target_ongoing_requests: per replica, above which another one is started; None: max_batch of a model, and for the
-    reference a few batches. num_cpus, num_gpus: each replica's; with a GPU the model lives on it.
+    reference a few batches. num_cpus, num_gpus, resources (Ray's custom ones): each replica's; with a GPU the model
+    lives on it.
     """
 
     min_replicas: Count = 1
@@ -34,6 +36,7 @@ class Replicas(Section):
     downscale_delay_s: NonNegative = 600
     num_cpus: NonNegative = 0.5  # decoding uses what it finds; a live application must leave a small machine room
     num_gpus: NonNegative = 0
+    resources: dict[str, Positive] = {}
 
 
 class DescribedModel(Section):
@@ -75,16 +78,62 @@ class Description(Section):
         return [*own, *([REFERENCE] if self.reference else []), INGRESS]
 
     @property
+    def replicas(self) -> list[Replicas]:
+        """Of the models in order, then of the reference where there is one."""
+        return [*(m.replicas for m in self.models.values()), *([self.reference.replicas] if self.reference else [])]
+
+    @property
     def bundles(self) -> list[dict[str, float]]:
         """What each of the replicas asks for that are there from the beginning."""
-        every = [m.replicas for m in self.models.values()] + ([self.reference.replicas] if self.reference else [])
-        return [bundle(replicas) for replicas in every for _ in range(replicas.min_replicas)]
+        return [bundle(replicas) for replicas in self.replicas for _ in range(replicas.min_replicas)]
 
 
 def bundle(replicas: Replicas) -> dict[str, float]:
     """What one replica asks of the cluster."""
-    asked = {"CPU": replicas.num_cpus, "GPU": replicas.num_gpus}
+    asked = {"CPU": replicas.num_cpus, "GPU": replicas.num_gpus, **replicas.resources}
     return {name: amount for name, amount in asked.items() if amount}
+
+
+def describe(recipe: Recipe, checkpoint: Callable[[str], str]) -> Description:
+    """The recipe's models as an application. The reference is part of it where default settings ask for it.
+
+    checkpoint: stage -> where its model lies.
+    """
+    deploy, resources = recipe.deploy, recipe.resources
+    start = replace(deploy.decode, residual=recipe.target.residual.feeds_back, start=deploy.start)
+    served = {deploy.model_id: ("Target", checkpoint("target"), start)}
+    if deploy.baseline:
+        plain = replace(deploy.decode, residual=False)
+        served[f"{deploy.model_id}-baseline"] = ("Baseline", checkpoint("baseline"), plain)
+    served |= {model_id: (model_id, model.checkpoint, model.decode) for model_id, model in deploy.models.items()}
+    behind = any(asks_reference(decode) for _, _, decode in served.values())
+    # All models of a place together get the GPUs that one training worker had, which fitted at least one.
+    place, behind_place = resources.custom_of("deploy"), resources.custom_of("deploy-reference")
+    beside = behind and place == behind_place
+    replicas = Replicas(
+        min_replicas=deploy.min_replicas,
+        max_replicas=deploy.max_replicas,
+        num_gpus=min(1.0, resources.gpus_per_worker / (len(served) + beside)),
+        resources=place,
+    )
+    models = {
+        model_id: DescribedModel(
+            checkpoint=where,
+            decode=decode,
+            deployment=name,
+            max_batch=deploy.max_batch,
+            max_queue=deploy.max_queue,
+            max_length=deploy.max_length,
+            replicas=replicas.model_copy(update={"target_ongoing_requests": deploy.target_ongoing_requests}),
+        )
+        for model_id, (name, where, decode) in served.items()
+    }
+    reference = None
+    if behind:
+        gpus = replicas.num_gpus if beside else min(1.0, resources.gpus_per_worker)
+        own = replicas.model_copy(update={"num_gpus": gpus, "resources": behind_place})
+        reference = DescribedReference(checkpoint=checkpoint("reference"), top_k=recipe.signals.top_k, replicas=own)
+    return Description(models=models, reference=reference)
 
 
 def parse_description(raw: Any, label: str = "the application's args") -> Description:

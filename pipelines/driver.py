@@ -47,6 +47,16 @@ def main(argv: Sequence[str] | None = None, *, only: Sequence[str] = ("*",), reg
         return 2
 
 
+def run_recipe(
+    recipe: Recipe, only: Sequence[str], *, redo: Sequence[str] = (), dry_run: bool = False, verbose: bool = False
+) -> int:
+    """Drive the stages of a recipe that match `only`. Returns the exit code; UserError for what the user can mend."""
+    options = argparse.Namespace(
+        stages=None, redo=list(redo), repair=False, teardown=False, dry_run=dry_run, verbose=verbose
+    )
+    return _Job(recipe, stages_of(recipe), options, only).main()
+
+
 def stage_main(*only: str) -> NoReturn:
     """Run as a program the stages that match the patterns: `if __name__ == "__main__": stage_main("prepare")`."""
     sys.exit(main(only=only))

@@ -119,6 +119,7 @@ def _deployment(
         ray_actor_options={
             "num_cpus": replicas.num_cpus,
             "num_gpus": replicas.num_gpus,
+            "resources": replicas.resources,
             "runtime_env": {"env_vars": LEAN},
         },
         **scaled,

@@ -37,15 +37,16 @@ def key_of(value: Any) -> str:
 
 def recipe_values(recipe: Recipe, sections: Sequence[str]) -> dict[str, Any]:
     """Dotted key -> value of the recipe in and below the named sections, without keys that change no result."""
-    flat = _flatten(recipe.model_dump(mode="json"))
+    flat = flatten(recipe.model_dump(mode="json"))
     chosen = {k: v for k, v in flat.items() if any(k == s or k.startswith(f"{s}.") for s in sections)}
     return {k: v for k, v in chosen.items() if not any(fnmatch(k, pattern) for pattern in _NEUTRAL)}
 
 
-def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys; an empty one is a value."""
     flat: dict[str, Any] = {}
     for key, inner in value.items():
-        flat |= _flatten(inner, f"{prefix}{key}.") if isinstance(inner, dict) and inner else {f"{prefix}{key}": inner}
+        flat |= flatten(inner, f"{prefix}{key}.") if isinstance(inner, dict) and inner else {f"{prefix}{key}": inner}
     return flat
 
 
@@ -64,7 +65,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    return [key for key in sorted(old.keys() | new.keys()) if old.get(key, _ABSENT) != new.get(key, _ABSENT)]
+    # A key that this release has and an older one had not is null unless the recipe gives it: that is no difference.
+    return [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
 
 
 def _show(value: Any) -> str:

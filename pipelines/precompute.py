@@ -110,12 +110,12 @@ def _compute(ctx: StageContext, job: SignalJob, shards: list[int]) -> Iterator[i
         compute=ActorPoolStrategy(min_size=1, max_size=actors, initial_size=actors, max_tasks_in_flight_per_actor=2),
         num_cpus=resources.cpus_per_worker,
         num_gpus=resources.gpus_per_worker,
+        resources=resources.custom_of("signals"),
     )
     # Ray ends a job that moves no block for half an hour, which one shard of a slow model, or a node on its way, can
     # take. Ours to decide: the recipe says when to give up, and until then the waiting is announced.
     data.context.execution_no_progress_timeout_s = timeout_s or -1
-    one = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
-    pool = describe_all([{k: v for k, v in one.items() if v}] * actors)
+    pool = describe_all([resources.worker("signals")] * actors)
     with Waiting(ctx.console, f"signals: waiting for a shard, of up to {pool},", len(shards)) as waiting:
         try:
             for row in data.iter_rows():

@@ -34,7 +34,15 @@ from pipelines.config import Recipe
 from pipelines.ordering import collect, in_order
 from pipelines.rules import SYNTHETIC
 from pipelines.run import StageContext
-from pipelines.sources import Source, check_sources, columns_of, local_sources, row_limit, training_texts
+from pipelines.sources import (
+    Source,
+    check_sources,
+    columns_of,
+    local_sources,
+    row_limit,
+    splits_of,
+    training_texts,
+)
 from rcd_core import storage
 from rcd_core.errors import UserError
 from rcd_core.tasks import SPLITS, get_task
@@ -82,18 +90,18 @@ def run(ctx: StageContext) -> dict[str, Any]:
     for split in SPLITS:
         storage.remove(storage.join(ctx.directory, split))
     storage.remove(storage.join(ctx.directory, VALIDATION))
-    sources = {split: local_sources(ctx, split) for split in SPLITS}
-    tokenizer = _save_tokenizer(ctx, sources["train"])
+    sources = {split: local_sources(ctx, split) for split in splits_of(ctx.recipe)}
+    tokenizer = _save_tokenizer(ctx, sources.get("train", []))
     encoded = {}
-    for split in SPLITS:
+    for split in sources:
         with ctx.console.status(f"prepare: tokenising the {split} rows"):
             encoded[split] = _encode(ctx, split, sources[split]).materialize()
     counts = _set_bad_rows_aside(ctx, encoded)
-    files = {}
+    files: dict[str, list[str]] = {split: [] for split in SPLITS}
     held_out: list[str] = []
     chunks: dict[str, list[int]] = {name: [] for name in ("file", "rows", "tokens", "labelled")}
     fingerprint = hashlib.sha256(tokenizer_sha256(tokenizer).encode())
-    for split in SPLITS:
+    for split in sources:
         with ctx.console.status(f"prepare: writing the {split} examples"):
             files[split], counted = _write(ctx, split, encoded[split], fingerprint, chunks, held_out)
         counts[split] |= counted
@@ -137,7 +145,7 @@ def _encode(ctx: StageContext, split: str, sources: list[Source]) -> ray.data.Da
     read: Any
     if not sources:
         limit = limit or 0  # a recipe with synthetic data says how many
-        read = partial(_synthetic_rows, task=recipe.data.task, split=split, seed=recipe.seed)
+        read = partial(_synthetic_rows, task=recipe.data.task_of(split), split=split, seed=recipe.seed)
         rows = ray.data.range(limit, override_num_blocks=-(-limit // ROWS_PER_FILE))
         rows = rows.map_batches(read, batch_size=ROWS_PER_BATCH, batch_format="pyarrow")
     else:
@@ -148,7 +156,7 @@ def _encode(ctx: StageContext, split: str, sources: list[Source]) -> ray.data.Da
         rows = rows.map_batches(read, batch_size=1, batch_format="pyarrow")
         rows = rows.repartition(target_num_rows_per_block=ROWS_PER_FILE)
     encoding = Encoding(
-        task=recipe.data.task,
+        task=recipe.data.task_of(split),
         split=split,
         tokenizer=storage.join(ctx.directory, "tokenizer"),
         pad_multiple=recipe.data.pad_multiple or recipe.block_length,

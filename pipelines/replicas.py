@@ -24,6 +24,8 @@ from pipelines.ray_metrics import keep_telling
 from pipelines.weights_id import weights_id
 from rcd_core import LocalReference, ReferenceSignals, UserError, WarmStart, load_model
 from rcd_core.decoding.memory import fit_batch
+from rcd_core.decoding.request import uncalibrated
+from rcd_core.decoding.settings import DecodeSettings
 from rcd_core.node_copy import node_copy
 from rcd_core.signals import Signals
 from rcd_core.tokenizer import load_tokenizer
@@ -175,6 +177,9 @@ class Target:
     ) -> None:
         checkpoint = node_copy(checkpoint)  # once: model and tokenizer are of one version
         model = load_model(checkpoint, device=device)
+        fed = bool(model.info.rcd) or reference is not None
+        if message := uncalibrated(DecodeSettings(residual=fed), model):
+            logger.warning("%s: %s", checkpoint, message)
         self.checkpoint = weights_id(model)
         length = min(model.max_positions, limits.max_length or MAX_LENGTH)
         self.engine = EngineThread(

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
 from rcd_core import storage
@@ -37,14 +38,17 @@ def problems(recipe: Recipe) -> Iterator[str]:
     multiple = data.pad_multiple or recipe.block_length
     if not storage.is_absolute(recipe.storage):
         yield f"storage is {recipe.storage!r}, a relative path; {_ABSOLUTE}"
-    if data.task not in TASKS:
-        yield f"data.task is {data.task!r}; known tasks: {', '.join(sorted(TASKS))}"
-    if data.task == "humaneval" and not recipe.evaluate.run_code:
+    for key, task in (("task", data.task), ("test_task", data.test_task)):
+        if task is not None and task not in TASKS:
+            yield f"data.{key} is {task!r}; known tasks: {', '.join(sorted(TASKS))}"
+    if data.task_of("test") == "humaneval" and not recipe.evaluate.run_code:
+        key = "data.task" if data.test_task is None else "data.test_task"
         yield (
-            "data.task is 'humaneval', which runs code that a model wrote, but evaluate.run_code is false; "
+            f"{key} is 'humaneval', which runs code that a model wrote, but evaluate.run_code is false; "
             "set it to true where that is safe"
         )
-    yield from _source_problems("train", data.train, data.num_train)
+    if data.train is not None:
+        yield from _source_problems("train", data.train, data.num_train)
     yield from _source_problems("test", data.test, data.num_test)
     if multiple % recipe.block_length:
         yield f"data.pad_multiple is {multiple}; it must be a multiple of block_length {recipe.block_length}"
@@ -60,6 +64,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
         yield "target.start and base are both null; give the target a checkpoint or describe a base to train"
     if target.start is not None and recipe.base is not None:
         yield "base is described but target.start does not use it; set one of them to null"
+    yield from _training_problems(recipe)
     if reference is None:
         for key in reference_keys(recipe):
             yield f"{key} asks for the reference but reference is null; describe one, or change {key}"
@@ -73,10 +78,99 @@ def problems(recipe: Recipe) -> Iterator[str]:
                 "give nats"
             )
     yield from _worker_problems(recipe)
-    policy, thresholds = recipe.evaluate.decode.policy, recipe.evaluate.thresholds
-    if policy != "low_confidence_dynamic" and len(thresholds) > 1:
-        yield f"evaluate.decode.policy is {policy!r}, which looks at no threshold; give evaluate.thresholds one value"
+    yield from _placement_problems(recipe)
+    yield from _calibrate_problems(recipe)
+    yield from _evaluate_problems(recipe)
+    yield from _arm_problems(recipe)
     yield from _deploy_problems(recipe)
+
+
+def _training_problems(recipe: Recipe) -> Iterator[str]:
+    """Models that are taken as they are, and what then has no sense."""
+    target = recipe.target
+    if target.train is None:
+        if not isinstance(target.start, str):
+            yield "target.train is null but target.start is no checkpoint; describe its training or name a checkpoint"
+        if recipe.baseline is True:
+            yield "target.train is null but baseline is true; it would be trained as the target is: name one, or false"
+        for name in recipe.baselines:
+            yield f"target.train is null but baselines.{name} is to be trained as the target is; drop it"
+        for name in recipe.variants:
+            yield f"target.train is null but variants.{name} is a target to train; drop it, or describe the training"
+    if recipe.data.train is None:
+        for key in trainings(recipe):
+            yield f"data.train is null but {key} is not; name the examples to train on"
+        if recipe.tokenizer.path is None:
+            yield "data.train is null and tokenizer.path, too; a tokenizer cannot be trained on nothing: name one"
+
+
+def _calibrate_problems(recipe: Recipe) -> Iterator[str]:
+    calibrate = recipe.calibrate
+    if calibrate is None:
+        return
+    if recipe.target.train is None:
+        yield "calibrate is given but target.train is null: give a checkpoint from outside to `rcd calibrate`"
+    elif SYNTHETIC not in each_source(recipe.data.train) and not recipe.data.num_validation:
+        yield "calibrate needs training examples that are held out, but data.num_validation is 0; raise it"
+    if calibrate.decode.residual_temperature is not None:
+        yield "calibrate.decode.residual_temperature is what calibrate chooses; leave it null"
+    if calibrate.decode.residual_source != "self":
+        yield "calibrate.decode.residual_source is 'reference', which has no self-loop; leave it 'self'"
+    for key, residual in recipe.residuals().items():
+        if calibrate.decode.start == "reference" and residual.source in ("self", "self_same"):
+            yield f"calibrate.decode.start is 'reference' but {key}.source is {residual.source!r}; use another start"
+
+
+def _evaluate_problems(recipe: Recipe) -> Iterator[str]:
+    evaluate = recipe.evaluate
+    decode, lengths = evaluate.decode, evaluate.block_lengths
+    if decode.policy != "low_confidence_dynamic" and len(evaluate.thresholds) > 1:
+        yield (
+            f"evaluate.decode.policy is {decode.policy!r}, which looks at no threshold; give evaluate.thresholds one "
+            "value"
+        )
+    if evaluate.samples > 1 and not decode.temperature:
+        yield (
+            f"evaluate.samples is {evaluate.samples} but evaluate.decode.temperature is 0: all samples of a problem "
+            "would be the same; set a temperature, or samples to 1"
+        )
+    for key, values in (("thresholds", evaluate.thresholds), ("block_lengths", lengths or ())):
+        if len(set(values)) < len(values):
+            yield f"evaluate.{key} is {list(values)}, which names a value twice; name each once"
+    if lengths and decode.block_length:
+        yield "evaluate.block_lengths and evaluate.decode.block_length are both given; leave out one of them"
+    if lengths and decode.denoising_steps and decode.denoising_steps > min(lengths):
+        yield (
+            f"evaluate.decode.denoising_steps is {decode.denoising_steps}, more than the smallest of "
+            f"evaluate.block_lengths {list(lengths)}; leave it null, for as many steps as a block is long"
+        )
+
+
+def _arm_problems(recipe: Recipe) -> Iterator[str]:
+    """Extra arms against the models there are and what those have learned."""
+    models = ["target", *(f"target-{name}" for name in recipe.variants)]
+    models += ["base"] if recipe.base else []
+    models += ["baseline"] if recipe.baseline else []
+    models += [f"baseline-{name}" for name in recipe.baselines]
+    for name, arm in recipe.evaluate.arms.items():
+        key, residual = f"evaluate.arms.{name}", recipe.residual(arm.model)
+        if arm.model not in models:
+            yield f"{key}.model is {arm.model!r}; the models of this recipe are {', '.join(models)}"
+            continue
+        if name == "seqd":
+            yield f"{key} has the name of the baseline's arm; choose another one"
+        if arm.decode.block_length != recipe.evaluate.decode.block_length:
+            yield (
+                f"{key}.decode.block_length is {arm.decode.block_length}, and it would be compared with another; use "
+                "evaluate.block_lengths, for all arms"
+            )
+        if not arm.decode.residual:
+            continue
+        fed = residual is not None and residual.feeds_back
+        if arm.decode.alpha == "calibrated_entropy" and arm.decode.alpha_scale is None and not fed:
+            yield f"{key}.decode.alpha_scale is null, and {arm.model} has none; give nats"
+        if arm.decode.alpha == "learned" and not (residual and residual.learns_alpha):
+            yield f"{key}.decode.alpha is 'learned', which {arm.model} has not; choose another rule"
 
 
 def _deploy_problems(recipe: Recipe) -> Iterator[str]:
@@ -100,7 +194,20 @@ def trainings(recipe: Recipe) -> dict[str, TrainSettings]:
         "reference.train": recipe.reference.train if recipe.reference else None,
         "target.train": recipe.target.train,
     }
+    found |= {f"baselines.{name}": train for name, train in recipe.baselines.items()}
     return {key: train for key, train in found.items() if train}
+
+
+def _placement_problems(recipe: Recipe) -> Iterator[str]:
+    """resources.custom: places for stages that there are, in resources that Ray takes for custom ones."""
+    stages = ["base", "reference", "signals", "target", *(f"target-{name}" for name in recipe.variants)]
+    stages += ["baseline", *(f"baseline-{name}" for name in recipe.baselines)]
+    stages += ["calibrate", "evaluate", "deploy", "deploy-reference"]
+    for pattern, asked in recipe.resources.custom.items():
+        if not any(fnmatch(stage, pattern) for stage in stages):
+            yield f"resources.custom.{pattern} fits no stage with workers to place; those are {', '.join(stages)}"
+        for name in {"CPU", "GPU", "memory", "object_store_memory"} & set(asked):
+            yield f"resources.custom.{pattern}.{name} is no custom resource; cpus_per_worker and its like say that"
 
 
 def _worker_problems(recipe: Recipe) -> Iterator[str]:
@@ -142,6 +249,9 @@ def reference_keys(recipe: Recipe) -> dict[str, str]:
         found["evaluate.starts"] = "evaluate"
     if recipe.evaluate.decode.residual_source == "reference":
         found["evaluate.decode.residual_source"] = "evaluate"
+    for name, arm in recipe.evaluate.arms.items():
+        if asks_reference(arm.decode):
+            found[f"evaluate.arms.{name}.decode"] = "evaluate"
     for model_id, model in recipe.deploy.models.items():
         if asks_reference(model.decode):
             found[f"deploy.models.{model_id}.decode"] = "deploy"
@@ -164,19 +274,25 @@ def checkpoints(recipe: Recipe) -> dict[str, str]:
         "base.start": recipe.base.start if recipe.base else None,
         "reference.start": recipe.reference.start if recipe.reference else None,
         "target.start": recipe.target.start,
+        "baseline": recipe.baseline,
         "tokenizer.path": recipe.tokenizer.path,
     }
     return {key: start for key, start in starts.items() if isinstance(start, str)}
 
 
-def data_files(source: str | tuple[str, ...]) -> list[str]:
+def each_source(source: str | tuple[str, ...] | None) -> list[str]:
+    """What a data key names, as a list."""
+    return [source] if isinstance(source, str) else list(source or ())
+
+
+def data_files(source: str | tuple[str, ...] | None) -> list[str]:
     """The files a data key names; none for synthetic and hub data."""
-    paths = [source] if isinstance(source, str) else list(source)
+    paths = each_source(source)
     return [path for path in paths if path != SYNTHETIC and not path.startswith("hf://")]
 
 
 def _source_problems(key: str, source: str | tuple[str, ...], count: int | None) -> Iterator[str]:
-    for path in (source,) if isinstance(source, str) else source:
+    for path in each_source(source):
         if path == SYNTHETIC:
             if count is None:
                 yield f"data.num_{key} is null but data.{key} is synthetic, which has no end; say how many examples"
@@ -210,7 +326,7 @@ def check_inputs(recipe: Recipe) -> None:
                 raise UserError(f"{key}: {path} does not exist; mend the path or copy the file there")
             if storage.is_directory(path) or storage.size(path) == 0:
                 raise UserError(f"{key}: {path} is no file with content; name a .jsonl or .parquet file")
-        if any(p.startswith("hf://") for p in ([source] if isinstance(source, str) else source)):
+        if any(path.startswith("hf://") for path in each_source(source)):
             _require_datasets(key)
     served = {f"deploy.models.{name}.checkpoint": model.checkpoint for name, model in recipe.deploy.models.items()}
     outside = {k: path for k, path in (checkpoints(recipe) | served).items() if storage.is_absolute(path)}
@@ -221,8 +337,9 @@ def check_inputs(recipe: Recipe) -> None:
             _require_file(key, path, "config.json", "it must hold a Hugging Face checkpoint")
             if not storage.list_files(path, ".safetensors"):
                 raise UserError(f"{key}: {path} has no *.safetensors; convert the weights, pickled ones are not read")
-    if "reference.start" in outside and "target.start" in outside:
-        _same_vocabulary(outside["reference.start"], outside["target.start"])
+    for key in ("reference.start", "baseline"):
+        if key in outside and "target.start" in outside:
+            _same_vocabulary(key, outside[key], outside["target.start"])
 
 
 def _reach(key: str, path: str) -> bool:
@@ -244,17 +361,17 @@ def _require_datasets(key: str) -> None:
         raise UserError(f"{key} is a hub data set, which needs the package `datasets`; pip install datasets")
 
 
-def _same_vocabulary(reference: str, target: str) -> None:
-    sizes = [storage.read_json(storage.join(path, "config.json")).get("vocab_size") for path in (reference, target)]
-    remedy = "reference.start must be a checkpoint with the target's tokenizer"
+def _same_vocabulary(key: str, other: str, target: str) -> None:
+    sizes = [storage.read_json(storage.join(path, "config.json")).get("vocab_size") for path in (other, target)]
+    remedy = f"{key} must be a checkpoint with the target's tokenizer"
     if sizes[0] != sizes[1]:
         raise UserError(
-            f"reference.start {reference} has a vocabulary of {sizes[0]} tokens, target.start {target} one of "
+            f"{key} {other} has a vocabulary of {sizes[0]} tokens, target.start {target} one of "
             f"{sizes[1]}; {remedy}"
         )
-    words = [_words(path) for path in (reference, target)]
+    words = [_words(path) for path in (other, target)]
     if None not in words and words[0] != words[1]:
-        raise UserError(f"reference.start {reference} and target.start {target} number their tokens apart; {remedy}")
+        raise UserError(f"{key} {other} and target.start {target} number their tokens apart; {remedy}")
 
 
 def _words(checkpoint: str) -> Any:

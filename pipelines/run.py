@@ -175,7 +175,7 @@ class StageContext:
 
 def use_checkpoint(context: StageContext) -> dict[str, Any]:
     """The stage function where a recipe names an existing checkpoint instead of training one."""
-    return {"checkpoint": getattr(context.recipe, context.stage).start}
+    return {"checkpoint": context.recipe.checkpoint(context.stage)}
 
 
 def resolve(function: str) -> Callable[[StageContext], Any]:

@@ -14,7 +14,6 @@ import socket
 import sys
 import time
 import urllib.request
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,9 @@ from ray.serve.schema import ApplicationStatus
 from pipelines.api_limits import ApiLimits, api_keys
 from pipelines.cluster import wait_for_resources
 from pipelines.config import Recipe
-from pipelines.description import DescribedModel, DescribedReference, Description, Replicas
+from pipelines.description import describe
 from pipelines.graph import application
 from pipelines.ingress import limits_id
-from pipelines.rules import asks_reference
 from pipelines.run import StageContext
 from rcd_core import storage
 from rcd_core.errors import UserError
@@ -49,7 +47,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     if _live(recipe.name) == (ctx.key, limits_id(limits)) and _reachable(recipe):
         ctx.console.print(f"deploy: {recipe.name} is live already")
     else:
-        description = describe(ctx)
+        description = describe(recipe, ctx.checkpoint)
         _start_http(recipe)
         # What a live application of ours holds comes free as its successor starts.
         wait_for_resources(
@@ -105,49 +103,13 @@ def endpoint(recipe: Recipe) -> str:
     return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{recipe.deploy.port}"
 
 
-def describe(ctx: StageContext) -> Description:
-    """The recipe's models as an application. The reference is part of it where default settings ask for it."""
-    recipe, deploy = ctx.recipe, ctx.recipe.deploy
-    start = replace(deploy.decode, residual=recipe.target.residual.feeds_back, start=deploy.start)
-    served = {deploy.model_id: ("Target", ctx.checkpoint("target"), start)}
-    if deploy.baseline:
-        plain = replace(deploy.decode, residual=False)
-        served[f"{deploy.model_id}-baseline"] = ("Baseline", ctx.checkpoint("baseline"), plain)
-    served |= {model_id: (model_id, model.checkpoint, model.decode) for model_id, model in deploy.models.items()}
-    behind = any(asks_reference(decode) for _, _, decode in served.values())
-    # All models together get the GPUs that one training worker had, which fitted at least one.
-    replicas = Replicas(
-        min_replicas=deploy.min_replicas,
-        max_replicas=deploy.max_replicas,
-        num_gpus=min(1.0, recipe.resources.gpus_per_worker / (len(served) + behind)),
-    )
-    models = {
-        model_id: DescribedModel(
-            checkpoint=checkpoint,
-            decode=decode,
-            deployment=name,
-            max_batch=deploy.max_batch,
-            max_queue=deploy.max_queue,
-            max_length=deploy.max_length,
-            replicas=replicas.model_copy(update={"target_ongoing_requests": deploy.target_ongoing_requests}),
-        )
-        for model_id, (name, checkpoint, decode) in served.items()
-    }
-    reference = None
-    if behind:
-        reference = DescribedReference(
-            checkpoint=ctx.checkpoint("reference"), top_k=recipe.signals.top_k, replicas=replicas
-        )
-    return Description(models=models, reference=reference)
-
-
 def _example(ctx: StageContext) -> dict[str, Any]:
     """A request that anybody can send: the first problem of the test set."""
     first = storage.join(ctx.input_dir("prepare"), "test", ctx.input("prepare")["summary"]["test"][0])
     with storage.open_input(first) as stream:
         prompt = next(pq.ParquetFile(stream).iter_batches(batch_size=1, columns=["prompt"]))["prompt"][0].as_py()
     model = ctx.recipe.deploy.model_id
-    if get_task(ctx.recipe.data.task).infill:
+    if get_task(ctx.recipe.data.task_of("test")).infill:
         return {"path": "/v1/completions", "body": {"model": model, "prompt": prompt, "infill": True}}
     messages = [{"role": "user", "content": prompt}]
     return {"path": "/v1/chat/completions", "body": {"model": model, "messages": messages}}

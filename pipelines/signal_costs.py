@@ -76,7 +76,8 @@ def volume(recipe: Recipe) -> Volume:
         examples, vocab_size = recipe.data.num_train, recipe.tokenizer.vocab_size
         tokens = labelled = examples * recipe.data.max_length
     rows = wanted_rows(recipe, examples)
-    trained = recipe.target.train.resolved(examples).steps * recipe.target.train.batch_size
+    train = recipe.training("target").train.resolved(examples)
+    trained = train.steps * train.batch_size
     return Volume(
         examples=examples,
         rows=rows,

@@ -104,6 +104,7 @@ def measure_fidelity(
     rule = Rule(
         alpha=stored.get("alpha", "normalized_entropy"),
         alpha_scale=stored.get("alpha_scale"),
+        learned=models[1].learned_alpha,
         alpha_temperature=float(manifest["alpha_temperature"]),
         delta_temperature=float(manifest["delta_temperature"]),
     )

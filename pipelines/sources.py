@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipelines.config import Recipe
-from pipelines.rules import SYNTHETIC
+from pipelines.rules import SYNTHETIC, each_source
 from pipelines.run import StageContext
 from rcd_core import storage
 from rcd_core.errors import UserError
@@ -33,12 +33,12 @@ class Source:
 
 def check_sources(recipe: Recipe) -> None:
     """UserError unless every source can be read and has the mapped columns. Cheap: looks at the first rows only."""
-    for split in SPLITS:
+    for split in splits_of(recipe):
         named, columns = _named(recipe, split), columns_of(recipe, split)
         if SYNTHETIC in named:
             if len(named) > 1:
                 raise UserError(f"data.{split} mixes 'synthetic' with files; give one or the other")
-            get_task(recipe.data.task).synthetic(0, split, recipe.seed)
+            get_task(recipe.data.task_of(split)).synthetic(0, split, recipe.seed)
             continue
         for name in named:
             if name.startswith("hf://"):
@@ -49,18 +49,23 @@ def check_sources(recipe: Recipe) -> None:
 
 def columns_of(recipe: Recipe, split: str) -> dict[str, str]:
     """Our field -> the data set's column, for every field the task needs."""
-    task, given, key = get_task(recipe.data.task), recipe.data.fields, "data.fields"
-    if split == "test" and recipe.data.test_fields is not None:
-        given, key = recipe.data.test_fields, "data.test_fields"
+    data = recipe.data
+    task, given, key = get_task(data.task_of(split)), data.fields, "data.fields"
+    if split == "test" and (data.test_fields is not None or data.test_task is not None):
+        given, key = data.test_fields or {}, "data.test_fields"  # another task has fields of its own
     for field in given:
         if field not in task.fields:
             raise UserError(f"{key}.{field}: task {task.name!r} has no such field; it has {', '.join(task.fields)}")
     return {field: given.get(field, field) for field in task.fields}
 
 
+def splits_of(recipe: Recipe) -> tuple[str, ...]:
+    """The splits that there are: a recipe that trains nothing may have test problems alone."""
+    return SPLITS if recipe.data.train is not None else ("test",)
+
+
 def _named(recipe: Recipe, split: str) -> list[str]:
-    named = recipe.data.train if split == "train" else recipe.data.test
-    return [named] if isinstance(named, str) else list(named)
+    return each_source(recipe.data.train if split == "train" else recipe.data.test)
 
 
 def row_limit(recipe: Recipe, split: str) -> int | None:

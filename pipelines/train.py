@@ -1,4 +1,4 @@
-"""base, reference, target, target-<variant>, baseline: one training job each, on Ray Train.
+"""base, reference, target, target-<variant>, baseline, baseline-<name>: one training job each, on Ray Train.
 
     python pipelines/train.py --recipe demo --stages base
 
@@ -25,6 +25,7 @@ from pipelines.run import StageContext
 from pipelines.train_metrics import Progress, read_metrics, write_events
 from pipelines.train_worker import SEED_BITS, TrainJob, train_worker
 from rcd_core import storage
+from rcd_core.alpha import SCALED
 from rcd_core.noise import hash_key
 from rcd_core.residual import ResidualSettings
 from rcd_core.training.examples import Chunks
@@ -94,8 +95,8 @@ def make_job(ctx: StageContext) -> TrainJob:
 
 
 def _with_alpha_scale(signals: dict[str, Any], residual: ResidualSettings) -> ResidualSettings:
-    """h of the calibrated rule from the reference signals of the training rows, unless the recipe gives it."""
-    if residual.alpha != "calibrated_entropy" or residual.alpha_scale is not None:
+    """h of the calibrated rules from the reference signals of the training rows, unless the recipe gives it."""
+    if residual.alpha not in SCALED or residual.alpha_scale is not None:
         return residual
     from rcd_core.calibrate import entropy_quantile
 
@@ -127,14 +128,13 @@ def _fit(ctx: StageContext, job: TrainJob) -> None:
     from pipelines.train_faults import Deadline, RetryLostWorkersOnly, attempt_s, explained
 
     resources = ctx.recipe.resources
-    per_worker = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
-    wanted = describe_all([{k: v for k, v in per_worker.items() if v}] * resources.worker_counts[0])
+    wanted = describe_all([resources.worker(ctx.stage)] * resources.worker_counts[0])
     # Read by Ray Train's controller, which gets the driver's values.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(attempt_s(resources.timeout_s))
     scaling: dict[str, Any] = {
         "num_workers": resources.num_workers,  # a pair makes it elastic
         "use_gpu": resources.gpus_per_worker > 0,
-        "resources_per_worker": per_worker,
+        "resources_per_worker": resources.worker(ctx.stage),
         "elastic_resize_monitor_interval_s": RESIZE_EVERY_S,
     }
     callbacks: list[Any] = [
@@ -165,4 +165,4 @@ def _fit(ctx: StageContext, job: TrainJob) -> None:
 if __name__ == "__main__":
     from pipelines.driver import stage_main
 
-    stage_main("base", "reference", "target", "target-*", "baseline")
+    stage_main("base", "reference", "target", "target-*", "baseline", "baseline-*")

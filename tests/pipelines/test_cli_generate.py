@@ -186,6 +186,7 @@ def test_piped_text_is_one_user_turn_and_stdout_holds_only_the_answer(checkpoint
     assert done.stdout.decode() == want + "\n"
     statistics, ray_imported = done.stderr.decode().splitlines()
     assert re.match(r"\d+ tokens in \d+ passes · \d\.\d\d tokens per forward · besides 1 prefill · ", statistics)
+    assert statistics.endswith(" · T_res was never calibrated: rcd calibrate")
     assert ray_imported == "False"
 
 

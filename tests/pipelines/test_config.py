@@ -10,6 +10,8 @@ import pytest
 from pipelines.config import Recipe, dump_recipe, load_recipe, parse_recipe
 from pipelines.recipe_file import parse_yaml, read_recipe, recipe_names
 from pipelines.rules import check_inputs, is_hub_id
+from pipelines.sources import columns_of
+from pipelines.stages import stages_of
 from rcd_core.errors import UserError
 
 
@@ -73,6 +75,12 @@ def test_variants_change_only_what_they_name() -> None:
         ("deploy.min_replicas=2", "deploy.max_replicas is 1 but deploy.min_replicas is 2; it must be at least"),
         ("data.task=soduko", "data.task is 'soduko'; known tasks: aime24, aime25, arithmetic, gsm1k, gsm8k"),
         ("data.task=humaneval", "data.task is 'humaneval', which runs code that a model wrote, but evaluate.run_code"),
+        ("data.test_task=soduko", "data.test_task is 'soduko'; known tasks: aime24"),
+        ("data.test_task=humaneval", "data.test_task is 'humaneval', which runs code that a model wrote"),
+        ("data.train=null", "data.train is null but base.train is not; name the examples to train on"),
+        ("target.train=null", "target.train is null but target.start is no checkpoint; describe its training"),
+        ("target.train=null", "variants.paper_alpha is a target to train; drop it"),
+        ("baseline=5", "baseline is 5; it should be a valid boolean"),
         ("data.train=rows.jsonl", "data.train is 'rows.jsonl', a relative path; a job's working directory"),
         ("data.train=/abs/rows.csv", "its name must end in .jsonl or .parquet"),
         ("data.test=hf://gsm8k", "data.test is 'hf://gsm8k'; a hub data set is written hf://owner/name"),
@@ -136,6 +144,37 @@ def test_recipes_are_found_by_name_or_path(tmp_path: Path) -> None:
     assert "must be a mapping" in complaint(recipe=str(path))
 
 
+# A run that trains nothing: checkpoints from outside, and problems to test them on.
+AS_THEY_ARE = ["target={start: /t, train: null}", "baseline=/b", "variants={}", "base=null", "reference={start: /r}"]
+AS_THEY_ARE += ["calibrate=null"]
+NO_TRAINING = [*AS_THEY_ARE, "data.train=null", "tokenizer.path=/t"]
+
+
+def test_checkpoints_are_taken_as_they_are() -> None:
+    recipe = load_recipe("demo", NO_TRAINING)
+    stages = stages_of(recipe)
+    assert list(stages) == ["prepare", "reference", "target", "baseline", "evaluate", "deploy"]
+    for name, path in (("reference", "/r"), ("target", "/t"), ("baseline", "/b")):
+        assert stages[name].function == "pipelines.run:use_checkpoint" and path in stages[name].outside.values()
+        assert recipe.checkpoint(name) == path and recipe.residual(name) is None
+        with pytest.raises(UserError, match="trains nothing"):
+            recipe.training(name)
+    assert stages["target"].inputs == () and stages["evaluate"].inputs == ("prepare", "target", "baseline", "reference")
+    demo = load_recipe("demo")
+    assert {demo.checkpoint(name) for name in ("reference", "target", "baseline")} == {None}
+    assert "baseline is true; it would be trained" in complaint(*NO_TRAINING, "baseline=true")
+    assert "data.train is null and tokenizer.path, too" in complaint(*AS_THEY_ARE, "data.train=null")
+
+
+def test_another_task_is_tested_than_trained() -> None:
+    recipe = load_recipe("sdar-8b-b64")
+    assert [recipe.data.task_of(split) for split in ("train", "test")] == ["math", "math500"]
+    assert columns_of(recipe, "train") == {"question": "problem", "solution": "solution", "answer": "answer"}
+    assert columns_of(recipe, "test") == {"question": "question", "answer": "answer"}  # a problem is a question, too
+    assert columns_of(load_recipe("llada-8b"), "test") == {"question": "question", "solution": "answer"}
+    assert columns_of(load_recipe("demo", ["data.test_task=sudoku"]), "test") == columns_of(load_recipe("demo"), "test")
+
+
 def test_hub_ids() -> None:
     assert is_hub_id("JetLM/SDAR-8B-Chat") and not is_hub_id("/abs/olute") and not is_hub_id("a/b/c")
 
@@ -151,7 +190,7 @@ def checkpoint(directory: Path, vocab_size: int, words: dict[str, int] | None = 
 
 def inputs_complaint(*overrides: str) -> str:
     with pytest.raises(UserError) as caught:
-        check_inputs(load_recipe("demo", overrides))
+        check_inputs(load_recipe("demo", ["calibrate=null", *overrides]))
     return str(caught.value)
 
 
@@ -180,4 +219,11 @@ def test_reference_and_target_must_share_a_vocabulary(tmp_path: Path) -> None:
     message = inputs_complaint(*sets, f"reference.start={other}")
     assert "a vocabulary of 90 tokens" in message and "one of 100" in message and "reference.start" in message
     assert "number their tokens apart" in inputs_complaint(*sets, f"reference.start={swapped}")
+    as_they_are = [
+        f"target={{start: {target}, train: null}}",
+        "calibrate=null",
+        "variants={}",
+        f"reference.start={target}",
+    ]
+    assert f"baseline {other} has a vocabulary of 90" in inputs_complaint(*sets, *as_they_are, f"baseline={other}")
     check_inputs(load_recipe("demo", [*sets, f"reference.start={target}"]))

@@ -18,6 +18,7 @@ from pipelines import ordering, prepare
 from pipelines.config import parse_recipe
 from pipelines.run import RunDirectory, StageContext
 from rcd_core.errors import UserError
+from rcd_core.tasks.boxed import INSTRUCTION
 from rcd_core.tasks.encoding import UNLABELLED
 from rcd_core.tokenizer import load_tokenizer, mask_token_id
 
@@ -69,6 +70,37 @@ def write_jsonl(path: Path, rows: list[dict[str, Any] | str]) -> str:
 
 def problem(i: int) -> dict[str, Any]:
     return {"question": f"What is {i}+1?", "answer": f"{i}+1=<<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}"}
+
+
+def test_other_problems_are_tested_than_trained_on(
+    ray_cluster: str, context: Callable[..., StageContext], tmp_path: Path
+) -> None:
+    """The test rows are another task's; and test problems alone are enough where nothing is trained."""
+    train = write_jsonl(tmp_path / "train.jsonl", [problem(i) for i in range(4)])
+    test = write_jsonl(tmp_path / "test.jsonl", [{"problem": "Which digit?", "answer": "$4$"}])
+    data = {"train": train, "fields": {"answer": "answer"}, "test": test, "test_task": "math500"}
+    ctx = context(data)
+    summary = prepare.run(ctx)
+    (row,) = rows_of(ctx, "test", summary)
+    assert row["prompt"] == "Which digit?" + INSTRUCTION and row["answer"] == "$4$"
+    assert "#### 1" in str(load_tokenizer(f"{ctx.directory}/tokenizer").decode(_labelled(ctx, summary)))
+    alone = context(
+        {"train": None, "test": test, "test_task": "math500"},
+        name="alone",
+        tokenizer={"path": f"{ctx.directory}/tokenizer"},
+        base=None,
+        reference=None,
+        target={"start": "/no/such/model", "train": None},
+        baseline=False,
+        evaluate={"starts": ["zero"]},
+        deploy={"start": "zero"},
+    )
+    found = prepare.run(alone)
+    assert rows_of(alone, "test", found) == [row] and found["train"] == [] and "train" not in found["counts"]
+
+
+def _labelled(ctx: StageContext, summary: dict[str, Any]) -> list[int]:
+    return [i for row in rows_of(ctx, "train", summary) for i in row["labels"] if i != UNLABELLED]
 
 
 def test_synthetic_canvas(ray_cluster: str, context: Callable[..., StageContext]) -> None:

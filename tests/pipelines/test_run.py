@@ -32,7 +32,8 @@ def keys(recipe: Recipe) -> dict[str, str]:
 
 
 DEMO = load_recipe("demo")
-TRAINED = {"base", "reference", "signals", "target", "target-paper_alpha", "baseline", "evaluate", "deploy"}
+USED = {"calibrate", "evaluate", "deploy"}  # what decodes the targets
+TRAINED = {"base", "reference", "signals", "target", "target-paper_alpha", "baseline", *USED}
 
 
 @pytest.mark.parametrize(
@@ -43,10 +44,11 @@ TRAINED = {"base", "reference", "signals", "target", "target-paper_alpha", "base
         ("target.train.log_every=1", set()),
         ("data.max_bad_rows=0.5", set()),
         ("evaluate.thresholds=[0.5]", {"evaluate"}),
-        ("variants.paper_alpha.dropout=0", {"target-paper_alpha", "evaluate"}),
-        ("target.residual.dropout=0", {"target", "target-paper_alpha", "evaluate", "deploy"}),
-        ("target.train.learning_rate=1", {"target", "target-paper_alpha", "baseline", "evaluate", "deploy"}),
-        ("signals.top_k=9", {"signals", "target", "target-paper_alpha", "evaluate", "deploy"}),
+        ("calibrate.num_examples=9", USED),
+        ("variants.paper_alpha.dropout=0", {"target-paper_alpha", *USED}),
+        ("target.residual.dropout=0", {"target", "target-paper_alpha", *USED}),
+        ("target.train.learning_rate=1", {"target", "target-paper_alpha", "baseline", *USED}),
+        ("signals.top_k=9", {"signals", "target", "target-paper_alpha", *USED}),
         ("target.train.steps=1", TRAINED - {"base", "reference"}),
         ("base.train.steps=1", TRAINED - {"reference", "signals"}),
         ("noise.draws=9", TRAINED),
@@ -60,12 +62,14 @@ def test_a_change_reaches_exactly_what_depends_on_it(override: str, changed: set
 
 def test_stage_order_and_inputs() -> None:
     stages = stages_of(DEMO)
-    order = "prepare base reference signals target target-paper_alpha baseline evaluate deploy"
+    order = "prepare base reference signals target target-paper_alpha baseline calibrate evaluate deploy"
     assert list(stages) == order.split()
     for name, stage in stages.items():
         assert all(list(stages).index(i) < list(stages).index(name) for i in stage.inputs)
     assert ancestors(stages, "signals") == ["prepare", "reference"]
-    assert with_dependents(stages, ["baseline"]) == ["baseline", "evaluate"]
+    assert with_dependents(stages, ["baseline"]) == ["baseline", "calibrate", "evaluate", "deploy"]
+    plain = stages_of(load_recipe("demo", ["calibrate=null"]))
+    assert with_dependents(plain, ["baseline"]) == ["baseline", "evaluate"]
     assert "baseline" in stages_of(load_recipe("demo", ["deploy.baseline=true"]))["deploy"].inputs
     online = load_recipe("demo", ["target.residual={source: online}", "variants={}"])
     assert "signals" not in stages_of(online) and "reference" in stages_of(online)["target"].inputs
@@ -75,7 +79,7 @@ def test_without_a_use_for_it_there_is_no_reference() -> None:
     alone = ["target.residual={source: self}", "variants={}", "evaluate.starts=[zero]", "deploy.start=zero"]
     for reference in ([], ["reference=null"]):
         stages = stages_of(load_recipe("demo", [*alone, *reference]))
-        assert list(stages) == ["prepare", "base", "target", "baseline", "evaluate", "deploy"]
+        assert list(stages) == ["prepare", "base", "target", "baseline", "calibrate", "evaluate", "deploy"]
         assert stages["target"].inputs == ("prepare", "base")
     asked = stages_of(load_recipe("demo", [*alone[:3], "deploy.start=reference"]))
     assert "reference" in asked["deploy"].inputs and "reference" not in asked["evaluate"].inputs

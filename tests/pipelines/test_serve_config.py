@@ -14,9 +14,9 @@ import httpx
 import pytest
 import yaml
 
-from pipelines import cli, serve
+from pipelines import cli
 from pipelines.config import load_recipe
-from pipelines.description import DescribedModel, DescribedReference, Description, Replicas, parse_description
+from pipelines.description import DescribedModel, DescribedReference, Description, Replicas, describe, parse_description
 from pipelines.graph import build
 from pipelines.local_head import Head, environment
 from pipelines.rules import check_inputs, reference_keys
@@ -161,7 +161,7 @@ def test_a_recipe_describes_further_models(tmp_path: Path) -> None:
     other = {"checkpoint": str(tmp_path / "other"), "decode": {"residual": True, "start": "self"}}
     scaled = {"min_replicas": 2, "max_replicas": 3, "target_ongoing_requests": 7.0}
     context = serve_context(tmp_path, models={"other": other}, **scaled)
-    described = serve.describe(context)
+    described = describe(context.recipe, context.checkpoint)
     assert described.deployments == ["Target", "Baseline", "other", "Reference", "Ingress"]
     assert list(described.models) == ["tiny-rcd", "tiny-rcd-baseline", "other"]
     assert [model.uses_reference for model in described.models.values()] == [True, False, False]
