@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 from rcd_core.errors import UserError
 
-_CHUNK = 1 << 20
+_CHUNK = 16 << 20  # each a request to an object store, one after another
 
 
 def is_uri(path: str) -> bool:
