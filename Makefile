@@ -28,7 +28,7 @@ drill: $(VENV)/.deepspeed
 	@$(BIN)/python -m pytest -m drill -s
 
 lint: $(VENV)/.dev
-	@$(BIN)/ruff check rcd_core pipelines tests
+	@$(BIN)/ruff check rcd_core pipelines tests cluster
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 

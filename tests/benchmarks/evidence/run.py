@@ -179,6 +179,7 @@ class Runner:
                 stop_token_ids=model.info.eos_token_ids,
                 residual=feeds,
                 start=start if feeds else None,
+                residual_temperature=1.0,
                 alpha=residual.alpha if feeds and residual else None,
                 alpha_scale=residual.alpha_scale if feeds and residual else None,
             )
@@ -194,6 +195,3 @@ class Runner:
                 found[kind].append([asdict(o.num_forwards)[kind] for o in outputs])
         kinds = {"correct": np.bool_}
         return {name: np.array(rows).astype(kinds.get(name, np.int16)) for name, rows in found.items()}
-
-
-

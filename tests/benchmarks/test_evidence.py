@@ -1,0 +1,119 @@
+"""The deciding experiment in small: its plan, its rows, that it goes on where it stopped, and what it reports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+from rcd_core.errors import UserError
+from rcd_core.training.rows import ExampleSource
+from tests.benchmarks.evidence.plan import Plan, load_plan
+from tests.benchmarks.evidence.report import report
+from tests.benchmarks.evidence.run import Runner, cells
+from tests.benchmarks.evidence.world import World
+
+PLAN = Path(__file__).parent / "evidence" / "plan.yaml"
+
+
+def small(tmp_path: Path) -> Plan:
+    """6x6 Sudoku with three arms, models that learn nothing in two steps."""
+    raw = yaml.safe_load(PLAN.read_text())
+    e = raw["experiments"]["sudoku6"]
+    e |= {"num_train": 64, "num_test": 24, "thresholds": [0.2, 0.9], "replicates": [[0, 0], [1, 0]]}
+    e["arms"] = ["seqd", "rcd_both", "self"]
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 32}
+    e["target"], e["references"] = sizes, {"weak": e["references"]["weak"] | {"model": sizes}}
+    for train in (e["base_train"], e["second_train"], e["references"]["weak"]["train"]):
+        train |= {"steps": 2, "batch_size": 8}
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump({"arms": raw["arms"], "experiments": {"sudoku6": e}}))
+    return load_plan(path)
+
+
+def test_the_plan_has_what_the_questions_ask_for(tmp_path: Path) -> None:
+    plan = load_plan(PLAN)
+    assert set(plan.experiments) == {"sudoku6", "sudoku6_deep", "sudoku9", "stories16", "stories32"}
+    assert all(e.num_test >= 4096 and len(e.replicates) == 9 for e in plan.experiments.values())
+    everything = list(cells(plan, list(plan.experiments), 9))
+    assert len({cell.name for cell in everything}) == len(everything)
+    for e in plan.experiments.values():
+        assert e.arms[0] == "seqd" and "seqd_matched" in e.arms
+    raw = yaml.safe_load(PLAN.read_text())
+    raw["arms"]["seqd"]["stepz"] = 3
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(UserError, match="stepz"):
+        load_plan(tmp_path / "bad.yaml")
+
+
+def test_rows_in_memory_are_those_of_the_files(tmp_path: Path) -> None:
+    world = World(small(tmp_path).experiments["sudoku6"])
+    e = world.examples
+    parts = [slice(a, b) for a, b in zip(e.offsets, e.offsets[1:], strict=False)]
+    table = pa.table(
+        {
+            "example_id": e.example_ids,
+            "input_ids": [e.input_ids[part].tolist() for part in parts],
+            "labels": [e.labels[part].tolist() for part in parts],
+        }
+    )
+    pq.write_table(table, tmp_path / "examples.parquet")
+    mine = world.rows(7)
+    files = ExampleSource([str(tmp_path / "examples.parquet")], mine.noise)
+    for g in range(3 * len(parts)):
+        a, b = mine.row(g), files.row(g)
+        assert (a.index, a.example_id, a.draw) == (b.index, b.example_id, b.draw)
+        for name in ("input_ids", "labels", "masked", "p"):
+            assert np.array_equal(getattr(a, name), getattr(b, name)), name
+
+
+def test_it_goes_on_where_it_stopped_and_reports_whole_replicates(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, said = small(tmp_path), []
+    for run in ("one", "two"):
+        runner = Runner(tmp_path / run, torch.device("cpu"), 1e18, said.append)
+        todo = list(cells(plan, ["sudoku6"], 2))
+        for cell in todo[: 4 if run == "one" else None]:  # one: the first replicate and one arm of the second
+            runner.run(cell)
+    found = [sorted(p.name for p in (tmp_path / run / "sudoku6").glob("*.npz")) for run in ("one", "two")]
+    assert len(found[0]) == 4 and len(found[1]) == 6
+    for name in found[0]:
+        with np.load(tmp_path / "one" / "sudoku6" / name) as a, np.load(tmp_path / "two" / "sudoku6" / name) as b:
+            names = [n for n in a.files if not n.startswith("fact.")]
+            assert names and all(np.array_equal(a[n], b[n]) for n in names)
+    before = len(said)
+    for cell in todo:
+        runner.run(cell)
+    assert len(said) == before  # nothing is done twice
+    late = Runner(tmp_path / "late", torch.device("cpu"), 0.0, said.append)
+    late.run(todo[0])
+    assert not (tmp_path / "late").exists()
+
+    report(plan, ["sudoku6"], tmp_path / "one", tmp_path / "written")
+    assert "1 replicates" in capsys.readouterr().out
+    result = json.loads((tmp_path / "written" / "results.json").read_text())["sudoku6"]
+    assert result["replicates"] == [[0, 0]] and (tmp_path / "written" / "sudoku6-dark.png").exists()
+    arms = {(arm["arm"], arm["start"]): arm for arm in result["arms"]}
+    assert set(arms) == {("seqd", "none"), ("rcd_both", "zero"), ("rcd_both", "reference"), ("self", "zero")}
+    with np.load(tmp_path / "one" / "sudoku6" / "base0.seed0.rcd_both.weak.npz") as data:
+        tokens, passes, asked = (data[f"reference.{n}"].sum(1) for n in ("tokens", "denoise", "reference"))
+        assert data["reference.reference"].all() and not data["zero.reference"].any()
+    paper = tokens / passes
+    counted = np.array(arms["rcd_both", "reference"]["tokens_per_pass"])
+    weights = (tokens / counted - passes) / asked  # of a model as large, which predicts a whole block at once
+    assert np.all(counted < paper) and np.all((1.0 < weights) & (weights < 2.0))
+    assert arms["seqd", "none"]["gains"][0]["mean"] in (None, 0.0)
+
+
+def test_it_needs_neither_ray_nor_pyarrow() -> None:
+    code = "import sys; sys.modules.update(ray=None, pyarrow=None); import tests.benchmarks.evidence.run"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PLAN.parents[3])
