@@ -29,7 +29,10 @@ def table() -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("device", PEAK)
-def test_hours_and_fewest_gpus(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hours_and_fewest_gpus(
+    device: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # tables are not wrapped
     column = list(PEAK).index(device)
     assert cli.main([*TRAIN, "--device", device]) == 0
     planned = capsys.readouterr().out

@@ -99,6 +99,7 @@ def ask(job: Job, path: str, body: dict[str, Any]) -> dict[str, Any]:
         return dict(json.loads(response.read()))
 
 
+@pytest.mark.drill  # minutes; test_full.py has the same for a job whose stages do little
 @pytest.mark.timeout(700)
 def test_killed_in_the_middle_it_ends_with_the_same_artefacts(ray_cluster: str, tmp_path: Path) -> None:
     """Undisturbed base training against one whose driver gets SIGKILL after a checkpoint; then the rest of the job."""
