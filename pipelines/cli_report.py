@@ -134,8 +134,18 @@ def _pareto(groups: Sequence[Group], arms: dict[str, str], dark: bool) -> bytes:
 
 
 def _print(console: Console, cells: Cells, title: str) -> None:
+    """On a narrow terminal few long rows become columns."""
+    made = _table(cells, title)
+    wanted = console.measure(made, options=console.options.update(width=1 << 16)).maximum
+    if len(cells[1]) < len(cells[0]) and wanted > console.width:
+        head, *rows = (list(column) for column in zip(cells[0], *cells[1], strict=True))
+        made = _table((head, rows), title)
+    console.print(made)
+
+
+def _table(cells: Cells, title: str) -> Table:
     head, rows = cells
     made = Table(*head, title=title)
     for row in rows:
         made.add_row(*row)
-    console.print(made)
+    return made
