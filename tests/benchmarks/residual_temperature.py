@@ -57,7 +57,9 @@ def main() -> None:
         found = compare(drawn[1.0], drawn[t], accuracy_levels=options.levels, measure="tokens_per_forward")
         for level in found.levels:
             ratio = level.ratio
-            shown = "not crossed" if ratio.value is None else f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
+            shown = "not crossed" if ratio.value is None else f"{ratio.value:.3f}"
+            if ratio.low is not None:
+                shown += f" ({ratio.low:.3f} to {ratio.high:.3f})"
             print(f"tokens per forward at {level.accuracy:.0%}, T_res {t:g} over T_res 1: {shown}")
 
 
