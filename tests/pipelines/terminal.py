@@ -72,6 +72,7 @@ def in_terminal(
     """Run `rcd command` under a pseudo terminal until it ends; keys: (type this once that was seen since, ...)."""
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell ignores it for what it runs in the background
         os.chdir(ROOT)
         os.environ.update({"TERM": "xterm-256color", "COLORTERM": "truecolor", "INPUTRC": "/dev/null", **environment})
         os.execv(sys.executable, [sys.executable, "-m", "pipelines.cli", command, *map(str, arguments)])
