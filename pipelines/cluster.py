@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
+from pipelines.holders import holders
 from rcd_core.errors import UserError
 
 Bundle = Mapping[str, float]
@@ -57,7 +58,8 @@ def wait_for_resources(
 
     Nodes that a launcher has made (ray up, KubeRay) may become more when more is asked for: there only what is to be
     free is waited for, and asked for meanwhile by a placement group, which is what an autoscaler looks at. Other nodes
-    may be added by hand. Raises UserError at the deadline, with what is wanted, what there is, and the remedy.
+    may be added by hand. Raises UserError at the deadline, with what is wanted, what there is, who holds it, and the
+    remedy.
     """
     import ray
     from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -76,15 +78,12 @@ def wait_for_resources(
             if asked.wait(timeout_seconds=1) if asked is not None else enough or may_come:
                 return
             now = time.monotonic()
-            present = f"present {_describe(_total(nodes), bundles)} on {len(nodes)} node(s)"
-            state = f"wanted {describe_all(bundles)}; {present}"
-            if fits:
-                state += f", of which idle {_describe(idle, bundles)}"
-            if now - start >= timeout_s:
-                raise UserError(f"no resources for {what} after {timeout_s:g} s: {state}; {_remedy(fits)}")
-            if now - said >= _SAY_EVERY_S:
+            late = now - start >= timeout_s
+            if late or now - said >= _SAY_EVERY_S:
+                said, state = now, _state(bundles, nodes, idle if fits else None)
+                if late:
+                    raise UserError(f"no resources for {what} after {timeout_s:g} s: {state}; {_remedy(fits)}")
                 say(f"waiting for resources for {what}: {state}; {timeout_s - (now - start):.0f} s left")
-                said = now
             if free and asked is None:
                 asked = placement_group([dict(bundle) for bundle in bundles if bundle], strategy="PACK")
             time.sleep(min(1.0, max(0.05, timeout_s - (now - start))))
@@ -93,11 +92,21 @@ def wait_for_resources(
             remove_placement_group(asked)
 
 
+def _state(bundles: Sequence[Bundle], nodes: Sequence[Bundle], idle: Bundle | None) -> str:
+    """idle: where the nodes would do, what of them is not in use."""
+    said = f"wanted {describe_all(bundles)}; present {_describe(_total(nodes), bundles)} on {len(nodes)} node(s)"
+    if idle is not None:
+        said += f", of which idle {_describe(idle, bundles)}"
+        if held := holders(_total(bundles)):
+            said += f"; held by {', '.join(held)}"
+    return said
+
+
 def _remedy(would_fit: bool) -> str:
     if would_fit:
         return (
-            "other jobs or a served model hold them (`ray status`): stop those, for the model of this recipe with "
-            "full.py --teardown, or raise resources.timeout_s"
+            "stop what holds them: a job with `ray job stop`, the model that a recipe serves with full.py --teardown; "
+            "or raise resources.timeout_s"
         )
     return "add nodes, lower resources.num_workers and its like in the recipe, or raise resources.timeout_s"
 

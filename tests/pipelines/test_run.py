@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -233,16 +234,34 @@ def test_resources_are_waited_for_with_a_deadline(ray_cluster: str) -> None:
     assert len(said) == 1 and "waiting for resources for stage base" in said[0]
     with pytest.raises(UserError, match=r"wanted 1 x \(CPU 5\); present CPU 4 on 1 node"):
         cluster.wait_for_resources([{"CPU": 5}], 0, "stage base")
+
+
+def test_who_holds_what_is_waited_for_is_said(ray_cluster: str) -> None:
+    """A job's actor and placement group, and a replica by the name that Serve gives it."""
+    cluster.connect()
     import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
 
-    @ray.remote(num_cpus=4)
-    def hold(seconds: float) -> None:
-        time.sleep(seconds)
+    @ray.remote(num_cpus=1)
+    class Holder:
+        def here(self) -> None:
+            pass
 
-    held = hold.remote(120)
-    with pytest.raises(UserError, match=r"of which idle CPU 0; other jobs or a served model hold them"):
-        _wait_until_held(60)
-    ray.cancel(held, force=True)
+    held = [Holder.remote(), Holder.options(name="SERVE_REPLICA::tiny#Target#abc").remote()]
+    ray.get([one.here.remote() for one in held])
+    group = placement_group([{"CPU": 1}] * 2)
+    ray.get(group.ready())
+    here = f"process {os.getpid()} on {ray.util.get_node_ip_address()}"
+    try:
+        with pytest.raises(UserError) as caught:
+            _wait_until_held(60)
+    finally:
+        remove_placement_group(group)
+        for one in held:
+            ray.kill(one)
+    message = str(caught.value)
+    assert "present CPU 4 on 1 node(s), of which idle CPU 0; " in message
+    assert f"; held by {here} (3 x CPU 1), the served application tiny (1 x CPU 1); stop what holds them" in message
 
 
 def _wait_until_held(seconds: float) -> None:
