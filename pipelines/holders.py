@@ -31,14 +31,15 @@ def _held(names: set[str]) -> Iterator[Held]:
     from ray._private.state import state
     from ray.core.generated import gcs_pb2
 
+    schema: Any = gcs_pb2  # its classes are made when it is imported
     tables = state._connect_and_get_accessor()
     listed = tables.get_job_table(skip_submission_job_info_field=True, skip_is_running_tasks_field=True)
-    jobs = {job.job_id: _job(job) for job in map(gcs_pb2.JobTableData.FromString, listed)}
-    for group in map(gcs_pb2.PlacementGroupTableData.FromString, tables.get_placement_group_table()):
-        if group.state == gcs_pb2.PlacementGroupTableData.CREATED:
+    jobs = {job.job_id: _job(job) for job in map(schema.JobTableData.FromString, listed)}
+    for group in map(schema.PlacementGroupTableData.FromString, tables.get_placement_group_table()):
+        if group.state == schema.PlacementGroupTableData.CREATED:
             for bundle in group.bundles:
                 yield from _of(jobs.get(group.creator_job_id, "a job that has ended"), bundle.unit_resources, names)
-    for actor in map(gcs_pb2.ActorTableData.FromString, tables.get_actor_table(None, "ALIVE")):
+    for actor in map(schema.ActorTableData.FromString, tables.get_actor_table(None, "ALIVE")):
         if not actor.placement_group_id:  # the others are in their group's bundles
             served = actor.name.removeprefix(_REPLICA).partition("#")[0] if actor.name.startswith(_REPLICA) else ""
             who = f"the served application {served}" if served else jobs.get(actor.job_id, "a job that has ended")
