@@ -12,7 +12,6 @@ from pipelines.description import bundle, describe
 from pipelines.stages import stages_of
 
 Bundle = Mapping[str, float]
-_TASK: Bundle = {"CPU": 1.0}  # of Ray Data: makes examples in prepare, hands out the work in evaluate
 
 
 def demands(recipe: Recipe) -> dict[str, list[Bundle]]:
@@ -21,13 +20,11 @@ def demands(recipe: Recipe) -> dict[str, list[Bundle]]:
     The workers of a training come together (PACK: on few nodes, if these have room), all others one by one; a bundle is
     never split. The driver, Ray's controllers and the HTTP ingress ask for nothing: they run on a head without CPUs.
     """
-    resources, found = recipe.resources, {}
+    resources = recipe.resources
+    found: dict[str, list[Bundle]] = {}
     for name, stage in stages_of(recipe).items():
         most = {"pipelines.train:run": resources.worker_counts[-1], "pipelines.precompute:run": resources.signal_actors}
-        bundles: list[Bundle] = [*stage.bundles[:1]] * most.get(stage.function, len(stage.bundles))
-        if name == "evaluate":
-            bundles.append(_TASK)
-        found[name] = bundles
+        found[name] = [*stage.bundles[:1]] * most.get(stage.function, len(stage.bundles))
     served = describe(recipe, lambda stage: recipe.checkpoint(stage) or f"/{stage}")
     found["deploy"] = [bundle(replicas) for replicas in served.replicas for _ in range(replicas.max_replicas)]
     return {name: bundles for name, bundles in found.items() if bundles}

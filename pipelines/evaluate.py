@@ -201,8 +201,10 @@ def _decode(ctx: StageContext, plan: Plan) -> None:
     import ray.data
 
     resources = ctx.recipe.resources
+    numbers = [{"id": number} for number in range(len(plan.work))]
     pieces: Any = (
-        ray.data.range(len(plan.work), override_num_blocks=len(plan.work))
+        # From here, not from a task of Ray Data: where the actors have taken all CPUs it would wait for ever.
+        ray.data.from_items(numbers, override_num_blocks=len(numbers))
         .map_batches(
             DecodeActor,
             fn_constructor_args=(plan,),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["tests.fault_table"]
 ROOT = Path(__file__).resolve().parents[1]
 # Before Ray is imported, which reads them then: no token in the user's home, no telemetry, no warning per worker.
 os.environ |= {

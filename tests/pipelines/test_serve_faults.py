@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
@@ -72,7 +72,7 @@ def ask(context: StageContext, seed: int, stream: bool, seen: threading.Semaphor
     return {"text": text, "usage": chunk.usage, **chunk.model_extra["rcd"]}
 
 
-def undisturbed(context: StageContext, seeds: range) -> list[str]:
+def undisturbed(context: StageContext, seeds: range, start: Literal["zero", "reference"] = "reference") -> list[str]:
     model, reference = (load_model(context.checkpoint(name)) for name in ("target", "reference"))
     settings = [
         DecodeSettings(
@@ -81,7 +81,7 @@ def undisturbed(context: StageContext, seeds: range) -> list[str]:
             seed=seed,
             stop_token_ids=(),
             residual=True,
-            start="reference",
+            start=start,
             residual_top_k=16,
         )
         for seed in seeds

@@ -1,0 +1,55 @@
+"""Several nodes on this machine, in a process of their own: each test of them starts with an empty Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ray.cluster_utils import Cluster
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@contextmanager
+def local_nodes(*nodes: dict[str, Any], **head: Any) -> Iterator[tuple[Cluster, list[Any]]]:
+    """A cluster that this process has joined: a head without CPUs, unless `head` says otherwise, and its nodes, each
+    by the arguments of Cluster.add_node."""
+    import ray
+
+    with tempfile.TemporaryDirectory(prefix="rcd-test-", dir="/tmp", ignore_cleanup_errors=True) as temp_dir:
+        head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": temp_dir, **head}
+        # Exit hooks need the main thread, and a node that is added in another one would set them: it ends below.
+        cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
+        try:
+            added = [cluster.add_node(**node) for node in nodes]
+            ray.init(address=cluster.address, log_to_driver=False)
+            yield cluster, added
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+
+
+def elsewhere(function: Callable[..., Any], *arguments: str, timeout: float = 400) -> Any:
+    """What a function of a module, called in a fresh process outside the session's cluster, returns (as JSON)."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as result:
+        call = f"import sys, json; from {function.__module__} import {function.__name__} as function\n"
+        call += f"json.dump(function(*sys.argv[1:]), open({result.name!r}, 'w'))"
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+        process = subprocess.run(
+            [sys.executable, "-c", call, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=environment,
+            cwd=ROOT,
+        )
+        assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-5000:]
+        return json.loads(Path(result.name).read_text())

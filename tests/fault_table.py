@@ -1,0 +1,108 @@
+"""The tests of faults end with a table of what they saw: `pytest -m faults -s`.
+
+    @pytest.mark.faults("a worker node removed", "signals")
+    def test_...(fault_table: FaultTable) -> None:
+        ...
+        fault_table.add("its shards were computed again on the other node", "the same bytes", recovery_s=...)
+
+Each test has a row at least, also one that fails. The table is Markdown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import pytest
+
+from pipelines.hardware import processor
+
+_HEADER = ("fault", "stage", "what happened", "recovery (s)", "result")
+_FAULT, _ROW = "fault", "fault_row"  # in the user_properties of a test's reports, which also reach xdist's controller
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultTable:
+    """The rows of one test, whose marker names fault and stage."""
+
+    item: pytest.Item
+
+    def add(self, happened: str, result: str, recovery_s: float | None = None, stage: str | None = None) -> None:
+        """recovery_s: seconds from the fault, or from the start of the same command after it, to the first piece of
+        work that was done again; None where a message is all there is to come. stage: where not the marker's."""
+        fault, marked = _marked(self.item)
+        row = Row(fault=fault, stage=stage or marked, happened=happened, recovery_s=recovery_s, result=result)
+        self.item.user_properties.append((_ROW, asdict(row)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    fault: str
+    stage: str
+    happened: str
+    recovery_s: float | None
+    result: str
+
+    def cells(self) -> tuple[str, ...]:
+        recovery = "" if self.recovery_s is None else f"{self.recovery_s:.1f}"
+        return (self.fault, self.stage, self.happened, recovery, self.result)
+
+
+@pytest.fixture
+def fault_table(request: pytest.FixtureRequest) -> FaultTable:
+    return FaultTable(item=request.node)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "faults(fault, stage): a fault in a stage; run by `make test-faults`")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("faults"):
+        item.user_properties.append((_FAULT, _marked(item)))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if "faults" in config.option.markexpr and (rows := list(_rows(terminalreporter.stats))):
+        terminalreporter.section("faults")
+        terminalreporter.write_line("\n".join(markdown(rows)))
+
+
+def markdown(rows: list[Row]) -> Iterator[str]:
+    for cells in (_HEADER, ("---",) * len(_HEADER), *(row.cells() for row in rows)):
+        yield f"| {' | '.join(cells)} |"
+    yield f"\n{hardware()}"
+
+
+def hardware() -> str:
+    import os
+
+    import psutil
+    import ray
+
+    memory = psutil.virtual_memory().total / 1024**3
+    return f"{processor()}, {os.cpu_count()} cores, {memory:.0f} GiB; Ray {ray.__version__}, all nodes on this machine."
+
+
+def _rows(stats: dict[str, list[pytest.TestReport]]) -> Iterator[Row]:
+    failed = {report.nodeid for kind in ("failed", "error") for report in stats.get(kind, [])}
+    for report in [one for kind in ("passed", "failed", "error") for one in stats.get(kind, [])]:
+        marked = [value for name, value in report.user_properties if name == _FAULT]
+        rows = [Row(**value) for name, value in report.user_properties if name == _ROW]
+        if report.nodeid in failed:
+            if report.outcome == "failed" and marked:
+                fault, stage = marked[0]
+                yield Row(fault=fault, stage=stage, happened=report.nodeid, recovery_s=None, result="FAILED")
+        elif marked and not rows:
+            yield Row(fault=marked[0][0], stage=marked[0][1], happened="", recovery_s=None, result="passed")
+        else:
+            yield from rows
+
+
+def _marked(item: pytest.Item) -> tuple[str, str]:
+    marker = item.get_closest_marker("faults")
+    if marker is None or len(marker.args) != 2:
+        raise pytest.UsageError(f"{item.nodeid}: fault_table needs @pytest.mark.faults(fault, stage)")
+    fault, stage = marker.args
+    return str(fault), str(stage)
