@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from pipelines.messages import user_message
 from rcd_core.errors import UserError
 
 # Each module has add_arguments(parser) and run(options) -> exit code.
@@ -43,11 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _message(error: UserError) -> str | None:
-    if type(error) is UserError:
-        return str(error)
-    from pipelines.driver import user_message  # with it comes torch, which `rcd chat` does without
-
-    return user_message(error)
+    return str(error) if type(error) is UserError else user_message(error)
 
 
 if __name__ == "__main__":

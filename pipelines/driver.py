@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any, NoReturn
@@ -19,6 +19,7 @@ from pipelines import cluster
 from pipelines.config import Recipe, dump_recipe, load_recipe
 from pipelines.keys import key_of
 from pipelines.lease import Lease
+from pipelines.messages import user_message
 from pipelines.plan import Decision, choose, decide, make_plan, require_runnable, with_dependents
 from pipelines.rules import check_inputs
 from pipelines.run import RunDirectory, Stage, StageContext, resolve, run_stage
@@ -60,24 +61,6 @@ def run_recipe(
 def stage_main(*only: str) -> NoReturn:
     """Run as a program the stages that match the patterns: `if __name__ == "__main__": stage_main("prepare")`."""
     sys.exit(main(only=only))
-
-
-def user_message(error: BaseException) -> str | None:
-    """The message of the UserError behind an exception, also where Ray has wrapped it on its way from a worker."""
-    for inner in _causes(error, set()):
-        if isinstance(inner, UserError) and type(inner) is UserError:
-            return str(inner)
-    return None
-
-
-def _causes(error: Any, seen: set[int]) -> Iterator[BaseException]:
-    if not isinstance(error, BaseException) or id(error) in seen:
-        return
-    seen.add(id(error))
-    yield error
-    failures = getattr(error, "worker_failures", None)  # Ray Train: rank -> exception
-    for inner in (error.__cause__, getattr(error, "cause", None), *(failures or {}).values()):
-        yield from _causes(inner, seen)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,7 +7,6 @@ are written to <stage>/restarts.jsonl, where the driver finds them.
 
 from __future__ import annotations
 
-import errno
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -28,6 +27,7 @@ from ray.train.v2._internal.execution.controller.state import (
     SchedulingState,
 )
 
+from pipelines.messages import is_full_disk
 from rcd_core import storage
 from rcd_core.errors import UserError
 
@@ -35,8 +35,6 @@ LOST = (RayActorError, WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutErr
 WAITING = (InitializingState, RestartingState, ReschedulingState, SchedulingState)
 # What torch says on the surviving workers when the other end of a collective is gone; there is no class for it.
 _PEER_GONE = ("by peer", "Broken pipe", "gloo/transport", "Socket", "NCCL error", "TCPStore", "Connection refused")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_FULL_TEXTS = ("No space left on device", "Disk quota exceeded")
 
 
 class RetryLostWorkersOnly(UserCallback):
@@ -98,10 +96,7 @@ def is_loss(error: BaseException) -> bool:
 
 def disk_full(error: BaseException) -> bool:
     """Whether no space was left, on whatever file system, behind the wrappers of torch and pyarrow."""
-    causes = list(_causes(error))
-    if any(isinstance(cause, OSError) and cause.errno in _FULL for cause in causes):
-        return True
-    return any(text in str(cause) for cause in causes for text in _FULL_TEXTS)
+    return any(is_full_disk(cause) for cause in _causes(error))
 
 
 def no_space(stage: str, error: BaseException) -> UserError:

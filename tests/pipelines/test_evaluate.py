@@ -28,6 +28,7 @@ from rcd_core.families.base import CheckpointInfo
 from rcd_core.families.config import ModelConfig
 from rcd_core.tasks import get_task
 from rcd_core.tokenizer import load_tokenizer, mask_token_id, stop_token_ids
+from tests.fault_table import FaultTable
 
 SIZES = {
     "family": "sdar",
@@ -297,8 +298,9 @@ def test_an_interrupted_evaluation_decodes_only_what_is_missing(
 
 
 @pytest.mark.drill
+@pytest.mark.faults("the driver killed among its answers", "evaluate")
 def test_a_killed_evaluation_goes_on_and_ends_with_the_same_results(
-    sudoku: StageContext, monkeypatch: pytest.MonkeyPatch
+    sudoku: StageContext, monkeypatch: pytest.MonkeyPatch, fault_table: FaultTable
 ) -> None:
     """SIGKILL to a driver in a process of its own, once some answers are on disk."""
     ctx = stage_context(sudoku.recipe, "killed", sudoku.inputs)
@@ -325,6 +327,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_results(
     left = sum(len(piece.items) for piece in again[0].work)
     assert 0 < left <= 5 * 2 * 12 - 20, "what was on disk was not decoded again"
     assert timeless(ctx) == timeless(sudoku)
+    fault_table.add("the next job decoded only what was missing", "the same answers")
 
 
 def test_a_model_without_residuals_in_training_is_decoded_without(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from tests.pipelines.serve_run import metrics, serve_context, until
 from tests.pipelines.test_evaluate import STAGES, make_recipe, stage_context, timeless
 from tests.pipelines.test_evaluate import make_run as make_run  # fixtures
 from tests.pipelines.test_evaluate import sudoku as sudoku
+from tests.pipelines.test_precompute_kills import begun_again
 
 pytestmark = [pytest.mark.drill, pytest.mark.timeout(600)]
 LOST = "a worker node removed"
@@ -53,7 +53,7 @@ def lose_a_node_of_an_evaluation(storage: str) -> float:
     with local_nodes({"num_cpus": 1}, {"num_cpus": 1}) as (cluster, nodes):
 
         def lose_one() -> None:
-            until(lambda: len(begun(ctx)) >= 4)
+            until(lambda: len(list(Path(ctx.directory).glob("begun-*"))) >= 4)
             lost.append(time.time())
             cluster.remove_node(nodes[0], allow_graceful=False)
 
@@ -62,20 +62,7 @@ def lose_a_node_of_an_evaluation(storage: str) -> float:
         evaluate.DecodeActor = SlowActor  # type: ignore[misc]
         evaluate.run(ctx)
         thread.join()
-    return min(again(begun(ctx))) - lost[0]
-
-
-def begun(ctx: StageContext) -> list[Path]:
-    return list(Path(ctx.directory).glob("begun-*"))
-
-
-def again(marks: list[Path]) -> Iterator[float]:
-    """When pieces were begun for the second time."""
-    first: dict[str, float] = {}
-    for mark in sorted(marks, key=lambda one: one.stat().st_mtime):
-        piece, when = mark.name.split("-")[1], mark.stat().st_mtime
-        if first.setdefault(piece, when) != when:
-            yield when
+    return min(begun_again(Path(ctx.directory))) - lost[0]
 
 
 @pytest.mark.faults(LOST, "evaluate")

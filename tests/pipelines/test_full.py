@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from pipelines.config import load_recipe
-from pipelines.driver import main, user_message
+from pipelines.driver import main
 from pipelines.lease import read_lease
+from pipelines.messages import user_message
 from pipelines.stages import stages_of
 from rcd_core.errors import UserError
 from tests.pipelines import fake_job
@@ -151,6 +152,10 @@ def test_user_errors_are_found_below_other_exceptions() -> None:
     except RuntimeError as error:
         assert user_message(error) == "data.train: row 3 is broken; mend it"
     assert user_message(ValueError("a bug")) is None
+    text = "Traceback:\n  ...\nrcd_core.errors.UserError: row 3 is broken\nThe above exception was the cause of another"
+    assert user_message(RuntimeError(text)) == "row 3 is broken"
+    full = RuntimeError("Traceback:\nOSError: [Errno 28] No space left on device\nThe above ...")
+    assert str(user_message(full)).startswith("no space left for what the run writes (OSError: [Errno 28] No space")
 
 
 def test_the_whole_recipe_dry_runs_without_ray(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.run import RunDirectory
+from tests.fault_table import FaultTable
 
 ROOT = Path(__file__).resolve().parents[2]
 GSM8K = ROOT.parent / "shared" / "data"
@@ -135,14 +136,18 @@ def test_killed_in_the_middle_it_ends_with_the_same_artefacts(ray_cluster: str, 
 
 
 @pytest.mark.drill
+@pytest.mark.faults("the driver killed", "each")
 @pytest.mark.timeout(2400)
-def test_killed_in_every_stage_it_ends_with_the_same_artefacts(ray_cluster: str, tmp_path: Path) -> None:
+def test_killed_in_every_stage_it_ends_with_the_same_artefacts(
+    ray_cluster: str, tmp_path: Path, fault_table: FaultTable
+) -> None:
     """SIGKILL to the driver a moment after each stage has begun; minutes long, so `make drill` runs it."""
     small = [*FEW, "data.num_train=256", "data.num_test=6", "evaluate.thresholds=[0.9]", "evaluate.starts=[zero]"]
     quiet, job = (Job("arithmetic", name, tmp_path, small) for name in ("quiet", "killed"))
     quiet.finish()
     quiet.finish("--teardown")
     stages = ("prepare", "base", "reference", "signals", "target", "baseline", "evaluate", "deploy")
+    undone: dict[str, float] = {}  # stages in which a kill struck -> when the command was started again
     for stage in stages:
         process = job.start()
         begun = Path(job.run.stage_directory(stage)) / "key.json"
@@ -154,11 +159,19 @@ def test_killed_in_every_stage_it_ends_with_the_same_artefacts(ray_cluster: str,
         process.send_signal(signal.SIGKILL)
         process.wait()
         print(f"killed in {stage}, which was {'done' if job.run.manifest(stage) else 'not done'}")
+        if job.run.manifest(stage) is None:
+            undone[stage] = time.time()
     job.finish()
     with torn_down(job):
         for stage in stages[:-1]:
             found, wanted = ({**run.summary(stage), "reference_checkpoint": ""} for run in (job, quiet))
             assert found == wanted, stage  # but for the place where the run lies
+    for stage in stages:
+        if stage in undone:  # key.json is written when a stage begins, also when it goes on
+            seconds = (Path(job.run.stage_directory(stage)) / "key.json").stat().st_mtime - undone[stage]
+            fault_table.add("the same command went on with what was there", "the same artefacts", seconds, stage)
+        else:
+            fault_table.add("after the stage was done: it was skipped", "the same artefacts", stage=stage)
 
 
 def check_signals(job: Job) -> None:

@@ -29,6 +29,7 @@ from rcd_core.training.row_order import RowOrder
 from rcd_core.training.rows import ExampleSource, Row
 from rcd_core.training.settings import TrainSettings
 from rcd_core.training.signal_rows import SignalSource
+from tests.fault_table import FaultTable
 from tests.pipelines.signal_run import BLOCK, GOLDEN, Result, check_rows, context, prepared, recipe, said, shards_of
 
 # -- the plan
@@ -230,8 +231,13 @@ def test_repair_computes_only_damaged_shards(made: Recipe, in_process: list[int]
     assert "shard-00003.parquet is damaged: it is not there" in said(ctx)
 
 
+@pytest.mark.faults("a corrupted shard", "signals")
 def test_repair_from_the_command_line_keeps_the_key(
-    ray_cluster: str, made: Recipe, in_process: list[int], capsys: pytest.CaptureFixture[str]
+    ray_cluster: str,
+    made: Recipe,
+    in_process: list[int],
+    capsys: pytest.CaptureFixture[str],
+    fault_table: FaultTable,
 ) -> None:
     path = Path(made.storage, "recipe.yaml")
     path.write_text(dump_recipe(made))
@@ -250,6 +256,7 @@ def test_repair_from_the_command_line_keeps_the_key(
     assert main([*command, "--repair"]) == 0 and in_process == [2]
     assert run.manifest("signals") == before
     assert "1 to compute again" in capsys.readouterr().out
+    fault_table.add("--repair computed that shard again; a training before it is told which", "the same manifest")
 
 
 # -- the trainer

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from pipelines.config import Recipe
 from pipelines.signal_actor import SignalActor
 from rcd_core import storage
 from rcd_core.errors import UserError
+from tests.fault_table import FaultTable
 from tests.pipelines.signal_run import Result, check_rows, context, prepared, recipe, said, shards_of
 
 # -- what stops it
@@ -157,12 +158,14 @@ def test_the_driver_killed_before_a_sidecar(undisturbed: Result, made: Recipe) -
 
 
 @pytest.mark.drill
+@pytest.mark.faults("the driver killed between any two writes", "signals")
 @pytest.mark.timeout(600)
-def test_the_driver_killed_between_any_two_writes(undisturbed: Result, made: Recipe) -> None:
+def test_the_driver_killed_between_any_two_writes(undisturbed: Result, made: Recipe, fault_table: FaultTable) -> None:
     """Killed five times in a row, each time a shard further on."""
     for shard, moment in enumerate(MOMENTS):
         kill_the_driver(made, shard, moment)
     check_after_kills(made, undisturbed)
+    fault_table.add("the next job kept what was whole and computed the rest", "the same bytes")
 
 
 NODES = """
@@ -181,8 +184,8 @@ try:
     def lose_one():
         while len(list(directory.glob("begun-*"))) < 3:
             time.sleep(0.1)
-        cluster.remove_node(nodes[0], allow_graceful=False)
         (directory / "lost").touch()
+        cluster.remove_node(nodes[0], allow_graceful=False)
     threading.Thread(target=lose_one, daemon=True).start()
     precompute.SignalActor = t.SlowActor
     precompute.run(t.context(made))
@@ -193,8 +196,9 @@ finally:
 
 
 @pytest.mark.drill
+@pytest.mark.faults("a worker node removed", "signals")
 @pytest.mark.timeout(600)
-def test_a_node_killed_in_the_middle(undisturbed: Result, made: Recipe) -> None:
+def test_a_node_killed_in_the_middle(undisturbed: Result, made: Recipe, fault_table: FaultTable) -> None:
     """Two nodes of one actor each, in a cluster of its own; one goes away for good when it has begun."""
     command = [sys.executable, "-c", NODES, made.storage]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -204,6 +208,18 @@ def test_a_node_killed_in_the_middle(undisturbed: Result, made: Recipe) -> None:
     begun = [path.name.split("-")[1] for path in directory.glob("begun-*")]
     assert (directory / "lost").exists() and len(begun) > len(set(begun)), "what the lost node had begun is done again"
     assert shards_of(context(made)) == undisturbed.shards
+    seconds = min(begun_again(directory)) - (directory / "lost").stat().st_mtime
+    fault_table.add("its shards under way were computed on the other node", "the same bytes", seconds)
+
+
+def begun_again(directory: Path) -> Iterator[float]:
+    """When what has left a mark begun-<number>-<pid> was begun a second time, by another process."""
+    marks = sorted((path.stat().st_mtime, path.name.split("-")[1]) for path in directory.glob("begun-*"))
+    seen: set[str] = set()
+    for when, number in marks:
+        if number in seen:
+            yield when
+        seen.add(number)
 
 
 class SlowActor(SignalActor):

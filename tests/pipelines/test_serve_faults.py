@@ -18,6 +18,7 @@ from ray import serve as ray_serve
 from pipelines import serve
 from pipelines.run import StageContext
 from rcd_core import Decoder, DecodeSettings, load_model
+from tests.fault_table import FaultTable
 from tests.pipelines.serve_run import metrics, serve_context, tokenizer, until
 
 pytestmark = [pytest.mark.drill, pytest.mark.timeout(600)]
@@ -91,7 +92,10 @@ def undisturbed(context: StageContext, seeds: range, start: Literal["zero", "ref
     return [tokenizer().decode(g.token_ids, skip_special_tokens=True) for g in found]
 
 
-def test_a_target_that_dies_under_load_costs_no_request_and_no_word(deployed: StageContext) -> None:
+@pytest.mark.faults("a replica of the target killed", "deploy")
+def test_a_target_that_dies_under_load_costs_no_request_and_no_word(
+    deployed: StageContext, fault_table: FaultTable
+) -> None:
     """Eight streams, killed when each has had text, and eight requests that have had none."""
     seeds = range(1, 17)
     want = undisturbed(deployed, seeds)
@@ -107,9 +111,11 @@ def test_a_target_that_dies_under_load_costs_no_request_and_no_word(deployed: St
     assert all(f["usage"].completion_tokens == TOKENS for f in found)
     assert metrics(deployed)["retries_total"] > 0, "the kill struck somebody"
     until(lambda: len(alive("Target")) == 2)
+    fault_table.add("of 16 requests under way, those on it went on elsewhere", "no request failed, the same texts")
 
 
-def test_without_its_reference_generation_goes_on_and_says_so(deployed: StageContext) -> None:
+@pytest.mark.faults("all replicas of the reference killed, again and again", "deploy")
+def test_without_its_reference_generation_goes_on_and_says_so(deployed: StageContext, fault_table: FaultTable) -> None:
     """The reference's replicas are killed as often as they come back, until the answer is there."""
     [want] = undisturbed(deployed, range(5, 6))
     begun, over = threading.Semaphore(0), threading.Event()
@@ -136,3 +142,4 @@ def test_without_its_reference_generation_goes_on_and_says_so(deployed: StageCon
         return bool(again["reference_failures"] == 0 and again["text"] == want)
 
     until(whole_again, seconds=100)
+    fault_table.add("the answer went on without and said so; with the replicas back it was whole", "no request failed")

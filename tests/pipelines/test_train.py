@@ -44,6 +44,7 @@ from rcd_core.errors import UserError
 from rcd_core.training.batches import collate_packed
 from rcd_core.training.loop import Callbacks, reference_signals, train
 from rcd_core.training.rows import ExampleSource
+from tests.fault_table import FaultTable
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BLOCK = 4
@@ -330,8 +331,11 @@ def test_metrics_go_to_the_file_and_to_gauges_and_a_resumed_run_drops_what_it_ma
 
 
 @pytest.mark.drill
+@pytest.mark.faults("a worker lost for good, its last checkpoint damaged", "target")
 @pytest.mark.timeout(600)
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(ray_cluster: str, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    ray_cluster: str, tmp_path: Path, fault_table: FaultTable
+) -> None:
     """A worker lost without a retry left; the last checkpoint then lacks a file; the run ends with the same bits."""
     quiet = context(recipe(tmp_path, "quiet"))
     train_stage.run(quiet)
@@ -344,11 +348,15 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(ray_cluster: str
     found[-1].unlink()
     train_stage.run(ctx)
     assert all(torch.equal(a, b) for a, b in zip(weights(quiet).values(), weights(ctx).values(), strict=True))
+    fault_table.add("ended with one message; the same command went on from the checkpoint before", "the same bits")
 
 
 @pytest.mark.drill
+@pytest.mark.faults("a full disk", "target")
 @pytest.mark.timeout(600)
-def test_a_full_disk_ends_the_run_and_it_goes_on_when_there_is_room(ray_cluster: str, tmp_path: Path) -> None:
+def test_a_full_disk_ends_the_run_and_it_goes_on_when_there_is_room(
+    ray_cluster: str, tmp_path: Path, fault_table: FaultTable
+) -> None:
     ctx = context(recipe(tmp_path, "full", resources={"num_workers": 1}))
     second = Path(ctx.directory) / "ray" / ctx.key[:16] / "step-00000008"
     second.mkdir(parents=True)
@@ -358,6 +366,7 @@ def test_a_full_disk_ends_the_run_and_it_goes_on_when_there_is_room(ray_cluster:
     (second / "__0_0.distcp").unlink()
     train_stage.run(ctx)
     close(weights(ctx), alone(ctx))
+    fault_table.add("ended with one message; the same command went on from the last whole checkpoint", "the same model")
 
 
 @pytest.mark.drill

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from pipelines.train_metrics import read_metrics
+from tests.fault_table import FaultTable
 from tests.pipelines.test_job import FEW, ROOT
 from tests.pipelines.test_train import training_workers
 
@@ -46,11 +47,18 @@ try:
     def replace_one():
         while not list(directory.glob("ray/*/checkpoint_manager_snapshot.json")):
             time.sleep(0.01)
+        lost = time.monotonic()
         cluster.remove_node(nodes[0], allow_graceful=False)
-        (directory / "before.json").write_text(json.dumps(read_metrics(ctx.directory)))
+        before = read_metrics(ctx.directory)
+        (directory / "before.json").write_text(json.dumps(before))
         cluster.add_node(num_cpus=2)
-    threading.Thread(target=replace_one, daemon=True).start()
+        while read_metrics(ctx.directory)[-1]["step"] <= before[-1]["step"]:
+            time.sleep(0.05)
+        (directory / "seconds.json").write_text(json.dumps(time.monotonic() - lost))
+    replacing = threading.Thread(target=replace_one, daemon=True)
+    replacing.start()
     train_stage.run(ctx)
+    replacing.join(10)
 finally:
     ray.shutdown()
     cluster.shutdown()
@@ -58,8 +66,9 @@ finally:
 
 
 @pytest.mark.drill
+@pytest.mark.faults("a worker node removed", "target")
 @pytest.mark.timeout(600)
-def test_a_lost_node_is_replaced_and_nothing_shows_in_the_result(tmp_path: Path) -> None:
+def test_a_lost_node_is_replaced_and_nothing_shows_in_the_result(tmp_path: Path, fault_table: FaultTable) -> None:
     """Two nodes with one worker each, in a cluster of its own; one is killed after a checkpoint, and a third comes."""
     with tempfile.TemporaryDirectory(prefix="rcd-test-", dir="/tmp", ignore_cleanup_errors=True) as temp_dir:
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -74,6 +83,8 @@ def test_a_lost_node_is_replaced_and_nothing_shows_in_the_result(tmp_path: Path)
     assert (lost / "model/model.safetensors").read_bytes() == (quiet / "model/model.safetensors").read_bytes()
     assert curve(lost) == curve(quiet)
     assert not (lost / "ray").exists()
+    happened = "the workers started again, one on a new node, and went on from the last checkpoint"
+    fault_table.add(happened, "the same bytes", json.loads((lost / "seconds.json").read_text()))
 
 
 def curve(stage: Path) -> list[tuple[float, float]]:
@@ -119,9 +130,10 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str] | N
 
 
 @pytest.mark.drill
+@pytest.mark.faults("SIGTERM, then Ctrl-C, to the driver", "base")
 @pytest.mark.timeout(600)
 def test_a_stopped_training_leaves_no_worker_and_goes_on_from_its_last_checkpoint(
-    ray_cluster: str, tmp_path: Path
+    ray_cluster: str, tmp_path: Path, fault_table: FaultTable
 ) -> None:
     """train.py gets SIGTERM in the middle of a training, the next one Ctrl-C further on; the third ends with the bits
     of an undisturbed run."""
@@ -150,3 +162,4 @@ def test_a_stopped_training_leaves_no_worker_and_goes_on_from_its_last_checkpoin
     assert curve(stage) == curve(quiet) and len(lines) == 60
     assert (stage / "model/model.safetensors").read_bytes() == (quiet / "model/model.safetensors").read_bytes()
     assert not (stage / "restarts.jsonl").exists(), "nothing was lost"
+    fault_table.add("no worker was left; the same command went on from the last checkpoint", "the same bytes")
