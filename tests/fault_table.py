@@ -10,9 +10,11 @@ Each test has a row at least, also one that fails. The table is Markdown.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
+import psutil
 import pytest
 
 from pipelines.hardware import processor
@@ -76,9 +78,6 @@ def markdown(rows: list[Row]) -> Iterator[str]:
 
 
 def hardware() -> str:
-    import os
-
-    import psutil
     import ray
 
     memory = psutil.virtual_memory().total / 1024**3
@@ -86,18 +85,21 @@ def hardware() -> str:
 
 
 def _rows(stats: dict[str, list[pytest.TestReport]]) -> Iterator[Row]:
-    failed = {report.nodeid for kind in ("failed", "error") for report in stats.get(kind, [])}
-    for report in [one for kind in ("passed", "failed", "error") for one in stats.get(kind, [])]:
-        marked = [value for name, value in report.user_properties if name == _FAULT]
-        rows = [Row(**value) for name, value in report.user_properties if name == _ROW]
-        if report.nodeid in failed:
-            if report.outcome == "failed" and marked:
-                fault, stage = marked[0]
-                yield Row(fault=fault, stage=stage, happened=report.nodeid, recovery_s=None, result="FAILED")
-        elif marked and not rows:
-            yield Row(fault=marked[0][0], stage=marked[0][1], happened="", recovery_s=None, result="passed")
-        else:
-            yield from rows
+    failed = [report for kind in ("failed", "error") for report in stats.get(kind, [])]
+    for report in stats.get("passed", []):
+        if report.nodeid not in {one.nodeid for one in failed}:  # its teardown may have failed
+            found = [Row(**value) for name, value in report.user_properties if name == _ROW]
+            yield from found or _bare(report, "passed")
+    for report in failed:
+        yield from _bare(report, "FAILED")
+
+
+def _bare(report: pytest.TestReport, result: str) -> Iterator[Row]:
+    """The row of a test that had nothing more to say."""
+    for name, value in report.user_properties:
+        if name == _FAULT:
+            fault, stage = value
+            yield Row(fault=fault, stage=stage, happened=report.nodeid, recovery_s=None, result=result)
 
 
 def _marked(item: pytest.Item) -> tuple[str, str]:

@@ -53,3 +53,23 @@ def elsewhere(function: Callable[..., Any], *arguments: str, timeout: float = 40
         )
         assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-5000:]
         return json.loads(Path(result.name).read_text())
+
+
+# -- looks into a cluster that this process has joined
+
+
+def actors(*, alive: bool = False) -> list[Any]:
+    """Ray's table of actors, those that have ended too; ActorTableData as Ray keeps it."""
+    from ray._private.state import state
+    from ray.core.generated import gcs_pb2
+
+    listed = state._connect_and_get_accessor().get_actor_table(None, "ALIVE" if alive else None)
+    return [gcs_pb2.ActorTableData.FromString(one) for one in listed]  # type: ignore[attr-defined]
+
+
+def resource_state(cluster: Cluster) -> Any:
+    """What an autoscaler sees: the nodes, and what is asked for."""
+    from ray._raylet import GcsClient
+    from ray.autoscaler.v2.sdk import get_cluster_resource_state
+
+    return get_cluster_resource_state(GcsClient(address=cluster.address))
