@@ -126,11 +126,12 @@ DRIVER = """
 import os, sys
 from pathlib import Path
 import tests.pipelines.test_precompute_kills as t
-from pipelines import precompute
+from pipelines import precompute, signal_files
 from pipelines.cluster import connect
-made = t.recipe(Path(sys.argv[1]))
-t.kills(made, {int(sys.argv[2]): sys.argv[3]}, os.getpid())
+made, shard = t.recipe(Path(sys.argv[1])), int(sys.argv[2])
+t.kills(made, {shard: sys.argv[3]}, os.getpid())
 connect()
+signal_files.forget(made.run_directory + "/signals", shard)  # an actor that outlived its driver may have finished it
 precompute.SignalActor = t.KillingActor
 precompute.run(t.context(made))
 """
