@@ -1,7 +1,8 @@
 # make demo    from a dataset to a served model on this machine: installs, starts a local Ray head, submits the job
 # make down    ends what `make demo` started
 # make test    the tests         make lint    ruff, mypy and the import rules         make clean    removes .venv
-# make drill   slower tests: jobs, workers and replicas killed, a served model updated under load; installs DeepSpeed
+# make test-faults   nodes, jobs and replicas killed, full disks: ends with a table of what happened (40 minutes)
+# make drill   all slower tests, those of faults among them; installs DeepSpeed
 #
 # Options: PORT=8000 (HTTP endpoint)  DASHBOARD_PORT=8265  PYTHON=python3 (3.11 or newer)
 
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DELETE_ON_ERROR:
-.PHONY: demo down test drill lint clean
+.PHONY: demo down test test-faults drill lint clean
 
 demo: $(VENV)/.runtime
 	@$(BIN)/python -m pipelines.local demo --port $(PORT) --dashboard-port $(DASHBOARD_PORT)
@@ -23,6 +24,9 @@ down:
 
 test: $(VENV)/.dev
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-faults: $(VENV)/.dev
+	@$(BIN)/python -m pytest -m faults -s
 
 drill: $(VENV)/.deepspeed
 	@$(BIN)/python -m pytest -m drill -s
