@@ -15,12 +15,20 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 
 from pipelines.api_limits import ApiLimits, api_keys
 from pipelines.description import INGRESS, REFERENCE, DescribedModel, Description, Replicas, parse_description
 from pipelines.ingress import Ingress
 from pipelines.keys import key_of
-from pipelines.replicas import REFERENCE_THREADS, EngineLimits, Reference, Target
+from pipelines.replicas import (
+    MAX_LENGTH,
+    REFERENCE_SESSIONS,
+    REFERENCE_THREADS,
+    EngineLimits,
+    Reference,
+    Target,
+)
 from pipelines.serve_config import app_args
 
 INGRESS_REQUESTS = 4096  # at once; it is the targets that refuse what is too much
@@ -34,7 +42,10 @@ LEAN = {
 }
 # The ingress asks from that loop; a target asks its reference from threads, which needs the router in a loop apart.
 LEAN_INGRESS = {**LEAN, "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
-REFERENCE_CALLS = 4  # each a batch of some target's, per reference replica, above which another one is started
+REFERENCE_CALLS = 4  # batches of targets, per reference replica, above which another one is started
+# Pure function of session and replicas: the blocks of a request come to the replica that has its context. Without
+# sessions, or with one replica, Serve's default is as good.
+STICKY = RequestRouterConfig(request_router_class="ray.serve.experimental.consistent_hash_router.ConsistentHashRouter")
 
 
 def application(
@@ -43,27 +54,41 @@ def application(
     """The graph of deployments. about: what /version says besides; its `key` tells applications apart."""
     # A replica that is replaced first ends what it has begun, however long that may take.
     draining: dict[str, Any] = {"graceful_shutdown_timeout_s": limits.timeout_s + DRAIN_SPARE_S}
-    reference = None
+    reference, sessions = None, 1
     if behind := description.reference:
-        askers = sum(model.replicas.max_replicas for model in description.models.values() if model.uses_reference)
-        calls = REFERENCE_CALLS * REFERENCE_THREADS * askers
+        asking = [model for model in description.models.values() if model.uses_reference]
+        calls = REFERENCE_CALLS * REFERENCE_THREADS * sum(model.replicas.max_replicas for model in asking)
+        sticky: dict[str, Any] = {}
+        if behind.replicas.max_replicas > 1:
+            sessions, sticky = REFERENCE_SESSIONS, {"request_router_config": STICKY}
         kind = _deployment(
-            Reference, REFERENCE, behind.replicas, target_ongoing=REFERENCE_CALLS, max_ongoing=calls, **draining
+            Reference,
+            REFERENCE,
+            behind.replicas,
+            target_ongoing=REFERENCE_CALLS * sessions,
+            max_ongoing=calls * sessions,
+            **sticky,
+            **draining,
         )
-        reference = kind.bind(behind.checkpoint, _device(behind.replicas))
+        reference = kind.bind(
+            behind.checkpoint,
+            _device(behind.replicas),
+            sum(model.max_batch * model.replicas.max_replicas for model in asking),
+            max(model.max_length or MAX_LENGTH for model in asking),
+            _part(behind.replicas),
+        )
     targets = {}
     for model_id, model in description.models.items():
         # The engine itself refuses what is too much, so Serve must let it through.
         room = model.max_batch + model.max_queue + SPARE_REQUESTS
         name = model.deployment or model_id
-        kind = _deployment(
-            Target, name, model.replicas, target_ongoing=model.max_batch, max_ongoing=room, **draining
-        )
+        kind = _deployment(Target, name, model.replicas, target_ongoing=model.max_batch, max_ongoing=room, **draining)
         targets[model_id] = kind.bind(
             model.checkpoint,
             _device(model.replicas),
             reference if model.uses_reference else None,
             behind.top_k if behind else 1,
+            sessions,
             _limits(model),
         )
     defaults = {model_id: model.decode for model_id, model in description.models.items()}
@@ -132,8 +157,17 @@ def _device(replicas: Replicas) -> str:
     return "cuda" if replicas.num_gpus else "cpu"
 
 
+def _part(replicas: Replicas) -> float:
+    return min(1.0, replicas.num_gpus) or 1.0
+
+
 def _limits(model: DescribedModel) -> EngineLimits:
-    return EngineLimits(max_batch=model.max_batch, max_queue=model.max_queue, max_length=model.max_length)
+    return EngineLimits(
+        max_batch=model.max_batch,
+        max_queue=model.max_queue,
+        max_length=model.max_length,
+        gpu_part=_part(model.replicas),
+    )
 
 
 def _release() -> str:

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import threading
 import time
+import uuid
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ MAX_LENGTH = 4096  # positions of a request where neither the recipe nor the mod
 REFERENCE_TIMEOUT_S = 20.0
 RETRY_TIMEOUT_S = 5.0  # of the second try: a replica to take over is there at once or not soon
 REFERENCE_THREADS = 16  # questions on their way at once; blocks of different requests begin at different passes
+REFERENCE_SESSIONS = 8  # a target's requests in so many groups, each at home with one of several reference replicas
 
 
 class RemoteReference:
@@ -42,26 +44,34 @@ class RemoteReference:
 
     After two failures nothing is asked until a replica has answered that it is ready: requests start from zero instead
     of waiting in vain, one after the other. top_k: ids per position where a request wants all of them, which is too
-    much to send.
+    much to send. sessions: into how many groups requests are parted; Serve's router (graph.py) sends the blocks of a
+    request to the replica that has its context, as long as there are the same replicas.
     """
 
-    def __init__(self, handle: DeploymentHandle, top_k: int) -> None:
-        self.handle, self.top_k = handle, top_k
-        self._threads = ThreadPoolExecutor(REFERENCE_THREADS, thread_name_prefix="reference")
+    def __init__(self, handle: DeploymentHandle, top_k: int, sessions: int = 1) -> None:
+        self.top_k = top_k
+        own = uuid.uuid4().hex
+        self._homes = [handle.options(session_id=f"{own}/{number}") for number in range(sessions)]
+        self._elsewhere = handle.options(session_id=own)  # another home, mostly, for second tries
+        self._threads = ThreadPoolExecutor(REFERENCE_THREADS * sessions, thread_name_prefix="reference")
         self._waiting = threading.Lock()  # held by whoever waits for the reference to come back
 
     def submit(self, requests: Sequence[WarmStart]) -> list[Future[Signals | None]]:
         """One future per request; None where the reference cannot answer."""
         futures: list[Future[Signals | None]] = [Future() for _ in requests]
-        asked = [r if r.top_k is not None else replace(r, top_k=self.top_k) for r in requests]
-        self._threads.submit(self._answer, asked, futures)
+        parts: dict[int, list[int]] = {}
+        for i, request in enumerate(requests):
+            parts.setdefault(request.session % len(self._homes), []).append(i)
+        for home, part in parts.items():
+            asked = [replace(requests[i], top_k=requests[i].top_k or self.top_k) for i in part]
+            self._threads.submit(self._answer, self._homes[home], asked, [futures[i] for i in part])
         return futures
 
-    def _answer(self, asked: list[WarmStart], futures: list[Future[Signals | None]]) -> None:
+    def _answer(self, home: DeploymentHandle, asked: list[WarmStart], futures: list[Future[Signals | None]]) -> None:
         found: Sequence[Signals | None] = [None] * len(asked)
         if not self._waiting.locked():
             try:
-                found = self._ask(asked)
+                found = self._ask(home, asked)
             except Exception:  # counted by the engine, told to the client under `rcd`
                 logger.warning("the reference cannot answer; blocks start from zero", exc_info=True)
                 if self._waiting.acquire(blocking=False):
@@ -70,25 +80,25 @@ class RemoteReference:
         for future, signals in zip(futures, found, strict=True):
             future.set_result(signals)
 
-    def _ask(self, asked: list[WarmStart]) -> list[Signals]:
+    def _ask(self, home: DeploymentHandle, asked: list[WarmStart]) -> list[Signals]:
         try:
-            replies = self._call("signals", REFERENCE_TIMEOUT_S, asked)
+            replies = self._call(home, "signals", REFERENCE_TIMEOUT_S, asked)
         except Exception:  # its replica died, most likely: another may be there
-            replies = self._call("signals", RETRY_TIMEOUT_S, asked)
+            replies = self._call(self._elsewhere, "signals", RETRY_TIMEOUT_S, asked)
         return [ReferenceSignals.from_bytes(reply) for reply in replies]
 
     def _wait(self) -> None:
         try:
             while True:
                 with contextlib.suppress(Exception):
-                    self._call("ready", REFERENCE_TIMEOUT_S)
+                    self._call(self._elsewhere, "ready", REFERENCE_TIMEOUT_S)
                     return
                 time.sleep(1.0)
         finally:
             self._waiting.release()
 
-    def _call(self, method: str, timeout_s: float, *given: Any) -> Any:
-        response = getattr(self.handle, method).remote(*given)
+    def _call(self, handle: DeploymentHandle, method: str, timeout_s: float, *given: Any) -> Any:
+        response = getattr(handle, method).remote(*given)
         try:
             return response.result(timeout_s=timeout_s)
         except TimeoutError:
@@ -97,10 +107,17 @@ class RemoteReference:
 
 
 class Reference:
-    """Holds the reference model; answers with signals in their Arrow form. Contexts stay in its cache."""
+    """Holds the reference model; answers with signals in their Arrow form. Contexts stay in its cache: as many as
+    there can be requests, fewer where the memory does not suffice.
 
-    def __init__(self, checkpoint: str, device: str) -> None:
-        self.model = LocalReference(load_model(checkpoint, device=device))
+    contexts: those requests. max_length: their positions at most. gpu_part: what it has of a GPU.
+    """
+
+    def __init__(self, checkpoint: str, device: str, contexts: int, max_length: int, gpu_part: float) -> None:
+        model = load_model(checkpoint, device=device)
+        length = min(max_length, model.max_positions)
+        contexts = fit_batch(model, length, model.info.block_length, contexts, part=gpu_part)
+        self.model = LocalReference(model, contexts, length)
         self.thread = ThreadPoolExecutor(max_workers=1)  # one pass at a time, off the event loop
         self.counts = {"reference_passes_total": 0.0, "reference_seconds_total": 0.0}
         self.telling = asyncio.create_task(keep_telling(self.statistics))
@@ -157,11 +174,13 @@ class Refusal:
 @dataclass(frozen=True, kw_only=True)
 class EngineLimits:
     """max_batch: requests under way at once, fewer where the memory does not suffice. max_queue: requests waiting
-    beyond these. max_length: positions of a request; None: the model's, at most MAX_LENGTH."""
+    beyond these. max_length: positions of a request; None: the model's, at most MAX_LENGTH. gpu_part: what the replica
+    has of a GPU."""
 
     max_batch: int
     max_queue: int
     max_length: int | None
+    gpu_part: float = 1.0
 
 
 class Target:
@@ -173,6 +192,7 @@ class Target:
         device: str,
         reference: DeploymentHandle | None,
         reference_top_k: int,
+        reference_sessions: int,
         limits: EngineLimits,
     ) -> None:
         checkpoint = node_copy(checkpoint)  # once: model and tokenizer are of one version
@@ -185,8 +205,8 @@ class Target:
         self.engine = EngineThread(
             model,
             load_tokenizer(checkpoint),
-            RemoteReference(reference, reference_top_k) if reference else None,
-            max_batch=fit_batch(model, length, model.info.block_length, limits.max_batch),
+            RemoteReference(reference, reference_top_k, reference_sessions) if reference else None,
+            max_batch=fit_batch(model, length, model.info.block_length, limits.max_batch, part=limits.gpu_part),
             max_length=length,
             max_queue=limits.max_queue,
         )

@@ -183,6 +183,7 @@ class Engine:
             positions=tuple(s.open.tolist()),
             block_length=s.settings.block_length,
             top_k=s.settings.residual_top_k,
+            session=s.slot,
             **temperatures(s.settings),
         )
 

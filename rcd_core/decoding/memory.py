@@ -50,11 +50,18 @@ def engine_memory(model: DiffusionModel, max_batch: int, max_length: int, block_
     return EngineMemory(cache, state, max(layer + mask + scattered, residual + head))
 
 
-def fit_batch(model: DiffusionModel, max_length: int, block_length: int, wanted: int, free: int | None = None) -> int:
+def fit_batch(
+    model: DiffusionModel,
+    max_length: int,
+    block_length: int,
+    wanted: int,
+    free: int | None = None,
+    part: float = 1.0,
+) -> int:
     """How many requests fit at once, at most `wanted`. free: bytes, by default a share of what the device has left.
-    UserError if not even one does."""
+    part: of the device, if others have theirs and have not yet taken it. UserError if not even one does."""
     if free is None:
-        available = available_bytes(model.device)
+        available = available_bytes(model.device, part)
         if available is None:
             return wanted
         free = int(available * _SHARE.get(model.device.type, 0.5))
@@ -68,10 +75,11 @@ def fit_batch(model: DiffusionModel, max_length: int, block_length: int, wanted:
     )
 
 
-def available_bytes(device: torch.device) -> int | None:
-    """Memory of a device that can still be had; None where nobody says."""
+def available_bytes(device: torch.device, part: float = 1.0) -> int | None:
+    """Memory of a device that can still be had; None where nobody says. part: of a GPU, that is this process's."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        free, total = torch.cuda.mem_get_info(device)
+        return min(free, int(part * total) - torch.cuda.memory_reserved(device))
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

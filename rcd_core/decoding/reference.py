@@ -23,7 +23,7 @@ from rcd_core.signals import DenseSignals, ReferenceSignals, Signals
 class WarmStart:
     """canvas_ids: everything the reference may see, masks in place (SDAR: up to the block's end; LLaDA: the whole
     canvas). positions: the masked positions wanted, absolute and ascending. top_k None: whole distributions, local
-    references only."""
+    references only. session: the same for all blocks of an answer, so that they can be sent where its context is."""
 
     canvas_ids: tuple[int, ...]
     positions: tuple[int, ...]
@@ -31,6 +31,7 @@ class WarmStart:
     top_k: int | None = None
     alpha_temperature: float = 1.0
     delta_temperature: float = 1.0
+    session: int = 0
 
 
 class Reference(Protocol):
@@ -49,13 +50,14 @@ class AsyncReference(Protocol):
 
 class LocalReference:
     """A reference model in this process. SDAR's contexts stay in the cache from block to block, found again by their
-    tokens: nobody has to say which request asks. cache_slots: contexts kept; the longest unused gives way."""
+    tokens: nobody has to say which request asks. cache_slots: contexts kept; the longest unused gives way. max_length:
+    positions there is room for; a longer canvas makes more, and empties the cache."""
 
-    def __init__(self, model: DiffusionModel, cache_slots: int = 64) -> None:
+    def __init__(self, model: DiffusionModel, cache_slots: int = 64, max_length: int = 0) -> None:
         self.model = model
         self.cache_slots = cache_slots
         self.reused_tokens = 0  # of contexts, found in the cache
-        self._forward = Forward(model, cache_slots, 0)
+        self._forward = Forward(model, cache_slots, max_length)
         self._slots = Slots(cache_slots)
 
     @torch.inference_mode()

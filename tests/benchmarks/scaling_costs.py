@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import count
-from math import ceil
+from math import ceil, erf, sqrt
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,6 @@ from rcd_core.training.plan import ModelShape, peak, work
 
 HASH_BYTES = 16 << 20  # storage.sha256 reads a file in such pieces, each of them a GET
 CHUNK = 1024  # prepare.ROWS_PER_GROUP
-CONTEXTS = 64  # LocalReference.cache_slots
 SIDECAR_REQUESTS = 3  # signal_files.valid_sidecar: HEAD and GET of the sidecar, HEAD of the shard
 _SDAR: Any = {"family": "sdar", "num_kv_heads": 8, "head_dim": 128, "vocab_size": 151_936, "tie_embeddings": False}
 REFERENCE = ModelShape(hidden_size=2048, num_layers=28, num_heads=16, intermediate_size=6144, **_SDAR)  # SDAR-1.7B
@@ -40,6 +39,7 @@ class Assumptions:
     example_tokens: int = field(default=4096, metadata={"help": "tokens of an example"})
     device: str = field(default="H100", metadata={"help": "GPU; its bf16 peak is the maker's"})
     mfu: float = field(default=0.4, metadata={"help": "share of that peak, everywhere"})
+    gpu_gb: float = field(default=80.0, metadata={"help": "its memory in 10^9 bytes"})
     gpus_per_node: int = field(default=8, metadata={"help": "GPUs of a node"})
     link_gbps: float = field(default=400.0, metadata={"help": "Gb/s between nodes, each way, per node"})
     get_ms: float = field(default=30.0, metadata={"help": "ms until an object store begins to answer a request"})
@@ -232,31 +232,24 @@ def checkpoint_bytes(shape: ModelShape) -> int:
 # -- serving
 
 
-def contexts_tokens(requests: int, replicas: int, slots: int, context: float, block_length: int) -> float:
-    """Mean tokens the references pass over for one start of a block. `context`: mean tokens before the block.
+def contexts_tokens(requests: int, slots: int, context: float, block_length: int) -> float:
+    """Mean tokens a reference replica passes over for one start of a block of the requests that are at home with it.
+    `context`: mean tokens before the block.
 
-    Every request begins one block per round, in an order drawn anew, at a replica drawn anew. A replica that met it g
-    rounds ago passes over the g blocks since, if fewer than `slots` other requests came to it in between, else over the
-    whole context; over the new block in any case.
+    Every request begins one block per round, in an order drawn anew. Where fewer than `slots` others came since its
+    last one, it has all but that block, else nothing; and the new block in any case.
     """
-    total, left, g = 0.0, 1.0, 1
-    while left > 1e-9 and g * block_length < context:
-        share = left / replicas  # met g rounds ago, and not since
-        kept = _kept(requests - 1, replicas, slots, g)
-        if not kept:
-            break
-        total += share * (kept * g * block_length + (1 - kept) * context)
-        left, g = left - share, g + 1
-    return total + left * context + block_length
+    kept = 1.0 if requests <= slots else _kept(requests - 1, slots)
+    return kept * block_length + (1 - kept) * context + block_length
 
 
-def _kept(others: int, replicas: int, slots: int, rounds: int) -> float:
-    """Share of the requests' places in the first and the last round (u and v, evenly in [0, 1)) for which fewer than
-    `slots` of the others have come to the replica: in the rest of the first round, between, or before in the last."""
+def _kept(others: int, slots: int) -> float:
+    """Chance that fewer than `slots` of the others come between two blocks of a request, whose places in its rounds are
+    u and v, even in [0, 1): each comes after u, or before v, or both. Their number as a normal distribution."""
     places = (np.arange(50) + 0.5) / 50
-    u, v = places[:, None], places[None]
-    missed = (1 - (1 - u) / replicas) * (1 - 1 / replicas) ** (rounds - 1) * (1 - v / replicas)
-    return float((others * (1 - missed) < slots).mean())
+    p = 1 - places[:, None] * (1 - places[None])
+    z = (slots - 0.5 - others * p) / np.sqrt(others * p * (1 - p))
+    return float(np.mean([0.5 + 0.5 * erf(x / sqrt(2)) for x in z.ravel()]))
 
 
 def target_flops_per_block(block_length: int, context: float, tokens_per_pass: float) -> float:
@@ -269,19 +262,25 @@ def target_flops_per_block(block_length: int, context: float, tokens_per_pass: f
 
 def replicas_needed(targets: int, batch: int, slots: int, block_length: int, machine: Assumptions) -> tuple[int, float]:
     """(reference replicas that keep up with so many busy targets, tokens they pass over per start of a block); all on
-    the same device at the same share of its peak, and however many it takes."""
+    the same device at the same share of its peak, requests spread evenly."""
     context = machine.context / 2  # mean, from the answer's beginning to its end
     own = target_flops_per_block(block_length, context, machine.tokens_per_pass)
     for replicas in count(1):
-        tokens = contexts_tokens(targets * batch, replicas, slots, context, block_length)
+        tokens = contexts_tokens(ceil(targets * batch / replicas), slots, context, block_length)
         asked = pass_flops(REFERENCE, queries=tokens, keys=context, predicted=block_length)
         if targets * asked <= replicas * own:
             break
     return replicas, tokens
 
 
+def contexts_kept(machine: Assumptions) -> int:
+    """How many a reference replica with a GPU of its own has room for beside its weights in bf16."""
+    room = 0.9e9 * machine.gpu_gb - 2 * REFERENCE.parameters
+    return int(room / reference_cache_bytes(1, machine.context))
+
+
 def reference_cache_bytes(slots: int, length: int) -> float:
-    """Keys and values in bf16 of all contexts that a reference replica keeps."""
+    """Keys and values in bf16 of so many contexts."""
     return 2 * 2 * REFERENCE.num_layers * REFERENCE.num_kv_heads * REFERENCE.head_dim * slots * length
 
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import ceil
-from typing import Any
 
 from pipelines.config import load_recipe
 from pipelines.ordering import BYTES_AT_ONCE
@@ -79,19 +78,17 @@ class Scaling:
         }
         bound = next((w for w in workers if w > m.gpus_per_node and sent[w] > step[w]), None)
         at_most = f"{sent[most]:.2f} s to send, {step[most]:.2f} s to compute at {most} workers"
-        targets = costs.CONTEXTS // self.recipe.deploy.max_batch
-        met: Any = {
-            "replicas": 1,
-            "slots": costs.CONTEXTS,
-            "context": m.context / 2,
-            "block_length": self.recipe.block_length,
-        }
-        tokens = [costs.contexts_tokens(n * self.recipe.deploy.max_batch, **met) for n in (targets, targets + 1)]
+        slots, batch = costs.contexts_kept(m), self.recipe.deploy.max_batch
+        targets = slots // batch
+        tokens = [
+            costs.contexts_tokens(n * batch, slots, m.context / 2, self.recipe.block_length)
+            for n in (targets, targets + 1)
+        ]
         driver = c.num_shards * costs.SIDECAR_REQUESTS * m.get_ms / 1e3
         rows = [
             (
                 "reference replicas forget contexts",
-                f"{targets + 1} targets",
+                f"{targets + 1} targets to a replica",
                 f"{tokens[1]:,.0f} tokens a start in place of {tokens[0]:,.0f}",
             ),
             (
@@ -255,7 +252,7 @@ class Scaling:
         for targets in (1, 2, 3, 4, 8, 16, 32):
             cells = [str(targets), str(targets * batch)]
             for machine in (self.machine, long):
-                needed, tokens = costs.replicas_needed(targets, batch, costs.CONTEXTS, b, machine)
+                needed, tokens = costs.replicas_needed(targets, batch, costs.contexts_kept(machine), b, machine)
                 cells += [str(needed), f"{tokens:,.0f}"]
             enough = costs.replicas_needed(targets, batch, targets * batch, b, self.machine)[0]
             rows.append((*cells, str(enough)))
@@ -266,6 +263,7 @@ class Scaling:
 
     def answering(self) -> Table:
         m, b, batch = self.machine, self.recipe.block_length, self.recipe.evaluate.batch_size
+        long = replace(m, context=4 * m.context)
         per_block = costs.target_flops_per_block(b, m.context / 2, m.tokens_per_pass)
         blocks = m.flops_per_s / per_block
         carried = ENGINE.value * SERVED.value / 8
@@ -281,10 +279,13 @@ class Scaling:
             (f"bytes to a reference per start, at {m.context // 2:,} tokens; back", f"{size(ask)}; {size(reply)}"),
             (f"bytes to references at {NODES} busy targets", f"{size(NODES * blocks * (ask + reply))}/s"),
             (
-                f"a reference's caches, {costs.CONTEXTS} contexts of {m.context:,}",
-                size(costs.reference_cache_bytes(costs.CONTEXTS, m.context)),
+                f"a reference's cache per context of {m.context:,}; contexts that {m.gpu_gb:g} GB have room for",
+                f"{size(costs.reference_cache_bytes(1, m.context))}; {costs.contexts_kept(m)}",
             ),
-            (f"the same of {4 * m.context:,}", size(costs.reference_cache_bytes(costs.CONTEXTS, 4 * m.context))),
+            (
+                f"the same of {4 * m.context:,}",
+                f"{size(costs.reference_cache_bytes(1, long.context))}; {costs.contexts_kept(long)}",
+            ),
             ("starts/s of a 1.7B reference on two CPU cores, blocks of 32", f"{1 / PASS.value:.2f}"),
             (f"pieces of an evaluation: 2 arms, 1 threshold, {PROBLEMS} problems, batch {batch}", str(self.pieces)),
         ]

@@ -19,7 +19,8 @@ from pipelines import serve
 from pipelines.run import StageContext
 from rcd_core import Decoder, DecodeSettings, load_model
 from tests.fault_table import FaultTable
-from tests.pipelines.serve_run import metrics, serve_context, tokenizer, until
+from tests.pipelines.serve_run import BLOCK, metrics, serve_context, tokenizer, until
+from tests.pipelines.test_ray_metrics import of_ray
 
 pytestmark = [pytest.mark.drill, pytest.mark.timeout(600)]
 SLOWER = {"hidden_size": 128, "num_layers": 4, "intermediate_size": 256}  # so that answers take seconds
@@ -90,6 +91,25 @@ def undisturbed(context: StageContext, seeds: range, start: Literal["zero", "ref
     ids = tokenizer()("words", add_special_tokens=False)["input_ids"]
     found = Decoder(model, reference).generate([ids] * len(seeds), settings)
     return [tokenizer().decode(g.token_ids, skip_special_tokens=True) for g in found]
+
+
+def reused_tokens() -> float:
+    """Of contexts, found in the caches of all replicas of the reference there have been."""
+    names = {"application": "tiny", "deployment": "Reference"}
+    samples = [sample for family in of_ray() for sample in family.samples if names.items() <= sample.labels.items()]
+    return sum(sample.value for sample in samples if sample.name == "ray_rcd_reused_tokens_total")
+
+
+def test_the_blocks_of_a_request_come_to_the_replica_that_has_its_context(deployed: StageContext) -> None:
+    """Each finds all there was before the block before it. At either of two replicas it would find less."""
+    before = reused_tokens()  # of replicas that other tests had
+    with ThreadPoolExecutor(6) as threads:
+        found = list(threads.map(lambda seed: ask(deployed, seed, stream=False), range(101, 107)))
+    starts = [answer["forwards"]["reference"] for answer in found]
+    expected = sum(BLOCK * (n - 1) * (n - 2) // 2 for n in starts)  # the prompt is shorter than a block
+    assert min(starts) >= TOKENS // BLOCK and all(answer["reference_failures"] == 0 for answer in found)
+    until(lambda: reused_tokens() - before >= expected, seconds=60)
+    assert reused_tokens() - before == expected
 
 
 @pytest.mark.faults("a replica of the target killed", "deploy")

@@ -33,7 +33,12 @@ class Handle:
         self.local, self.deaths = LocalReference(model(name)), deaths
         self.back = threading.Event()
         self.calls: list[list[WarmStart]] = []
+        self.sessions: list[str] = []
         self.signals, self.ready = Method(self._signals), Method(self._ready)
+
+    def options(self, session_id: str) -> Handle:
+        self.sessions.append(session_id)
+        return self
 
     def _signals(self, requests: list[WarmStart]) -> list[bytes]:
         self.calls.append(requests)
@@ -74,6 +79,18 @@ def test_remote_is_local_at_equal_k(family: str) -> None:
     assert Decoder(target, remote).generate([[3, 4, 5], [9]], sparse) == local  # type: ignore[arg-type]
     [found] = remote.submit([replace(ASKED, top_k=None)])
     assert found.result(timeout=20).topk_ids.shape[-1] == 16  # type: ignore[union-attr]
+
+
+def test_blocks_of_a_request_have_one_home() -> None:
+    handle = Handle()
+    remote = RemoteReference(handle, top_k=16, sessions=4)  # type: ignore[arg-type]
+    asked = [replace(ASKED, canvas_ids=(5, n, 511, 511), session=n) for n in range(6)]
+    found = [future.result(timeout=20) for future in remote.submit(asked)]
+    groups = sorted([request.session for request in call] for call in handle.calls)
+    assert groups == [[0, 4], [1, 5], [2], [3]]
+    assert len(set(handle.sessions)) == 5, "a home for each group, and one for second tries"
+    alone = handle.local.signals(asked)
+    assert all(torch.equal(a.topk_ids, b.topk_ids) for a, b in zip(found, alone, strict=True))  # type: ignore[union-attr]
 
 
 def test_a_death_is_tried_again_and_two_are_answered_with_nothing() -> None:
