@@ -28,7 +28,9 @@ def local_nodes(*nodes: dict[str, Any], **head: Any) -> Iterator[tuple[Cluster, 
         # Exit hooks need the main thread, and a node that is added in another one would set them: it ends below.
         cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
         try:
-            added = [cluster.add_node(**node) for node in nodes]
+            # Nodes share their session's directory here, where each one that unpacks a job's code first removes what
+            # another has unpacked: a directory for each, as on machines of their own.
+            added = [cluster.add_node(runtime_env_dir_name=f"code-{i}", **node) for i, node in enumerate(nodes)]
             ray.init(address=cluster.address, log_to_driver=False)
             yield cluster, added
         finally:
