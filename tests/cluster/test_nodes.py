@@ -125,13 +125,18 @@ def stopped(user: Submitter, root: str) -> dict[str, Any]:
     }
 
 
+RAY_DATA = {"_StatsActor", "_AutoscalingCoordinatorActor", "ActorLocationTracker"}  # one of each for all of its jobs
+
+
 def left() -> list[str]:
-    """Actors and placement groups that live, and Serve's applications."""
+    """Actors and placement groups that live, and Serve's applications, which are actors. Not those of Ray Data that it
+    keeps in every cluster it was used in, as long as they hold nothing."""
     from ray.util.placement_group import placement_group_table
 
     deadline = time.monotonic() + 60
     while True:
-        found = [actor.class_name for actor in actors(alive=True)]
+        living = [actor for actor in actors(alive=True) if actor.required_resources or actor.class_name not in RAY_DATA]
+        found = [actor.class_name for actor in living]
         found += [f"group {key}" for key, group in placement_group_table().items() if group["state"] != "REMOVED"]
         if not found or time.monotonic() > deadline:
             return found
