@@ -38,6 +38,8 @@ FEW = [
     "target.train.steps=8",
     "target.train.batch_size=16",
     "signals.shard_mb=0.02",
+    "target.residual.source=signals",
+    "target.residual.alpha_scale=null",
 ]
 SUDOKU = [*FEW, "data.num_train=256", "data.num_test=6", "evaluate.thresholds=[0.5, 0.9]", "variants={}"]
 SUDOKU += ["calibrate=null"]  # test_calibrate.py has it
