@@ -48,9 +48,12 @@ class Submitter:
 
     def ray(self, command: str, *words: str) -> str:
         line = [str(BIN / "ray"), "job", command, "--address", self.head.dashboard, *words]
-        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=500)
-        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-        return done.stdout
+        try:
+            done = subprocess.run(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=500)
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError(f"{command} does not end:\n{(error.stdout or b'')[-5000:].decode()}") from error
+        assert done.returncode == 0, done.stdout[-5000:].decode()
+        return done.stdout.decode()
 
 
 def whole_job(nodes: str, root: str) -> dict[str, Any]:

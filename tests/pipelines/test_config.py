@@ -92,7 +92,7 @@ def test_variants_change_only_what_they_name() -> None:
         ("base=null", "target.start and base are both null"),
         ("reference.train=null", "reference.train is null but reference.start is no checkpoint"),
         ("target.residual={source: online, alpha: calibrated_entropy}", "target.residual.alpha_scale is null"),
-        ("target.residual.alpha_scale=null", "target.residual.alpha_scale is null; with source 'self' there are no signals"),
+        ("target.residual.alpha_scale=null", "alpha_scale is null; with source 'self' there are no signals"),
         ("reference=null", "variants.paper_alpha.source asks for the reference but reference is null"),
         ("target.train.epochs=2", "target.train.epochs is 2.0 and train.steps 500; set epochs null or steps 0"),
         ("target.train={batch_size: 8}", "target.train.steps is 0; it must be at least 1, or give train.epochs"),
