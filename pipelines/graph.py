@@ -45,7 +45,9 @@ LEAN_INGRESS = {**LEAN, "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
 REFERENCE_CALLS = 4  # batches of targets, per reference replica, above which another one is started
 # Pure function of session and replicas: the blocks of a request come to the replica that has its context. Without
 # sessions, or with one replica, Serve's default is as good.
-STICKY = RequestRouterConfig(request_router_class="ray.serve.experimental.consistent_hash_router.ConsistentHashRouter")
+STICKY = RequestRouterConfig(
+    request_router_class="ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"  # type: ignore[arg-type]
+)
 
 
 def application(
