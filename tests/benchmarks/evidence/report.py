@@ -61,8 +61,7 @@ def report(plan: Plan, names: list[str], output: Path, write: Path | None) -> No
         write.mkdir(parents=True, exist_ok=True)
         (write / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         for name, result in results.items():
-            for dark in (False, True):
-                (write / f"{name}{'-dark' if dark else ''}.png").write_bytes(_plot(name, result, dark))
+            (write / f"{name}.png").write_bytes(_plot(name, result))
 
 
 def load(plan: Plan, experiment: Experiment, output: Path) -> tuple[list[Loaded], list[tuple[int, int]]]:
@@ -204,7 +203,7 @@ def _table(name: str, result: dict[str, Any]) -> str:
     head += [f"ratio at {100 * LEVEL:.0f} %", "ratio at SeqD's best", *(f"gain at {t:g}" for t in result["thresholds"])]
     head += ["ahead / behind"]
     lines = [
-        f"\n### {name}: {count} replicates, {result['num_problems']} problems\n",
+        f"\n### {name}: {_count(result)}, {result['num_problems']} problems\n",
         "accuracy % @ tokens per pass; gain: points over SeqD at the tokens per pass that SeqD has at this threshold\n",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
@@ -219,6 +218,11 @@ def _table(name: str, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _count(result: dict[str, Any]) -> str:
+    count = len(result["replicates"])
+    return f"{count} replicate{'s' if count != 1 else ''}"
+
+
 def _say(spread: dict[str, Any], scale: float, form: str, count: int) -> str:
     if spread["mean"] is None:
         return "-"
@@ -228,13 +232,13 @@ def _say(spread: dict[str, Any], scale: float, form: str, count: int) -> str:
     return text if spread["n"] == count else f"{text} ({spread['n']} of {count})"
 
 
-def _plot(name: str, result: dict[str, Any], dark: bool) -> bytes:
+def _plot(name: str, result: dict[str, Any]) -> bytes:
     """Mean curves over the replicates, and each replicate's as a thin line."""
     from pipelines.plots import colour, figure, legend, line, marker, png
 
-    made, axes = figure(dark, 9, 5.5)
+    made, axes = figure(False, 9, 5.5)
     for index, arm in enumerate(result["arms"]):
-        look = {"color": colour(index, dark), "linestyle": line(index)}
+        look = {"color": colour(index, False), "linestyle": line(index)}
         for run in arm["runs"]:
             axes.plot(run["tokens_per_pass"], 100 * np.array(run["accuracy"]), linewidth=0.5, alpha=0.35, **look)
         axes.plot(
@@ -243,6 +247,6 @@ def _plot(name: str, result: dict[str, Any], dark: bool) -> bytes:
         )  # fmt: skip
     axes.set_xlabel("tokens per pass (reference passes counted by their FLOPs)")
     axes.set_ylabel("accuracy, %")
-    axes.set_title(f"{name}: mean of {len(result['replicates'])} replicates, {result['num_problems']} problems each")
-    legend(axes, dark)
+    axes.set_title(f"{name}: mean over {_count(result)}, {result['num_problems']} problems each")
+    legend(axes, False)
     return png(made)
