@@ -99,9 +99,9 @@ def test_it_goes_on_where_it_stopped_and_reports_whole_replicates(
     assert not (tmp_path / "late").exists()
 
     report(plan, ["sudoku6"], tmp_path / "one", tmp_path / "written")
-    assert "1 replicates" in capsys.readouterr().out
+    assert "1 replicate," in capsys.readouterr().out
     result = json.loads((tmp_path / "written" / "results.json").read_text())["sudoku6"]
-    assert result["replicates"] == [[0, 0]] and (tmp_path / "written" / "sudoku6-dark.png").exists()
+    assert result["replicates"] == [[0, 0]] and (tmp_path / "written" / "sudoku6.png").exists()
     arms = {(arm["arm"], arm["start"]): arm for arm in result["arms"]}
     assert set(arms) == {("seqd", "none"), ("rcd_both", "zero"), ("rcd_both", "reference"), ("self", "zero")}
     with np.load(tmp_path / "one" / "sudoku6" / "base0.seed0.rcd_both.weak.npz") as data:
