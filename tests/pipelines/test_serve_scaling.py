@@ -34,8 +34,8 @@ def deployed(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
     context = serve_context(tmp_path_factory.mktemp("runs"), SLOWER, baseline=False, **replicas)
     described = serve.describe
 
-    def quick(ctx: StageContext) -> Description:
-        raw = described(ctx).model_dump(mode="json")
+    def quick(*given: Any) -> Description:
+        raw = described(*given).model_dump(mode="json")
         for model in raw["models"].values():
             model["replicas"] |= QUICK
         raw["reference"]["replicas"] |= QUICK | {"target_ongoing_requests": REFERENCE_CALLS}
