@@ -1,7 +1,7 @@
 # make demo    from a dataset to a served model on this machine: installs, starts a local Ray head, submits the job
 # make down    ends what `make demo` started
 # make test    the tests         make lint    ruff, mypy and the import rules         make clean    removes .venv
-# make test-faults   nodes, jobs and replicas killed, full disks: ends with a table of what happened (40 minutes)
+# make test-faults   nodes, jobs and replicas killed, full disks: ends with a table of what happened (half an hour)
 # make drill   all slower tests, those of faults among them; installs DeepSpeed
 #
 # Options: PORT=8000 (HTTP endpoint)  DASHBOARD_PORT=8265  PYTHON=python3 (3.11 or newer)

@@ -22,7 +22,7 @@ from rcd_core import Decoder, DecodeSettings, LocalReference, UserError, WarmSta
 from rcd_core.decoding.cache import SlotCache
 from rcd_core.decoding.engine import Engine, QueueFull
 from rcd_core.decoding.forward import MAX_PASS_TOKENS, Work, groups
-from rcd_core.decoding.memory import engine_memory, fit_batch
+from rcd_core.decoding.memory import available_bytes, engine_memory, fit_batch
 from rcd_core.decoding.request import make_sequence
 from rcd_core.decoding.stream import BlockDone, PassDone, TextStream, stream
 from tests.rcd_core.test_decoding import FAMILIES, any_settings, decoder, many, model, prompts
@@ -229,6 +229,17 @@ def test_the_reference_keeps_its_contexts() -> None:
     assert sum(n for row in seen for n in row) < 8 + 12 + 16 + 24
 
 
+@pytest.mark.parametrize(("slots", "found"), [(2, 0), (3, 3 * (4 + 8 + 12))])
+def test_a_reference_with_room_for_all_forgets_nothing(slots: int, found: int) -> None:
+    """Three answers in turn, four blocks each: a block finds what was there before the one before it. With a slot less
+    each answer is forgotten before its turn comes again."""
+    kept = LocalReference(model("sdar_ref_tiny"), slots, max_length=20)
+    for end in (8, 12, 16, 20):
+        for first in (1, 2, 3):
+            kept.signals([WarmStart((*[first] * (end - 4), *[511] * 4), tuple(range(end - 4, end)), 4, top_k=8)])
+    assert kept.reused_tokens == found
+
+
 # -- text
 
 
@@ -317,6 +328,14 @@ def test_as_many_requests_as_fit() -> None:
         fit_batch(m, 64, 4, wanted=8, free=1000)
     cache = SlotCache(m, 3, 64)
     assert engine_memory(m, 3, 64, 4).cache == sum(t.nbytes for t in (*cache.keys, *cache.values))
+
+
+def test_a_part_of_a_gpu_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 80 bytes 50 are free; this process has 10 of them taken."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10)
+    assert [available_bytes(torch.device("cuda"), part) for part in (1.0, 0.5, 0.25)] == [50, 30, 10]
+
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is Linux's to tell")
