@@ -17,10 +17,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .PHONY: demo down test test-faults drill lint clean
 
 demo: $(VENV)/.runtime
-	@$(BIN)/python -m pipelines.local demo --port $(PORT) --dashboard-port $(DASHBOARD_PORT)
+	@$(BIN)/python -m pipelines.ray_cluster.local demo --port $(PORT) --dashboard-port $(DASHBOARD_PORT)
 
 down:
-	@if [ -x $(BIN)/python ]; then $(BIN)/python -m pipelines.local down; else echo "nothing to stop"; fi
+	@if [ -x $(BIN)/python ]; then $(BIN)/python -m pipelines.ray_cluster.local down; else echo "nothing to stop"; fi
 
 test: $(VENV)/.dev
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -21,15 +21,15 @@ if __name__ == "__main__":
 
 from dataclasses import replace
 
-from pipelines.calibration import CalibrationJob, calibrate_model, store, synthetic_problems
-from pipelines.calibration_report import html_page, summary_line
-from pipelines.run import StageContext
-from pipelines.sources import columns_of, local_sources
-from rcd_core import storage
+from pipelines.calibration.job import CalibrationJob, calibrate_model, store, synthetic_problems
+from pipelines.data.sources import columns_of, local_sources
+from pipelines.report.calibration import html_page, summary_line
+from pipelines.run.directory import StageContext
 from rcd_core.errors import UserError
+from rcd_core.io import storage
 from rcd_core.tasks import Problem, get_task
-from rcd_core.tasks.encoding import content_id
 from rcd_core.tasks.rows import read_rows
+from rcd_core.text.encoding import content_id
 
 
 def run(ctx: StageContext) -> dict[str, Any]:
@@ -157,6 +157,6 @@ def _compute(ctx: StageContext, jobs: list[CalibrationJob], problems: list[Probl
 
 
 if __name__ == "__main__":
-    from pipelines.driver import stage_main
+    from pipelines.run.driver import stage_main
 
     stage_main("calibrate")

@@ -27,13 +27,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.decode_actor import DECODED, ROWS, Arm, DecodeActor, Plan, Work
-from pipelines.evaluation_settings import provenance, provenance_line, provenance_section
-from pipelines.parts import read_parts
-from pipelines.report import html_report, plots_of, print_tables
-from pipelines.results import ArmInfo, analyse
-from pipelines.run import StageContext
-from rcd_core import storage
+from pipelines.evaluation.actor import DECODED, ROWS, Arm, DecodeActor, Plan, Work
+from pipelines.evaluation.parts import read_parts
+from pipelines.evaluation.results import ArmInfo, analyse
+from pipelines.recipe.settings_files import provenance, provenance_line, provenance_section
+from pipelines.report.evaluation import html_report, plots_of, print_tables
+from pipelines.run.directory import StageContext
+from rcd_core.io import storage
 
 BASELINE = "seqd"
 FLUSH_S = 5.0  # what a kill costs, at most, of answers that were finished
@@ -258,12 +258,12 @@ def _sections(ctx: StageContext) -> list[tuple[str, str]]:
     found = provenance_section(provenance(ctx.recipe))
     if "calibrate" not in ctx.inputs:
         return found
-    from pipelines.calibration_report import sections
+    from pipelines.report.calibration import sections
 
     return found + sections(storage.read_json(storage.join(ctx.input_dir("calibrate"), "calibration.json")))
 
 
 if __name__ == "__main__":
-    from pipelines.driver import stage_main
+    from pipelines.run.driver import stage_main
 
     stage_main("evaluate")

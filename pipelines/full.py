@@ -18,7 +18,7 @@ from pathlib import Path
 # The repository's root instead of pipelines/, whose file names (train, serve, ...) are too common for the path.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipelines.driver import main  # noqa: E402
+from pipelines.run.driver import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

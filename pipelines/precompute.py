@@ -22,17 +22,17 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from pipelines import signal_files
-from pipelines.cluster import describe_all
-from pipelines.run import StageContext
-from pipelines.signal_actor import SignalActor, SignalJob
-from pipelines.signal_plan import plan_shards
-from pipelines.waiting import Waiting
-from rcd_core import storage
+from pipelines.ray_cluster.resources import describe_all
+from pipelines.ray_cluster.waiting import Waiting
+from pipelines.run.directory import StageContext
+from pipelines.signals import files as signal_files
+from pipelines.signals.actor import SignalActor, SignalJob
+from pipelines.signals.plan import plan_shards
 from rcd_core.errors import UserError
-from rcd_core.training.examples import Chunks
-from rcd_core.training.signal_format import SCHEMA_VERSION
-from rcd_core.training.signal_rows import damage, noise_record
+from rcd_core.io import storage
+from rcd_core.training.data.examples import Chunks
+from rcd_core.training.data.signal_format import SCHEMA_VERSION
+from rcd_core.training.data.signal_rows import damage, noise_record
 
 
 def run(ctx: StageContext) -> dict[str, Any]:
@@ -207,6 +207,6 @@ class Found:
 
 
 if __name__ == "__main__":
-    from pipelines.driver import stage_main
+    from pipelines.run.driver import stage_main
 
     stage_main("signals")

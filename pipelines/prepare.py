@@ -30,11 +30,8 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 
-from pipelines.config import Recipe
-from pipelines.ordering import collect, in_order
-from pipelines.rules import SYNTHETIC
-from pipelines.run import StageContext
-from pipelines.sources import (
+from pipelines.data.ordering import collect, in_order
+from pipelines.data.sources import (
     Source,
     check_sources,
     columns_of,
@@ -43,12 +40,15 @@ from pipelines.sources import (
     splits_of,
     training_texts,
 )
-from rcd_core import storage
+from pipelines.recipe.model import Recipe
+from pipelines.recipe.rules import SYNTHETIC
+from pipelines.run.directory import StageContext
 from rcd_core.errors import UserError
+from rcd_core.io import storage
 from rcd_core.tasks import SPLITS, get_task
-from rcd_core.tasks.encoding import TOO_SHORT, UNLABELLED, Encoder, content_id
 from rcd_core.tasks.rows import BadRow, Row, read_rows
-from rcd_core.tokenizer import load_tokenizer, mask_token_id, tokenizer_sha256, train_tokenizer
+from rcd_core.text.encoding import TOO_SHORT, UNLABELLED, Encoder, content_id
+from rcd_core.text.tokenizer import load_tokenizer, mask_token_id, tokenizer_sha256, train_tokenizer
 
 VALIDATION = "validation"  # directory of the training examples that are held out
 ROWS_PER_FILE = 4096
@@ -331,6 +331,6 @@ def _digest(table: pa.Table, digest: Any) -> None:
 
 
 if __name__ == "__main__":
-    from pipelines.driver import stage_main
+    from pipelines.run.driver import stage_main
 
     stage_main("prepare")

@@ -24,15 +24,15 @@ import pyarrow.parquet as pq
 from ray import serve
 from ray.serve.schema import ApplicationStatus
 
-from pipelines.api_limits import ApiLimits, api_keys
-from pipelines.cluster import wait_for_resources
-from pipelines.config import Recipe
-from pipelines.description import describe
-from pipelines.graph import application
-from pipelines.ingress import limits_id
-from pipelines.run import StageContext
-from rcd_core import storage
+from pipelines.ray_cluster.resources import wait_for_resources
+from pipelines.recipe.model import Recipe
+from pipelines.run.directory import StageContext
+from pipelines.serving.description import describe
+from pipelines.serving.graph import application
+from pipelines.serving.http.guard import ApiLimits, api_keys
+from pipelines.serving.ingress import limits_id
 from rcd_core.errors import UserError
+from rcd_core.io import storage
 from rcd_core.tasks import get_task
 
 READY_TIMEOUT_S = 60.0
@@ -182,6 +182,6 @@ def _wait_until_ready(recipe: Recipe) -> None:
 
 
 if __name__ == "__main__":
-    from pipelines.driver import stage_main
+    from pipelines.run.driver import stage_main
 
     stage_main("deploy")

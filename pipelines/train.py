@@ -20,17 +20,17 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipelines.cluster import describe_all
-from pipelines.run import StageContext
-from pipelines.train_metrics import Progress, read_metrics, write_events
-from pipelines.train_worker import SEED_BITS, TrainJob, train_worker
-from rcd_core import storage
+from pipelines.ray_cluster.resources import describe_all
+from pipelines.run.directory import StageContext
+from pipelines.training.metrics import Progress, read_metrics, write_events
+from pipelines.training.worker import SEED_BITS, TrainJob, train_worker
 from rcd_core.alpha import SCALED
+from rcd_core.io import storage
 from rcd_core.noise import hash_key
 from rcd_core.residual import ResidualSettings
-from rcd_core.training.examples import Chunks
-from rcd_core.training.signal_format import SCHEMA_VERSION
-from rcd_core.training.signal_rows import noise_record, require_match
+from rcd_core.training.data.examples import Chunks
+from rcd_core.training.data.signal_format import SCHEMA_VERSION
+from rcd_core.training.data.signal_rows import noise_record, require_match
 
 RESIZE_EVERY_S = 60.0  # an elastic run looks so often whether there is room for more workers
 
@@ -98,7 +98,7 @@ def _with_alpha_scale(signals: dict[str, Any], residual: ResidualSettings) -> Re
     """h of the calibrated rules from the reference signals of the training rows, unless the recipe gives it."""
     if residual.alpha not in SCALED or residual.alpha_scale is not None:
         return residual
-    from rcd_core.calibrate import entropy_quantile
+    from rcd_core.calibration.distance import entropy_quantile
 
     quantile = entropy_quantile(signals["entropy_histogram"], residual.alpha_quantile)
     return replace(residual, alpha_scale=round(quantile, 6))
@@ -124,8 +124,8 @@ def _fit(ctx: StageContext, job: TrainJob) -> None:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from pipelines.train_checkpoints import NUM_TO_KEEP
-    from pipelines.train_faults import Deadline, RetryLostWorkersOnly, attempt_s, explained
+    from pipelines.training.checkpoints import NUM_TO_KEEP
+    from pipelines.training.faults import Deadline, RetryLostWorkersOnly, attempt_s, explained
 
     resources = ctx.recipe.resources
     wanted = describe_all([resources.worker(ctx.stage)] * resources.worker_counts[0])
@@ -163,6 +163,6 @@ def _fit(ctx: StageContext, job: TrainJob) -> None:
 
 
 if __name__ == "__main__":
-    from pipelines.driver import stage_main
+    from pipelines.run.driver import stage_main
 
     stage_main("base", "reference", "target", "target-*", "baseline", "baseline-*")

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from rcd_core.errors import UserError
-from rcd_core.kernels.encode import Encoded, encode
-from rcd_core.kernels.residual_embedding import SparseResidual
 from rcd_core.learned_alpha import LearnedAlpha
+from rcd_core.ops.encode import Encoded, encode
+from rcd_core.ops.residual_embedding import SparseResidual
 from rcd_core.residual import AlphaRule, alpha_from_statistics, entropy
 from rcd_core.signal_arrow import from_table, to_table
 

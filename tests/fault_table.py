@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 import psutil
 import pytest
 
-from pipelines.hardware import processor
+from pipelines.ray_cluster.hardware import processor
 
 _HEADER = ("fault", "stage", "what happened", "recovery (s)", "result")
 _FAULT, _ROW = "fault", "fault_row"  # in the user_properties of a test's reports, which also reach xdist's controller

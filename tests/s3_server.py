@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 from pyarrow.fs import FileSystem
 
-from rcd_core import storage
+from rcd_core.io import storage
 
 
 @contextmanager

@@ -6,13 +6,13 @@ import warnings
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
 
+from rcd_core.decode_settings import DecodeSettings
 from rcd_core.decoding.engine import Engine
 from rcd_core.decoding.memory import fit_batch
 from rcd_core.decoding.observer import Observer
 from rcd_core.decoding.reference import LocalReference, Reference
 from rcd_core.decoding.request import make_sequence, uncalibrated
 from rcd_core.decoding.sequence import Generation, Sequence
-from rcd_core.decoding.settings import DecodeSettings
 from rcd_core.decoding.stream import Event, stream
 from rcd_core.families.base import DiffusionModel
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rcd_core.alpha import AlphaRule
-from rcd_core.decoding.settings import DecodeSettings
-from rcd_core.kernels.reduce import Feedback
+from rcd_core.decode_settings import DecodeSettings
+from rcd_core.ops.reduce import Feedback
 
 
 def temperatures(settings: DecodeSettings) -> dict[str, float]:

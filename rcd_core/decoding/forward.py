@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rcd_core.attention import reads_pools
+from rcd_core.attention.backends import reads_pools
+from rcd_core.attention.layouts import block_causal
 from rcd_core.decoding.cache import CacheView, SlotCache
 from rcd_core.decoding.state import ResidualState
 from rcd_core.families.base import DiffusionModel
-from rcd_core.layouts import block_causal
 
 _PADDING_SHARE = 0.25  # of a pass's tokens may be padding, if rows so share it
 MAX_PASS_TOKENS = 8192  # padding included; a longer row stands alone. Bounds the memory of a pass.

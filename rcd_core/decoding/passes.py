@@ -20,7 +20,7 @@ from rcd_core.decoding.sequence import Pass, Sequence
 from rcd_core.decoding.state import ResidualState
 from rcd_core.decoding.statistics import Statistics
 from rcd_core.families.base import DiffusionModel
-from rcd_core.kernels.reduce import Feedback
+from rcd_core.ops.reduce import Feedback
 
 _FIXED_QUERIES = 256  # tokens of a row up to which passes have fixed shapes: blocks, not prompts
 _FIXED_POSITIONS = 64  # their masked positions are rounded up to a multiple of so many

@@ -22,8 +22,8 @@ from rcd_core.decoding.sampling import SamplingColumns, SpecialTokens, choose_to
 from rcd_core.decoding.sequence import Sequence
 from rcd_core.decoding.state import ResidualState
 from rcd_core.families.base import DiffusionModel
-from rcd_core.kernels.reduce import Feedback, Table, reduce_greedy
 from rcd_core.noise import hash_key, uniforms
+from rcd_core.ops.reduce import Feedback, Table, reduce_greedy
 from rcd_core.signals import DenseSignals
 
 TILE_BYTES = 64 << 20  # fp32 logits held at once
@@ -96,9 +96,7 @@ class Predictor:
                 found[0, rows], found[1, rows] = tokens.float(), confidence
         return found
 
-    def _reduced(
-        self, logits: Tensor, places: Tensor, feedback: Feedback | None, with_entropy: bool = True
-    ) -> Tensor:
+    def _reduced(self, logits: Tensor, places: Tensor, feedback: Feedback | None, with_entropy: bool = True) -> Tensor:
         reduced = reduce_greedy(logits, self.model.mask_token_id, feedback, self.table, with_entropy)
         if reduced.alpha is not None and reduced.delta is not None:
             self.state.write(places, reduced.alpha, reduced.delta)

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from rcd_core.alpha import UNMOVED
+from rcd_core.decode_settings import DecodeSettings, Start
 from rcd_core.decoding.sequence import Sequence
-from rcd_core.decoding.settings import DecodeSettings, Start
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
 

@@ -12,11 +12,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from rcd_core.decode_settings import DecodeSettings
 from rcd_core.decoding.feedback import feedback_of, is_greedy
 from rcd_core.decoding.reference import WarmStart
-from rcd_core.decoding.settings import DecodeSettings
 from rcd_core.families.base import DiffusionModel
-from rcd_core.kernels.reduce import Feedback
+from rcd_core.ops.reduce import Feedback
 from rcd_core.signals import Signals
 
 PassKind = Literal["prefill", "denoise", "store"]

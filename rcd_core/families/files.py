@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from rcd_core.decoding.settings import Start
+from rcd_core.decode_settings import Start
 from rcd_core.errors import UserError
 from rcd_core.residual import AlphaRule
 

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from rcd_core.attention import backend_key
-from rcd_core.calibrate import CALIBRATION_FILE, SCHEMA_VERSION
+from rcd_core.attention.backends import backend_key
+from rcd_core.calibration.distance import CALIBRATION_FILE, SCHEMA_VERSION
 from rcd_core.errors import UserError
 from rcd_core.families import llada, sdar
 from rcd_core.families.base import CheckpointInfo, DiffusionModel
 from rcd_core.families.config import ModelConfig
 from rcd_core.families.files import CheckpointFiles, read_json, released_name
 from rcd_core.families.weights import StoredTensor, list_weights, read_weights
+from rcd_core.io.node_copy import node_copy
+from rcd_core.io.storage import is_uri
 from rcd_core.learned_alpha import load_learned_alpha
-from rcd_core.node_copy import node_copy
-from rcd_core.storage import is_uri
 
 _FAMILIES = (sdar, llada)
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")

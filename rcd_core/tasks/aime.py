@@ -5,7 +5,7 @@ A row looks like this one (made up):
     {"question": "How many positive integers below $100$ are divisible by $7$ but not by $2$?", "answer": "7"}
 
 The answer may be a number in the file. Few problems, so they are decoded many times: the paper draws 16 samples at
-temperature 0.6 and reports pass@1 (`rcd_core.pass_at_1`). The competition's graders read an integer; evaluations read
+temperature 0.6 and reports pass@1 (`evaluation.pass_at_1`). The competition's graders read an integer; evaluations read
 the last box, as here. The grader that lighteval calls is
 https://github.com/huggingface/Math-Verify/blob/5d148cfaaf99214c2e4ffb4bc497ab042c592a7a/src/math_verify/grader.py
 """

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from rcd_core import storage
 from rcd_core.errors import UserError
+from rcd_core.io import storage
 
 _FIRST_ROWS = 20  # looked at to learn which columns there are
 _DETAIL = 200  # characters of a bad row that are kept

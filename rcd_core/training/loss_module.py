@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rcd_core.families.base import DiffusionModel
 from rcd_core.residual import AlphaRule, ResidualSettings
 from rcd_core.signals import ReferenceSignals, residual_state, sparse_residual
-from rcd_core.training.batches import MicroBatch
+from rcd_core.training.data.batches import MicroBatch
 from rcd_core.training.objective import (
     LossWeight,
     Residual,

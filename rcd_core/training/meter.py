@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rcd_core.families.base import DiffusionModel
-from rcd_core.training.batches import MicroBatch
+from rcd_core.training.data.batches import MicroBatch
 from rcd_core.training.loss_module import NUM_BUCKETS, NUM_STATISTICS
 
 # Dense bf16 FLOP/s from the makers' data sheets, by a part of the device's name.

@@ -1,7 +1,7 @@
 """What a training needs before it is started: bytes on every GPU, the fewest GPUs that do, FLOPs and hours.
 
 Pure arithmetic on sizes; nothing is loaded. The formulas count what strategies.py, loss_module.py and transformers'
-layers keep; tests/rcd_core/test_plan.py holds them against measured peaks.
+layers keep; tests/rcd_core/training/test_plan.py holds them against measured peaks.
 
 Shapes: P parameters, D width, F intermediate width, H query heads, G key/value heads, d head width, V vocabulary,
 M tokens that enter the layers in one micro-batch, N masked positions among them, W workers, c bytes of a number in the
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from rcd_core.errors import UserError
 from rcd_core.families.config import ModelConfig
-from rcd_core.kernels.fused_loss import CHUNK_BYTES
+from rcd_core.ops.fused_loss import CHUNK_BYTES
 from rcd_core.training.meter import PEAK_FLOPS
 from rcd_core.training.settings import TrainSettings
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from rcd_core import attention
-from rcd_core.layouts import block_diffusion
+from rcd_core.attention import backends as attention
+from rcd_core.attention.layouts import block_diffusion
 from tests.benchmarks.probe import header
 
 BLOCK_LENGTH, HEAD_DIM = 32, 128

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from rcd_core import Decoder, DecodeSettings, load_model, storage
-from rcd_core.evaluation import compare, resample
-from rcd_core.outcomes import collect, curve
+from rcd_core import Decoder, DecodeSettings, load_model
+from rcd_core.evaluation.outcomes import collect, curve
+from rcd_core.evaluation.statistics import compare, resample
+from rcd_core.io import storage
 from rcd_core.tasks import get_task
-from rcd_core.tokenizer import load_tokenizer
+from rcd_core.text.tokenizer import load_tokenizer
 
 THRESHOLDS = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.97)
 

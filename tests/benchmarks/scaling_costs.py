@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.config import Recipe
-from pipelines.signal_costs import PASSES, Volume, column_bytes, costs
-from pipelines.signal_plan import GROUP_BATCHES, plan_shards, wanted_rows
-from rcd_core.flops import pass_flops
+from pipelines.recipe.model import Recipe
+from pipelines.signals.costs import PASSES, Volume, column_bytes, costs
+from pipelines.signals.plan import GROUP_BATCHES, plan_shards, wanted_rows
+from rcd_core.evaluation.flops import pass_flops
 from rcd_core.training.plan import ModelShape, peak, work
 
 HASH_BYTES = 16 << 20  # storage.sha256 reads a file in such pieces, each of them a GET

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from pipelines.signal_files import shard_name
+from pipelines.signals.files import shard_name
 from rcd_core import ReferenceSignals, WarmStart
-from rcd_core.calibrate import NUM_BINS
+from rcd_core.calibration.distance import NUM_BINS
 from tests.benchmarks.scaling_costs import TARGET, Cache
 
 BENCHMARKS, SCALING = "tests/benchmarks/README.md", "cluster/SCALING.md"

@@ -31,13 +31,13 @@ import torch  # noqa: E402
 from ray import serve as ray_serve  # noqa: E402
 
 from pipelines import serve  # noqa: E402
-from pipelines.engine_thread import EngineThread  # noqa: E402
-from pipelines.openai_types import DecodeRequest, Finished, TextDelta  # noqa: E402
-from pipelines.run import StageContext  # noqa: E402
+from pipelines.run.directory import StageContext  # noqa: E402
+from pipelines.serving.engine_thread import EngineThread  # noqa: E402
+from pipelines.serving.http.bodies import DecodeRequest, Finished, TextDelta  # noqa: E402
 from rcd_core import DecodeSettings, load_model  # noqa: E402
 from tests.benchmarks import serving_floor  # noqa: E402
 from tests.benchmarks.probe import header, idle_probe  # noqa: E402
-from tests.pipelines.serve_run import serve_context, tokenizer  # noqa: E402
+from tests.pipelines.serving.serve_run import serve_context, tokenizer  # noqa: E402
 
 SIZES = {"hidden_size": 256, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 768}
 CLIENTS = 32

@@ -14,11 +14,11 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.responses import StreamingResponse
 
-from pipelines.engine_thread import EngineThread
-from pipelines.graph import LEAN, LEAN_INGRESS
-from pipelines.openai_types import DecodeRequest, TextDelta
+from pipelines.serving.engine_thread import EngineThread
+from pipelines.serving.graph import LEAN, LEAN_INGRESS
+from pipelines.serving.http.bodies import DecodeRequest, TextDelta
 from rcd_core import load_model
-from rcd_core.tokenizer import load_tokenizer
+from rcd_core.text.tokenizer import load_tokenizer
 
 app = FastAPI()
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from pipelines.signal_report import measure_sizes, report_lines
-from rcd_core.fidelity import Kind
+from pipelines.signals.inspect import measure_sizes, report_lines
+from rcd_core.evaluation.signal_fidelity import Kind
 from tests.benchmarks.probe import header, idle_probe
 from tests.benchmarks.signals_data import GSM8K, SUDOKU, Workload, finished_run, make, random_reference
 from tests.benchmarks.signals_fidelity import as_json, table, trained

@@ -16,20 +16,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rcd_core.evaluation.signal_fidelity import Rule
 from rcd_core.families.base import CheckpointInfo, DiffusionModel
 from rcd_core.families.config import ModelConfig
 from rcd_core.families.loading import new_model
-from rcd_core.fidelity import Rule
 from rcd_core.noise import NoiseSettings
 from rcd_core.residual import ResidualSettings
 from rcd_core.tasks import Task, get_task
-from rcd_core.tasks.encoding import Encoder, content_id
 from rcd_core.tasks.rows import BadRow, read_rows
-from rcd_core.tokenizer import mask_token_id, stop_token_ids, train_tokenizer
+from rcd_core.text.encoding import Encoder, content_id
+from rcd_core.text.tokenizer import mask_token_id, stop_token_ids, train_tokenizer
+from rcd_core.training.data.rows import ExampleSource
+from rcd_core.training.data.signal_rule import SignalRule
 from rcd_core.training.loop import Callbacks, train
-from rcd_core.training.rows import ExampleSource
 from rcd_core.training.settings import TrainSettings
-from rcd_core.training.signal_rule import SignalRule
 
 ROWS_PER_GROUP = 1024
 NEAR_DENSE = 256  # entries kept while the benchmark's own targets are trained, so that no smaller k is favoured

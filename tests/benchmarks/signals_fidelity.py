@@ -1,4 +1,4 @@
-"""What sparse signals lose, on one workload: the table of rcd_core.fidelity over k, treatment and mass; and, because
+"""What sparse signals lose: evaluation.signal_fidelity's table over k, treatment and mass; and, because
 the loss of a trained target is one thing and training on sparse residuals another, targets trained with each kind."""
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
+from rcd_core.evaluation.signal_fidelity import Kind, Report, Rule, kinds_up_to, measure, sparse_delta
 from rcd_core.families.base import DiffusionModel
 from rcd_core.families.loading import load_model
-from rcd_core.fidelity import Kind, Report, Rule, kinds_up_to, measure, sparse_delta
 from rcd_core.signals import DenseSignals, ReferenceSignals
-from rcd_core.training.batches import collate
+from rcd_core.training.data.batches import collate
+from rcd_core.training.data.rows import ExampleSource
 from rcd_core.training.objective import TrainingBatch, masked_hidden, training_loss
-from rcd_core.training.rows import ExampleSource
 from tests.benchmarks.signals_data import Workload
 
 KS, MASSES, MASS_KS = (8, 16, 32, 64, 128), (0.9, 0.99, 0.999), (32, 128)

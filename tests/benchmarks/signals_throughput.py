@@ -25,14 +25,14 @@ from unittest import mock
 
 import torch
 
-from pipelines.config import Resources
-from pipelines.signal_actor import SignalActor, SignalJob
-from pipelines.signal_plan import groups, plan_batches
-from rcd_core import storage
-from rcd_core.training.batches import collate
-from rcd_core.training.examples import Chunks
+from pipelines.recipe.model import Resources
+from pipelines.signals.actor import SignalActor, SignalJob
+from pipelines.signals.plan import groups, plan_batches
+from rcd_core.io import storage
+from rcd_core.training.data.batches import collate
+from rcd_core.training.data.examples import Chunks
+from rcd_core.training.data.signal_rule import SignalRule
 from rcd_core.training.objective import masked_hidden
-from rcd_core.training.signal_rule import SignalRule
 from tests.benchmarks.signals_data import Workload
 
 ROOT = Path(__file__).resolve().parents[2]

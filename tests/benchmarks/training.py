@@ -27,14 +27,14 @@ from rcd_core import ReferenceSignals
 from rcd_core.families.base import CheckpointInfo, DiffusionModel
 from rcd_core.families.config import ModelConfig
 from rcd_core.families.loading import new_model
-from rcd_core.kernels.fused_loss import weighted_cross_entropy
 from rcd_core.noise import NoiseSettings, mask_example
+from rcd_core.ops.fused_loss import weighted_cross_entropy
 from rcd_core.residual import ResidualSettings
-from rcd_core.training.batches import BatchMaker, MicroBatch
+from rcd_core.training.data.batches import BatchMaker, MicroBatch
+from rcd_core.training.data.rows import Row
 from rcd_core.training.loop import Callbacks, reference_signals, train
 from rcd_core.training.loss_module import LossModule
 from rcd_core.training.meter import peak_flops
-from rcd_core.training.rows import Row
 from rcd_core.training.settings import TrainSettings
 from rcd_core.training.strategies import adamw
 from tests.benchmarks.probe import header

@@ -29,7 +29,7 @@ def problem(words: list[str]) -> str | None:
     if program in ("ray", "serve"):
         return _click(program, arguments)
     if program == "rcd":
-        return _argparse("pipelines.cli", arguments)
+        return _argparse("pipelines.cli.main", arguments)
     if program == "make":
         return _make(arguments)
     if program in ("python", "python3") and arguments:
@@ -62,8 +62,8 @@ def _python(arguments: list[str]) -> str | None:
         module, rest = arguments[0].removesuffix(".py").replace("/", "."), arguments[1:]
     drivers = ("full", "prepare", "train", "precompute", "calibrate", "evaluate", "serve")
     if module in [f"pipelines.{name}" for name in drivers]:
-        return _argparse("pipelines.driver", rest)
-    return _argparse(module, rest) if module == "pipelines.local" else None
+        return _argparse("pipelines.run.driver", rest)
+    return _argparse(module, rest) if module == "pipelines.ray_cluster.local" else None
 
 
 class _Parsed(BaseException):

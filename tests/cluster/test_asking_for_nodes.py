@@ -15,7 +15,7 @@ import ray
 from ray._raylet import GcsClient
 from ray.autoscaler.v2.sdk import get_cluster_resource_state
 from ray.cluster_utils import Cluster
-from pipelines.cluster import wait_for_resources
+from pipelines.ray_cluster.resources import wait_for_resources
 from rcd_core.errors import UserError
 
 WANTED = [{"CPU": 1.0, "reference_node": 0.001}] * 2

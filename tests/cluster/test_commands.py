@@ -47,9 +47,7 @@ def test_enough_is_looked_at() -> None:
     assert {"ray", "python", "make", "rcd"} <= {
         words[0] for path in DOCUMENTS for block in fenced(path.read_text()) for words in commands(block)
     }
-    assert {"ray", "kubectl", "serve", "docker"} <= {
-        words[0] for path in COMMENTED for words in commands(header(path))
-    }
+    assert {"ray", "kubectl", "serve", "docker"} <= {words[0] for path in COMMENTED for words in commands(header(path))}
 
 
 @pytest.mark.parametrize(
@@ -64,7 +62,7 @@ def test_enough_is_looked_at() -> None:
         ("serve deploi x.yaml", "no command"),
         ("rcd trein plan --recipe demo", "invalid choice: 'trein'"),
         ("rcd runs --storage /x --all", "unknown: --all"),
-        ("python -m pipelines.local submitt", "invalid choice: 'submitt'"),
+        ("python -m pipelines.ray_cluster.local submitt", "invalid choice: 'submitt'"),
         ("python -m pipelines.locals up", "no module"),
         ("make domo", "no target domo"),
     ],

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from pipelines import cli
+from pipelines.cli import main as cli
 from tests.cluster.files import CLUSTER
 
 TARGET = "hidden_size: 4096, num_layers: 36, num_heads: 32, intermediate_size: 12288"

@@ -13,11 +13,11 @@ from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingReply
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.autoscaler_pb2 import GangResourceRequest
 
-from pipelines.config import load_recipe
-from pipelines.demands import Bundle, demands
-from pipelines.description import bundle, parse_description
-from pipelines.recipe_file import recipe_names
-from pipelines.serve_config import read_config
+from pipelines.recipe.files import recipe_names
+from pipelines.recipe.model import load_recipe
+from pipelines.serving.config_file import read_config
+from pipelines.serving.description import bundle, parse_description
+from tests.cluster.demands import Bundle, demands
 from tests.cluster.files import CLUSTER, changed, kuberay, launcher, ray_cluster_spec
 
 PLACED = "cluster-sdar-8b"

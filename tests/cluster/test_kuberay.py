@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines.driver import _parser
 from pipelines.full import main as full
-from pipelines.serve_config import config_problems
+from pipelines.run.driver import _parser
+from pipelines.serving.config_file import config_problems
 from tests.cluster.files import CLUSTER, KUBERAY, changed, kuberay, leaves, ray_cluster_spec
 from tests.cluster.kuberay_fields import QUANTITY, SPECS, VERSIONS
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from pipelines.local_head import Head, stop_job
-from pipelines.run import RunDirectory
-from rcd_core import storage
+from pipelines.ray_cluster.local_head import Head, stop_job
+from pipelines.run.directory import RunDirectory
+from rcd_core.io import storage
 from tests.cluster.nodes import ROOT, actors, elsewhere, local_nodes
-from tests.pipelines.serve_run import until
+from tests.pipelines.serving.serve_run import until
 from tests.pipelines.test_job import FEW, free_port
 from tests.s3_server import s3_server
 

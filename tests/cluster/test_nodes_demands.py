@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from ray.core.generated import autoscaler_pb2
 
-from pipelines.config import Recipe, load_recipe
-from pipelines.demands import demands
+from pipelines.recipe.model import Recipe, load_recipe
+from tests.cluster.demands import demands
 from tests.cluster.nodes import ROOT, elsewhere, local_nodes, resource_state
 
 PLACED = ("base", "reference", "signals", "target", "baseline", "evaluate", "deploy")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.api_limits import ApiLimits
-from pipelines.config import load_recipe
-from pipelines.description import describe
-from pipelines.graph import application
-from pipelines.stages import stages_of
+from pipelines.recipe.model import load_recipe
+from pipelines.run.stages import stages_of
+from pipelines.serving.description import describe
+from pipelines.serving.graph import application
+from pipelines.serving.http.guard import ApiLimits
 from rcd_core.errors import UserError
 
 PLACED = ('resources.custom={"target*": {big: 0.001}, signals: {small: 1}, target-paper_alpha: {other: 2}}',)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from pipelines import precompute
-from pipelines.config import Recipe
-from pipelines.run import StageContext
-from pipelines.signal_actor import SignalActor, SignalJob
+from pipelines.recipe.model import Recipe
+from pipelines.run.directory import StageContext
+from pipelines.signals.actor import SignalActor, SignalJob
 from tests.pipelines.signal_run import Result, context, prepared, recipe, shards_of
 
 

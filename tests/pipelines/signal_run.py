@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from pipelines.config import Recipe, parse_recipe
-from pipelines.run import RunDirectory, StageContext, material_of
-from pipelines.stages import stages_of
-from rcd_core.training.rows import ExampleSource
+from pipelines.recipe.model import Recipe, parse_recipe
+from pipelines.run.directory import RunDirectory, StageContext, material_of
+from pipelines.run.stages import stages_of
+from rcd_core.training.data.rows import ExampleSource
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BLOCK = 4

@@ -15,19 +15,21 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from pipelines import calibrate, cli
-from pipelines.calibration import CalibrationJob, calibrate_model, store, synthetic_problems
-from pipelines.calibration_report import sections
-from pipelines.config import Recipe, parse_recipe
-from pipelines.run import RunDirectory, StageContext
-from pipelines.stages import stages_of
-from rcd_core import DecodeSettings, UserError, load_model, new_model, storage
-from rcd_core.calibrate import CALIBRATION_FILE
+from pipelines import calibrate
+from pipelines.calibration.job import CalibrationJob, calibrate_model, store, synthetic_problems
+from pipelines.cli import main as cli
+from pipelines.recipe.model import Recipe, parse_recipe
+from pipelines.report.calibration import sections
+from pipelines.run.directory import RunDirectory, StageContext
+from pipelines.run.stages import stages_of
+from rcd_core import DecodeSettings, UserError, load_model, new_model
+from rcd_core.calibration.distance import CALIBRATION_FILE
 from rcd_core.families.base import CheckpointInfo
 from rcd_core.families.config import ModelConfig
+from rcd_core.io import storage
 from rcd_core.tasks import get_task
-from rcd_core.tasks.encoding import content_id
-from rcd_core.tokenizer import load_tokenizer, mask_token_id, stop_token_ids, train_tokenizer
+from rcd_core.text.encoding import content_id
+from rcd_core.text.tokenizer import load_tokenizer, mask_token_id, stop_token_ids, train_tokenizer
 
 SIZES: dict[str, Any] = {
     "family": "sdar",

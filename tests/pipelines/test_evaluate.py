@@ -19,15 +19,15 @@ import pytest
 from rich.console import Console
 
 from pipelines import evaluate, prepare
-from pipelines.config import Recipe, parse_recipe
-from pipelines.decode_actor import DecodeActor, Plan, request_seed
-from pipelines.run import RunDirectory, StageContext
+from pipelines.evaluation.actor import DecodeActor, Plan, request_seed
+from pipelines.recipe.model import Recipe, parse_recipe
+from pipelines.run.directory import RunDirectory, StageContext
 from rcd_core import Decoder, DecodeSettings, load_model, new_model
 from rcd_core.errors import UserError
 from rcd_core.families.base import CheckpointInfo
 from rcd_core.families.config import ModelConfig
 from rcd_core.tasks import get_task
-from rcd_core.tokenizer import load_tokenizer, mask_token_id, stop_token_ids
+from rcd_core.text.tokenizer import load_tokenizer, mask_token_id, stop_token_ids
 from tests.fault_table import FaultTable
 
 SIZES = {

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config import Recipe, dump_recipe
-from pipelines.driver import main
+from pipelines.recipe.model import Recipe, dump_recipe
+from pipelines.run.driver import main
 from tests.fault_table import FaultTable
 from tests.pipelines.signal_run import Result, context, prepared, recipe, shards_of
 

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 
 from pipelines import evaluate, serve
-from pipelines.config import Resources
-from pipelines.decode_actor import DecodeActor
-from pipelines.run import StageContext
+from pipelines.evaluation.actor import DecodeActor
+from pipelines.recipe.model import Resources
+from pipelines.run.directory import StageContext
 from tests.cluster.nodes import elsewhere, local_nodes
 from tests.fault_table import FaultTable
-from tests.pipelines import test_serve_faults
-from tests.pipelines.serve_run import metrics, serve_context, until
+from tests.pipelines.serving import test_serve_faults
+from tests.pipelines.serving.serve_run import metrics, serve_context, until
 from tests.pipelines.test_evaluate import STAGES, make_recipe, stage_context, timeless
 from tests.pipelines.test_evaluate import make_run as make_run  # fixtures
 from tests.pipelines.test_evaluate import sudoku as sudoku

@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.run import RunDirectory
+from pipelines.run.directory import RunDirectory
 from tests.fault_table import FaultTable
 
 ROOT = Path(__file__).resolve().parents[2]

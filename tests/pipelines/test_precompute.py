@@ -11,24 +11,25 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipelines import precompute, signal_files
+from pipelines import precompute
 from pipelines import train as train_stage
-from pipelines.config import Recipe, dump_recipe, load_recipe
-from pipelines.driver import main
-from pipelines.run import RunDirectory, material_of
-from pipelines.signal_actor import SignalActor
-from pipelines.signal_plan import GROUP_BATCHES, groups, plan_batches, plan_shards, predicted_bytes, wanted_rows
-from pipelines.stages import stages_of
-from rcd_core import storage
+from pipelines.recipe.model import Recipe, dump_recipe, load_recipe
+from pipelines.run.directory import RunDirectory, material_of
+from pipelines.run.driver import main
+from pipelines.run.stages import stages_of
+from pipelines.signals import files as signal_files
+from pipelines.signals.actor import SignalActor
+from pipelines.signals.plan import GROUP_BATCHES, groups, plan_batches, plan_shards, predicted_bytes, wanted_rows
 from rcd_core.errors import UserError
 from rcd_core.families.loading import load_model
+from rcd_core.io import storage
 from rcd_core.residual import ResidualSettings
-from rcd_core.training.examples import Chunks
+from rcd_core.training.data.examples import Chunks
+from rcd_core.training.data.row_order import RowOrder
+from rcd_core.training.data.rows import ExampleSource, Row
+from rcd_core.training.data.signal_rows import SignalSource
 from rcd_core.training.loop import Callbacks, train
-from rcd_core.training.row_order import RowOrder
-from rcd_core.training.rows import ExampleSource, Row
 from rcd_core.training.settings import TrainSettings
-from rcd_core.training.signal_rows import SignalSource
 from tests.fault_table import FaultTable
 from tests.pipelines.signal_run import BLOCK, GOLDEN, Result, check_rows, context, prepared, recipe, said, shards_of
 

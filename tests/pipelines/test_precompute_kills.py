@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 
-from pipelines import precompute, signal_files, waiting
-from pipelines.config import Recipe
-from pipelines.signal_actor import SignalActor
-from rcd_core import storage
+from pipelines import precompute
+from pipelines.ray_cluster import waiting
+from pipelines.recipe.model import Recipe
+from pipelines.signals import files as signal_files
+from pipelines.signals.actor import SignalActor
 from rcd_core.errors import UserError
+from rcd_core.io import storage
 from tests.fault_table import FaultTable
 from tests.pipelines.signal_run import Result, check_rows, context, prepared, recipe, said, shards_of
 
@@ -126,8 +128,9 @@ DRIVER = """
 import os, sys
 from pathlib import Path
 import tests.pipelines.test_precompute_kills as t
-from pipelines import precompute, signal_files
-from pipelines.cluster import connect
+from pipelines import precompute
+from pipelines.signals import files as signal_files
+from pipelines.ray_cluster.resources import connect
 made, shard = t.recipe(Path(sys.argv[1])), int(sys.argv[2])
 t.kills(made, {shard: sys.argv[3]}, os.getpid())
 connect()

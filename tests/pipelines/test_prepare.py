@@ -14,13 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from pipelines import ordering, prepare
-from pipelines.config import parse_recipe
-from pipelines.run import RunDirectory, StageContext
+from pipelines import prepare
+from pipelines.data import ordering
+from pipelines.recipe.model import parse_recipe
+from pipelines.run.directory import RunDirectory, StageContext
 from rcd_core.errors import UserError
 from rcd_core.tasks.boxed import INSTRUCTION
-from rcd_core.tasks.encoding import UNLABELLED
-from rcd_core.tokenizer import load_tokenizer, mask_token_id
+from rcd_core.text.encoding import UNLABELLED
+from rcd_core.text.tokenizer import load_tokenizer, mask_token_id
 
 MODEL = {
     "family": "sdar",

@@ -13,15 +13,16 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipelines import prepare, signal_files
-from pipelines.config import load_recipe
+from pipelines import prepare
 from pipelines.evaluate import make_plan
-from pipelines.signal_costs import Volume, column_bytes
-from pipelines.signal_plan import groups
-from rcd_core import storage
+from pipelines.recipe.model import load_recipe
+from pipelines.signals import files as signal_files
+from pipelines.signals.costs import Volume, column_bytes
+from pipelines.signals.plan import groups
 from rcd_core.decoding.cache import Slots, bytes_per_position
-from rcd_core.training.signal_format import SCHEMA_VERSION
-from rcd_core.training.signal_rows import SignalSource
+from rcd_core.io import storage
+from rcd_core.training.data.signal_format import SCHEMA_VERSION
+from rcd_core.training.data.signal_rows import SignalSource
 from tests.benchmarks import scaling, scaling_costs
 from tests.benchmarks.scaling_costs import Assumptions, Cache
 from tests.benchmarks.scaling_figures import MEASURED

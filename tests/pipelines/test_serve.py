@@ -21,14 +21,14 @@ import pytest
 from ray import serve as ray_serve
 
 from pipelines import serve
-from pipelines.api_limits import ApiLimits, api_keys
-from pipelines.ingress import limits_id
-from pipelines.keys import key_of
-from pipelines.run import StageContext
+from pipelines.run.directory import StageContext
+from pipelines.run.keys import key_of
+from pipelines.serving.http.guard import ApiLimits, api_keys
+from pipelines.serving.ingress import limits_id
 from rcd_core import Decoder, DecodeSettings, load_model
 from rcd_core.errors import UserError
 from tests.conftest import ROOT
-from tests.pipelines.serve_run import CANVAS, metrics, serve_context, tokenizer, until
+from tests.pipelines.serving.serve_run import CANVAS, metrics, serve_context, tokenizer, until
 
 
 @pytest.fixture(scope="module")

@@ -32,18 +32,18 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from pipelines import train as train_stage
-from pipelines.config import Recipe, parse_recipe
-from pipelines.run import RunDirectory, StageContext, material_of
-from pipelines.stages import stages_of
-from pipelines.train_checkpoints import finished_steps
-from pipelines.train_faults import RetryLostWorkersOnly, disk_full, explained
-from pipelines.train_metrics import MetricsLog, read_metrics
-from pipelines.train_worker import start_model, validation
+from pipelines.recipe.model import Recipe, parse_recipe
+from pipelines.run.directory import RunDirectory, StageContext, material_of
+from pipelines.run.stages import stages_of
+from pipelines.training.checkpoints import finished_steps
+from pipelines.training.faults import RetryLostWorkersOnly, disk_full, explained
+from pipelines.training.metrics import MetricsLog, read_metrics
+from pipelines.training.worker import start_model, validation
 from rcd_core import load_model
 from rcd_core.errors import UserError
-from rcd_core.training.batches import collate_packed
+from rcd_core.training.data.batches import collate_packed
+from rcd_core.training.data.rows import ExampleSource
 from rcd_core.training.loop import Callbacks, reference_signals, train
-from rcd_core.training.rows import ExampleSource
 from tests.fault_table import FaultTable
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -118,7 +118,7 @@ TOKENIZER = ""
 
 @pytest.fixture(autouse=True, scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> None:
-    from rcd_core.tokenizer import train_tokenizer
+    from rcd_core.text.tokenizer import train_tokenizer
 
     global TOKENIZER
     TOKENIZER = str(tmp_path_factory.mktemp("tokenizer"))

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.train_metrics import read_metrics
+from pipelines.training.metrics import read_metrics
 from tests.fault_table import FaultTable
 from tests.pipelines.test_job import FEW, ROOT
 from tests.pipelines.test_train import training_workers
@@ -27,8 +27,8 @@ import ray
 from ray.cluster_utils import Cluster
 import tests.pipelines.test_train as t
 from pipelines import train as train_stage
-from pipelines.train_metrics import read_metrics
-from rcd_core.tokenizer import train_tokenizer
+from pipelines.training.metrics import read_metrics
+from rcd_core.text.tokenizer import train_tokenizer
 storage, temp_dir = Path(sys.argv[1]), sys.argv[2]
 t.TOKENIZER = str(storage / "tokenizer")
 train_tokenizer(["1 2 3"], 300).save_pretrained(t.TOKENIZER)

@@ -18,11 +18,12 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipelines import train_metrics
-from pipelines.run import RunDirectory, StageContext
-from pipelines.train_checkpoints import NUM_TO_KEEP
-from pipelines.train_metrics import LiveEvents, MetricsLog, Progress, read_metrics, write_events
-from rcd_core import load_model, storage
+from pipelines.run.directory import RunDirectory, StageContext
+from pipelines.training import metrics as train_metrics
+from pipelines.training.checkpoints import NUM_TO_KEEP
+from pipelines.training.metrics import LiveEvents, MetricsLog, Progress, read_metrics, write_events
+from rcd_core import load_model
+from rcd_core.io import storage
 from tests.pipelines.test_job import FEW, ROOT
 from tests.pipelines.test_train import recipe, training_workers
 from tests.s3_server import s3_server

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 from rcd_core import Decoder, DecodeSettings, ReferenceSignals, TrainingBatch, UserError, load_model, training_loss
 from rcd_core.decoding.spread import ramp_weight
-from rcd_core.kernels.residual_embedding import residual_embedding
 from rcd_core.learned_alpha import FILE, MARGIN, LearnedAlpha
 from rcd_core.noise import NoiseSettings, mask_example
+from rcd_core.ops.residual_embedding import residual_embedding
 from rcd_core.residual import ResidualSettings, alpha_from_statistics, inject_residual
 from rcd_core.signals import residual_state, sparse_residual
+from rcd_core.training.data.rows import Row
 from rcd_core.training.loop import Callbacks, train
 from rcd_core.training.objective import masked_blocks
-from rcd_core.training.rows import Row
 from rcd_core.training.settings import TrainSettings
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rcd_core import Decoder, DecodeSettings, UserError, attention, load_model
-from rcd_core.layouts import Layout, bidirectional, block_causal, block_diffusion
+from rcd_core import Decoder, DecodeSettings, UserError, load_model
+from rcd_core.attention import backends as attention
+from rcd_core.attention.layouts import Layout, bidirectional, block_causal, block_diffusion
 from rcd_core.training.objective import TrainingBatch, loss_sum
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rcd_core import UserError, entropy_weight, inject_residual, soft_embedding
-from rcd_core.calibrate import MAX_NATS, NUM_BINS, entropy_histogram, entropy_quantile
+from rcd_core.calibration.distance import MAX_NATS, NUM_BINS, entropy_histogram, entropy_quantile
 from rcd_core.noise import NoiseSettings, mask_example
 from rcd_core.residual import ResidualSettings, alpha_from_statistics
 

@@ -1,6 +1,6 @@
 """What the cells say: each arm against SeqD of the same replicate, then means over replicates. Tables, plots, JSON.
 
-Tokens per pass count a reference pass by its FLOPs (rcd_core.flops), as the pipeline's evaluation does. Passes of the
+Tokens per pass count a reference pass by its FLOPs (evaluation.flops), as the pipeline's evaluation does. Passes of the
 model itself in training and the reference's training are not in there: `training` has them, in SeqD second stages.
 
 Shapes: T thresholds, N problems, R resamples.
@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from rcd_core.evaluation import Curves, compare, crossing, estimate, resample
+from rcd_core.evaluation.flops import pass_flops
+from rcd_core.evaluation.outcomes import Outcomes
+from rcd_core.evaluation.statistics import Curves, compare, crossing, estimate, resample
 from rcd_core.families.config import ModelConfig
-from rcd_core.flops import pass_flops
-from rcd_core.outcomes import Outcomes
 from rcd_core.training.plan import ModelShape
 from tests.benchmarks.evidence.plan import Arm, Experiment, Plan
 from tests.benchmarks.evidence.run import NO_REFERENCE, Cell, cells
@@ -234,7 +234,7 @@ def _say(spread: dict[str, Any], scale: float, form: str, count: int) -> str:
 
 def _plot(name: str, result: dict[str, Any]) -> bytes:
     """Mean curves over the replicates, and each replicate's as a thin line."""
-    from pipelines.plots import colour, figure, legend, line, marker, png
+    from pipelines.report.plots import colour, figure, legend, line, marker, png
 
     made, axes = figure(False, 9, 5.5)
     for index, arm in enumerate(result["arms"]):

@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rcd_core.calibrate import entropy_histogram, entropy_quantile
+from rcd_core.calibration.distance import entropy_histogram, entropy_quantile
+from rcd_core.decode_settings import DecodeSettings
 from rcd_core.decoding.decoder import Decoder
-from rcd_core.decoding.settings import DecodeSettings
 from rcd_core.families.base import DiffusionModel
 from rcd_core.families.config import ModelConfig
 from rcd_core.families.loading import load_model
 from rcd_core.residual import ResidualSettings
-from rcd_core.training.batches import collate
+from rcd_core.training.data.batches import collate
 from rcd_core.training.loop import Callbacks, reference_signals, train
 from rcd_core.training.settings import TrainSettings
 from tests.benchmarks.evidence.plan import Arm, Experiment, Plan

@@ -15,12 +15,12 @@ from rcd_core.families.config import ModelConfig
 from rcd_core.families.loading import new_model
 from rcd_core.noise import NoiseSettings, hash_key
 from rcd_core.tasks import get_task
-from rcd_core.tasks.encoding import Encoder, PromptExample, content_id
-from rcd_core.tokenizer import mask_token_id, stop_token_ids, train_tokenizer
-from rcd_core.training.chunk_noise import mask_examples
+from rcd_core.text.encoding import Encoder, PromptExample, content_id
+from rcd_core.text.tokenizer import mask_token_id, stop_token_ids, train_tokenizer
+from rcd_core.training.data.chunk_noise import mask_examples
+from rcd_core.training.data.row_order import RowOrder
+from rcd_core.training.data.rows import Row
 from rcd_core.training.objective import IGNORED
-from rcd_core.training.row_order import RowOrder
-from rcd_core.training.rows import Row
 from tests.benchmarks.evidence.plan import Experiment
 
 DATA_SEED = 0

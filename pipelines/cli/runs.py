@@ -1,0 +1,48 @@
+"""`rcd runs`: the runs of a storage directory and the state of their stages."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.run.directory import RunDirectory
+from pipelines.run.lease import describe, read_lease
+from rcd_core.errors import UserError
+from rcd_core.io import storage
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--storage", default="~/rcd-runs", metavar="DIR", help="absolute directory or URI of the runs")
+
+
+def run(options: argparse.Namespace) -> int:
+    list_runs(os.path.expanduser(options.storage), Console())
+    return 0
+
+
+def list_runs(directory: str, console: Console) -> None:
+    """Print one row per run of a storage directory. Raises UserError when there is no such directory."""
+    if not storage.exists(directory):
+        raise UserError(f"--storage {directory} does not exist; give the storage of your recipes, or run one first")
+    table = Table("run", "done", "partial", "in use by")
+    for path in storage.list_directories(directory):
+        if storage.exists(storage.join(path, "recipe.yaml")):
+            done, partial = stage_states(path)
+            lease = read_lease(path)
+            table.add_row(storage.basename(path), " ".join(done), " ".join(partial), describe(lease) if lease else "")
+    if table.row_count:
+        console.print(table)
+    else:
+        console.print(f"no runs in {directory}", markup=False)
+
+
+def stage_states(run_directory: str) -> tuple[list[str], list[str]]:
+    """(finished stages, begun but unfinished ones), each in the order in which they finished or were begun."""
+    run = RunDirectory(run_directory)
+    names = [storage.basename(path) for path in storage.list_directories(run_directory)]
+    manifests = {name: run.manifest(name) for name in names}
+    done = sorted((m["created"], name) for name, m in manifests.items() if m)
+    return [name for _, name in done], [n for n in names if manifests[n] is None and run.partial_key(n)]

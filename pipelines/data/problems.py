@@ -1,0 +1,68 @@
+"""The test problems of a recipe as text, for whoever sends them to a model elsewhere: no tokenizer, no cluster."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+
+from pipelines.data.sources import check_sources, columns_of, local_sources, row_limit
+from pipelines.recipe.rules import SYNTHETIC
+from pipelines.run.directory import StageContext
+from rcd_core.errors import UserError
+from rcd_core.io import storage
+from rcd_core.tasks import get_task
+from rcd_core.tasks.rows import Row, read_rows
+from rcd_core.text.encoding import content_id
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestProblem:
+    """example_id: the one that the stage `prepare` gives the same problem."""
+
+    example_id: str
+    prompt: str
+    answer: str
+
+
+def read_problems(ctx: StageContext) -> list[TestProblem]:
+    """In the order of their ids. UserError where more rows than data.max_bad_rows allows are no problems."""
+    recipe, data = ctx.recipe, ctx.recipe.data
+    check_sources(recipe)
+    task = get_task(data.task_of("test"))
+    problems, reasons, copies = [], Counter[str](), Counter[str]()
+    for source, row in _rows(ctx):
+        try:
+            if row.values is None:
+                raise UserError(str(row.bad.args[0]) if row.bad else "empty")
+            problem = task.problem(row.values)
+        except UserError as error:
+            reasons[str(error)] += 1
+            continue
+        example_id = f"{row.number:08d}" if source == SYNTHETIC else content_id(problem)
+        number = copies[example_id]
+        copies[example_id] += 1
+        unique = f"{example_id}-{number}" if number else example_id
+        problems.append(TestProblem(example_id=unique, prompt=problem.prompt, answer=problem.answer))
+    storage.remove(storage.join(ctx.directory, "sources"))
+    num_bad = sum(reasons.values())
+    if num_bad > data.max_bad_rows * (num_bad + len(problems)) or not problems:
+        why = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+        raise UserError(f"data.test: {num_bad} of {num_bad + len(problems)} rows cannot be used: {why or 'no rows'}")
+    if num_bad:
+        ctx.console.print(f"left out {num_bad} bad rows: {', '.join(reasons)}", soft_wrap=True, markup=False)
+    return sorted(problems, key=lambda problem: problem.example_id)
+
+
+def _rows(ctx: StageContext) -> Iterator[tuple[str, Row]]:
+    recipe, limit = ctx.recipe, row_limit(ctx.recipe, "test")
+    sources = local_sources(ctx, "test")
+    if sources:
+        columns = columns_of(recipe, "test")
+        found = (((source.label, row) for row in read_rows(source.path, columns)) for source in sources)
+        yield from islice(chain.from_iterable(found), limit)
+        return
+    task = get_task(recipe.data.task_of("test"))
+    for i in range(limit or 0):  # a rule of the recipe: synthetic data says how many
+        yield SYNTHETIC, Row(i, values=task.synthetic(i, "test", recipe.seed))

@@ -1,0 +1,173 @@
+"""What `rcd generate` decodes with: the models that the flags name, their tokenizer, and text to ids and back."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+from pipelines.evaluation.decode_flags import errors_as_flags, given_settings
+from rcd_core.decode_settings import DecodeSettings
+from rcd_core.decoding.decoder import Decoder
+from rcd_core.decoding.sequence import Sequence
+from rcd_core.errors import UserError
+from rcd_core.families.base import DiffusionModel
+from rcd_core.tasks.base import MASK_TEXT
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass
+class Generator:
+    """A decoder with what turns texts into ids and back. tokenizer None: ids only. settings: the flags', unresolved.
+
+    fixed_length: max_new_tokens was asked for; else it gives way where the model has fewer positions left.
+    """
+
+    decoder: Decoder
+    tokenizer: Any
+    settings: DecodeSettings
+    fixed_length: bool
+
+    @property
+    def has_template(self) -> bool:
+        return self.tokenizer is not None and bool(self.tokenizer.chat_template)
+
+    def sequence(self, ids: list[int], infill: bool, trace: bool = False) -> Sequence:
+        """The request as the engine takes it. Raises UserError naming the flag."""
+        model, settings = self.decoder.model, replace(self.settings, trace=self.settings.trace or trace)
+        if not infill and not self.fixed_length:
+            block_length = settings.block_length or model.info.block_length
+            room = (model.max_positions - len(ids)) // block_length * block_length
+            settings = replace(settings, max_new_tokens=max(1, min(settings.max_new_tokens, room)))
+        with errors_as_flags():
+            return self.decoder.check(ids, settings, infill=infill)
+
+    def encode(self, text: str, infill: bool = False) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the prompt is no valid Unicode text: {error.reason}") from error
+        if infill:
+            mask = self.tokenizer.convert_ids_to_tokens(self.decoder.model.mask_token_id)
+            if mask is None:
+                raise UserError(f"--infill: the tokenizer has no token {self.decoder.model.mask_token_id}, the mask")
+            text = text.replace(MASK_TEXT, mask)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def converse(self, messages: list[dict[str, str]]) -> list[int]:
+        """The ids of a conversation, by the chat template."""
+        from jinja2 import TemplateError
+
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise UserError(f"the checkpoint's chat template refuses the prompt: {error}; give --raw") from error
+        return self.encode(str(text))
+
+    def decode(self, ids: list[int], special: bool = True) -> str:
+        if self.tokenizer is None:
+            return "".join(f"{i} " for i in ids)
+        return str(self.tokenizer.decode(ids, skip_special_tokens=not special))
+
+    def text(self, sequence: Sequence) -> str:
+        """What was committed: the answer without special tokens, or the canvas. After a Ctrl-C masks may be left, of
+        which those before committed text show."""
+        output, mask_id = sequence.output(), self.decoder.model.mask_token_id
+        ids = output.canvas_ids if sequence.infill else output.token_ids
+        while not sequence.infill and ids and ids[-1] == mask_id:
+            ids = ids[:-1]
+        parts = [(masked, list(run)) for masked, run in groupby(ids, lambda i: i == mask_id)]
+        texts = [MASK_TEXT * len(run) if masked else self.decode(run, sequence.infill) for masked, run in parts]
+        return "".join(texts) if self.tokenizer else " ".join(str(i) for i in ids)
+
+
+def load_generator(options: argparse.Namespace) -> Generator:
+    """Load what the flags name. Raises UserError naming the flag."""
+    from rcd_core.families.loading import checkpoint_directory
+    from rcd_core.text.tokenizer import load_tokenizer, stop_token_ids
+
+    with _naming("--model_dir"):
+        directory = checkpoint_directory(options.model_dir)
+        tokenizer = None
+        if any((directory / name).exists() for name in TOKENIZER_FILES):
+            tokenizer = load_tokenizer(directory)
+        elif not options.prompt_ids:
+            files = " or ".join(TOKENIZER_FILES[:2])
+            raise UserError(f"{directory} has no tokenizer ({files}); add one, or give token ids with --prompt_ids")
+        model = _load(directory, options)
+    if options.mask_id not in (None, model.mask_token_id):
+        raise UserError(f"--mask_id is {options.mask_id}; the checkpoint's is {model.mask_token_id}: leave it out")
+    given = given_settings(options)
+    settings = DecodeSettings(**given)
+    if tokenizer is not None and settings.stop_token_ids is None:
+        stops = dict.fromkeys((*model.info.eos_token_ids, *stop_token_ids(tokenizer)))
+        settings = replace(settings, stop_token_ids=tuple(stops))
+    settings = _with_residual_defaults(settings, given, options, model)
+    reference = None
+    if options.ref_model_dir and settings.residual and "reference" in (settings.start, settings.residual_source):
+        with _naming("--ref_model_dir"):
+            reference = _load(options.ref_model_dir, options)
+            _check_reference(reference, model)
+    elif options.ref_model_dir:
+        why = f"start is {settings.start!r}" if settings.residual else "residual is off"
+        print(f"note: --ref_model_dir is not used, since {why}", file=sys.stderr)
+    if options.verbose:
+        print(f"model: {_describe(model)}", file=sys.stderr)
+        if reference is not None:
+            print(f"reference: {_describe(reference)}", file=sys.stderr)
+    return Generator(Decoder(model, reference), tokenizer, settings, "max_new_tokens" in given)
+
+
+def _with_residual_defaults(
+    settings: DecodeSettings, given: Mapping[str, Any], options: argparse.Namespace, model: DiffusionModel
+) -> DecodeSettings:
+    """Residuals are on where the checkpoint or a reference asks for them; a reference that is given is started from."""
+    reference = options.ref_model_dir is not None
+    if "residual" not in given:
+        settings = replace(settings, residual=bool(model.info.rcd) or reference)
+    if reference and settings.start is None and settings.residual_source == "self":
+        settings = replace(settings, start="reference")
+    return settings
+
+
+def _check_reference(reference: DiffusionModel, model: DiffusionModel) -> None:
+    """Residuals mix the target's embeddings by the reference's token ids: both must number tokens alike."""
+    for name in ("vocab_size", "mask_token_id"):
+        own, wanted = getattr(reference, name), getattr(model, name)
+        if own != wanted:
+            raise UserError(f"its {name} is {own}, that of --model_dir {wanted}; give one with the same tokenizer")
+
+
+def _describe(model: DiffusionModel) -> str:
+    size = f"{model.num_parameters():,} parameters, vocabulary {model.vocab_size:,}"
+    return f"{model.family}, {size}, {str(model.dtype).removeprefix('torch.')} on {model.device}"
+
+
+def _load(path: Any, options: argparse.Namespace) -> DiffusionModel:
+    import torch
+
+    from rcd_core.families.loading import load_model
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA says it by assert
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device is {device!r}, which cannot be used here: {reason}; try --device cpu") from error
+    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    return load_model(path, dtype=dtype, device=device, attention=options.attention)
+
+
+@contextmanager
+def _naming(flag: str) -> Iterator[None]:
+    """One line that begins with a flag, for UserErrors that do not know of flags."""
+    try:
+        yield
+    except UserError as error:
+        message = " ".join(str(error).split())
+        raise UserError(message if message.startswith("--") else f"{flag}: {message}") from error

@@ -1,0 +1,379 @@
+"""Rules of a recipe that no single key can know: keys against each other, and against the files they name."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from typing import TYPE_CHECKING, Any
+
+from rcd_core.errors import UserError
+from rcd_core.io import storage
+from rcd_core.tasks import TASKS
+
+if TYPE_CHECKING:
+    from pipelines.recipe.model import Recipe
+    from rcd_core.decode_settings import DecodeSettings
+    from rcd_core.training.settings import TrainSettings
+
+SYNTHETIC = "synthetic"
+DEPLOYMENTS = ("Target", "Baseline", "Reference", "Ingress")  # of the stage deploy, on Ray's dashboard
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_DATA = re.compile(r"hf://[\w.-]+/[\w.-]+(@[\w.-]+)?(:\S+)?")
+_DATA_SUFFIXES = (".jsonl", ".parquet")
+_ABSOLUTE = "a job's working directory is a temporary copy: give an absolute path or a URI"
+
+
+def is_hub_id(text: str) -> bool:
+    """True for "owner/name", a checkpoint or tokenizer of the Hugging Face hub."""
+    return _HUB_ID.fullmatch(text) is not None
+
+
+def problems(recipe: Recipe) -> Iterator[str]:
+    """Contradictions between keys, and paths that are not absolute; nothing is read."""
+    data, target, reference = recipe.data, recipe.target, recipe.reference
+    multiple = data.pad_multiple or recipe.block_length
+    if not storage.is_absolute(recipe.storage):
+        yield f"storage is {recipe.storage!r}, a relative path; {_ABSOLUTE}"
+    for key, task in (("task", data.task), ("test_task", data.test_task)):
+        if task is not None and task not in TASKS:
+            yield f"data.{key} is {task!r}; known tasks: {', '.join(sorted(TASKS))}"
+    if data.task_of("test") == "humaneval" and not recipe.evaluate.run_code:
+        key = "data.task" if data.test_task is None else "data.test_task"
+        yield (
+            f"{key} is 'humaneval', which runs code that a model wrote, but evaluate.run_code is false; "
+            "set it to true where that is safe"
+        )
+    if data.train is not None:
+        yield from _source_problems("train", data.train, data.num_train)
+    yield from _source_problems("test", data.test, data.num_test)
+    if multiple % recipe.block_length:
+        yield f"data.pad_multiple is {multiple}; it must be a multiple of block_length {recipe.block_length}"
+    if data.max_length < multiple:
+        yield f"data.max_length is {data.max_length}; it must hold at least {multiple} tokens, the padding multiple"
+    if data.min_length is not None and data.min_length > data.max_length:
+        yield f"data.min_length is {data.min_length}, above data.max_length {data.max_length}; nothing would be left"
+    for key, start in checkpoints(recipe).items():
+        yield from checkpoint_problems(key, start)
+        if recipe.tokenizer.path is None:
+            yield f"tokenizer.path is null but {key} is a checkpoint; set it to that checkpoint's tokenizer"
+    if target.start is None and recipe.base is None:
+        yield "target.start and base are both null; give the target a checkpoint or describe a base to train"
+    if target.start is not None and recipe.base is not None:
+        yield "base is described but target.start does not use it; set one of them to null"
+    yield from _training_problems(recipe)
+    if reference is None:
+        for key in reference_keys(recipe):
+            yield f"{key} asks for the reference but reference is null; describe one, or change {key}"
+    elif reference.train is None and not isinstance(reference.start, str):
+        yield "reference.train is null but reference.start is no checkpoint; describe its training or name a checkpoint"
+    for key, residual in recipe.residuals().items():
+        alone = residual.source in ("online", "self", "self_same")
+        if alone and residual.alpha == "calibrated_entropy" and residual.alpha_scale is None:
+            yield (
+                f"{key}.alpha_scale is null; with source {residual.source!r} there are no signals to take it from: "
+                "give nats"
+            )
+    yield from _worker_problems(recipe)
+    yield from _placement_problems(recipe)
+    yield from _calibrate_problems(recipe)
+    yield from _evaluate_problems(recipe)
+    yield from _arm_problems(recipe)
+    yield from _deploy_problems(recipe)
+
+
+def _training_problems(recipe: Recipe) -> Iterator[str]:
+    """Models that are taken as they are, and what then has no sense."""
+    target = recipe.target
+    if target.train is None:
+        if not isinstance(target.start, str):
+            yield "target.train is null but target.start is no checkpoint; describe its training or name a checkpoint"
+        if recipe.baseline is True:
+            yield "target.train is null but baseline is true; it would be trained as the target is: name one, or false"
+        for name in recipe.baselines:
+            yield f"target.train is null but baselines.{name} is to be trained as the target is; drop it"
+        for name in recipe.variants:
+            yield f"target.train is null but variants.{name} is a target to train; drop it, or describe the training"
+    if recipe.data.train is None:
+        for key in trainings(recipe):
+            yield f"data.train is null but {key} is not; name the examples to train on"
+        if recipe.tokenizer.path is None:
+            yield "data.train is null and tokenizer.path, too; a tokenizer cannot be trained on nothing: name one"
+
+
+def _calibrate_problems(recipe: Recipe) -> Iterator[str]:
+    calibrate = recipe.calibrate
+    if calibrate is None:
+        return
+    if recipe.target.train is None:
+        yield "calibrate is given but target.train is null: give a checkpoint from outside to `rcd calibrate`"
+    elif SYNTHETIC not in each_source(recipe.data.train) and not recipe.data.num_validation:
+        yield "calibrate needs training examples that are held out, but data.num_validation is 0; raise it"
+    if calibrate.decode.residual_temperature is not None:
+        yield "calibrate.decode.residual_temperature is what calibrate chooses; leave it null"
+    if calibrate.decode.residual_source != "self":
+        yield "calibrate.decode.residual_source is 'reference', which has no self-loop; leave it 'self'"
+    for key, residual in recipe.residuals().items():
+        if calibrate.decode.start == "reference" and residual.source in ("self", "self_same"):
+            yield f"calibrate.decode.start is 'reference' but {key}.source is {residual.source!r}; use another start"
+
+
+def _evaluate_problems(recipe: Recipe) -> Iterator[str]:
+    evaluate = recipe.evaluate
+    decode, lengths = evaluate.decode, evaluate.block_lengths
+    if decode.policy != "low_confidence_dynamic" and len(evaluate.thresholds) > 1:
+        yield (
+            f"evaluate.decode.policy is {decode.policy!r}, which looks at no threshold; give evaluate.thresholds one "
+            "value"
+        )
+    if evaluate.samples > 1 and not decode.temperature:
+        yield (
+            f"evaluate.samples is {evaluate.samples} but evaluate.decode.temperature is 0: all samples of a problem "
+            "would be the same; set a temperature, or samples to 1"
+        )
+    for key, values in (("thresholds", evaluate.thresholds), ("block_lengths", lengths or ())):
+        if len(set(values)) < len(values):
+            yield f"evaluate.{key} is {list(values)}, which names a value twice; name each once"
+    if lengths and decode.block_length:
+        yield "evaluate.block_lengths and evaluate.decode.block_length are both given; leave out one of them"
+    if lengths and decode.denoising_steps and decode.denoising_steps > min(lengths):
+        yield (
+            f"evaluate.decode.denoising_steps is {decode.denoising_steps}, more than the smallest of "
+            f"evaluate.block_lengths {list(lengths)}; leave it null, for as many steps as a block is long"
+        )
+
+
+def _arm_problems(recipe: Recipe) -> Iterator[str]:
+    """Extra arms against the models there are and what those have learned."""
+    models = ["target", *(f"target-{name}" for name in recipe.variants)]
+    models += ["base"] if recipe.base else []
+    models += ["baseline"] if recipe.baseline else []
+    models += [f"baseline-{name}" for name in recipe.baselines]
+    for name, arm in recipe.evaluate.arms.items():
+        key, residual = f"evaluate.arms.{name}", recipe.residual(arm.model)
+        if arm.model not in models:
+            yield f"{key}.model is {arm.model!r}; the models of this recipe are {', '.join(models)}"
+            continue
+        if name == "seqd":
+            yield f"{key} has the name of the baseline's arm; choose another one"
+        if arm.decode.block_length != recipe.evaluate.decode.block_length:
+            yield (
+                f"{key}.decode.block_length is {arm.decode.block_length}, and it would be compared with another; use "
+                "evaluate.block_lengths, for all arms"
+            )
+        if not arm.decode.residual:
+            continue
+        fed = residual is not None and residual.feeds_back
+        if arm.decode.alpha == "calibrated_entropy" and arm.decode.alpha_scale is None and not fed:
+            yield f"{key}.decode.alpha_scale is null, and {arm.model} has none; give nats"
+        if arm.decode.alpha == "learned" and not (residual and residual.learns_alpha):
+            yield f"{key}.decode.alpha is 'learned', which {arm.model} has not; choose another rule"
+
+
+def _deploy_problems(recipe: Recipe) -> Iterator[str]:
+    if recipe.deploy.baseline and not recipe.baseline:
+        yield "deploy.baseline is true but baseline is false; there would be no baseline to deploy"
+    first = recipe.deploy.model_id
+    taken = {first: "the target", f"{first}-baseline": "the baseline"} | dict.fromkeys(DEPLOYMENTS, "a deployment")
+    for model_id, model in recipe.deploy.models.items():
+        if model_id in taken:
+            yield f"deploy.models.{model_id}: {taken[model_id]} has this name; choose another id"
+        yield from checkpoint_problems(f"deploy.models.{model_id}.checkpoint", model.checkpoint)
+    if recipe.deploy.max_replicas < recipe.deploy.min_replicas:
+        few, many = recipe.deploy.min_replicas, recipe.deploy.max_replicas
+        yield f"deploy.max_replicas is {many} but deploy.min_replicas is {few}; it must be at least as large"
+
+
+def trainings(recipe: Recipe) -> dict[str, TrainSettings]:
+    """The settings of every model that is trained, by the recipe key that holds them."""
+    found = {
+        "base.train": recipe.base.train if recipe.base else None,
+        "reference.train": recipe.reference.train if recipe.reference else None,
+        "target.train": recipe.target.train,
+    }
+    found |= {f"baselines.{name}": train for name, train in recipe.baselines.items()}
+    return {key: train for key, train in found.items() if train}
+
+
+def _placement_problems(recipe: Recipe) -> Iterator[str]:
+    """resources.custom: places for stages that there are, in resources that Ray takes for custom ones."""
+    stages = ["base", "reference", "signals", "target", *(f"target-{name}" for name in recipe.variants)]
+    stages += ["baseline", *(f"baseline-{name}" for name in recipe.baselines)]
+    stages += ["calibrate", "evaluate", "deploy", "deploy-reference"]
+    for pattern, asked in recipe.resources.custom.items():
+        if not any(fnmatch(stage, pattern) for stage in stages):
+            yield f"resources.custom.{pattern} fits no stage with workers to place; those are {', '.join(stages)}"
+        for name in {"CPU", "GPU", "memory", "object_store_memory"} & set(asked):
+            yield f"resources.custom.{pattern}.{name} is no custom resource; cpus_per_worker and its like say that"
+
+
+def _worker_problems(recipe: Recipe) -> Iterator[str]:
+    """What the trainings ask for against how many workers there may be, and what is held out."""
+    resources = recipe.resources
+    counts, workers = resources.worker_counts, resources.num_workers
+    if resources.elastic and not counts:
+        yield f"resources.num_workers is {list(workers)}; the fewest come first, as in [2, 8]"  # type: ignore[arg-type]
+    if resources.elastic and not resources.max_failures:
+        yield "resources.max_failures is 0 but resources.num_workers is a range, which is of use only with restarts"
+    for key, train in trainings(recipe).items():
+        unfit = [str(count) for count in counts if train.batch_size % count]
+        if unfit:
+            which = f", which can be {', '.join(unfit)}" if resources.elastic else ""
+            asked = list(workers) if isinstance(workers, tuple) else workers
+            yield (
+                f"{key}.batch_size is {train.batch_size}, no multiple of resources.num_workers {asked}{which}; "
+                "change one"
+            )
+        if resources.elastic and train.strategy == "deepspeed":
+            yield (
+                f"{key}.strategy is deepspeed, whose checkpoints belong to one number of workers; give "
+                "resources.num_workers one number, or use fsdp2"
+            )
+        if train.deepspeed and train.strategy != "deepspeed":
+            yield f"{key}.deepspeed is given but {key}.strategy is {train.strategy}; set it to deepspeed"
+        if train.validate_every and not recipe.data.num_validation:
+            yield (
+                f"{key}.validate_every is {train.validate_every} but data.num_validation is 0: nothing is held out; "
+                "raise it"
+            )
+
+
+def reference_keys(recipe: Recipe) -> dict[str, str]:
+    """The recipe keys that ask for the reference -> the stage that needs it for them."""
+    cached = {"signals": "signals", "online": "target"}
+    found = {f"{k}.source": cached[r.source] for k, r in recipe.residuals().items() if r.source in cached}
+    if "reference" in recipe.evaluate.starts:
+        found["evaluate.starts"] = "evaluate"
+    if recipe.evaluate.decode.residual_source == "reference":
+        found["evaluate.decode.residual_source"] = "evaluate"
+    for name, arm in recipe.evaluate.arms.items():
+        if asks_reference(arm.decode):
+            found[f"evaluate.arms.{name}.decode"] = "evaluate"
+    for model_id, model in recipe.deploy.models.items():
+        if asks_reference(model.decode):
+            found[f"deploy.models.{model_id}.decode"] = "deploy"
+    if recipe.target.residual.feeds_back:
+        if recipe.deploy.start == "reference":
+            found["deploy.start"] = "deploy"
+        if recipe.deploy.decode.residual_source == "reference":
+            found["deploy.decode.residual_source"] = "deploy"
+    return found
+
+
+def asks_reference(decode: DecodeSettings) -> bool:
+    """Whether requests with these settings need the reference model."""
+    return decode.residual and "reference" in (decode.start, decode.residual_source)
+
+
+def checkpoints(recipe: Recipe) -> dict[str, str]:
+    """Checkpoints from outside the run and the recipe keys that name them."""
+    starts = {
+        "base.start": recipe.base.start if recipe.base else None,
+        "reference.start": recipe.reference.start if recipe.reference else None,
+        "target.start": recipe.target.start,
+        "baseline": recipe.baseline,
+        "tokenizer.path": recipe.tokenizer.path,
+    }
+    return {key: start for key, start in starts.items() if isinstance(start, str)}
+
+
+def each_source(source: str | tuple[str, ...] | None) -> list[str]:
+    """What a data key names, as a list."""
+    return [source] if isinstance(source, str) else list(source or ())
+
+
+def data_files(source: str | tuple[str, ...] | None) -> list[str]:
+    """The files a data key names; none for synthetic and hub data."""
+    paths = each_source(source)
+    return [path for path in paths if path != SYNTHETIC and not path.startswith("hf://")]
+
+
+def _source_problems(key: str, source: str | tuple[str, ...], count: int | None) -> Iterator[str]:
+    for path in each_source(source):
+        if path == SYNTHETIC:
+            if count is None:
+                yield f"data.num_{key} is null but data.{key} is synthetic, which has no end; say how many examples"
+        elif path.startswith("hf://"):
+            if not _HUB_DATA.fullmatch(path):
+                yield f"data.{key} is {path!r}; a hub data set is written hf://owner/name[@config][:split]"
+        elif not storage.is_absolute(path):
+            yield f"data.{key} is {path!r}, a relative path; {_ABSOLUTE}"
+        elif not path.endswith(_DATA_SUFFIXES):
+            yield f"data.{key} is {path!r}; its name must end in {' or '.join(_DATA_SUFFIXES)}"
+
+
+def checkpoint_problems(key: str, start: str) -> Iterator[str]:
+    """What is wrong with the name of a checkpoint; nothing is read."""
+    if storage.is_absolute(start):
+        return
+    if not is_hub_id(start):
+        yield f"{key} is {start!r}, a relative path; {_ABSOLUTE}, or a hub id owner/name"
+    elif os.path.exists(start):
+        yield f"{key} is {start!r}, a hub id that is also a relative path here; if the path is meant, make it absolute"
+
+
+# -- what the keys name, read before anything starts -----------------------------------------------------------------
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Every file and checkpoint the recipe names is there and fits. Raises UserError naming key, file and remedy."""
+    for key, source in (("data.train", recipe.data.train), ("data.test", recipe.data.test)):
+        for path in data_files(source):
+            if not _reach(key, path):
+                raise UserError(f"{key}: {path} does not exist; mend the path or copy the file there")
+            if storage.is_directory(path) or storage.size(path) == 0:
+                raise UserError(f"{key}: {path} is no file with content; name a .jsonl or .parquet file")
+        if any(path.startswith("hf://") for path in each_source(source)):
+            _require_datasets(key)
+    served = {f"deploy.models.{name}.checkpoint": model.checkpoint for name, model in recipe.deploy.models.items()}
+    outside = {k: path for k, path in (checkpoints(recipe) | served).items() if storage.is_absolute(path)}
+    for key, path in outside.items():
+        if key == "tokenizer.path":
+            _require_file(key, path, "tokenizer_config.json", "it must hold a Hugging Face tokenizer")
+        else:
+            _require_file(key, path, "config.json", "it must hold a Hugging Face checkpoint")
+            if not storage.list_files(path, ".safetensors"):
+                raise UserError(f"{key}: {path} has no *.safetensors; convert the weights, pickled ones are not read")
+    for key in ("reference.start", "baseline"):
+        if key in outside and "target.start" in outside:
+            _same_vocabulary(key, outside[key], outside["target.start"])
+
+
+def _reach(key: str, path: str) -> bool:
+    try:
+        return storage.exists(path)
+    except OSError as error:
+        raise UserError(f"{key}: {path} cannot be reached ({error}); check the address and your credentials") from error
+
+
+def _require_file(key: str, directory: str, name: str, why: str) -> None:
+    if not _reach(key, directory):
+        raise UserError(f"{key}: {directory} does not exist; {why}")
+    if not storage.exists(storage.join(directory, name)):
+        raise UserError(f"{key}: {directory} has no {name}; {why}")
+
+
+def _require_datasets(key: str) -> None:
+    if importlib.util.find_spec("datasets") is None:
+        raise UserError(f"{key} is a hub data set, which needs the package `datasets`; pip install datasets")
+
+
+def _same_vocabulary(key: str, other: str, target: str) -> None:
+    sizes = [storage.read_json(storage.join(path, "config.json")).get("vocab_size") for path in (other, target)]
+    remedy = f"{key} must be a checkpoint with the target's tokenizer"
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"{key} {other} has a vocabulary of {sizes[0]} tokens, target.start {target} one of {sizes[1]}; {remedy}"
+        )
+    words = [_words(path) for path in (other, target)]
+    if None not in words and words[0] != words[1]:
+        raise UserError(f"{key} {other} and target.start {target} number their tokens apart; {remedy}")
+
+
+def _words(checkpoint: str) -> Any:
+    """The token -> id mapping of tokenizer.json; None where the tokenizer has another form."""
+    path = storage.join(checkpoint, "tokenizer.json")
+    return json.loads(storage.read_bytes(path)).get("model", {}).get("vocab") if storage.exists(path) else None

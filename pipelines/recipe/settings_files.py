@@ -1,0 +1,131 @@
+"""Evaluation settings as files: what a paper decoded with, to be used as it is and named beside every score.
+
+    evaluate: {settings: paper-sdar-b64}          # in a recipe; `--settings paper-sdar-b64` of `rcd evaluate`
+
+A file holds defaults for a recipe's section `evaluate`, and under `tasks` what differs for some test tasks. A key that
+the recipe gives itself wins, and is then listed as changed: settings that were altered are not the paper's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.recipe.files import merged, parse_yaml, suggestion
+from rcd_core.errors import UserError
+
+if TYPE_CHECKING:
+    from pipelines.recipe.model import Recipe
+
+DIRECTORY = Path(__file__).parents[1] / "settings"
+_KEYS = {"source", "unpublished", "block_length", "evaluate", "tasks"}
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """source: who published them. unpublished: what they leave open, and what was put there. block_length: tokens
+    decoded together, or None for the checkpoint's. evaluate, tasks: keys of a recipe's `evaluate`, in general and by
+    test task. sha256: of the file."""
+
+    name: str
+    source: str
+    unpublished: tuple[str, ...]
+    block_length: int | None
+    evaluate: dict[str, Any]
+    tasks: dict[str, dict[str, Any]]
+    sha256: str
+
+    def of(self, task: str) -> dict[str, Any]:
+        """The section `evaluate` for a test task."""
+        return merged(self.evaluate, self.tasks.get(task, {}))
+
+
+def settings_names() -> list[str]:
+    return sorted(path.stem for path in DIRECTORY.glob("*.yaml"))
+
+
+def read_settings(name: str) -> EvaluationSettings:
+    """A shipped file by its name. UserError with the nearest name, or for a file that is none."""
+    path = DIRECTORY / f"{name}.yaml"
+    if not re.fullmatch(r"[\w-][\w.-]*", name) or not path.exists():
+        known = settings_names()
+        raise UserError(
+            f"evaluate.settings is {name!r}, which there is not{suggestion(name, known)}; there are {', '.join(known)}"
+        )
+    content = path.read_bytes()
+    raw = parse_yaml(content.decode(), f"settings {name}")
+    if not isinstance(raw, dict) or set(raw) - _KEYS:
+        raise UserError(f"settings {name}: a file of settings has the keys {', '.join(sorted(_KEYS))}")
+    return EvaluationSettings(
+        name=name,
+        source=str(raw["source"]).strip(),
+        unpublished=tuple(str(line).strip() for line in raw.get("unpublished") or ()),
+        block_length=raw.get("block_length"),
+        evaluate=raw.get("evaluate") or {},
+        tasks=raw.get("tasks") or {},
+        sha256=hashlib.sha256(content).hexdigest(),
+    )
+
+
+def complete(raw: dict[str, Any]) -> None:
+    """Put the settings that a recipe's mapping names into its section `evaluate`, below what is given there."""
+    evaluate, data = raw.get("evaluate"), raw.get("data")
+    if isinstance(evaluate, dict) and isinstance(evaluate.get("settings"), str) and isinstance(data, dict):
+        settings = read_settings(evaluate["settings"])
+        raw["evaluate"] = merged(settings.of(str(data.get("test_task") or data.get("task"))), evaluate)
+
+
+def provenance(recipe: Recipe) -> dict[str, Any] | None:
+    """What results say of the recipe's settings file: name, hash, source, what it leaves open, and which of its keys
+    have another value in the recipe. None where the recipe names none."""
+    if recipe.evaluate.settings is None:
+        return None
+    settings = read_settings(recipe.evaluate.settings)
+    used = json.loads(recipe.evaluate.model_dump_json())
+    changed = _differing(settings.of(recipe.data.task_of("test")), used)
+    if settings.block_length not in (None, recipe.evaluate.decode.block_length or recipe.block_length):
+        changed.append("block_length")
+    return {
+        "name": settings.name,
+        "sha256": settings.sha256,
+        "source": settings.source,
+        "unpublished": list(settings.unpublished),
+        "changed": changed,
+    }
+
+
+def provenance_line(found: dict[str, Any] | None) -> str:
+    """`provenance` in a line, empty where there is none."""
+    if found is None:
+        return ""
+    changed = f"changed: {', '.join(found['changed'])}" if found["changed"] else "unchanged"
+    return f"settings file: {found['name']} (sha256 {found['sha256'][:16]}), {changed}"
+
+
+def provenance_section(found: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """`provenance` as a section of the report's page: none, or one."""
+    if found is None:
+        return []
+    changed = ", ".join(found["changed"])
+    parts = [
+        f"<p>{escape(found['name'])} (sha256 {found['sha256'][:16]}): {escape(found['source'])}</p>",
+        f"<p><strong>Changed for this evaluation: {escape(changed)}.</strong></p>" if changed else "<p>Unchanged.</p>",
+        *(f"<p class=note>Not published: {escape(line)}</p>" for line in found["unpublished"]),
+    ]
+    return [("Settings file", "".join(parts))]
+
+
+def _differing(wanted: Mapping[str, Any], used: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key, value in wanted.items():
+        if isinstance(value, dict):
+            found += _differing(value, used.get(key) or {}, f"{prefix}{key}.")
+        elif used.get(key) != value:
+            found.append(prefix + key)
+    return found

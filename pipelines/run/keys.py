@@ -1,0 +1,91 @@
+"""Stage keys: what a stage's result was made from, as a flat and readable mapping, and its hash.
+
+Two such mappings can be compared line by line, so a refusal can show what differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+from functools import cache
+from typing import Any
+
+from pipelines.recipe.model import Recipe
+from rcd_core.io import storage
+
+# Keys that change how a result is computed but not what it is.
+_NEUTRAL = (
+    "*.train.micro_batch_size",
+    "*.train.checkpoint_every",
+    "*.train.log_every",
+    "*.train.validate_every",
+    "*.train.activation_checkpointing",
+    "data.max_bad_rows",
+    "signals.max_bad_rows",
+    "evaluate.batch_size",
+)
+_CHECKPOINT_FILES = (".safetensors", ".json", ".txt", ".jinja", ".model")
+_ABSENT: dict[str, Any] = {}
+
+
+def key_of(value: Any) -> str:
+    """sha256 of a value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def recipe_values(recipe: Recipe, sections: Sequence[str]) -> dict[str, Any]:
+    """Dotted key -> value of the recipe in and below the named sections, without keys that change no result."""
+    flat = flatten(recipe.model_dump(mode="json"))
+    chosen = {k: v for k, v in flat.items() if any(k == s or k.startswith(f"{s}.") for s in sections)}
+    return {k: v for k, v in chosen.items() if not any(fnmatch(k, pattern) for pattern in _NEUTRAL)}
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys; an empty one is a value."""
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= flatten(inner, f"{prefix}{key}.") if isinstance(inner, dict) and inner else {f"{prefix}{key}": inner}
+    return flat
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Lines like "noise.draws: 4 there, 8 now". Inputs that have yet to be made (None in `new`) do not count."""
+    lines = [
+        f"{key}: {_show(old['recipe'].get(key, _ABSENT))} there, {_show(new['recipe'].get(key, _ABSENT))} now"
+        for key in _differing(old["recipe"], new["recipe"])
+    ]
+    lines += [f"{key}: the files there have changed" for key in _differing(old["outside"], new["outside"])]
+    pending = {name for name, value in new["inputs"].items() if value is None}
+    lines += [f"its input {k!r} has changed" for k in _differing(old["inputs"], new["inputs"]) if k not in pending]
+    if old["schema"] != new["schema"]:
+        lines.append("it was made by another version of this program")
+    return lines
+
+
+def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    # A key that this release has and an older one had not is null unless the recipe gives it: that is no difference.
+    return [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+
+
+def _show(value: Any) -> str:
+    return "nothing" if value is _ABSENT else json.dumps(value)
+
+
+@cache
+def fingerprint(path: str | tuple[str, ...]) -> Any:
+    """What identifies the content of data files, or of a checkpoint's directory, from outside the run.
+
+    On a local disk the bytes; behind a URI sizes and times, as nobody wants to fetch terabytes to make a key.
+    """
+    if isinstance(path, tuple):
+        return [fingerprint(one) for one in path]
+    if not storage.is_directory(path):
+        return _identity(path)
+    return {storage.basename(file): _identity(file) for s in _CHECKPOINT_FILES for file in storage.list_files(path, s)}
+
+
+def _identity(file: str) -> str:
+    content = f"changed {storage.modified(file)}" if storage.is_uri(file) else f"sha256 {storage.sha256(file)}"
+    return f"{storage.size(file)} bytes, {content}"

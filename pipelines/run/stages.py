@@ -1,0 +1,182 @@
+"""The stages of a recipe: what each is made from, in the order in which they run.
+
+    prepare -> base -> reference -> signals -> target, target-<variant>, baseline, baseline-<name> -> calibrate
+        -> evaluate -> deploy
+
+Stage files are named, not imported: a stage that is skipped costs nothing, and they never import each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from pipelines.recipe.model import Recipe, ReferenceStage
+from pipelines.recipe.rules import data_files, reference_keys
+from pipelines.run.directory import Stage
+from rcd_core.families.config import ModelConfig
+from rcd_core.io import storage
+from rcd_core.residual import ResidualSettings
+from rcd_core.training.data.signal_rule import SignalRule
+
+_TRAINING = ("block_length", "noise", "seed")
+
+
+def stages_of(recipe: Recipe) -> dict[str, Stage]:
+    """Stage name -> Stage, in running order."""
+    asking = set(reference_keys(recipe).values())
+    stages = [
+        _prepare(recipe),
+        *([_base(recipe)] if recipe.base else []),
+        *([_reference(recipe, recipe.reference)] if recipe.reference and asking else []),
+        *([_signals(recipe)] if any(r.source == "signals" for r in recipe.residuals().values()) else []),
+        _target(recipe, "target", "target.residual", recipe.target.residual),
+        *(_target(recipe, f"target-{name}", f"variants.{name}", r) for name, r in recipe.variants.items()),
+        *([_target(recipe, "baseline")] if recipe.baseline else []),
+        *(_target(recipe, f"baseline-{name}", train=f"baselines.{name}") for name in recipe.baselines),
+    ]
+    models = tuple(stage.name for stage in stages if stage.name.startswith(("target", "baseline")))
+    stages += [_calibrate(recipe, models)] if recipe.calibrate else []
+    return {stage.name: stage for stage in [*stages, _evaluate(recipe, models, asking), _deploy(recipe, asking)]}
+
+
+def _prepare(recipe: Recipe) -> Stage:
+    files = {"data.train": tuple(data_files(recipe.data.train)), "data.test": tuple(data_files(recipe.data.test))}
+    tokenizer = _outside("tokenizer.path", recipe.tokenizer.path)
+    return Stage(
+        name="prepare",
+        function="pipelines.prepare:run",
+        sections=("data", "tokenizer", "block_length", "seed"),
+        outside={**{key: paths for key, paths in files.items() if paths}, **tokenizer},
+        bundles=({"CPU": 1.0},),
+    )
+
+
+def _base(recipe: Recipe) -> Stage:
+    return Stage(
+        name="base",
+        function="pipelines.train:run",
+        inputs=("prepare",),
+        sections=("base", *_TRAINING),
+        outside=_outside("base.start", recipe.base.start if recipe.base else None),
+        bundles=_workers(recipe, "base", recipe.resources.worker_counts[0]),
+    )
+
+
+def _reference(recipe: Recipe, reference: ReferenceStage) -> Stage:
+    outside = _outside("reference.start", reference.start)
+    if reference.train is None:
+        return _checkpoint("reference", "reference", outside)
+    return Stage(
+        name="reference",
+        function="pipelines.train:run",
+        inputs=("prepare",),
+        sections=("reference", *_TRAINING),
+        outside=outside,
+        bundles=_workers(recipe, "reference", recipe.resources.worker_counts[0]),
+    )
+
+
+def _signals(recipe: Recipe) -> Stage:
+    return Stage(
+        name="signals",
+        function="pipelines.precompute:run",
+        inputs=("prepare", "reference"),
+        # As many rows as the targets will train on.
+        sections=("signals", *(f"target.train.{n}" for n in ("steps", "epochs", "batch_size")), *_TRAINING),
+        bundles=_workers(recipe, "signals", 1),  # the pool of actors begins with what it gets
+        repair="pipelines.precompute:repair",
+    )
+
+
+def _target(
+    recipe: Recipe,
+    name: str,
+    section: str | None = None,
+    residual: ResidualSettings | None = None,
+    train: str = "target.train",
+) -> Stage:
+    """A target, or a baseline, which is the same without a residual. section, train: keys of the two settings."""
+    key = "baseline" if name == "baseline" else "target.start"
+    if (start := recipe.checkpoint(name)) is not None:
+        return _checkpoint(name, key, _outside(key, start))
+    kind = residual.source if residual else "none"
+    inputs = {"signals": ("signals",), "online": ("reference",)}.get(kind, ())  # others need the model itself at most
+    rule = tuple(f"signals.{f.name}" for f in fields(SignalRule)) if kind == "online" else ()
+    return Stage(
+        name=name,
+        function="pipelines.train:run",
+        inputs=("prepare", *inputs, *(("base",) if recipe.target.start is None else ())),
+        sections=("target.start", train, *((section,) if section else ()), *rule, *_TRAINING),
+        outside=_outside("target.start", recipe.target.start),
+        bundles=_workers(recipe, name, recipe.resources.worker_counts[0]),
+    )
+
+
+def _checkpoint(name: str, section: str, outside: dict[str, str]) -> Stage:
+    """A checkpoint from outside the run, taken as it is."""
+    return Stage(
+        name=name,
+        function="pipelines.run.directory:use_checkpoint",
+        sections=(section,),
+        outside=outside,
+        needs_cluster=False,
+    )
+
+
+def _calibrate(recipe: Recipe, models: tuple[str, ...]) -> Stage:
+    looked_at = tuple(name for name in models if name == "baseline" or name.startswith("target"))
+    fed = any(residual.source in ("signals", "online") for residual in recipe.residuals().values())
+    temperatures = tuple(f"signals.{name}_temperature" for name in ("alpha", "delta"))
+    return Stage(
+        name="calibrate",
+        function="pipelines.calibrate:run",
+        inputs=("prepare", *looked_at, *(("reference",) if fed else ())),
+        sections=("calibrate", "block_length", "noise", "data.task", "seed", *temperatures),
+        bundles=_workers(recipe, "calibrate", min(recipe.resources.evaluate_actors, len(looked_at))),
+        report="pipelines.calibrate:report",
+    )
+
+
+def _evaluate(recipe: Recipe, models: tuple[str, ...], asking: set[str]) -> Stage:
+    base = ("base",) if any(arm.model == "base" for arm in recipe.evaluate.arms.values()) else ()
+    return Stage(
+        name="evaluate",
+        function="pipelines.evaluate:run",
+        inputs=("prepare", *base, *models, *_calibrated(recipe), *(("reference",) if "evaluate" in asking else ())),
+        sections=("evaluate", "block_length", "data.task", "data.test_task", "seed"),
+        bundles=_workers(recipe, "evaluate", recipe.resources.evaluate_actors),
+        report="pipelines.evaluate:report",
+    )
+
+
+def _deploy(recipe: Recipe, asking: set[str]) -> Stage:
+    reference = ("reference",) if "deploy" in asking else ()
+    baseline = ("baseline",) if recipe.deploy.baseline else ()
+    return Stage(
+        name="deploy",
+        function="pipelines.serve:run",
+        inputs=("prepare", "target", *_calibrated(recipe), *reference, *baseline),
+        sections=("deploy", "block_length", "data.task", "data.test_task", "signals.top_k"),
+        outside={
+            key: checkpoint
+            for model_id, model in recipe.deploy.models.items()
+            for key, checkpoint in _outside(f"deploy.models.{model_id}.checkpoint", model.checkpoint).items()
+        },
+        always=True,  # the application may have been removed since
+        report="pipelines.serve:report",
+        teardown="pipelines.serve:teardown",
+    )
+
+
+def _calibrated(recipe: Recipe) -> tuple[str, ...]:
+    """Decoding takes T_res from the checkpoints, into which the stage writes it."""
+    return ("calibrate",) if recipe.calibrate else ()
+
+
+def _outside(key: str, start: str | ModelConfig | None) -> dict[str, str]:
+    """A checkpoint whose files enter the key; a hub id stands for itself, in the recipe's section."""
+    return {key: start} if isinstance(start, str) and storage.is_absolute(start) else {}
+
+
+def _workers(recipe: Recipe, stage: str, count: int) -> tuple[dict[str, float], ...]:
+    return (recipe.resources.worker(stage),) * count

@@ -1,0 +1,151 @@
+"""Every error that leaves the HTTP interface, in OpenAI's shape: {"error": {message, type, param, code}}."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi import Request as HttpRequest
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from pipelines.recipe.files import suggestion
+from pipelines.serving.http.bodies import (
+    MAX_STOPS,
+    ChatRequest,
+    CompletionRequest,
+    Message,
+    Overloaded,
+    Request,
+    StreamOptions,
+    TextPart,
+    Unavailable,
+)
+from pipelines.serving.http.sse import ClientGone
+from rcd_core.errors import UserError
+
+CLIENT_GONE = 499  # seen by nobody but the metrics
+_SHORT = reprlib.Repr()  # of refused values, however long or deep they are
+_SHORT.maxstring = 120
+
+# What a field that may be of several types wants; pydantic would complain about each of them.
+_WANTED = {
+    "prompt": "it must be a text, texts, token ids (0 to 2147483647), or lists of token ids, and not be empty",
+    "stop": f"it must be a text or at most {MAX_STOPS} texts",
+    "content": "it must be a text or a list of text parts",
+}
+_BODIES = (CompletionRequest, ChatRequest, Message, TextPart, StreamOptions)
+_FIELDS = {name for body in _BODIES for name in body.model_fields}
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    error: ErrorDetail
+
+
+class ApiError(Exception):
+    """An answer that is no completion."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code, self.headers = status, param, code, headers
+
+    @property
+    def type(self) -> str:
+        by_status = {401: "authentication_error", 429: "rate_limit_error"}
+        return by_status.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": str(self), "type": self.type, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        return Response(json.dumps(self.body()), self.status, self.headers, "application/json")
+
+
+def api_error(error: Exception) -> ApiError:
+    """Any exception as the answer it deserves; what nobody expected is logged."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, UserError):
+        return ApiError(400, str(error), _field_of(str(error)))
+    if isinstance(error, Overloaded):
+        seconds = max(1, math.ceil(error.retry_after_s))
+        return ApiError(429, str(error), code="queue_full", headers={"Retry-After": str(seconds)})
+    if isinstance(error, TimeoutError):
+        return ApiError(504, str(error) or "the model did not answer in time", code="timeout")
+    if isinstance(error, Unavailable):
+        return ApiError(503, str(error) or "no replica of the model can answer", code="unavailable")
+    if isinstance(error, ClientGone):
+        return ApiError(CLIENT_GONE, "the client has hung up")
+    logging.getLogger("rcd.http").error("a request failed", exc_info=error)
+    return ApiError(500, f"the server failed: {type(error).__name__}; its log says more")
+
+
+def shape_errors(app: FastAPI) -> None:
+    """Install the handlers for everything that routes raise. What else there is, the middleware catches."""
+
+    async def on_error(_: HttpRequest, error: Exception) -> Response:
+        return api_error(error).response()
+
+    for kind in (ApiError, UserError, Overloaded, Unavailable, TimeoutError, ClientGone):
+        app.add_exception_handler(kind, on_error)
+
+    @app.exception_handler(RequestValidationError)
+    async def on_bad_body(http: HttpRequest, error: RequestValidationError) -> Response:
+        return _explain(error, ChatRequest if "/chat/" in http.url.path else CompletionRequest).response()
+
+    @app.exception_handler(HTTPException)
+    async def on_http_error(http: HttpRequest, error: HTTPException) -> Response:
+        message = f"{http.method} {http.url.path}: {error.detail}"
+        return ApiError(error.status_code, message, headers=error.headers).response()
+
+
+def _field_of(message: str) -> str | None:
+    """Messages of UserErrors begin with the field they are about."""
+    first = message.split(" ", 1)[0]
+    return first if first in CompletionRequest.model_fields or first in ChatRequest.model_fields else None
+
+
+def _explain(error: RequestValidationError, model: type[Request]) -> ApiError:
+    """The first complaint, in one sentence that names the field, the value and what is wanted."""
+    first = error.errors()[0]
+    where = [part for part in first["loc"] if part != "body"]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is no valid JSON: {first['ctx']['error']}")
+    if first["type"] == "extra_forbidden":
+        path = ".".join(str(p) for p in where if isinstance(p, int) or p in _FIELDS or p == where[-1])
+        hint = suggestion(path, sorted(model.model_fields)) if len(where) == 1 else ""
+        hint = "; over HTTP it is return_trace" if path == "trace" else hint
+        return ApiError(400, f"unknown field {path!r}{hint}", path, "unknown_field")
+    named = [p for p in where if isinstance(p, int) or p in _FIELDS]  # the rest names the types that were tried
+    field = ".".join(map(str, named)) or None
+    if not where and first["type"] == "string_unicode":
+        return ApiError(400, "the body holds a field whose name is no text", code="unknown_field")
+    if not where:
+        return ApiError(400, "the body must be a JSON object, sent with Content-Type: application/json")
+    if first["type"] == "missing":
+        return ApiError(400, f"{field} is missing", field)
+    kind = next((p for p in reversed(named) if isinstance(p, str)), "")
+    wanted = _WANTED.get(kind) or first["msg"][:1].lower() + first["msg"][1:]
+    return ApiError(400, f"{field} is {_SHORT.repr(first['input'])}; {re.sub(r'^value error, ', '', wanted)}", field)

@@ -1,0 +1,114 @@
+"""Checkpoints of a training under Ray Train: written by every rank, uploaded in the background, read only when whole.
+
+Each rank writes its part into a directory of its own on its node's disk and hands it to ray.train.report, which is a
+barrier: a checkpoint is registered when all ranks have uploaded theirs, so one that a crash has cut short is never
+offered again. Directories are named by the step: what a crash leaves behind is written over when the step comes again,
+and all of it goes when the stage is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pyarrow.fs import FileType
+from ray import train as ray_train
+from ray.train import Checkpoint, CheckpointUploadMode
+from torch.distributed.checkpoint.api import CheckpointException
+
+from pipelines.training.faults import disk_full, no_space
+from rcd_core.noise import hash_key
+from rcd_core.training.strategies import PROGRESS
+
+NUM_TO_KEEP = 2  # the last one, and the one before in case it turns out damaged
+
+
+class Checkpoints:
+    """This rank's side of the checkpoints of one stage. A context manager: its scratch directory goes with it."""
+
+    def __init__(self, stage: str, directory: str) -> None:
+        self.stage = stage
+        rank = ray_train.get_context().get_world_rank()
+        # One place per run, stage and rank, so that a killed worker's leftovers are found by the next one.
+        self.scratch = Path(tempfile.gettempdir()) / f"rcd-{hash_key(directory, rank):016x}"
+        self.suffix = ""
+        self.uploading: Path | None = None
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Checkpoints:
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch.mkdir(parents=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        self._stack.close()
+        if kind is None:  # otherwise an upload may never end; the next worker clears what is left
+            self._wait_for_upload()
+            shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def resume(self) -> tuple[Path | None, int]:
+        """(local directory of the last whole checkpoint or None, its finished steps). The same on all ranks.
+
+        From a local disk it is read where it lies; one from a URI is downloaded once per node.
+        """
+        for checkpoint in _newest_first():
+            step = finished_steps(checkpoint)
+            if step is not None:
+                return Path(self._stack.enter_context(checkpoint.as_directory())), step
+            # The step comes again, and Ray must not take its new checkpoint for the damaged one.
+            self.suffix = f"-{uuid.uuid4().hex[:8]}"
+        return None, 0
+
+    def write(self, step: int, save: Callable[[Path], None]) -> None:
+        """Collective. One upload is under way at a time, so the disk holds at most two checkpoints of this rank."""
+        directory = self.scratch / f"{step:08d}"
+        try:
+            save(directory)
+        except CheckpointException as error:  # no Exception, so that nothing would take it for an error of the run
+            cause = next(iter(error.failures.values()))[0]
+            raise (no_space(self.stage, cause) if disk_full(error) else RuntimeError(str(error))) from cause
+        except (OSError, RuntimeError) as error:
+            raise (no_space(self.stage, error) if disk_full(error) else error) from None
+        self._wait_for_upload()
+        self.uploading = directory
+        ray_train.report(
+            {"step": step},
+            checkpoint=Checkpoint.from_directory(str(directory)),
+            checkpoint_dir_name=f"step-{step:08d}{self.suffix}",
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+        )
+
+    def _wait_for_upload(self) -> None:
+        """Ray deletes the directory when it is uploaded; where that fails it ends this worker."""
+        while self.uploading is not None and self.uploading.exists():
+            time.sleep(0.02)
+
+
+def _newest_first() -> Iterator[Checkpoint]:
+    """The controller is only asked for the others where the last one will not do."""
+    latest = ray_train.get_checkpoint()
+    if latest is not None:
+        yield latest
+        others = [reported.checkpoint for reported in ray_train.get_all_reported_checkpoints()]
+        yield from (c for c in reversed(others) if c.path != latest.path)
+
+
+def finished_steps(checkpoint: Checkpoint) -> int | None:
+    """Of a checkpoint that is whole; None where files are missing: rank 0 writes progress.json when its part is done,
+    and DCP and DeepSpeed an index or a directory."""
+    files: Any = checkpoint.filesystem
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        with files.open_input_stream(f"{checkpoint.path}/{PROGRESS}") as stream:
+            progress = json.loads(stream.read())
+        index = "state" if progress["strategy"] == "deepspeed" else ".metadata"
+        if files.get_file_info(f"{checkpoint.path}/{index}").type != FileType.NotFound:
+            return int(progress["step"])
+    return None

@@ -1,0 +1,147 @@
+"""What happens to a training when a worker fails: lost ones are replaced, errors end it at once.
+
+Ray Train retries both alike (FailureConfig.max_failures). Its UserCallback is asked after every failure, in the
+controller, and what it raises ends the run without another attempt; so that is where the two are told apart. Restarts
+are written to <stage>/restarts.jsonl, where the driver finds them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ray.exceptions import RayActorError
+from ray.train import TrainingFailedError, UserCallback
+from ray.train.v2._internal.exceptions import (
+    InsufficientClusterResourcesError,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller.state import (
+    InitializingState,
+    ReschedulingState,
+    RestartingState,
+    SchedulingState,
+)
+
+from pipelines.run.messages import is_full_disk
+from rcd_core.errors import UserError
+from rcd_core.io import storage
+
+LOST = (RayActorError, WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError)
+WAITING = (InitializingState, RestartingState, ReschedulingState, SchedulingState)
+# What torch says on the surviving workers when the other end of a collective is gone; there is no class for it.
+_PEER_GONE = ("by peer", "Broken pipe", "gloo/transport", "Socket", "NCCL error", "TCPStore", "Connection refused")
+
+
+class RetryLostWorkersOnly(UserCallback):
+    """Raises what must not be tried again: a UserError, a full disk, an error in the code."""
+
+    def __init__(self, stage: str, directory: str) -> None:
+        self.stage, self.path = stage, storage.join(directory, "restarts.jsonl")
+
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
+        errors = list(worker_exceptions.values())
+        for error in errors:
+            if isinstance(error, UserError):
+                raise error
+        for error in errors:
+            if disk_full(error):
+                raise no_space(self.stage, error)
+        # Beside a lost worker the others may fail in any way; without one, only if a collective broke off: then the
+        # death of the other end has yet to be seen.
+        if not any(is_loss(error) for error in errors):
+            raise errors[0] if isinstance(errors[0], Exception) else RuntimeError(str(errors[0]))
+        lost = {rank: first_line(error) for rank, error in worker_exceptions.items()}
+        before = storage.read_bytes(self.path) if storage.exists(self.path) else b""
+        line = json.dumps({"time": round(time.time(), 1), "workers": lost})
+        storage.write_bytes(self.path, before + line.encode() + b"\n")
+
+
+class Deadline(ControllerCallback):
+    """Ends a run whose workers cannot be placed for timeout_s; Ray Train would wait for ever, at the start and after
+    every loss. A deadline is looked at when the controller moves on, which it does at least every `attempt_s`."""
+
+    def __init__(self, stage: str, wanted: str, timeout_s: float) -> None:
+        self.stage, self.wanted, self.timeout_s = stage, wanted, timeout_s
+        self.since: float | None = None
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        if not isinstance(current_state, WAITING):
+            self.since = None
+            return
+        self.since = self.since or time.monotonic()
+        if time.monotonic() - self.since > self.timeout_s:
+            raise UserError(
+                f"{self.stage}: no room for the training's workers within {self.timeout_s:g} s (resources.timeout_s), "
+                f"wanted {self.wanted}; add nodes, lower resources.num_workers, or raise resources.timeout_s; the same "
+                "command goes on from the last checkpoint"
+            )
+        if current_state is previous_state:  # too few resources for an elastic run: Ray asks again without a pause
+            time.sleep(0.5)
+
+
+def attempt_s(timeout_s: float) -> float:
+    """How long one attempt to place the workers may take, in seconds."""
+    return min(60.0, max(1.0, timeout_s))
+
+
+def is_loss(error: BaseException) -> bool:
+    """A worker's process or node is gone, or a collective failed because of that."""
+    return isinstance(error, LOST) or any(text in str(error) for text in _PEER_GONE)
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether no space was left, on whatever file system, behind the wrappers of torch and pyarrow."""
+    return any(is_full_disk(cause) for cause in _causes(error))
+
+
+def no_space(stage: str, error: BaseException) -> UserError:
+    return UserError(
+        f"{stage}: no space left while a checkpoint was written ({first_line(error)}); make room where the run and the "
+        "workers' temporary directories (TMPDIR) lie, or raise train.checkpoint_every; the same command goes on from "
+        "the last whole checkpoint"
+    )
+
+
+def explained(error: BaseException, stage: str, max_failures: int) -> BaseException:
+    """What fit() raised, as the user should read it: a UserError where they can do something about it."""
+    causes = list(_causes(error))
+    for cause in causes:
+        if isinstance(cause, UserError):
+            return cause
+    for cause in causes:
+        if isinstance(cause, InsufficientClusterResourcesError):
+            return UserError(f"{stage}: {' '.join(str(cause).split())}")
+    for cause in causes:
+        if is_loss(cause) and not isinstance(cause, TrainingFailedError):
+            return UserError(
+                f"{stage}: training workers were lost more often than resources.max_failures {max_failures} allows, at "
+                f"last: {first_line(cause)}; look at the nodes' memory and logs; the same command goes on from the "
+                "last checkpoint"
+            )
+    return getattr(error, "controller_failure", None) or error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's own text."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
+def _causes(error: Any) -> Iterator[BaseException]:
+    """An exception and everything behind it: Ray keeps causes in places of its own, torch's checkpoints too."""
+    seen: list[BaseException] = []
+    found = [error]
+    while found:
+        one = found.pop(0)
+        if not isinstance(one, BaseException) or any(one is other for other in seen):
+            continue
+        seen.append(one)
+        yield one
+        per_rank = [*(getattr(one, "worker_failures", None) or {}).values()]
+        per_rank += [e[0] if isinstance(e, tuple) else e for e in (getattr(one, "failures", None) or {}).values()]
+        found += [one.__cause__, one.__context__, getattr(one, "controller_failure", None), *per_rank]
+        found += [getattr(one, "health_check_failure", None), getattr(one, "cause", None)]

@@ -1,0 +1,254 @@
+"""The attention backends that transformer layers call with a Layout in place of a mask. None is full attention.
+
+sdpa    PyTorch's scaled dot product; small passes with one boolean mask for all layers, large ones in tiles of queries
+        that each take only the keys some query of the tile sees: extra memory grows linearly with the length.
+eager   plain matrix products: the reference that the others are checked against.
+flex    FlexAttention with a BlockMask built from the extents of 128-token tiles, compiled on GPUs.
+flash   flash-attn (an extra) where queries see a whole prefix: LLaDA, and SDAR's passes over one block, that is all of
+        decoding but prefill; it has no block-shaped masks, so other layouts take the sdpa way.
+
+Shapes: B rows, H query heads, G key/value heads, Q queries, K keys, d head width.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
+
+from rcd_core.attention.layouts import Layout
+from rcd_core.errors import UserError
+
+# Pairs of query and key (rows included) up to which one mask serves a whole pass.
+DENSE_PAIRS = 1 << 20
+TILE = 256  # queries of a tile beyond that
+FLEX_TILE = 128
+
+_attend = nn.functional.scaled_dot_product_attention
+
+
+def sdpa_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Layout | None,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """(B, H, Q, d) x (B, G, K, d) -> (B, Q, H, d). Without a layout attention is full, never causal."""
+    grouped = query.shape[1] != key.shape[1]
+    if attention_mask is not None and query.shape[2] > TILE and math.prod(attention_mask.shape) > DENSE_PAIRS:
+        out = _tiled(query, key, value, attention_mask, scaling)
+    else:
+        bias = None if attention_mask is None else _bias(attention_mask, query.dtype)
+        out = _attend(query, key, value, attn_mask=bias, scale=scaling, enable_gqa=grouped)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Layout | None,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The same in plain matrix products, with the whole mask."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + _bias(attention_mask, query.dtype)
+    weights = torch.softmax(scores.float(), dim=-1).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+def flex_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Layout | None,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """FlexAttention; on CPUs it runs uncompiled and only forward (PyTorch has no backward there)."""
+    on_gpu = query.device.type == "cuda"
+    if not on_gpu and torch.is_grad_enabled() and query.requires_grad:
+        raise UserError("attention is 'flex', which PyTorch cannot train on a CPU; use 'sdpa'")
+    grouped = query.shape[1] != key.shape[1]
+    block_mask = None if attention_mask is None else _block_mask(attention_mask)
+    function = _flex(on_gpu)
+    out = function(query, key, value, block_mask=block_mask, scale=scaling, enable_gqa=grouped)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def flash_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Layout | None,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """flash-attn where the layout allows it, else the sdpa way. Keys behind a row's length are left out, not masked; of
+    cache pools each row reads its own slot, without a copy and without a shape that depends on a length."""
+    if attention_mask is not None and attention_mask.lengths is None:
+        return sdpa_attention(module, query, key, value, attention_mask, scaling)
+    from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))  # (B, Q, H, d)
+    if attention_mask is None:
+        return flash_attn_func(q, k, v, softmax_scale=scaling, causal=False), None
+    if attention_mask.slots is not None:
+        assert attention_mask.lengths is not None
+        sizes, slots = attention_mask.lengths.int(), attention_mask.slots.int()
+        options = {"cache_seqlens": sizes, "cache_batch_idx": slots, "softmax_scale": scaling, "causal": False}
+        return flash_attn_with_kvcache(q, k, v, **options), None
+    num_rows, num_queries, num_keys = attention_mask.shape
+    lengths = attention_mask.lengths
+    assert lengths is not None
+    present = torch.arange(num_keys, device=lengths.device) < lengths[:, None]
+    ends = nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    starts = torch.arange(0, (num_rows + 1) * num_queries, num_queries, device=lengths.device, dtype=torch.int32)
+    flat = q.reshape(num_rows * num_queries, *q.shape[2:])
+    out = flash_attn_varlen_func(
+        flat, k[present], v[present], starts, ends, num_queries, num_keys, softmax_scale=scaling, causal=False
+    )
+    return out.view(q.shape), None
+
+
+_FUNCTIONS = {
+    "sdpa": sdpa_attention,
+    "eager": eager_attention,
+    "flex": flex_attention,
+    "flash": flash_attention,
+}
+BACKENDS = {name: f"rcd_{name}" for name in _FUNCTIONS}  # our name -> transformers' registry
+for _name, _function in _FUNCTIONS.items():
+    AttentionInterface.register(BACKENDS[_name], _function)
+
+
+def reads_pools(backend: str) -> bool:
+    """Whether the backend (its registry key) finds a row's slot in whole cache pools, for layouts with lengths."""
+    return backend == BACKENDS["flash"]
+
+
+def backend_key(attention: str, device: torch.device | str = "cpu") -> str:
+    """The registry's key of a backend; UserError for one that is unknown or cannot run here."""
+    if attention not in BACKENDS:
+        raise UserError(f"attention is {attention!r}; allowed: {', '.join(BACKENDS)}")
+    if attention == "flash":
+        if importlib.util.find_spec("flash_attn") is None:
+            raise UserError(
+                "attention is 'flash' but the package flash-attn is not installed: pip install 'rcd-ray[flash]'"
+            )
+        if torch.device(device).type != "cuda":
+            raise UserError(f"attention is 'flash' but the device is {device}; flash-attn runs on CUDA, use 'sdpa'")
+    return BACKENDS[attention]
+
+
+# -- sdpa
+
+
+def _bias(layout: Layout, dtype: torch.dtype) -> Tensor:
+    """(B, 1, Q, K), 0 or -inf, made once for all layers; from a boolean mask sdpa would make one in each."""
+    if dtype not in layout.memo:
+        visible = layout.visible()
+        layout.memo[dtype] = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, float("-inf"))
+    bias: Tensor = layout.memo[dtype]
+    return bias
+
+
+def _tiled(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float) -> Tensor:
+    """(B, H, Q, d), a tile of queries at a time; with gradients each tile is computed anew in the backward pass, so
+    that no mask outlives its tile."""
+    num_queries = query.shape[2]
+    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    parts = []
+    for start in range(0, num_queries, TILE):
+        rows = slice(start, min(start + TILE, num_queries))
+        arguments = (query[:, :, rows], key, value, layout, rows, scaling)
+        parts.append(checkpoint(_tile, *arguments, use_reentrant=False) if needs_grad else _tile(*arguments))
+    return torch.cat(parts, dim=2)
+
+
+def _tile(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rows: slice, scaling: float) -> Tensor:
+    mask = layout.visible(rows)
+    seen = mask.any(2).any(0).flatten().nonzero().flatten()  # keys that some query of some row sees
+    grouped = query.shape[1] != key.shape[1]
+    key, value = key.index_select(2, seen), value.index_select(2, seen)
+    return _attend(query, key, value, attn_mask=mask.index_select(3, seen), scale=scaling, enable_gqa=grouped)
+
+
+# -- flex
+
+
+@cache
+def _flex(compiled: bool) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention as function
+
+    return torch.compile(function, dynamic=True) if compiled else function
+
+
+def _block_mask(layout: Layout) -> Any:
+    """A BlockMask of 128 x 128 tiles, made once for all layers. A tile is computed where the extents of its codes allow
+    a visible pair, and without a mask where they prove all pairs visible: (Q K / 128^2) work, never Q x K."""
+    if "flex" in layout.memo:
+        return layout.memo["flex"]
+    from torch.nn.attention.flex_attention import BlockMask
+
+    num_rows, num_queries, num_keys = layout.shape
+    big = torch.iinfo(torch.int32).max
+    low = _extents(layout.low, num_queries, big)
+    high = _extents(layout.high, num_queries, big)
+    own = _extents(layout.own, num_queries, big)
+    code = _extents(layout.code, num_keys, big)
+
+    def meet(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
+        return (a[0][:, :, None] <= b[1][:, None, :]) & (b[0][:, None, :] <= a[1][:, :, None])
+
+    some = meet((low[0], high[1]), code) | meet(own, code)
+    every = (low[1][:, :, None] <= code[0][:, None, :]) & (code[1][:, None, :] <= high[0][:, :, None])
+    # A tile that reaches over the end is never "every": its missing tokens are the mask's business.
+    every[:, -1] &= num_queries % FLEX_TILE == 0
+    every[:, :, -1] &= num_keys % FLEX_TILE == 0
+
+    def ordered(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        counts = chosen.sum(-1, dtype=torch.int32)
+        indices = (~chosen).to(torch.int8).argsort(dim=-1, stable=True).int()
+        return counts[:, None], indices[:, None].contiguous()
+
+    low_n, high_n, own_n, code_n = layout.low, layout.high, layout.own, layout.code
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        c = code_n[b, k]
+        return ((c >= low_n[b, q]) & (c <= high_n[b, q])) | (c == own_n[b, q])
+
+    mask = BlockMask.from_kv_blocks(
+        *ordered(some & ~every),
+        *ordered(some & every),
+        BLOCK_SIZE=FLEX_TILE,
+        mask_mod=mask_mod,
+        seq_lengths=(num_queries, num_keys),
+    )
+    layout.memo["flex"] = mask
+    return mask
+
+
+def _extents(values: Tensor, length: int, big: int) -> tuple[Tensor, Tensor]:
+    """(B, N) -> smallest and largest value of each tile, both (B, tiles)."""
+    missing = -length % FLEX_TILE
+    shape = (values.shape[0], -1, FLEX_TILE)
+    smallest = nn.functional.pad(values, (0, missing), value=big).view(shape).amin(-1)
+    largest = nn.functional.pad(values, (0, missing), value=-big).view(shape).amax(-1)
+    return smallest, largest

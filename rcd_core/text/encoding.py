@@ -1,0 +1,121 @@
+"""From a problem to token ids: prompt, labels and padding (semantics of SDAR's and LLaDA's fine-tuning).
+
+Labels are -100 on the prompt (infill: on the anchor and the given cells), the token elsewhere. The end of the turn and
+the padding to whole blocks are labelled too: both families learn to fill an answer's last block with padding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rcd_core.errors import UserError
+from rcd_core.tasks.base import MASK_TEXT, Problem, Task
+from rcd_core.tasks.rows import BadRow
+from rcd_core.text.tokenizer import chat_texts, mask_token_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+UNLABELLED = -100
+TOO_SHORT = "below data.min_length"  # asked for by the recipe, so not a fault of the row
+
+
+@dataclass(frozen=True, slots=True)
+class TrainExample:
+    """input_ids, labels: as long as each other, a multiple of pad_multiple. prompt_length: tokens before any label."""
+
+    input_ids: list[int]
+    labels: list[int]
+    prompt_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptExample:
+    """prompt_ids: what the model is given; for an infill task the canvas with mask ids."""
+
+    prompt_ids: list[int]
+    prompt: str
+    answer: str
+
+
+class Encoder:
+    """Encodes the rows of one task with one tokenizer. Its methods raise BadRow for a row that cannot be used."""
+
+    def __init__(
+        self,
+        task: Task,
+        tokenizer: PreTrainedTokenizerBase,
+        pad_multiple: int,
+        max_length: int,
+        min_length: int | None = None,
+    ) -> None:
+        self.task, self.tokenizer = task, tokenizer
+        self.pad_multiple, self.max_length, self.min_length = pad_multiple, max_length, min_length or 0
+        self.mask_id = mask_token_id(tokenizer)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        if not isinstance(pad, int):
+            raise UserError(f"the tokenizer {tokenizer.name_or_path!r} has neither pad_token nor eos_token; set one")
+        self.pad_id = pad
+
+    def problem(self, row: Mapping[str, str]) -> Problem:
+        try:
+            return self.task.problem(row)
+        except UserError as error:
+            raise BadRow("not a problem of this task", str(error)) from error
+
+    def train(self, problem: Problem) -> TrainExample:
+        """Prompt, response and padding with their labels."""
+        prompt, ids = self._ids(problem)
+        if self.task.infill:
+            labels = [token if given == self.mask_id else UNLABELLED for given, token in zip(prompt, ids, strict=True)]
+        else:
+            labels = [UNLABELLED] * len(prompt) + ids
+            ids = prompt + ids
+        if len(ids) < self.min_length:
+            raise BadRow(TOO_SHORT)
+        num_padding = -len(ids) % self.pad_multiple
+        self._check_length(len(ids) + num_padding, "prompt, response and padding")
+        padding = [self.pad_id] * num_padding
+        prompt_length = next(i for i, label in enumerate([*labels, 0]) if label != UNLABELLED)
+        return TrainExample(ids + padding, labels + padding, prompt_length)
+
+    def test(self, problem: Problem) -> PromptExample:
+        """The prompt alone: a problem is not left out for the length of its answer, nor for being short."""
+        prompt, _ = self._ids(problem)
+        self._check_length(len(prompt), "the prompt")
+        return PromptExample(prompt, problem.prompt, problem.answer)
+
+    def _ids(self, problem: Problem) -> tuple[list[int], list[int]]:
+        """(prompt, response) ids, checked: the mask token stands on an infill canvas and nowhere else."""
+        if self.task.infill:
+            mask_text = self.tokenizer.convert_ids_to_tokens(self.mask_id)
+            given, wanted = problem.prompt.replace(MASK_TEXT, str(mask_text)), problem.response
+        else:
+            given, wanted = chat_texts(self.tokenizer, problem.prompt, problem.response)
+        prompt, response = self._tokenize(given), self._tokenize(wanted)
+        if self.mask_id in response or (not self.task.infill and self.mask_id in prompt):
+            raise BadRow("mask token in the text", problem.prompt)
+        if self.task.infill:
+            if len(prompt) != len(response):
+                raise BadRow("infill: lengths differ", f"canvas {len(prompt)} tokens, response {len(response)}")
+            if any(p not in (self.mask_id, r) for p, r in zip(prompt, response, strict=True)):
+                raise BadRow("infill: the response changes given tokens", problem.prompt)
+            if self.mask_id not in prompt:
+                raise BadRow("infill: nothing to fill", problem.prompt)
+        return prompt, response
+
+    def _tokenize(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _check_length(self, length: int, what: str) -> None:
+        if length > self.max_length:
+            raise BadRow("above data.max_length", f"{what}: {length} tokens, at most {self.max_length}")
+
+
+def content_id(problem: Problem) -> str:
+    """16 hex digits of the problem's text: the same example has the same id wherever it stands."""
+    return hashlib.sha256(f"{problem.prompt}\0{problem.response}".encode()).hexdigest()[:16]

@@ -1,0 +1,370 @@
+"""`rcd generate` on the golden checkpoints and on small fresh ones: flags, texts, errors, and the live drawing.
+
+The drawing is looked at as a user would see it: the command runs under a real pseudo terminal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import torch
+
+from pipelines.cli import main as cli
+from pipelines.cli.generate import add_arguments
+from pipelines.cli.live_view import canvas_text, printable
+from pipelines.evaluation.decode_flags import FIELDS, given_settings
+from rcd_core import Decoder, DecodeSettings, Engine, ModelConfig, load_model, new_model
+from rcd_core.families.base import CheckpointInfo
+from rcd_core.tasks.base import MASK_TEXT
+from rcd_core.text.tokenizer import load_tokenizer, mask_token_id, stop_token_ids, train_tokenizer
+from tests.pipelines.cli.terminal import in_terminal
+
+ROOT = Path(__file__).parents[3]
+GOLDEN = ROOT / "tests" / "golden"
+SDAR = json.loads((GOLDEN / "sdar_vectors.json").read_text())["generate"]
+RCD = json.loads((GOLDEN / "rcd" / "rcd_vectors.json").read_text())["decode"]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """target (marked as RCD), reference, and esc, whose every token is the escape character. One tokenizer."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    tokenizer = train_tokenizer(["the quick fox over the lazy dog 漢字 🙂 Über\n"] * 50, 330)
+    info = CheckpointInfo(mask_token_id(tokenizer), stop_token_ids(tokenizer), tokenizer.pad_token_id, 8)
+    for name, width, rcd in (("target", 32, {"start": "zero"}), ("reference", 16, {}), ("esc", 16, {})):
+        info.rcd = rcd
+        sizes = ModelConfig(
+            family="sdar",
+            hidden_size=width,
+            num_layers=1,
+            num_heads=2,
+            num_kv_heads=1,
+            intermediate_size=32,
+            max_positions=256,
+        )
+        model = new_model(sizes, vocab_size=len(tokenizer), info=info, seed=3)
+        if name == "esc":
+            with torch.no_grad():  # no layer adds anything, and the head answers the mask's embedding with one token
+                for layer in model.backbone.model.layers:
+                    layer.self_attn.o_proj.weight.zero_()
+                    layer.mlp.down_proj.weight.zero_()
+                escape = tokenizer("\x1b", add_special_tokens=False)["input_ids"][0]
+                model.lm_head_weight[escape] = 10 * model.embedding.weight[model.mask_token_id]
+        model.save_pretrained(root / name, tokenizer=tokenizer)
+    return root
+
+
+def generate(*arguments: Any) -> int:
+    """In this process: importing torch anew for every case would take the time of all tests together."""
+    try:
+        return cli.main(["generate", *map(str, arguments)])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def expected(directory: Path, text: str, **settings: Any) -> str:
+    """The answer to one user turn by the library itself."""
+    tokenizer: Any = load_tokenizer(directory)
+    turn = [{"role": "user", "content": text}]
+    prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    out = Decoder(load_model(directory)).generate([ids], DecodeSettings(**settings))[0]
+    return str(tokenizer.decode(out.token_ids, skip_special_tokens=True))
+
+
+# -- flags
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(["--model_dir", "m", *arguments])
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_setting_is_a_flag_in_both_spellings(name: str) -> None:
+    kind = get_type_hints(DecodeSettings)[name]
+    kinds = [kind, *get_args(kind), *(inner for part in get_args(kind) for inner in get_args(part))]
+    for flag in (f"--{name}", f"--{name.replace('_', '-')}"):
+        if bool in kinds:
+            assert given_settings(parse(flag)) == {name: True}
+            assert given_settings(parse(flag.replace("--", "--no-", 1))) == {name: False}
+        elif words := [k for k in kinds if isinstance(k, str)]:
+            assert given_settings(parse(flag, words[-1])) == {name: words[-1]}
+        elif name == "stop_token_ids":
+            assert given_settings(parse(flag, "3", "4")) == {name: (3, 4)}
+            assert given_settings(parse(flag)) == {name: ()}
+        else:
+            assert given_settings(parse(flag, "1")) == {name: 1}
+    assert given_settings(parse()) == {}
+
+
+def test_top_k_0_is_off_as_in_the_scripts() -> None:
+    assert given_settings(parse("--top_k", "0")) == {"top_k": None}
+
+
+@pytest.mark.parametrize(
+    "strategy", ["sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded"]
+)
+def test_the_flags_of_sdars_script_give_its_traces(strategy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    case = [c for c in SDAR if c["strategy"] == strategy and len(c["prompt"]) > 8][-1]
+    optional = {"--confidence_threshold": case["threshold"], "--eb_threshold": case["eb_threshold"]}
+    flags = [str(part) for flag, value in optional.items() if value is not None for part in (flag, value)]
+    code = generate(
+        *("--model_dir", GOLDEN / "sdar_tiny", "--trust_remote_code", "--mask_id", 511, "--dtype", "float32"),
+        *("--block_length", case["block_length"], "--denoising_steps", case["denoising_steps"]),
+        *("--gen_length", case["gen_length"], "--remasking_strategy", strategy, *flags),
+        *("--prompt_ids", " ".join(map(str, case["prompt"])), "--compat_passes", "--device", "cpu"),
+        *("--stopping_criteria_idx", *(case["stop"] or [])),
+    )
+    out, err = capsys.readouterr()
+    assert code == 0
+    answer = case["final_ids"][len(case["prompt"]) :][: case["gen_length"]]
+    if case["stop"]:
+        answer = answer[: min(answer.index(i) for i in case["stop"] if i in answer)]
+    assert out == " ".join(map(str, answer)) + "\n"
+    assert f" in {case['n_denoise']} passes" in err
+    assert "--trust_remote_code is not needed" in err
+
+
+@pytest.mark.parametrize("family", ["sdar", "llada"])
+def test_a_reference_turns_residuals_on_and_starts_from_it(family: str, capsys: pytest.CaptureFixture[str]) -> None:
+    case = next(c for c in RCD if c["family"] == family and c["start"] == "warm" and c["T_res"] == 1.5)
+    code = generate(
+        *("--model_dir", GOLDEN / f"{family}_tiny", "--ref_model_dir", GOLDEN / "rcd" / f"{family}_ref_tiny"),
+        *("--block-length", case["block_length"], "--gen-length", case["gen_length"]),
+        *("--confidence-threshold", case["threshold"], "--residual-temperature", case["T_res"]),
+        *("--delta-temperature", "residual" if case["delta_from"] == "T_res" else "one"),
+        *("--residual-scope", case["scope"], "--stop-token-ids", "--json"),
+        *("--prompt-ids", ",".join(map(str, case["prompt"]))),
+    )
+    result = json.loads(capsys.readouterr().out)["results"][0]
+    assert code == 0
+    assert result["settings"]["residual"] and result["settings"]["start"] == "reference"
+    assert case["prompt"] + result["token_ids"] == case["final_ids"][: len(case["prompt"]) + case["gen_length"]]
+    assert result["forwards"]["reference"] == case["n_reference"]
+    assert result["forwards"]["denoise"] == case["n_target_denoise"]
+
+
+def test_an_rcd_checkpoint_has_residuals_by_default(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def residual(*flags: str) -> bool:
+        assert (
+            generate("--model_dir", checkpoints / "target", "--prompt", "fox", "--gen_length", 8, "--json", *flags) == 0
+        )
+        return bool(json.loads(capsys.readouterr().out)["results"][0]["settings"]["residual"])
+
+    assert residual()
+    assert not residual("--no-residual")
+    assert not residual("--model_dir", str(checkpoints / "reference"))
+
+
+def test_a_reference_that_is_not_used_is_said(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    both = ("--model_dir", checkpoints / "target", "--ref_model_dir", checkpoints / "reference", "--prompt", "fox")
+    assert generate(*both, "--gen_length", 8, "--start", "zero", "--verbose") == 0
+    err = capsys.readouterr().err
+    assert "--ref_model_dir is not used, since start is 'zero'" in err
+    assert '"start": "zero"' in err and "model: sdar" in err
+
+
+# -- texts
+
+
+def test_piped_text_is_one_user_turn_and_stdout_holds_only_the_answer(checkpoints: Path) -> None:
+    program = "import sys; from pipelines.cli import main; code = main(); print('ray' in sys.modules, file=sys.stderr)"
+    command = [sys.executable, "-c", program, "generate", "--model_dir", str(checkpoints / "target"), "--show"]
+    done = subprocess.run(
+        [*command, "--max_new_tokens", "20"], input=b"the fox\nthe dog\n", cwd=ROOT, capture_output=True
+    )
+    want = expected(checkpoints / "target", "the fox\nthe dog", max_new_tokens=20, residual=True)
+    assert done.stdout.decode() == want + "\n"
+    statistics, ray_imported = done.stderr.decode().splitlines()
+    assert re.match(r"\d+ tokens in \d+ passes · \d\.\d\d tokens per forward · besides 1 prefill · ", statistics)
+    assert statistics.endswith(" · T_res was never calibrated: rcd calibrate")
+    assert ray_imported == "False"
+
+
+def test_several_prompts_are_a_batch_and_each_gets_its_own(
+    checkpoints: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, texts = checkpoints / "target", ["the fox", "a much longer prompt about the dog", "漢字"]
+    prompts = [part for text in texts for part in ("--prompt", text)]
+    assert generate("--model_dir", target, *prompts, "--max_new_tokens", 12, "--json", "--trace") == 0
+    report = json.loads(capsys.readouterr().out)
+    want = [expected(target, text, max_new_tokens=12, residual=True) for text in texts]
+    assert [r["text"] for r in report["results"]] == want
+    assert report["num_tokens"] == sum(r["num_tokens"] for r in report["results"])
+    assert report["forwards"]["denoise"] == sum(len(r["steps"]) for r in report["results"])
+
+
+def test_raw_and_infill(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = checkpoints / "target"
+    tokenizer: Any = load_tokenizer(target)
+    decoder, settings = Decoder(load_model(target)), DecodeSettings(residual=True, max_new_tokens=8)
+    assert generate("--model_dir", target, "--raw", "--prompt", "the fox", "--max_new_tokens", 8) == 0
+    ids = tokenizer("the fox")["input_ids"]
+    assert capsys.readouterr().out == tokenizer.decode(decoder.generate([ids], settings)[0].token_ids) + "\n"
+    assert generate("--model_dir", target, "--infill", "--prompt", f"the {MASK_TEXT}{MASK_TEXT} dog") == 0
+    ids = tokenizer(f"the {MASK_TEXT}{MASK_TEXT} dog")["input_ids"]
+    filled = capsys.readouterr().out
+    assert filled == tokenizer.decode(decoder.infill([ids], settings)[0].canvas_ids) + "\n"
+    assert filled.startswith("the ") and filled.endswith(" dog\n") and MASK_TEXT not in filled
+
+
+def test_without_max_new_tokens_the_answer_fits_the_model(
+    checkpoints: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate("--model_dir", checkpoints / "esc", "--prompt", "the fox", "--json") == 0
+    result = json.loads(capsys.readouterr().out)["results"][0]
+    assert 200 < result["num_tokens"] < 256 == DecodeSettings().max_new_tokens
+    assert result["text"] == "\x1b" * result["num_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--prompt x --top_k z", "--top_k: invalid int value: 'z'"),
+        ("--prompt x --top-k -1", "--top_k is -1; it must be"),
+        ("--prompt x --remasking-strategy best", "--policy/--remasking_strategy: invalid choice: 'best'"),
+        ("--prompt x --policy entropy_bounded", "but --entropy_bound is not set"),
+        ("--prompt x --cache dual", "--cache is 'dual'; allowed"),
+        (
+            "--prompt x --start reference",
+            "--start is 'reference' but no reference model is loaded; give --ref_model_dir",
+        ),
+        ("--prompt x --ref_model_dir GOLDEN/sdar_tiny", "--ref_model_dir: its vocab_size is 512"),
+        ("--prompt x --ref_model_dir /nowhere", "--ref_model_dir: checkpoint '/nowhere' does not exist"),
+        ("--prompt x --model_dir /nowhere", "--model_dir: checkpoint '/nowhere' does not exist"),
+        ("--prompt x --model_dir GOLDEN/sdar_tiny", "has no tokenizer"),
+        ("--prompt x --device warp", "--device is 'warp'"),
+        ("--prompt x --mask_id 9", "--mask_id is 9; the checkpoint's is 3"),
+        ("--prompt x --prompt_ids 1", "--prompt and --prompt_ids"),
+        ("--prompt_ids 1,b", "--prompt_ids: "),
+        ("--prompt_ids 1,999999", "token id 999999"),
+        ("--prompt x --max_new_tokens 999", "--max_new_tokens 999"),
+        ("--prompt x --prompt_length 2", "--prompt_length is 2, but the prompt has"),
+        ("--prompt x --json --show", "--json and --show"),
+        ("--prompt x --delay 1", "--delay is given without --show"),
+        ("--prompt <|MASK|>", "use --infill"),
+        ("--prompt x --infill", "there is nothing to fill"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_the_flag(
+    checkpoints: Path, capsys: pytest.CaptureFixture[str], flags: str, message: str
+) -> None:
+    arguments = flags.replace("GOLDEN", str(GOLDEN)).split(" ")
+    assert generate("--model_dir", checkpoints / "target", *arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert message in err
+
+
+# -- the drawing
+
+
+def test_show_draws_the_masks_and_ends_with_the_plain_text(checkpoints: Path) -> None:
+    target = checkpoints / "target"
+    flags = ("--prompt", "the fox", "--max_new_tokens", 30, "--show")
+    screen, code = in_terminal("generate", "--model_dir", target, *flags)
+    assert code == 0
+    lines = screen.text.splitlines()
+    assert "\n".join(lines[:-1]) == printable(expected(target, "the fox", max_new_tokens=30, residual=True)).rstrip()
+    assert " tokens per forward · " in lines[-1]
+    assert "·" * 4 in screen.frames[0] and "block 1/" in screen.frames[0]  # before the first pass: masks only
+    passes = [int(n) for frame in screen.frames for n in re.findall(r"(\d+) passes ·", frame)]
+    assert passes == sorted(passes) and len(set(passes)) > 5
+    assert len({style for style in screen.styles if "48;2;" in style}) > 3  # shades by entropy
+
+
+def test_control_characters_never_reach_the_terminal_and_without_colours_shades_are_characters(
+    checkpoints: Path,
+) -> None:
+    flags = ("--prompt", "the fox", "--max_new_tokens", 8, "--show", "--policy", "sequential")
+    screen, code = in_terminal("generate", "--model_dir", checkpoints / "esc", *flags, NO_COLOR="1")
+    assert code == 0
+    assert screen.text.splitlines()[0] == r"\x1b" * 8
+    assert any(re.search(r"[░▒▓█]\\x1b", frame) for frame in screen.frames)  # guesses are escaped as well
+    assert not any(";" in style or style.startswith(("3", "4")) for style in screen.styles)
+
+
+def test_ctrl_c_ends_with_what_was_committed(checkpoints: Path) -> None:
+    target = checkpoints / "target"
+    screen, code = in_terminal(
+        "generate",
+        *("--model_dir", target, "--prompt", "the fox", "--max_new_tokens", 200, "--show", "--delay", 0.05),
+        keys=[("9 passes", "\x03")],
+    )
+    assert code == 130
+    assert "interrupted · " in screen.text and "Traceback" not in screen.text
+    whole = printable(expected(target, "the fox", max_new_tokens=200, residual=True))
+    first_block = screen.text.split(MASK_TEXT)[0].split("\n")[0].rstrip("\ufffd")  # a character may be half committed
+    assert first_block and whole.startswith(first_block)
+
+
+def test_a_conversation_keeps_its_history(checkpoints: Path) -> None:
+    """In a terminal that cannot be drawn on, so --show changes nothing."""
+    target = checkpoints / "target"
+    screen, code = in_terminal(
+        "generate",
+        *("--model_dir", target, "--max_new_tokens", 8, "--show"),
+        keys=[("> ", "the fox\n"), ("prefill", ""), ("> ", "the dog\n"), ("prefill", ""), ("> ", "/clear\n")]
+        + [("> ", "the fox\n"), ("prefill", ""), ("> ", "/exit\n")],
+        TERM="dumb",
+    )
+    assert code == 0 and not screen.frames
+    tokenizer: Any = load_tokenizer(target)
+    decoder, settings = Decoder(load_model(target)), DecodeSettings(residual=True, max_new_tokens=8)
+    turns: list[dict[str, str]] = []
+    answers = []
+    for text in ("the fox", "the dog"):
+        turns.append({"role": "user", "content": text})
+        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        out = decoder.generate([tokenizer(prompt, add_special_tokens=False)["input_ids"]], settings)[0]
+        answers.append(tokenizer.decode(out.token_ids, skip_special_tokens=True))
+        turns.append({"role": "assistant", "content": answers[-1]})
+    spoken = re.split(r"> [^\n]*\n", screen.text)[1:]
+    said = [re.split(r"\n\d+ tokens in", part)[0] for part in spoken if "tokens in" in part]
+    assert said == [printable(answers[0]), printable(answers[1]), printable(answers[0])]
+    assert answers[1] != expected(target, "the dog", max_new_tokens=8, residual=True)  # else the history had no say
+
+
+def test_printable() -> None:
+    assert printable("a\tb\x1b]0;x\x07\x9b\u202e\u2028\r\nü漢🙂\u200d") == (
+        "a\\tb\\x1b]0;x\\x07\\x9b\\u202e\\u2028\\r\nü漢🙂\u200d"
+    )
+    assert printable("a\nb", newline="↵") == "a↵b"
+
+
+def test_the_drawing_holds_given_committed_and_masked_tokens(checkpoints: Path) -> None:
+    """Every token of a canvas is drawn once, committed bytes of one character together, guesses with their shade."""
+    target = checkpoints / "target"
+    tokenizer: Any = load_tokenizer(target)
+    decoder = Decoder(load_model(target))
+    ids = tokenizer(f"漢{MASK_TEXT}the{MASK_TEXT}{MASK_TEXT}")["input_ids"]
+    sequence = decoder.check(ids, DecodeSettings(residual=True, trace=True), infill=True)
+    engine = Engine(decoder.model, None, max_batch=1, max_length=len(ids))
+    engine.add(sequence)
+    assert canvas_text(sequence, tokenizer.decode, coloured=True, most=99).plain == "漢·the··"
+    engine.step()
+    step, left = sequence.steps[-1], sequence.masked_positions().tolist()
+    assert left and set(left) == set(step.masked) - set(step.committed)
+    guesses = {p: printable(tokenizer.decode([i]), "↵") for p, i in zip(step.masked, step.argmax, strict=True)}
+    text = canvas_text(sequence, tokenizer.decode, coloured=True, most=99)
+    want = "漢" + guesses[ids.index(decoder.model.mask_token_id)] + "the"
+    assert text.plain == want + "".join(guesses[p] for p in sorted(guesses)[1:])
+    assert sum("on rgb" in str(span.style) for span in text.spans) == len(left)
+    plain = canvas_text(sequence, tokenizer.decode, coloured=False, most=99).plain
+    assert len(plain) == len(text.plain) + len(left)
+    while engine.busy:
+        engine.step()
+    assert canvas_text(sequence, tokenizer.decode, coloured=True, most=99).plain == printable(
+        tokenizer.decode(sequence.output().canvas_ids)
+    )
+    assert canvas_text(sequence, tokenizer.decode, coloured=True, most=1).plain != ""

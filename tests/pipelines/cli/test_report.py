@@ -1,0 +1,203 @@
+"""`rcd report` on made results: which runs are one, what their means are, and what the page says."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipelines.cli.main import main
+from pipelines.evaluation.actor import ROWS
+from pipelines.evaluation.results import ArmInfo, analyse
+from pipelines.recipe.model import dump_recipe, load_recipe
+from pipelines.report.comparison import arm_table, differences, grouped, load_runs, mean_curve, mean_sd
+from rcd_core import UserError
+from rcd_core.io import storage
+from tests.s3_server import s3_server
+
+THRESHOLDS = (0.6, 0.8, 0.95)
+# Right answers of 40 problems and passes of a problem of 24 tokens, by arm and threshold.
+MADE = {"seqd": ((10, 30, 39), (4, 8, 12)), "target/zero": ((12, 30, 39), (3, 5, 8))}
+TITLES = {"seqd": "SeqD", "target/zero": "RCD, zero start"}
+
+
+def results(seed: int = 0, better: int = 0, thresholds: tuple[float, ...] = THRESHOLDS, **changes: Any) -> Any:
+    """What the stage evaluate would say; `better`: how many more answers of the target are right."""
+    rows = []
+    for arm, (right, passes) in MADE.items():
+        for t, threshold in enumerate(thresholds):
+            correct = right[t] + better * (arm != "seqd")
+            for i in range(40):
+                made = {"arm": arm, "threshold": threshold, "example_id": f"{i:02d}", "sample": 0}
+                made |= {"correct": i < correct, "tokens": 24, "denoise": passes[t], "reference": 0, "prefill": 0}
+                made |= {"store": 0, "seconds": 0.01, "finish_reason": "filled", "completion": ""}
+                rows.append({**made, "reference_weight": 0.0, "reference_flops_weight": 0.0})
+    arms = [
+        ArmInfo(
+            name=arm,
+            title=TITLES[arm],
+            model=arm.partition("/")[0],
+            baseline=None if arm == "seqd" else "seqd",
+            start=None,
+            block_length=37,
+            trained_with=None,
+        )
+        for arm in MADE
+    ]
+    made = analyse(
+        recipe="demo",
+        task="sudoku",
+        seed=seed,
+        arms=arms,
+        table=pa.Table.from_pylist(rows, schema=ROWS),
+        settings={arm: {"seed": seed, "residual": arm != "seqd"} for arm in MADE},
+        accuracy_levels=(0.7,),
+        hardware={},
+    )
+    return made | changes
+
+
+def write(directory: str | Path, made: Any, *overrides: str) -> str:
+    directory = str(directory)
+    if overrides:
+        recipe = dump_recipe(load_recipe("demo", [*overrides, f"seed={made['seed']}", "storage=/runs"]))
+        storage.write_bytes(storage.join(directory, "recipe.yaml"), recipe.encode())
+    storage.write_json(storage.join(directory, "evaluate", "results.json"), made)
+    return directory
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[str]:
+    """One recipe under three seeds, and another one."""
+    same = [
+        write(
+            tmp_path / f"demo-s{seed}", results(seed, better), f"name=demo-s{seed}", f"resources.num_workers={2**seed}"
+        )
+        for seed, better in ((2, 0), (0, 1), (1, 2))
+    ]
+    other = write(tmp_path / "sparse", results(better=-2), "name=sparse", "signals.top_k=4")
+    return [*same[:2], other, same[2]]
+
+
+def test_runs_of_one_recipe_are_one_group_whatever_their_seeds_names_and_resources(runs: list[str]) -> None:
+    groups = grouped(load_runs(runs))
+    assert [group.label for group in groups] == ["demo", "sparse"]
+    assert [run.results["seed"] for run in groups[0].runs] == [0, 1, 2]
+    assert differences(groups) == (["key", "demo", "sparse"], [["signals.top_k", "32", "4"]])
+
+
+def test_each_seed_is_listed_and_mean_and_deviation_follow(runs: list[str]) -> None:
+    groups = grouped(load_runs(runs))
+    head, rows = arm_table(groups, "target/zero")
+    assert head == ["run", "seed", "ratio at 70 %", "ratio at the baseline's best", "AUP", "0.6", "0.8", "0.95"]
+    assert [row[:2] for row in rows] == [
+        ["demo", "0"], ["demo", "1"], ["demo", "2"], ["demo", "mean ± SD"], ["sparse", "0"],
+    ]  # fmt: skip
+    assert [row[5] for row in rows] == [
+        "32.5 @ 8.00",
+        "35.0 @ 8.00",
+        "30.0 @ 8.00",
+        "32.5 ± 2.5\n@ 8.00 ± 0.00",
+        "25.0 @ 8.00",
+    ]
+    ratios = [run.speeds("target/zero")["ratio at 70 %"]["value"] for run in groups[0].runs]
+    assert rows[3][2] == f"{fmean(ratios):.2f} ± {stdev(ratios):.2f}" and ratios[0] != ratios[1]
+    level = next(c for c in groups[1].runs[0].results["comparisons"])["tokens_per_pass"]["levels"][0]
+    assert rows[4][2].startswith(f"{level['ratio']['value']:.2f} ({level['ratio']['low']:.2f} to ")
+    baseline = arm_table(groups, "seqd")
+    assert baseline[0][:3] == ["run", "seed", "AUP"], "nothing to be compared with"
+
+
+def test_a_level_that_not_every_seed_reaches_is_said(tmp_path: Path) -> None:
+    made = results(1)
+    made["comparisons"][0]["tokens_per_pass"]["levels"][0]["ratio"] = {"value": None, "low": None, "high": None}
+    paths = [write(tmp_path / "a-0", results(0), "name=a-0"), write(tmp_path / "a-1", made, "name=a-1")]
+    groups = grouped(load_runs(paths))
+    rows = arm_table(groups, "target/zero")[1]
+    assert rows[1][2] == "not crossed" and rows[2][2].endswith("(of 1 of 2 seeds)")
+
+
+def test_runs_without_a_recipe_are_told_apart_by_how_they_decode(tmp_path: Path) -> None:
+    """What came from an endpoint has no rates, perhaps, and no recipe."""
+    first, second, other = results(0), results(1), results(2)
+    other["arms"][1]["decode"]["alpha"] = "one"
+    for point in other["arms"][1]["curve"]:
+        point["tokens_per_pass"] = None
+    del other["arms"][1]["aup"]
+    for name, made in (("x0", first), ("x1", second), ("y", other)):
+        storage.write_json(str(tmp_path / name / "results.json"), made)
+    groups = grouped(load_runs([str(tmp_path / name) for name in ("x0", "x1", "y")]))
+    assert [(group.label, len(group.runs)) for group in groups] == [("x", 2), ("y", 1)]
+    assert differences(groups)[1] == [["decode.target/zero.alpha", "not there", '"one"']]
+    assert arm_table(groups, "target/zero")[1][-1][-3] == "30.0 @ not reported"
+    assert mean_curve(groups[1].runs, "target/zero") == [] and len(mean_curve(groups[1].runs, "seqd")) == 3
+
+
+def test_the_mean_curve_has_the_deviation_of_seeds_or_the_interval_of_one(runs: list[str]) -> None:
+    demo, sparse = grouped(load_runs(runs))
+    spot = mean_curve(demo.runs, "target/zero")[0]
+    assert (spot.rate, spot.accuracy, spot.below, spot.above) == pytest.approx((8.0, 32.5, 2.5, 2.5))
+    alone, point = mean_curve(sparse.runs, "target/zero")[0], sparse.runs[0].results["arms"][1]["curve"][0]
+    assert alone.accuracy - alone.below == pytest.approx(100 * point["accuracy_low"])
+    assert alone.accuracy + alone.above == pytest.approx(100 * point["accuracy_high"])
+    mean, sd = mean_sd([1.0, 2.0, 6.0])
+    assert (mean, sd) == pytest.approx((3.0, np.std([1, 2, 6], ddof=1)))
+    assert math.isnan(mean_sd([1.0])[1]) and math.isnan(mean_sd([])[0])
+
+
+def test_the_command_prints_and_writes_one_page(
+    runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    page = tmp_path / "out" / "page.html"
+    assert main(["report", *runs, "--output", str(page), "--arms", "target/*"]) == 0
+    said = capsys.readouterr().out
+    assert "32.5 ± 2.5" in said and "signals.top_k" in said and "SeqD" not in said
+    html = page.read_text()
+    assert html.count("data:image/png;base64,") == 2 and "demo (3 seeds), sparse" in html
+    assert "<h2>RCD, zero start</h2>" in html and "signals.top_k" in html
+    assert "http://" not in html and "https://" not in html, "needs no other file"
+
+
+def test_what_does_not_compare_is_said_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [
+        write(tmp_path / "a", results(), "name=a"),
+        write(tmp_path / "b", results(task="arithmetic"), "name=b", "data.task=arithmetic"),
+    ]
+    assert main(["report", *paths]) == 0
+    assert "different tasks (a: sudoku, b: arithmetic)" in " ".join(capsys.readouterr().out.split())
+    again = write(tmp_path / "again", results(), "name=again")
+    assert main(["report", paths[0], again]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "a and again are one recipe under one seed, 0: their deviation is not that of seeds" in said
+
+
+def test_mistakes_are_named(runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: there is no evaluation"):
+        load_runs([str(tmp_path / "empty")])
+    with pytest.raises(UserError, match="is named twice"):
+        load_runs([runs[0], runs[0] + "/"])
+    with pytest.raises(UserError, match=r"another version of this program; evaluate again \(--redo evaluate\)"):
+        load_runs([write(tmp_path / "old", results(schema_version=1))])
+    assert main(["report", runs[0], "--arms", "target/warm"]) == 2
+    assert "no run has an arm 'target/warm'; they have seqd, target/zero" in capsys.readouterr().err
+
+
+def test_labels_are_as_long_as_it_takes(tmp_path: Path) -> None:
+    paths = [write(tmp_path / where / "demo", results(seed), "name=demo") for seed, where in ((0, "x"), (1, "y"))]
+    assert [run.label for run in load_runs(paths)] == ["x/demo", "y/demo"]
+
+
+@pytest.mark.drill
+def test_runs_lie_on_object_storage_too(runs: list[str]) -> None:
+    with s3_server("bucket"):
+        far = write("s3://bucket/far", json.loads(Path(runs[2], "evaluate", "results.json").read_text()), "name=far")
+        assert main(["report", far, runs[0], "--output", "s3://bucket/page.html"]) == 0
+        assert b"<p>far (2 seeds); task sudoku.</p>" in storage.read_bytes("s3://bucket/page.html")

@@ -1,0 +1,231 @@
+"""Recipes: what is accepted, and that every mistake is answered by its key, its value and what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipelines.data.sources import columns_of
+from pipelines.recipe.files import parse_yaml, read_recipe, recipe_names
+from pipelines.recipe.model import Recipe, dump_recipe, load_recipe, parse_recipe
+from pipelines.recipe.rules import check_inputs, is_hub_id
+from pipelines.run.stages import stages_of
+from rcd_core.errors import UserError
+
+
+def complaint(*overrides: str, recipe: str = "demo") -> str:
+    with pytest.raises(UserError) as caught:
+        load_recipe(recipe, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_packaged_recipes_load_and_their_dump_loads_to_the_same(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert parse_recipe(parse_yaml(dump_recipe(recipe), name)) == recipe
+
+
+def test_demo_comments_every_key() -> None:
+    """demo.yaml is the reference of the recipe: whatever key there is must be written there."""
+    raw = read_recipe("demo")
+    for name, section in (("", Recipe), *((n, f.annotation) for n, f in Recipe.model_fields.items())):
+        fields = getattr(section, "model_fields", None) or getattr(section, "__dataclass_fields__", {})
+        if fields:
+            assert set(fields) == set(raw[name] if name else raw), name or "top level"
+    assert set(raw["base"]["train"]) == set(type(load_recipe("demo").target.train).__dataclass_fields__)
+    assert set(raw["target"]["residual"]) == set(type(load_recipe("demo").target.residual).__dataclass_fields__)
+
+
+def test_overrides_are_yaml_values_and_make_missing_sections() -> None:
+    recipe = load_recipe(
+        "arithmetic",
+        ["target.train.learning_rate=1e-3", "noise.draws=2", "baseline=false", "evaluate.thresholds=[0.5, 1]"],
+    )
+    assert recipe.target.train.learning_rate == 0.001  # YAML 1.1 would read a string
+    assert recipe.noise.draws == 2 and recipe.baseline is False
+    assert recipe.evaluate.thresholds == (0.5, 1.0)
+
+
+def test_variants_change_only_what_they_name() -> None:
+    recipe = load_recipe("demo", ["target.residual.dropout=0.5", "variants.wild={alpha: one}"])
+    assert recipe.variants["wild"].alpha == "one" and recipe.variants["wild"].dropout == 0.5
+    assert recipe.training("target-wild").residual == recipe.variants["wild"]
+    assert recipe.training("baseline").residual is None and recipe.training("target").start is None
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("target.train.lerning_rate=1", "target.train.lerning_rate: unknown key; did you mean 'learning_rate'?"),
+        ("evaluat.batch_size=1", "evaluat: unknown key; did you mean 'evaluate'?"),
+        ("reference.start.hiden_size=4", "reference.start.hiden_size: unknown key; did you mean 'hidden_size'?"),
+        ("variants.x={alfa: one}", "variants.x.alfa: unknown key; did you mean 'alpha'?"),
+        ("data.max_length=long", "data.max_length is 'long'; it should be a valid integer"),
+        ("seed=true", "seed is True; it should be a valid integer"),
+        ("target.train.steps=0", "target.train.steps is 0; it must be at least 1"),
+        ("variants.x={dropout: 3}", "variants.x.dropout is 3.0; it must lie in [0, 1]"),
+        ("evaluate.decode.policy=entropy_bounded", "evaluate.decode.policy is 'entropy_bounded' but entropy_bound"),
+        ("evaluate.starts=[zer]", "evaluate.starts.0 is 'zer'; it should be 'reference', 'zero'"),
+        ("resources=null", "resources is null; it should be a mapping of keys"),
+        ("target.start=5", "target.start is 5; it should be a mapping of keys, or a path, URI or hub id"),
+        ("name=../up", "name is '../up'; it should match"),
+        ("deploy.min_replicas=2", "deploy.max_replicas is 1 but deploy.min_replicas is 2; it must be at least"),
+        ("data.task=soduko", "data.task is 'soduko'; known tasks: aime24, aime25, arithmetic, gsm1k, gsm8k"),
+        ("data.task=humaneval", "data.task is 'humaneval', which runs code that a model wrote, but evaluate.run_code"),
+        ("data.test_task=soduko", "data.test_task is 'soduko'; known tasks: aime24"),
+        ("data.test_task=humaneval", "data.test_task is 'humaneval', which runs code that a model wrote"),
+        ("data.train=null", "data.train is null but base.train is not; name the examples to train on"),
+        ("target.train=null", "target.train is null but target.start is no checkpoint; describe its training"),
+        ("target.train=null", "variants.paper_alpha is a target to train; drop it"),
+        ("baseline=5", "baseline is 5; it should be a valid boolean"),
+        ("data.train=rows.jsonl", "data.train is 'rows.jsonl', a relative path; a job's working directory"),
+        ("data.train=/abs/rows.csv", "its name must end in .jsonl or .parquet"),
+        ("data.test=hf://gsm8k", "data.test is 'hf://gsm8k'; a hub data set is written hf://owner/name"),
+        ("data.num_train=null", "data.num_train is null but data.train is synthetic"),
+        ("data.pad_multiple=40", "data.pad_multiple is 40; it must be a multiple of block_length 37"),
+        ("storage=runs", "storage is 'runs', a relative path"),
+        ("reference.start=./model", "reference.start is './model', a relative path"),
+        ("reference.start=owner/name", "tokenizer.path is null but reference.start is a checkpoint"),
+        ("base=null", "target.start and base are both null"),
+        ("reference.train=null", "reference.train is null but reference.start is no checkpoint"),
+        ("target.residual={source: online, alpha: calibrated_entropy}", "target.residual.alpha_scale is null"),
+        ("target.residual.alpha_scale=null", "alpha_scale is null; with source 'self' there are no signals"),
+        ("reference=null", "variants.paper_alpha.source asks for the reference but reference is null"),
+        ("target.train.epochs=2", "target.train.epochs is 2.0 and train.steps 500; set epochs null or steps 0"),
+        ("target.train={batch_size: 8}", "target.train.steps is 0; it must be at least 1, or give train.epochs"),
+        ("target.train.validate_every=5", "target.train.validate_every is 5 but data.num_validation is 0"),
+        ("target.train.deepspeed={wall_clock_breakdown: true}", "target.train.deepspeed is given but target"),
+        ("resources.num_workers=[2, 3]", "64, no multiple of resources.num_workers [2, 3], which can be 3"),
+        ("resources.num_workers=[4, 2]", "resources.num_workers is [4, 2]; the fewest come first"),
+        ("resources={num_workers: [1, 2], max_failures: 0}", "resources.max_failures is 0 but resources.num"),
+        ("name.x=1", "--set 'name.x=1': name is 'demo', no section"),
+        ("seed", "--set 'seed' must have the form KEY=VALUE"),
+        ("seed={", "--set 'seed={' is no valid YAML"),
+    ],
+)
+def test_mistakes_are_named(override: str, says: str) -> None:
+    message = complaint(override)
+    assert says in message
+    assert "\n" not in message or "has problems" in message
+
+
+def test_deepspeed_takes_one_number_of_workers() -> None:
+    message = complaint("target.train.strategy=deepspeed", "resources.num_workers=[1, 2]")
+    assert "target.train.strategy is deepspeed, whose checkpoints belong to one number of workers" in message
+
+
+def test_epochs_become_steps_once_the_examples_are_counted() -> None:
+    settings = load_recipe("demo", ["target.train={epochs: 1.5, batch_size: 8}"]).target.train
+    assert settings.resolved(100).steps == 19 and settings.resolved(1).steps == 1
+    assert settings.resolved(100).epochs is None and settings.resolved(100).resolved(7).steps == 19
+
+
+def test_all_mistakes_come_in_one_message() -> None:
+    message = complaint("noise.draw=1", "data.max_length=x", "evaluate.starts=[zer]")
+    assert [line.split(":")[0].split(" is ")[0].strip() for line in message.splitlines()[1:]] == [
+        "noise.draw",
+        "data.max_length",
+        "evaluate.starts.0",
+    ]
+
+
+def test_recipes_are_found_by_name_or_path(tmp_path: Path) -> None:
+    assert "did you mean 'demo'?" in complaint(recipe="demoo")
+    assert "exists nowhere" in complaint(recipe=str(tmp_path / "none.yaml"))
+    path = tmp_path / "mine.yaml"
+    path.write_text(dump_recipe(load_recipe("demo", ["name=mine"])))
+    assert load_recipe(str(path)).name == "mine"
+    path.write_text("name: a\nseed: 1\nseed: 2\n")
+    assert "key 'seed' is given twice" in complaint(recipe=str(path))
+    path.write_text("- a list")
+    assert "must be a mapping" in complaint(recipe=str(path))
+
+
+# A run that trains nothing: checkpoints from outside, and problems to test them on.
+AS_THEY_ARE = ["target={start: /t, train: null}", "baseline=/b", "variants={}", "base=null", "reference={start: /r}"]
+AS_THEY_ARE += ["calibrate=null"]
+NO_TRAINING = [*AS_THEY_ARE, "data.train=null", "tokenizer.path=/t"]
+
+
+def test_checkpoints_are_taken_as_they_are() -> None:
+    recipe = load_recipe("demo", NO_TRAINING)
+    stages = stages_of(recipe)
+    assert list(stages) == ["prepare", "reference", "target", "baseline", "evaluate", "deploy"]
+    for name, path in (("reference", "/r"), ("target", "/t"), ("baseline", "/b")):
+        assert (
+            stages[name].function == "pipelines.run.directory:use_checkpoint" and path in stages[name].outside.values()
+        )
+        assert recipe.checkpoint(name) == path and recipe.residual(name) is None
+        with pytest.raises(UserError, match="trains nothing"):
+            recipe.training(name)
+    assert stages["target"].inputs == () and stages["evaluate"].inputs == ("prepare", "target", "baseline", "reference")
+    demo = load_recipe("demo")
+    assert {demo.checkpoint(name) for name in ("reference", "target", "baseline")} == {None}
+    assert "baseline is true; it would be trained" in complaint(*NO_TRAINING, "baseline=true")
+    assert "data.train is null and tokenizer.path, too" in complaint(*AS_THEY_ARE, "data.train=null")
+
+
+def test_another_task_is_tested_than_trained() -> None:
+    recipe = load_recipe("sdar-8b-b64")
+    assert [recipe.data.task_of(split) for split in ("train", "test")] == ["math", "math500"]
+    assert columns_of(recipe, "train") == {"question": "problem", "solution": "solution", "answer": "answer"}
+    assert columns_of(recipe, "test") == {"question": "question", "answer": "answer"}  # a problem is a question, too
+    assert columns_of(load_recipe("llada-8b"), "test") == {"question": "question", "solution": "answer"}
+    assert columns_of(load_recipe("demo", ["data.test_task=sudoku"]), "test") == columns_of(load_recipe("demo"), "test")
+
+
+def test_hub_ids() -> None:
+    assert is_hub_id("JetLM/SDAR-8B-Chat") and not is_hub_id("/abs/olute") and not is_hub_id("a/b/c")
+
+
+def checkpoint(directory: Path, vocab_size: int, words: dict[str, int] | None = None) -> Path:
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps({"model_type": "sdar", "vocab_size": vocab_size}))
+    (directory / "tokenizer_config.json").write_text("{}")
+    (directory / "tokenizer.json").write_text(json.dumps({"model": {"vocab": words or {}}}))
+    (directory / "model.safetensors").write_bytes(b"\0")
+    return directory
+
+
+def inputs_complaint(*overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        check_inputs(load_recipe("demo", ["calibrate=null", *overrides]))
+    return str(caught.value)
+
+
+def test_what_a_recipe_names_must_be_there(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    assert f"data.train: {tmp_path}/none.jsonl does not exist" in inputs_complaint(f"data.train={tmp_path}/none.jsonl")
+    assert f"data.test: {empty} is no file with content" in inputs_complaint(f"data.test=[{empty}]")
+    good = checkpoint(tmp_path / "good", 100)
+    tokenizer = f"tokenizer.path={good}"
+    missing = inputs_complaint(tokenizer, f"reference.start={tmp_path}/none")
+    assert f"reference.start: {tmp_path}/none does not exist" in missing
+    (good / "model.safetensors").rename(good / "pytorch_model.bin")
+    assert "has no *.safetensors" in inputs_complaint(tokenizer, f"reference.start={good}")
+    (good / "config.json").unlink()
+    assert "has no config.json" in inputs_complaint(tokenizer, f"reference.start={good}")
+    (good / "tokenizer_config.json").unlink()
+    assert "tokenizer.path" in inputs_complaint(tokenizer)
+
+
+def test_reference_and_target_must_share_a_vocabulary(tmp_path: Path) -> None:
+    target = checkpoint(tmp_path / "target", 100, {"a": 0, "b": 1})
+    other = checkpoint(tmp_path / "other", 90)
+    swapped = checkpoint(tmp_path / "swapped", 100, {"a": 1, "b": 0})
+    sets = ["base=null", f"target.start={target}", f"tokenizer.path={target}"]
+    message = inputs_complaint(*sets, f"reference.start={other}")
+    assert "a vocabulary of 90 tokens" in message and "one of 100" in message and "reference.start" in message
+    assert "number their tokens apart" in inputs_complaint(*sets, f"reference.start={swapped}")
+    as_they_are = [
+        f"target={{start: {target}, train: null}}",
+        "calibrate=null",
+        "variants={}",
+        f"reference.start={target}",
+    ]
+    assert f"baseline {other} has a vocabulary of 90" in inputs_complaint(*sets, *as_they_are, f"baseline={other}")
+    check_inputs(load_recipe("demo", [*sets, f"reference.start={target}"]))

@@ -1,0 +1,75 @@
+"""results.json of made-up answers, by the real statistics: what the tests of tables, plots and pages are shown."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.evaluation.actor import ROWS
+from pipelines.evaluation.results import ArmInfo, analyse
+from rcd_core import DecodeSettings
+
+THRESHOLDS = (0.6, 0.7, 0.8, 0.9, 1.0)
+HARDWARE = {"devices": [{"device": "Abacus", "threads": 1, "torch": "2.13"}], "actors": 2, "batch_size": 8}
+
+
+def info(name: str, title: str, **changes: Any) -> ArmInfo:
+    baseline = None if name == "seqd" else "seqd"
+    kind = {"model": "target", "start": None, "block_length": 8, "trained_with": None, "baseline": baseline}
+    return ArmInfo(**{**kind, "name": name, "title": title, **changes})
+
+
+def answers(
+    arm: str, speed: float, skill: float, problems: int = 60, samples: int = 1, reference: int = 0, timed: bool = True
+) -> pa.Table:
+    """An arm whose accuracy rises with the threshold up to 0.5 + skill, and its passes from 12 to 60, over speed."""
+    hard = np.random.default_rng(5).random(problems)  # the same problems for all arms
+    rows = []
+    for t, threshold in enumerate(THRESHOLDS):
+        for i in range(problems):
+            for sample in range(samples):
+                luck = np.random.default_rng([i, sample]).normal(0, 0.05)
+                rows.append(
+                    {
+                        "arm": arm,
+                        "threshold": threshold,
+                        "example_id": f"{i:03d}",
+                        "sample": sample,
+                        "correct": bool(hard[i] + luck < 0.5 + skill * (t / 4) ** 0.5),
+                        "tokens": 120,
+                        "denoise": round((12 + 12 * t) / speed),
+                        "reference": reference,
+                        "prefill": 1,
+                        "store": 0,
+                        "reference_weight": 0.45 if reference else 0.0,
+                        "reference_flops_weight": 0.4 if reference else 0.0,
+                        "seconds": 0.01 * (1 + t) / speed if timed else None,
+                        "finish_reason": "stop",
+                        "completion": "",
+                    }
+                )
+    return pa.Table.from_pylist(rows, schema=ROWS)
+
+
+def made(speed: float = 1.5, skill: float = 0.45, **changes: Any) -> dict[str, Any]:
+    """SeqD against one RCD arm of this speed and skill; changes: of both arms' answers."""
+    table = pa.concat_tables(
+        [answers("seqd", 1.0, 0.45, **changes), answers("target/zero", speed, skill, **{"reference": 1, **changes})]
+    )
+    plain = asdict(DecodeSettings(block_length=8, seed=0))
+    return analyse(
+        recipe="<made up>",
+        task="sudoku",
+        seed=3,
+        arms=[
+            info("seqd", "SeqD", model="baseline"),
+            info("target/zero", "RCD, zero start", start="zero", trained_with={"dropout": 0.25, "source": "signals"}),
+        ],
+        table=table,
+        settings={"seqd": plain, "target/zero": {**plain, "residual": True, "start": "zero", "alpha_scale": 1.7312}},
+        accuracy_levels=(0.9,),
+        hardware=HARDWARE,
+    )

@@ -1,0 +1,274 @@
+"""Stage keys, run directories, leases and the listing of runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pipelines.cli import main as cli
+from pipelines.ray_cluster import resources as cluster
+from pipelines.recipe.model import Recipe, load_recipe
+from pipelines.run import lease
+from pipelines.run.directory import RunDirectory, StageContext, material_of
+from pipelines.run.keys import differences, fingerprint, key_of
+from pipelines.run.lease import Lease, read_lease
+from pipelines.run.plan import ancestors, with_dependents
+from pipelines.run.stages import stages_of
+from rcd_core.errors import UserError
+from rcd_core.io import storage
+
+
+def keys(recipe: Recipe) -> dict[str, str]:
+    """Key of every stage, as if each input's fingerprint were its key."""
+    found: dict[str, str] = {}
+    for name, stage in stages_of(recipe).items():
+        found[name] = key_of(material_of(stage, recipe, found))
+    return found
+
+
+DEMO = load_recipe("demo")
+USED = {"calibrate", "evaluate", "deploy"}  # what decodes the targets
+TRAINED = {"base", "reference", "signals", "target", "target-paper_alpha", "baseline", *USED}
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("deploy.port=81", {"deploy"}),
+        ("resources.num_workers=4", set()),
+        ("target.train.log_every=1", set()),
+        ("data.max_bad_rows=0.5", set()),
+        ("evaluate.thresholds=[0.5]", {"evaluate"}),
+        ("calibrate.num_examples=9", USED),
+        ("variants.paper_alpha.dropout=0", {"target-paper_alpha", *USED}),
+        ("target.residual.dropout=0", {"target", "target-paper_alpha", *USED}),
+        ("target.train.learning_rate=1", {"target", "target-paper_alpha", "baseline", *USED}),
+        ("signals.top_k=9", {"signals", "target-paper_alpha", *USED}),
+        ("target.train.steps=1", TRAINED - {"base", "reference"}),
+        ("base.train.steps=1", TRAINED - {"reference", "signals"}),
+        ("noise.draws=9", TRAINED),
+        ("data.num_test=1", TRAINED | {"prepare"}),
+    ],
+)
+def test_a_change_reaches_exactly_what_depends_on_it(override: str, changed: set[str]) -> None:
+    before, after = keys(DEMO), keys(load_recipe("demo", [override]))
+    assert {name for name in before if before[name] != after[name]} == changed
+
+
+def test_stage_order_and_inputs() -> None:
+    stages = stages_of(DEMO)
+    order = "prepare base reference signals target target-paper_alpha baseline calibrate evaluate deploy"
+    assert list(stages) == order.split()
+    for name, stage in stages.items():
+        assert all(list(stages).index(i) < list(stages).index(name) for i in stage.inputs)
+    assert ancestors(stages, "signals") == ["prepare", "reference"]
+    assert with_dependents(stages, ["baseline"]) == ["baseline", "calibrate", "evaluate", "deploy"]
+    plain = stages_of(load_recipe("demo", ["calibrate=null"]))
+    assert with_dependents(plain, ["baseline"]) == ["baseline", "evaluate"]
+    assert "baseline" in stages_of(load_recipe("demo", ["deploy.baseline=true"]))["deploy"].inputs
+    online = load_recipe("demo", ["target.residual={source: online}", "variants={}"])
+    assert "signals" not in stages_of(online) and "reference" in stages_of(online)["target"].inputs
+
+
+def test_without_a_use_for_it_there_is_no_reference() -> None:
+    alone = ["target.residual={source: self}", "variants={}", "evaluate.starts=[zero]", "deploy.start=zero"]
+    for reference in ([], ["reference=null"]):
+        stages = stages_of(load_recipe("demo", [*alone, *reference]))
+        assert list(stages) == ["prepare", "base", "target", "baseline", "calibrate", "evaluate", "deploy"]
+        assert stages["target"].inputs == ("prepare", "base")
+    asked = stages_of(load_recipe("demo", [*alone[:3], "deploy.start=reference"]))
+    assert "reference" in asked["deploy"].inputs and "reference" not in asked["evaluate"].inputs
+
+
+def test_a_checkpoint_from_outside_stands_for_training_and_enters_keys_by_content(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    sets = [f"reference.start={tmp_path}", "reference.train=null", f"tokenizer.path={tmp_path}"]
+    recipe = load_recipe("demo", sets)
+    stage = stages_of(recipe)["reference"]
+    assert not stage.needs_cluster and stage.inputs == ()
+    before = keys(recipe)
+    (tmp_path / "model.safetensors").write_text("[]")
+    fingerprint.cache_clear()  # one look per process
+    after = keys(recipe)
+    assert before["reference"] != after["reference"] and before["signals"] != after["signals"]
+    old, new = (material_of(stage, recipe, {}) for _ in range(2))
+    old["outside"] = {}
+    assert differences(old, new) == ["reference.start: the files there have changed"]
+
+
+@pytest.fixture(params=["local", "mock"])
+def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    path = f"mock://{tmp_path.name}/runs/demo" if request.param == "mock" else str(tmp_path / "runs" / "demo")
+    yield path
+    storage.remove(path)
+
+
+def test_run_directory_keeps_partial_results_of_its_key_only(directory: str) -> None:
+    run, stages = RunDirectory(directory), stages_of(DEMO)
+    material = material_of(stages["base"], DEMO, {"prepare": "p"})
+    partial = storage.join(run.stage_directory("base"), "checkpoint")
+    run.begin("base", material)
+    storage.write_bytes(partial, b"x")
+    run.begin("base", material)
+    assert storage.exists(partial) and run.manifest("base") is None
+    run.begin("base", {**material, "seed": 1})
+    assert not storage.exists(partial)
+    manifest = run.finish("base", material, {"rows": 3, "fingerprint": "abc"}, datetime.now().astimezone(), 1.5)
+    assert run.manifest("base") == manifest
+    assert manifest["key"] == key_of(material) and manifest["fingerprint"] == key_of("abc") != manifest["key"]
+    assert manifest["summary"]["rows"] == 3 and manifest["seconds"] == 1.5
+
+
+def test_context_hands_out_inputs_and_checkpoints(tmp_path: Path) -> None:
+    run = RunDirectory(str(tmp_path))
+    inputs = ("base", "reference")
+    context = StageContext(recipe=DEMO, run=run, stage="target", key="k", inputs=inputs, console=Console())
+    with pytest.raises(UserError, match="stage target needs stage base, which is not done"):
+        context.input_dir("base")
+    with pytest.raises(LookupError, match="no input 'signals'"):
+        context.input("signals")
+    now = datetime.now().astimezone()
+    run.finish("base", {}, {}, now, 0)
+    run.finish("reference", {}, {"checkpoint": "owner/name"}, now, 0)
+    assert context.checkpoint("base") == str(tmp_path / "base" / "model")
+    assert context.checkpoint("reference") == "owner/name"
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(lease, "TAKEOVER_S", 1.5)
+    monkeypatch.setattr(lease, "_SETTLE_S", 0.1)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_living_holder_is_respected(directory: str) -> None:
+    with Lease(directory).acquire() as holder:
+        with pytest.raises(UserError, match=r"is in use by .*process \d+ on .*, since \d{4}-.*wait for it, stop it"):
+            Lease(directory).acquire()
+        holder.check()
+        assert read_lease(directory) is not None
+    assert read_lease(directory) is None
+    with Lease(directory).acquire():  # free again, at once
+        pass
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_silent_holder_is_replaced_and_told(directory: str) -> None:
+    lost: list[str] = []
+    dead = Lease(directory, on_lost=lost.append)
+    dead._beat()  # holds the lease, but nobody keeps it
+    said: list[str] = []
+    with Lease(directory).acquire(said.append):
+        assert any("taking the run over" in line for line in said)
+        keeper = threading.Thread(target=dead._keep)  # the old one wakes up
+        keeper.start()
+        keeper.join(timeout=5)
+        assert len(lost) == 1 and "was taken over by" in lost[0]
+        with pytest.raises(UserError, match="was taken over"):
+            RunDirectory(directory, dead).begin("base", {})
+        dead.release()
+        assert read_lease(directory) is not None  # another's lease is left alone
+
+
+@pytest.mark.usefixtures("quick")
+def test_of_two_that_start_together_one_goes_on(directory: str) -> None:
+    """Both see no lease and write one: after a heartbeat one knows. The earlier writer, as a rule; the later one if the
+    other was just about to write its beat."""
+    first, second = Lease(directory), Lease(directory)
+    first.acquire()
+    second._wait_for_silence = lambda say: False  # type: ignore[method-assign]  # it looked before first wrote
+    second.acquire()
+    deadline = time.monotonic() + 5
+    while first.lost is None and second.lost is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(10 * lease.HEARTBEAT_S)  # the other one stays
+    [winner] = [holder for holder in (first, second) if holder.lost is None]
+    winner.release()
+    assert read_lease(directory) is None
+
+
+def test_submitted_jobs_are_named_by_what_ray_job_stop_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    metadata = {"runtime_env": {}, "metadata": {"job_submission_id": "raysubmit_7"}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(metadata))
+    holder = Lease("/nowhere")
+    assert "job raysubmit_7, process" in lease.describe(holder._mine)
+    assert "`ray job stop raysubmit_7`" in holder._refusal(holder._mine)
+
+
+def test_rcd_runs_lists_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    assert cli.main(["runs", "--storage", str(tmp_path / "none")]) == 2
+    assert "none does not exist" in capsys.readouterr().err
+    assert cli.main(["runs", "--storage", str(tmp_path)]) == 0
+    assert "no runs in" in capsys.readouterr().out
+    run = RunDirectory(str(tmp_path / "demo"))
+    run.write_recipe(DEMO)
+    run.finish("prepare", {}, {}, datetime.now().astimezone(), 0)
+    run.begin("base", {})
+    Lease(run.path)._beat()
+    assert cli.main(["runs", "--storage", str(tmp_path)]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if "demo" in line)
+    cells = [cell.strip() for cell in row.split("│")]
+    assert cells[1:4] == ["demo", "prepare", "base"] and "process" in cells[4]
+
+
+def test_resources_are_waited_for_with_a_deadline(ray_cluster: str) -> None:
+    said: list[str] = []
+    cluster.connect()
+    cluster.wait_for_resources([{"CPU": 1}] * 2, 5, "stage base", free=True, say=said.append)
+    assert said == []
+    with pytest.raises(UserError) as caught:
+        cluster.wait_for_resources([{"CPU": 1, "GPU": 1}] * 2, 0.2, "stage base", say=said.append)
+    message = str(caught.value)
+    assert "no resources for stage base after 0.2 s: wanted 2 x (CPU 1, GPU 1); present CPU 4, GPU 0" in message
+    assert len(said) == 1 and "waiting for resources for stage base" in said[0]
+    with pytest.raises(UserError, match=r"wanted 1 x \(CPU 5\); present CPU 4 on 1 node"):
+        cluster.wait_for_resources([{"CPU": 5}], 0, "stage base")
+
+
+def test_who_holds_what_is_waited_for_is_said(ray_cluster: str) -> None:
+    """A job's actor and placement group, and a replica by the name that Serve gives it."""
+    cluster.connect()
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    @ray.remote(num_cpus=1)
+    class Holder:
+        def here(self) -> None:
+            pass
+
+    held = [Holder.remote(), Holder.options(name="SERVE_REPLICA::tiny#Target#abc").remote()]
+    ray.get([one.here.remote() for one in held])
+    group = placement_group([{"CPU": 1}] * 2)
+    ray.get(group.ready())
+    here = f"process {os.getpid()} on {ray.util.get_node_ip_address()}"
+    try:
+        with pytest.raises(UserError) as caught:
+            _wait_until_held(60)
+    finally:
+        remove_placement_group(group)
+        for one in held:
+            ray.kill(one)
+    message = str(caught.value)
+    assert "present CPU 4 on 1 node(s), of which idle CPU 0; " in message
+    assert f"; held by {here} (3 x CPU 1), the served application tiny (1 x CPU 1); stop what holds them" in message
+
+
+def _wait_until_held(seconds: float) -> None:
+    """The refusal for want of idle CPUs, once the task that holds them has started."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        cluster.wait_for_resources([{"CPU": 1}], 0, "stage base", free=True)
+        time.sleep(0.1)

@@ -1,0 +1,178 @@
+"""Bodies that no client should send: always an answer in OpenAI's error shape that blames the client."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from starlette.testclient import TestClient
+
+from pipelines.serving.http.app import ServedModel, create_app
+from pipelines.serving.http.bodies import ChatRequest, CompletionRequest
+from pipelines.serving.http.guard import ApiLimits
+from rcd_core.decode_settings import DecodeSettings
+from tests.pipelines.serving.http.fake_backend import Echo
+
+APP = create_app({"m": ServedModel(backend=Echo(), defaults=DecodeSettings(), created=7)}, {}, ApiLimits())
+CLIENT = TestClient(APP)  # raises what the application does not catch
+PATHS = {"/v1/completions": '"prompt": "p"', "/v1/chat/completions": '"messages": [{"role": "user", "content": "p"}]'}
+HALF_PAIR = r'"\ud800"'
+
+
+def post(path: str, body: bytes, content_type: str = "application/json") -> Any:
+    return CLIENT.post(path, content=body, headers={"Content-Type": content_type})
+
+
+def check_refused(answer: Any) -> None:
+    assert 400 <= answer.status_code < 500, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"] and error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b'"text"',
+        b"17",
+        b'{"model": "m",}',
+        b'{"model": "m"} {}',
+        b"\xff\xfe\x00",
+        b"\x00",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"1" * 10_000,
+        b'{"model": "m", "\\ud800": 1}',
+        b'{"model": null}',
+    ],
+    ids=lambda b: repr(b[:20]),
+)
+def test_what_is_no_request_is_refused(path: str, body: bytes) -> None:
+    check_refused(post(path, body))
+
+
+def test_a_body_that_is_not_called_json_is_refused() -> None:
+    """A web page of anybody may send plain text to this machine, but not JSON."""
+    body = b'{"model": "m", "prompt": "p"}'
+    answer = post("/v1/completions", body, "text/plain")
+    check_refused(answer)
+    assert "Content-Type: application/json" in answer.json()["error"]["message"]
+    assert post("/v1/completions", body).status_code == 200
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "field",
+    [
+        '"confidence_threshold": NaN',
+        '"temperature": Infinity',
+        '"temperature": -Infinity',
+        '"timeout_s": NaN',
+        '"temperature": 1e400',
+        '"temperature": "0.5"',
+        '"max_tokens": 1e400',
+        '"max_tokens": 1.5',
+        '"max_tokens": true',
+        '"max_tokens": "9"',
+        f'"max_tokens": {10**30}',
+        f'"top_k": {2**31}',
+        f'"seed": {2**63}',
+        f'"seed": 1{"0" * 5000}',
+        f'"block_length": -{10**30}',
+        '"stop_token_ids": [-1]',
+        f'"stop_token_ids": [{10**30}]',
+        '"stop_token_ids": 3',
+        '"n": 129',
+        '"stream": "yes"',
+        '"residual": 1',
+        f'"stop": {HALF_PAIR}',
+        f'"stop": ["a", {HALF_PAIR}]',
+        '"stop": [["a"]]',
+        '"stream_options": {"include_usage": true, "x": 1}, "stream": true',
+        '"logprobs": 3',
+        '"tools": []',
+        r'"\u0000": 1',
+        f"{HALF_PAIR}: 1",
+    ],
+)
+def test_a_field_that_is_wrong_is_refused(path: str, field: str) -> None:
+    answer = post(path, f'{{"model": "m", {PATHS[path]}, {field}}}'.encode())
+    check_refused(answer)
+    assert answer.json()["error"]["param"] or "parsing the body" in answer.text or "name is no text" in answer.text
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "[]",
+        "{}",
+        "7",
+        "[true]",
+        "[-1]",
+        f"[{2**31}]",
+        f"[{10**30}]",
+        "[5000]",
+        "[1.5]",
+        '[1, "a"]',
+        "[[[1]]]",
+        HALF_PAIR,
+    ],
+)
+def test_a_prompt_that_is_none_is_refused(prompt: str) -> None:
+    check_refused(post("/v1/completions", f'{{"model": "m", "prompt": {prompt}}}'.encode()))
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ('{"role": "tool", "content": "x"}', "messages.0.role"),
+        ('{"role": "user", "content": 5}', "messages.0.content"),
+        ('{"role": "user", "content": [{"type": "image_url", "text": "x"}]}', "messages.0.content"),
+        ('{"role": "user"}', "messages.0.content"),
+        (f'{{"role": "user", "content": {HALF_PAIR}}}', "messages.0.content"),
+        ('{"role": "user", "content": "x", "name": "y"}', "messages.0.name"),
+        ("5", "messages.0"),
+    ],
+)
+def test_a_message_that_is_wrong_is_named(message: str, param: str) -> None:
+    answer = post("/v1/chat/completions", f'{{"model": "m", "messages": [{message}]}}'.encode())
+    check_refused(answer)
+    assert answer.json()["error"]["param"].startswith(param), answer.text
+
+
+def test_control_characters_are_text() -> None:
+    odd = "\0\x01\x1b[2J\r\n\u2028\u202e\U0001f600"
+    answer = CLIENT.post("/v1/completions", json={"model": "m", "prompt": odd, "stop": ["\0"]})
+    assert answer.json()["choices"][0]["text"] == f"<{odd}>"
+    lines = CLIENT.post("/v1/completions", json={"model": "m", "prompt": odd, "stream": True}).content.splitlines()
+    found = [json.loads(line.removeprefix(b"data: ")) for line in lines if line.startswith(b"data: {")]
+    assert "".join(c["choices"][0]["text"] for c in found) == f"<{odd}>"
+
+
+NUMBERS = st.integers() | st.floats() | st.sampled_from([2**31, 2**63, -(2**63), 10**40, 1e308, 5e-324])
+TEXTS = st.text(st.characters(), max_size=8) | st.sampled_from(["m", "none", "zero", "\0", "\ud800", "forbidden"])
+JUNK = st.recursive(
+    st.none() | st.booleans() | NUMBERS | TEXTS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=400, derandomize=True, database=None, deadline=None)
+@given(data=st.data())
+def test_any_values_get_an_answer_or_a_refusal(data: st.DataObject) -> None:
+    path = data.draw(st.sampled_from(list(PATHS)))
+    model = CompletionRequest if path == "/v1/completions" else ChatRequest
+    names = st.sampled_from([*model.model_fields, "unknown"])
+    body = json.loads(f'{{"model": "m", {PATHS[path]}}}') | data.draw(st.dictionaries(names, JUNK, max_size=3))
+    answer = post(path, json.dumps(body).encode())
+    if answer.status_code != 200:
+        check_refused(answer)

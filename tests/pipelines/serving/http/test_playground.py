@@ -1,0 +1,363 @@
+"""The page at /: its files, and what a real browser makes of it with the real HTTP interface over small models.
+
+The browser is the Chromium that is installed; without one those tests are skipped.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import Any
+
+import httpx
+import pytest
+
+from pipelines.serving.http.playground import FILES
+from rcd_core import Decoder
+from rcd_core.decoding.engine import Engine
+from rcd_core.tasks.base import MASK_TEXT
+from tests.pipelines.serving.served_app import BASELINE, MODEL, PLAIN, SETTINGS, Served, served
+
+sync_api = pytest.importorskip("playwright.sync_api")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PUZZLE = "#" + "12.4..3.2.4..32.".replace(".", MASK_TEXT)
+EXAMPLE = {"path": "/v1/completions", "body": {"model": MODEL, "prompt": PUZZLE, "infill": True}}
+END_S = 60
+
+
+@pytest.fixture(scope="module")
+def app() -> Iterator[Served]:
+    with served(about={"example": EXAMPLE}) as app:
+        yield app
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Page:
+    """A tab. Whatever it asks for elsewhere, or complains of, fails the test that used it."""
+
+    def __init__(self, browser: Any, url: str, pace: str = "0", **context: Any) -> None:
+        self.tab = browser.new_page(**context)
+        self.tab.set_default_timeout(END_S * 1000)
+        self.complaints: list[str] = []
+        self.bodies: list[dict[str, Any]] = []
+        self.tab.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.tab.on("console", lambda m: self.complaints.append(m.text) if m.type == "error" else None)
+        self.tab.on("request", lambda r: self._note(r, url))
+        self.tab.goto(url)
+        self.tab.wait_for_selector("#model option", state="attached")
+        self.tab.select_option("#pace", pace)
+
+    def _note(self, request: Any, url: str) -> None:
+        if not request.url.startswith(url):
+            self.complaints.append(f"fetched {request.url}")
+        if request.method == "POST":
+            self.bodies.append(request.post_data_json)
+
+    def run(self) -> None:
+        self.tab.click("#run")
+        self.wait("#run:enabled")
+
+    def wait(self, selector: str) -> None:
+        self.tab.wait_for_selector(selector, state="attached")
+
+    def ended(self) -> None:
+        """The replay has arrived at its last pass."""
+        self.wait("#play:has-text('Replay'):enabled")
+
+    def go_to(self, number: int) -> None:
+        self.tab.locator("#pass").fill(str(number))
+
+    def texts(self, selector: str) -> list[str]:
+        return list(self.tab.locator(selector).all_text_contents())
+
+    def tokens(self, panel: int, kind: str = "") -> list[str]:
+        return self.texts(f".panel:nth-child({panel}) .canvas .token{kind}")
+
+    def figures(self, panel: int) -> list[float]:
+        return [float(text) for text in self.texts(f".panel:nth-child({panel}) dd")]
+
+
+@pytest.fixture
+def page(browser: Any, app: Served) -> Iterator[Page]:
+    page = Page(browser, app.url)
+    yield page
+    page.tab.close()
+    assert page.complaints == []
+
+
+def ask(app: Served, prompt: str, **body: Any) -> dict[str, Any]:
+    """The whole answer that the page's stream is a telling of."""
+    answer = httpx.post(f"{app.url}/v1/completions", json={"model": MODEL, "prompt": prompt, **body}, timeout=END_S)
+    return dict(answer.raise_for_status().json())
+
+
+# -- files
+
+
+def test_the_page_and_its_files_are_served_and_bound_to_this_server(app: Served) -> None:
+    page = httpx.get(app.url)
+    assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    named = re.findall(r'(?:src|href)="(playground/[^"]+)"', page.text)
+    assert len(named) == 3
+    types = {"js": "javascript", "css": "css", "svg": "svg", "html": "html"}
+    for path in {*named, *(f"playground/{file.name}" for file in FILES.iterdir() if file.suffix != ".png")}:
+        file = httpx.get(f"{app.url}/{path}")
+        assert file.status_code == 200 and types[path.rpartition(".")[2]] in file.headers["content-type"]
+        assert file.headers["x-content-type-options"] == "nosniff"
+        assert "http" not in file.text.replace("http://www.w3.org/2000/svg", "")  # nothing from elsewhere
+    assert httpx.get(f"{app.url}/playground/../playground.py").status_code == 404
+    assert not [path for path in httpx.get(f"{app.url}/openapi.json").json()["paths"] if "playground" in path]
+
+
+def test_models_are_listed_with_their_defaults_and_baseline(app: Served) -> None:
+    models = httpx.get(f"{app.url}/playground/models.json").json()["models"]
+    assert [(m["id"], m["baseline"]) for m in models] == [(MODEL, BASELINE), (BASELINE, None)]
+    assert models[0]["settings"] == asdict(SETTINGS)
+
+
+# -- in a browser
+
+
+def test_the_denoising_is_shown_and_replayed_pass_by_pass(page: Page, app: Served) -> None:
+    steps = ask(app, PUZZLE, infill=True, return_trace="steps")["choices"][0]["rcd"]["steps"]
+    assert page.tab.input_value("#prompt") == PUZZLE  # the example that the server names, with its mode
+    page.tab.select_option("#pace", "120")
+    page.run()
+    page.ended()
+    first = {position: n for n, position in enumerate(sorted({p for s in steps for p in s["masked"]}))}
+    filled: dict[int, str] = {}
+    for number, step in enumerate(steps, start=1):
+        page.go_to(number)
+        filled |= {first[p]: t for p, t in zip(step["masked"], step["argmax_text"], strict=True)
+                   if p in step["committed"]}  # fmt: skip
+        assert page.tokens(1, ".committed") == [filled[n] for n in sorted(filled)]
+        assert len(page.tokens(1, ".fresh")) == len(step["committed"])
+        assert len(page.tokens(1, ".guess")) == len(step["masked"]) - len(step["committed"])
+        assert page.texts("#pass-number")[0].startswith(f"{number} / ")
+        told = page.tab.get_attribute(".panel:first-child .canvas", "aria-label")
+        assert told == f"After pass {number}: {len(filled)} tokens committed, {len(step['committed'])} of them in " + (
+            f"this pass, {PUZZLE.count(MASK_TEXT) - len(filled)} masked"
+        )
+    page.go_to(0)
+    assert len(page.tokens(1, ".unseen")) == PUZZLE.count(MASK_TEXT)
+    assert "".join(page.tokens(1, ".given")) == PUZZLE.replace(MASK_TEXT, "").removeprefix("#")
+    page.tab.click("#play")
+    page.ended()
+    assert len(page.tokens(1, ".committed")) == PUZZLE.count(MASK_TEXT)
+
+
+def test_the_shade_of_a_guess_grows_with_its_entropy(page: Page, app: Served) -> None:
+    steps = ask(app, "the fox", return_trace="steps")["choices"][0]["rcd"]["steps"]
+    number, step = max(enumerate(steps, start=1), key=lambda n: len(n[1]["masked"]) - len(n[1]["committed"]))
+    page.tab.check("input[value=completion]")
+    page.tab.fill("#prompt", "the fox")
+    page.run()
+    page.ended()
+    page.go_to(number)
+    guesses = page.tab.locator(".panel:first-child .guess")
+    shades = guesses.evaluate_all("spans => spans.map(s => Number(s.style.getPropertyValue('--u')))")
+    colours = guesses.evaluate_all("spans => spans.map(s => getComputedStyle(s).backgroundColor)")
+    entropies = [e for e, p in zip(step["entropy"], step["masked"], strict=True) if p not in step["committed"]]
+    assert sorted(range(len(shades)), key=shades.__getitem__) == sorted(range(len(shades)), key=entropies.__getitem__)
+    assert len(set(colours)) > 3 and len(shades) == len(entropies)
+
+
+def test_beside_the_model_stands_the_baseline_that_is_deployed(page: Page, app: Served) -> None:
+    page.run()
+    page.ended()
+    assert page.texts(".panel h2") == [MODEL, BASELINE]
+    for panel, model, settings in ((1, MODEL, SETTINGS), (2, BASELINE, PLAIN)):
+        [out] = Decoder(app.engines[model].model).infill([app.ids(PUZZLE)], settings)
+        tokens, passes = len(out.token_ids), out.num_forwards.denoise
+        assert page.figures(panel) == [passes, tokens, pytest.approx(tokens / passes, abs=0.0051)]
+        assert page.texts(f".panel:nth-child({panel}) .answer") == [app.tokenizer.decode(out.canvas_ids)]
+        assert f"{model}: {passes} passes" in page.texts("#status")[0]
+
+
+def test_without_a_baseline_the_same_checkpoint_without_residual_is_labelled_so(browser: Any) -> None:
+    with served(baseline=False) as app:
+        page = Page(browser, app.url)
+        page.tab.fill("#prompt", f"the {MASK_TEXT}{MASK_TEXT} dog{MASK_TEXT}")  # switches to infill by itself
+        page.run()
+        assert page.texts(".panel h2") == [MODEL, f"{MODEL}, residual off"]
+        assert "same checkpoint" in page.texts(".panel .note")[1]
+        assert [body.get("residual") for body in page.bodies] == [None, False]
+        assert page.complaints == []
+        page.tab.close()
+
+
+def test_settings_reach_the_model_under_their_own_names(page: Page, app: Served) -> None:
+    page.tab.check("input[value=completion]")
+    page.tab.fill("#prompt", "the fox")
+    page.tab.uncheck("#compare")
+    given = {"confidence_threshold": "0.4", "block_length": "4", "max_tokens": "12", "temperature": "0.7", "seed": "3"}
+    for name, value in given.items():
+        page.tab.fill(f"[name={name}]", value)
+    page.tab.select_option("[name=residual]", "true")
+    page.tab.select_option("[name=start]", "self")
+    page.tab.select_option("[name=policy]", "entropy_bounded")
+    page.tab.fill("[name=entropy_bound]", "0.35")
+    page.run()
+    page.ended()
+    [body] = page.bodies
+    wanted = {name: float(value) for name, value in given.items()}
+    wanted |= {"residual": True, "start": "self", "policy": "entropy_bounded", "entropy_bound": 0.35}
+    about = {"model", "prompt", "stream", "stream_options", "return_trace"}
+    assert {name: value for name, value in body.items() if name not in about} == wanted
+    settings = replace(
+        SETTINGS, confidence_threshold=0.4, block_length=4, max_new_tokens=12, temperature=0.7, seed=3,
+        start="self", policy="entropy_bounded", entropy_bound=0.35,
+    )  # fmt: skip
+    assert page.texts(".answer") == [app.text(app.ids("the fox"), settings)]
+    assert page.figures(1)[1] == 12
+
+
+def test_chat_works_and_gives_way_where_the_model_does_not_chat(page: Page, browser: Any, app: Served) -> None:
+    page.tab.check("input[value=chat]")
+    page.tab.fill("#prompt", "the fox")
+    page.run()
+    assert page.texts(".answer")[0] == app.text(app.turns("the fox"), SETTINGS)
+    with served(template=False, baseline=False) as other:
+        silent = Page(browser, other.url)
+        silent.tab.fill("#prompt", "the fox")
+        silent.run()
+        assert silent.texts(".answer")[0] == other.text(other.ids("the fox"), SETTINGS)
+        assert silent.tab.is_checked("input[value=completion]")
+        assert "does not chat" in silent.texts("#status")[0]
+        silent.tab.close()
+
+
+def test_a_refusal_is_an_alert(page: Page) -> None:
+    page.tab.fill("[name=block_length]", "9999")
+    page.run()
+    page.wait("#alert:has-text('block_length is 9999')")
+    assert page.tab.get_attribute("#alert", "role") == "alert"
+    page.complaints = [text for text in page.complaints if "400 (Bad Request)" not in text]  # Chromium's own note
+
+
+def test_a_key_is_asked_for_where_one_is_needed(browser: Any) -> None:
+    with served(baseline=False, keys=("s3cret",)) as app:
+        page = Page(browser, app.url)
+        page.tab.fill("#prompt", "the fox")
+        assert page.tab.is_hidden("#key")
+        page.run()
+        page.wait("#alert:has-text('Error: ')")
+        assert page.tab.evaluate("document.activeElement.id") == "key"
+        page.tab.fill("#key", "s3cret")
+        page.run()
+        assert page.texts(".answer")[0] == app.text(app.turns("the fox"), SETTINGS)
+        assert page.texts("#alert") == [""]
+        page.tab.close()
+
+
+def test_stop_cancels_on_the_server(page: Page, app: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Engine.step
+
+    def slow(engine: Engine) -> Any:
+        time.sleep(0.2)
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", slow)
+    before = app.statistics()["cancelled_total"]
+    page.tab.check("input[value=completion]")
+    page.tab.fill("[name=max_tokens]", "160")
+    page.tab.fill("#prompt", "the fox")
+    page.tab.click("#run")
+    page.wait(".panel .token")
+    page.tab.click("#stop")
+    page.wait("#status:has-text('Stopped')")
+    deadline = time.monotonic() + END_S
+    while app.statistics()["cancelled_total"] == before or app.statistics()["running"]:
+        assert time.monotonic() < deadline, "the request still runs"
+        time.sleep(0.05)
+
+
+def test_what_is_written_is_text_and_no_markup(page: Page) -> None:
+    evil = f"<img src=x onerror=alert(1)>{MASK_TEXT}<script>alert(2)</script>"
+    page.tab.fill("#prompt", evil)
+    page.run()
+    page.ended()
+    assert "".join(page.tokens(1, ".given")) == evil.replace(MASK_TEXT, "")
+    assert page.tab.locator("#panels img, #panels script").count() == 0
+
+
+def test_keys_are_enough_and_every_control_has_a_name(page: Page) -> None:
+    page.tab.focus("#prompt")
+    page.tab.keyboard.press("Control+Enter")
+    page.wait("#run:enabled")
+    page.ended()
+    page.tab.focus("#pass")
+    page.tab.keyboard.press("Home")
+    page.tab.keyboard.press("ArrowRight")
+    assert page.texts("#pass-number")[0].startswith("1 / ")
+    assert page.tab.get_attribute("#pass", "aria-valuetext").startswith("pass 1 of ")
+    unnamed = page.tab.locator("input, select, textarea, button").evaluate_all(
+        "all => all.filter(e => !e.labels?.length && !e.textContent.trim() && !e.ariaLabel).map(e => e.outerHTML)"
+    )
+    assert unnamed == []
+    page.tab.focus(".skip")
+    reached = []
+    for _ in range(30):
+        page.tab.keyboard.press("Tab")
+        reached.append(page.tab.evaluate("document.activeElement.id || document.activeElement.name"))
+    order = ["prompt", "run", "model", "compare", "confidence_threshold", "play", "pass", "pace"]
+    assert [name for name in reached if name in order][: len(order)] == order
+    assert page.tab.get_attribute(".answer >> nth=0", "aria-live") == "polite"
+    page.tab.click("details.table summary >> nth=0")
+    page.wait(".panel:first-child tbody tr")
+
+
+def test_light_dark_and_narrow(browser: Any, app: Served) -> None:
+    papers = set()
+    for context in (
+        {"color_scheme": "light"},
+        {"color_scheme": "dark"},
+        {"viewport": {"width": 360, "height": 740}},
+    ):
+        page = Page(browser, app.url, **context)
+        page.run()
+        papers.add(page.tab.evaluate("getComputedStyle(document.body).backgroundColor"))
+        wide = page.tab.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        assert wide == 0, f"the page is {wide} px too wide for {context}"
+        assert page.complaints == []
+        page.tab.close()
+    assert len(papers) == 2
+
+
+def test_events_are_found_however_the_stream_is_cut(page: Page) -> None:
+    found = page.tab.evaluate(
+        r"""async () => {
+          const { serverSentEvents, understood } = await import("/playground/api.js");
+          const said = ': ping\n\ndata: {"a":"ü漢"}\r\n\r\ndata:x\ndata: y\n\ndata: [DONE]\n\n';
+          const bytes = new TextEncoder().encode(said);
+          const all = new Set();
+          for (let size = 1; size <= bytes.length; size++) {
+            const stream = new ReadableStream({
+              start(c) {
+                for (let i = 0; i < bytes.length; i += size) c.enqueue(bytes.slice(i, i + size));
+                c.close();
+              },
+            });
+            const events = [];
+            for await (const data of serverSentEvents(stream)) events.push(data);
+            all.add(JSON.stringify(events));
+          }
+          let failed = "";
+          try { [...understood({ error: { message: "lost" } })]; } catch (error) { failed = error.message; }
+          return [[...all], failed];
+        }"""
+    )
+    assert found == [['["{\\"a\\":\\"ü漢\\"}","x\\ny","[DONE]"]'], "lost"]

@@ -1,0 +1,109 @@
+"""A client of the served application that notes all that comes back, for tests that send many requests, and what the
+library itself answers to them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import httpx
+
+from pipelines.chat_client import server_sent_events
+from pipelines.run.directory import StageContext
+from rcd_core import Decoder, DecodeSettings, load_model
+from rcd_core.text.tokenizer import load_tokenizer
+from tests.pipelines.serving.serve_run import tokenizer
+
+SETTINGS = DecodeSettings(
+    temperature=1.0, stop_token_ids=(), residual=True, start="reference", residual_top_k=16, policy="sequential"
+)
+
+
+@dataclass
+class Reply:
+    """problem: why it is no whole answer, whatever the status says. parts: the times at which text came, in seconds of
+    time.monotonic, `begun` and `ended` as well."""
+
+    body: dict[str, Any]
+    status: int = 0
+    text: str = ""
+    tokens: int = 0
+    problem: str = ""
+    retry_after: str | None = None
+    rcd: dict[str, Any] = field(default_factory=dict)
+    parts: list[float] = field(default_factory=list)
+    begun: float = field(default_factory=time.monotonic)
+    ended: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.begun
+
+
+def ask(http: httpx.Client, url: str, body: dict[str, Any]) -> Reply:
+    """POST a completion, or with "stream": true read its stream to the end. Raises nothing."""
+    reply = Reply(body)
+    try:
+        with http.stream("POST", url + "/v1/completions", json=body) as answer:
+            reply.status, reply.retry_after = answer.status_code, answer.headers.get("Retry-After")
+            if answer.status_code != 200:
+                reply.problem = answer.read().decode()
+            elif body.get("stream"):
+                _read(reply, answer)
+            else:
+                _take(reply, json.loads(answer.read()))
+    except httpx.HTTPError as error:
+        reply.problem = repr(error)
+    reply.ended = time.monotonic()
+    return reply
+
+
+def _read(reply: Reply, answer: httpx.Response) -> None:
+    for data in server_sent_events(answer.iter_bytes()):
+        if data == "[DONE]":
+            return
+        chunk = json.loads(data)
+        if "error" in chunk:
+            reply.problem = data
+            return
+        _take(reply, chunk)
+    reply.problem = "the stream broke off"
+
+
+def _take(reply: Reply, body: dict[str, Any]) -> None:
+    said = "".join(choice["text"] for choice in body["choices"])
+    if said:
+        reply.text += said
+        reply.parts.append(time.monotonic())
+    if usage := body.get("usage"):
+        reply.tokens = usage["completion_tokens"]
+    reply.rcd = body.get("rcd") or reply.rcd
+
+
+def in_double_precision(context: StageContext) -> StageContext:
+    """The same run with its models in float64. In float32 a draw that falls on the edge between two tokens may go to
+    either, by the rounding of the batch it is in; where many are drawn from random weights that does happen."""
+    for name in ("target", "reference"):
+        path = context.checkpoint(name)
+        load_model(path).double().save_pretrained(path, load_tokenizer(path))
+    return context
+
+
+def words(seed: int, tokens: int, stream: bool) -> dict[str, Any]:
+    """A request to a recipe of serve_run.py, decoded with SETTINGS: a token per pass."""
+    options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    settings = {"temperature": 1.0, "stop_token_ids": [], "residual_top_k": 16, "policy": "sequential"}
+    return {"model": "tiny-rcd", "prompt": "words", "max_tokens": tokens, "seed": seed, **settings, **options}
+
+
+def texts(context: StageContext, seeds: Sequence[int], tokens: int) -> dict[int, str]:
+    """What the library answers to `words`, by seed."""
+    model, reference = (load_model(context.checkpoint(name)) for name in ("target", "reference"))
+    ids = tokenizer()("words", add_special_tokens=False)["input_ids"]
+    settings = [replace(SETTINGS, max_new_tokens=tokens, seed=seed) for seed in seeds]
+    found = Decoder(model, reference).generate([ids] * len(seeds), settings)
+    told = [tokenizer().decode(g.token_ids, skip_special_tokens=True) for g in found]
+    return dict(zip(seeds, told, strict=True))

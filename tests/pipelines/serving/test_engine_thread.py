@@ -1,0 +1,297 @@
+"""The engine's thread behind an event loop: what clients get, whoever else comes and goes, and whatever fails."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipelines.serving.engine_thread import EngineFailed, EngineGone, EngineThread
+from pipelines.serving.http.bodies import DecodeRequest, DecodeResult, Finished, Overloaded, TextDelta, TraceStep
+from rcd_core import Decoder, DecodeSettings, LocalReference, UserError, load_model
+from rcd_core.text.tokenizer import train_tokenizer
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+FAMILIES = ["sdar", "llada"]
+OK = DecodeSettings(block_length=4, max_new_tokens=16, stop_token_ids=(), seed=3)
+WARM = replace(OK, residual=True, start="reference", temperature=0.9)
+
+
+@cache
+def model(name: str) -> Any:
+    torch.set_num_threads(1)
+    return load_model(GOLDEN / (f"rcd/{name}" if "ref" in name else f"{name}_tiny"))
+
+
+@cache
+def tokenizer() -> Any:
+    return train_tokenizer(["the quick brown fox jumps over the lazy dog, and words"] * 4, 480)
+
+
+def request(prompt: Any, settings: DecodeSettings = OK, **changes: Any) -> DecodeRequest:
+    given: dict[str, Any] = {"messages": None, "infill": False, "fixed_length": True, "stop": ()}
+    return DecodeRequest(prompt=prompt, settings=settings, **{**given, **changes})
+
+
+@contextmanager
+def thread(family: str, **options: Any) -> Iterator[EngineThread]:
+    options = {"max_batch": 4, "max_length": 64, "max_queue": 8, **options}
+    reference = options.pop("reference", LocalReference(model(f"{family}_ref_tiny")))
+    engine = EngineThread(model(family), tokenizer(), reference, **options)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+async def collect(engine: EngineThread, asked: DecodeRequest) -> tuple[list[Any], DecodeResult]:
+    events = [event async for event in engine.stream(asked)]
+    assert isinstance(events[-1], Finished)
+    return events, events[-1].result
+
+
+def text_of(events: Sequence[Any]) -> str:
+    return "".join(e.text for e in events if isinstance(e, TextDelta))
+
+
+def ids_of(events: Sequence[Any]) -> list[int]:
+    return [i for e in events if isinstance(e, TextDelta) for i in e.token_ids]
+
+
+async def until(holds: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(20):
+        while not await holds():
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tenants_with_different_settings_get_what_each_gets_alone(family: str) -> None:
+    """One batch: greedy and drawn, with residuals and without, traced, infill; more of them than places."""
+    mask = model(family).mask_token_id
+    several = [
+        request([5, 6, 7]),
+        request([5, 6, 7], WARM),
+        request([9], replace(WARM, start="zero", seed=8, trace=True)),
+        request([3, mask, 4, mask, mask, 8], WARM, infill=True),
+        request([1, 2], replace(OK, max_new_tokens=7, confidence_threshold=0.2)),
+        request([1, 2], replace(OK, block_length=8, denoising_steps=2, policy="low_confidence_static")),
+    ]
+
+    async def all_at_once(engine: EngineThread) -> list[Any]:
+        return await asyncio.gather(*(collect(engine, r) for r in several))
+
+    with thread(family, max_batch=3) as engine:
+        found = asyncio.run(all_at_once(engine))
+        statistics = asyncio.run(engine.statistics())
+    decoder = Decoder(model(family), model(f"{family}_ref_tiny"))
+    for asked, (events, result) in zip(several, found, strict=True):
+        decode = decoder.infill if asked.infill else decoder.generate
+        [alone] = decode([asked.prompt], asked.settings)
+        assert ids_of(events) == alone.token_ids
+        decoded = alone.canvas_ids if asked.infill else alone.token_ids
+        assert text_of(events) == result.text == tokenizer().decode(decoded, skip_special_tokens=not asked.infill)
+        assert result.forwards == vars(alone.num_forwards)
+        assert [e.step for e in events if isinstance(e, TraceStep)] == result.steps
+        assert len(result.steps) == (alone.num_forwards.denoise if asked.settings.trace else 0)
+        assert result.num_tokens == len(alone.token_ids)
+    assert statistics["requests_total"] == 6 and statistics["tokens_total"] == sum(r.num_tokens for _, r in found)
+    assert statistics["denoise_forwards_total"] == sum(r.forwards["denoise"] for _, r in found)
+    assert statistics["running"] == statistics["queue_length"] == 0
+
+
+def test_text_comes_block_by_block_and_a_stop_string_ends_the_work() -> None:
+    async def ask(engine: EngineThread) -> None:
+        events, whole = await collect(engine, request([5], replace(OK, temperature=1.0)))
+        assert [len(e.token_ids) for e in events if isinstance(e, TextDelta)] == [3, 4, 4, 4, 1]
+        stop = whole.text[3:5]
+        events, cut = await collect(engine, request([5], replace(OK, temperature=1.0), stop=("\0never", stop)))
+        assert text_of(events) == cut.text == whole.text[: whole.text.find(stop)]
+        assert cut.finish_reason == "stop" and whole.finish_reason == "length"
+        assert 0 < cut.num_tokens < whole.num_tokens
+
+        async def idle() -> bool:
+            return (await engine.statistics())["running"] == 0
+
+        await until(idle)
+        found = await engine.statistics()
+        assert found["requests_total"] == 2 and found["cancelled_total"] == 0, "a stop string is no cancellation"
+
+    with thread("sdar") as engine:
+        asyncio.run(ask(engine))
+
+
+@pytest.mark.parametrize(("family", "cache"), [("sdar", None), ("llada", None), ("llada", "prefix")])
+def test_a_request_goes_on_from_what_was_sent(family: str, cache: Any) -> None:
+    """With the events of the first blocks as another thread sent them, the rest comes, and nothing twice."""
+    asked = request([5, 6], replace(WARM, cache=cache))
+
+    async def broken_off(engine: EngineThread, blocks: int) -> None:
+        events, whole = await collect(engine, asked)
+        sent = [e for e in events if isinstance(e, TextDelta)][:blocks]
+        rest = replace(asked, committed=tuple(ids_of(sent)), told=len(text_of(sent)))
+        more, result = await collect(engine, rest)
+        assert ids_of(sent) + ids_of(more) == ids_of(events)
+        assert text_of(sent) + text_of(more) == result.text == whole.text
+        assert result.num_tokens == whole.num_tokens
+        again = cache == "prefix"
+        assert (result.forwards["denoise"] < whole.forwards["denoise"]) is not again
+
+    with thread(family) as engine:
+        for blocks in (1, 3):
+            asyncio.run(broken_off(engine, blocks))
+
+
+def test_clients_that_leave_free_their_places_and_change_nobody() -> None:
+    async def storm(engine: EngineThread) -> None:
+        async def leave(number: int) -> None:
+            stream = engine.stream(request([number], replace(OK, max_new_tokens=240)))
+            async for _ in stream:
+                break
+            await stream.aclose()
+
+        stays = asyncio.create_task(collect(engine, request([7, 7], WARM)))
+        tasks = [asyncio.create_task(leave(i)) for i in range(1, 51)]
+        await asyncio.sleep(0.05)
+        for task in tasks[::3]:  # these do not even wait for their first block
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        _, result = await stays
+        [alone] = Decoder(model("sdar"), model("sdar_ref_tiny")).generate([[7, 7]], WARM)
+        assert result.text == tokenizer().decode(alone.token_ids, skip_special_tokens=True)
+
+        async def idle() -> bool:
+            found = await engine.statistics()
+            return found["running"] == found["queue_length"] == 0
+
+        await until(idle)
+        assert (await engine.statistics())["cancelled_total"] == 50
+        assert sorted(engine._engine._slots.free) == [0, 1, 2, 3]
+        assert engine._engine.statistics.requests < 10, "those who left were not decoded to their end"
+
+    with thread("sdar", max_queue=60, max_length=256) as engine:
+        asyncio.run(storm(engine))
+
+
+def test_a_full_queue_is_said_at_once() -> None:
+    async def fill(engine: EngineThread) -> None:
+        streams = [engine.stream(request([i])) for i in range(1, 4)]
+        firsts = [asyncio.create_task(anext(s)) for s in streams]
+        await asyncio.sleep(0)  # all three are in: one under way, two waiting
+        with pytest.raises(Overloaded) as caught:
+            await anext(engine.stream(request([9])))
+        assert caught.value.retry_after_s >= 1
+        await asyncio.gather(*firsts)
+        for s in streams:
+            await s.aclose()
+        await collect(engine, request([9]))
+
+    with thread("sdar", max_batch=1, max_queue=2) as engine:
+        asyncio.run(fill(engine))
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (request([5] * 10, replace(OK, max_new_tokens=55)), "max_tokens is 55, .* there is room for 54"),
+        (request([5] * 10, replace(OK, max_new_tokens=10**12)), "max_tokens is 1000000000000"),
+        (request([5] * 64), "prompt has 64 tokens, which leaves no room for a block of 4 in the 64 positions"),
+        (request([5], replace(OK, block_length=65)), "block_length is 65; at most 64"),
+        (request([5, 511] * 40, infill=True), "prompt has 80 tokens; at most 64"),
+        (request([512]), "prompt holds token id 512; ids run from 0 to 511"),
+        (request([10**30]), "prompt holds token id 1000000"),
+        (request([5], replace(OK, stop_token_ids=(-1,))), "stop_token_ids holds token id -1"),
+        (request([5], replace(OK, temperature=1e-40)), "temperature is 1e-40; it must be at least 0.0001"),
+        (request([5], replace(WARM, residual_temperature=1e-300)), "residual_temperature is 1e-300"),
+        (request([5, 511]), "use infill"),
+        (request([]), "empty"),
+        (request([5], infill=True), "no mask token"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_its_name(asked: DecodeRequest, says: str) -> None:
+    async def ask(engine: EngineThread) -> None:
+        with pytest.raises(UserError, match=says):
+            await anext(engine.stream(asked))
+        assert (await engine.statistics())["queue_length"] == 0
+
+    with thread("sdar") as engine:
+        asyncio.run(ask(engine))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_longest_that_fits_is_accepted(family: str) -> None:
+    async def ask(engine: EngineThread) -> None:
+        room = 62 // 4 * 4 if family == "llada" else 62
+        _, result = await collect(engine, request([5, 6], replace(OK, max_new_tokens=room)))
+        assert result.num_tokens == room
+        _, result = await collect(engine, request([5, 6], replace(OK, max_new_tokens=1000), fixed_length=False))
+        assert result.num_tokens == room, "the server's default gives way"
+
+    with thread(family) as engine:
+        asyncio.run(ask(engine))
+
+
+class Silent:
+    """A reference that breaks so often, then answers nothing."""
+
+    def __init__(self, breaks: int) -> None:
+        self.breaks = breaks
+
+    def signals(self, requests: Sequence[Any]) -> list[None]:
+        if self.breaks:
+            self.breaks -= 1
+            raise RuntimeError("out of memory, say")
+        return [None] * len(requests)
+
+
+def test_a_failed_pass_loses_only_who_took_part() -> None:
+    async def ask(engine: EngineThread) -> None:
+        struck = asyncio.create_task(collect(engine, request([5], WARM)))
+        waits = asyncio.create_task(collect(engine, request([6])))
+        with pytest.raises(EngineFailed, match="out of memory, say"):
+            await struck
+        assert (await waits)[1].num_tokens == 16
+        _, result = await collect(engine, request([5], WARM))
+        assert result.reference_failures == 5 and result.forwards["reference"] == 0
+        found = await engine.statistics()
+        assert found["failed_total"] == 1 and found["reference_failures_total"] == 5
+        await engine.ready()
+
+    with thread("sdar", reference=Silent(breaks=1), max_batch=1) as engine:
+        asyncio.run(ask(engine))
+
+
+def test_a_request_that_comes_to_no_end_is_ended() -> None:
+    """With weights that are no numbers nothing is ever sure, and nothing committed."""
+    broken = load_model(GOLDEN / "sdar_tiny")
+    with torch.no_grad():
+        broken.lm_head_weight[:] = float("nan")
+
+    async def ask(engine: EngineThread) -> None:
+        with pytest.raises(EngineFailed, match="not finite"):
+            async with asyncio.timeout(20):
+                await collect(engine, request([5]))
+        await engine.ready()
+
+    engine = EngineThread(broken, tokenizer(), None, max_batch=2, max_length=64, max_queue=2)
+    asyncio.run(ask(engine))
+    engine.close()
+
+
+def test_an_engine_that_keeps_failing_gives_up() -> None:
+    async def ask(engine: EngineThread) -> None:
+        for _ in range(3):
+            with pytest.raises(EngineFailed, match="out of memory, say"):
+                await collect(engine, request([5], WARM))
+        for refused in (engine.ready(), collect(engine, request([5]))):
+            with pytest.raises(EngineGone, match="given up"):
+                await refused
+
+    with thread("sdar", reference=Silent(breaks=99)) as engine:
+        asyncio.run(ask(engine))

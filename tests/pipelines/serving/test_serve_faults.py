@@ -1,0 +1,165 @@
+"""Replicas killed under load, on a real Ray with two of each kind: no request fails, no text is wrong.
+
+Replicas take long to start, so `make drill` runs these.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import openai
+import pytest
+import ray
+from ray import serve as ray_serve
+
+from pipelines import serve
+from pipelines.run.directory import StageContext
+from rcd_core import Decoder, DecodeSettings, load_model
+from tests.fault_table import FaultTable
+from tests.pipelines.serving.serve_run import BLOCK, metrics, serve_context, tokenizer, until
+from tests.pipelines.serving.test_ray_metrics import of_ray
+
+pytestmark = [pytest.mark.drill, pytest.mark.timeout(600)]
+SLOWER = {"hidden_size": 128, "num_layers": 4, "intermediate_size": 256}  # so that answers take seconds
+TOKENS = 400
+
+
+@pytest.fixture(scope="module")
+def deployed(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StageContext]:
+    # The third replica is never started, but Serve's autoscaler then decides on their number.
+    replicas = {"min_replicas": 2, "max_replicas": 3, "target_ongoing_requests": 1000.0}
+    context = serve_context(tmp_path_factory.mktemp("runs"), SLOWER, baseline=False, **replicas)
+    serve.run(context)
+    until(lambda: len(alive("Target")) == len(alive("Reference")) == 2)
+    yield context
+    ray_serve.shutdown()
+
+
+def alive(deployment: str) -> list[Any]:
+    """Actors of the replicas of a deployment."""
+    found = ray.util.list_named_actors(all_namespaces=True)
+    names = [a for a in found if a["name"].startswith(f"SERVE_REPLICA::tiny#{deployment}#")]
+    return [ray.get_actor(a["name"], namespace=a["namespace"]) for a in names]
+
+
+def kill_one(deployment: str) -> None:
+    for actor in alive(deployment)[:1]:
+        ray.kill(actor)
+
+
+def ask(context: StageContext, seed: int, stream: bool, seen: threading.Semaphore | None = None) -> dict[str, Any]:
+    """Text and `rcd` of an answer; `seen` hears of the first text."""
+    client = openai.OpenAI(base_url=serve.endpoint(context.recipe) + "/v1", api_key="none", max_retries=0, timeout=200)
+    options: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    answer: Any = client.completions.create(
+        model="tiny-rcd",
+        prompt="words",
+        max_tokens=TOKENS,
+        temperature=1.0,
+        seed=seed,
+        extra_body={"stop_token_ids": [], "residual_top_k": 16},
+        **options,
+    )
+    if not stream:
+        return {"text": answer.choices[0].text, "usage": answer.usage, **answer.model_extra["rcd"]}
+    text = ""
+    for chunk in answer:
+        if chunk.choices and chunk.choices[0].text:
+            if not text and seen is not None:
+                seen.release()
+            text += chunk.choices[0].text
+    return {"text": text, "usage": chunk.usage, **chunk.model_extra["rcd"]}
+
+
+def undisturbed(context: StageContext, seeds: range, start: Literal["zero", "reference"] = "reference") -> list[str]:
+    model, reference = (load_model(context.checkpoint(name)) for name in ("target", "reference"))
+    settings = [
+        DecodeSettings(
+            max_new_tokens=TOKENS,
+            temperature=1.0,
+            seed=seed,
+            stop_token_ids=(),
+            residual=True,
+            start=start,
+            residual_top_k=16,
+        )
+        for seed in seeds
+    ]
+    ids = tokenizer()("words", add_special_tokens=False)["input_ids"]
+    found = Decoder(model, reference).generate([ids] * len(seeds), settings)
+    return [tokenizer().decode(g.token_ids, skip_special_tokens=True) for g in found]
+
+
+def reused_tokens() -> float:
+    """Of contexts, found in the caches of all replicas of the reference there have been."""
+    names = {"application": "tiny", "deployment": "Reference"}
+    samples = [sample for family in of_ray() for sample in family.samples if names.items() <= sample.labels.items()]
+    return sum(sample.value for sample in samples if sample.name == "ray_rcd_reused_tokens_total")
+
+
+def test_the_blocks_of_a_request_come_to_the_replica_that_has_its_context(deployed: StageContext) -> None:
+    """Each finds all there was before the block before it. At either of two replicas it would find less."""
+    before = reused_tokens()  # of replicas that other tests had
+    with ThreadPoolExecutor(6) as threads:
+        found = list(threads.map(lambda seed: ask(deployed, seed, stream=False), range(101, 107)))
+    starts = [answer["forwards"]["reference"] for answer in found]
+    expected = sum(BLOCK * (n - 1) * (n - 2) // 2 for n in starts)  # the prompt is shorter than a block
+    assert min(starts) >= TOKENS // BLOCK and all(answer["reference_failures"] == 0 for answer in found)
+    until(lambda: reused_tokens() - before >= expected, seconds=60)
+    assert reused_tokens() - before == expected
+
+
+@pytest.mark.faults("a replica of the target killed", "deploy")
+def test_a_target_that_dies_under_load_costs_no_request_and_no_word(
+    deployed: StageContext, fault_table: FaultTable
+) -> None:
+    """Eight streams, killed when each has had text, and eight requests that have had none."""
+    seeds = range(1, 17)
+    want = undisturbed(deployed, seeds)
+    begun = threading.Semaphore(0)
+    with ThreadPoolExecutor(16) as threads:
+        whole = [threads.submit(ask, deployed, seed, False) for seed in seeds[8:]]
+        streams = [threads.submit(ask, deployed, seed, True, begun) for seed in seeds[:8]]
+        for _ in range(8):
+            assert begun.acquire(timeout=100)
+        kill_one("Target")
+        found = [future.result(timeout=300) for future in [*streams, *whole]]
+    assert [f["text"] for f in found] == want
+    assert all(f["usage"].completion_tokens == TOKENS for f in found)
+    assert metrics(deployed)["retries_total"] > 0, "the kill struck somebody"
+    until(lambda: len(alive("Target")) == 2)
+    fault_table.add("of 16 requests under way, those on it went on elsewhere", "no request failed, the same texts")
+
+
+@pytest.mark.faults("all replicas of the reference killed, again and again", "deploy")
+def test_without_its_reference_generation_goes_on_and_says_so(deployed: StageContext, fault_table: FaultTable) -> None:
+    """The reference's replicas are killed as often as they come back, until the answer is there."""
+    [want] = undisturbed(deployed, range(5, 6))
+    begun, over = threading.Semaphore(0), threading.Event()
+
+    def keep_killing() -> None:
+        while not over.wait(0.2):
+            kill_one("Reference")
+
+    with ThreadPoolExecutor(2) as threads:
+        stream = threads.submit(ask, deployed, 5, True, begun)
+        assert begun.acquire(timeout=100)
+        killer = threads.submit(keep_killing)
+        try:
+            found = stream.result(timeout=300)
+        finally:
+            over.set()
+        killer.result()
+    assert found["usage"].completion_tokens == TOKENS
+    assert found["reference_failures"] > 0 and found["forwards"]["reference"] > 0
+    until(lambda: len(alive("Reference")) == 2, seconds=200)
+
+    def whole_again() -> bool:
+        again = ask(deployed, 5, False)
+        return bool(again["reference_failures"] == 0 and again["text"] == want)
+
+    until(whole_again, seconds=100)
+    fault_table.add("the answer went on without and said so; with the replicas back it was whole", "no request failed")

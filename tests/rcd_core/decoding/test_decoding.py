@@ -1,0 +1,348 @@
+"""Invariants of decoding over random prompts, lengths and settings, on the tiny golden models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rcd_core import Decoder, DecodeSettings, LocalReference, ReferenceSignals, WarmStart, load_model
+from rcd_core.decoding.policies import POLICIES, BlockView
+from rcd_core.decoding.sampling import SamplingColumns, SpecialTokens, choose_tokens, filtered_probabilities
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+MASK = {"sdar": 511, "llada": 505}
+FAMILIES = ["sdar", "llada"]
+many = settings(max_examples=15, deadline=None, derandomize=True)  # the same cases every time: CI must not be a lottery
+
+
+@cache
+def model(name: str) -> Any:
+    torch.set_num_threads(1)
+    return load_model(GOLDEN / (f"rcd/{name}" if "ref" in name else f"{name}_tiny"))
+
+
+def decoder(family: str, **options: Any) -> Decoder:
+    return Decoder(model(family), model(f"{family}_ref_tiny"), **options)
+
+
+@st.composite
+def any_settings(draw: st.DrawFn, family: str) -> DecodeSettings:
+    policy = draw(st.sampled_from(sorted(POLICIES)))
+    residual = draw(st.booleans())
+    temperature = draw(st.sampled_from([0.0, 0.0, 0.8]))
+    return DecodeSettings(
+        block_length=draw(st.sampled_from([1, 3, 4, 8])),
+        max_new_tokens=draw(st.integers(1, 14)),
+        policy=policy,  # type: ignore[arg-type]
+        confidence_threshold=draw(st.sampled_from([0.0, 0.3, 0.6, 1.0])),
+        entropy_bound=1.0 if policy == "entropy_bounded" else None,
+        temperature=temperature,
+        filtered_confidence=temperature > 0 and draw(st.booleans()),
+        logits_eos_inf=draw(st.booleans()),
+        confidence_eos_eot_inf=draw(st.booleans()),
+        top_k=draw(st.sampled_from([None, 5])),
+        top_p=draw(st.sampled_from([None, 0.9])),
+        seed=draw(st.integers(0, 9)),
+        stop_token_ids=draw(st.sampled_from([None, (), (91, 331)])),
+        cache=draw(st.sampled_from([None, "none"] if family == "sdar" else ["none", "prefix", "dual"])),  # type: ignore[arg-type]
+        compat_passes=draw(st.booleans()),
+        residual=residual,
+        start=draw(st.sampled_from(["zero", "self", "dirichlet", "reference"])),  # type: ignore[arg-type]
+        residual_temperature=draw(st.sampled_from([1.0, 1.5])),
+        residual_top_k=draw(st.sampled_from([None, 16])),
+        alpha=draw(st.sampled_from([None, None, "uniform", "ramp"])),  # type: ignore[arg-type]
+        trace=True,
+    )
+
+
+prompts = st.lists(st.integers(0, 490), min_size=1, max_size=11)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@many
+@given(data=st.data())
+def test_what_always_holds(family: str, data: st.DataObject) -> None:
+    """No mask left; the prompt and every committed token stay; each step commits something; lengths are kept."""
+    s, prompt = data.draw(any_settings(family)), data.draw(prompts)
+    out = decoder(family).generate([prompt], s)[0]
+    done = set(range(len(prompt))) | {p for step in out.steps for p in step.committed}
+    assert out.canvas_ids[: len(prompt)] == prompt
+    assert MASK[family] not in [out.canvas_ids[p] for p in done]
+    assert len(out.token_ids) <= s.max_new_tokens
+    if out.finish_reason == "length":
+        assert len(out.token_ids) == s.max_new_tokens
+    for step in out.steps:
+        assert step.committed and set(step.committed) <= set(step.masked)
+        chosen = dict(zip(step.masked, step.argmax, strict=True))
+        assert all(out.canvas_ids[p] == chosen[p] for p in step.committed), "a committed token never changes"
+        assert all(0.0 <= a <= 1.0 for a in step.alpha)
+        if not s.residual:
+            assert not any(step.alpha)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@many
+@given(data=st.data())
+def test_batched_equals_single(family: str, data: st.DataObject) -> None:
+    """Requests of different lengths and settings in one batch, more of them than slots, in any order."""
+    several = data.draw(st.lists(st.tuples(prompts, any_settings(family)), min_size=2, max_size=6))
+    batch = decoder(family, max_batch=3).generate([p for p, _ in several], [s for _, s in several])
+    for (prompt, s), together in zip(several, batch, strict=True):
+        alone = decoder(family).generate([prompt], s)[0]
+        assert together.token_ids == alone.token_ids
+        assert together.num_forwards == alone.num_forwards
+
+
+@many
+@given(data=st.data())
+def test_cache_and_merging_change_no_token(data: st.DataObject) -> None:
+    """SDAR's block cache is exact, and a finished block may be stored with the next one's first pass."""
+    s, prompt = data.draw(any_settings("sdar")), data.draw(prompts)
+    variants = [replace(s, cache=c, compat_passes=p) for c, p in (("none", False), ("block", False), ("block", True))]
+    plain, merged, separate = (decoder("sdar").generate([prompt], v)[0] for v in variants)
+    assert plain.token_ids == merged.token_ids == separate.token_ids
+    assert plain.num_forwards.denoise == merged.num_forwards.denoise == separate.num_forwards.denoise
+    assert merged.num_forwards.store == 0
+    num_blocks = len({step.masked[0] // (s.block_length or 1) for step in separate.steps})
+    assert separate.num_forwards.store == num_blocks
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@many
+@given(data=st.data())
+def test_infill_fills_the_masks_and_nothing_else(family: str, data: st.DataObject) -> None:
+    s = data.draw(any_settings(family))
+    canvas = data.draw(st.lists(st.integers(0, 490) | st.just(MASK[family]), min_size=1, max_size=30))
+    canvas[data.draw(st.integers(0, len(canvas) - 1))] = MASK[family]
+    out = decoder(family).infill([canvas], s)[0]
+    assert len(out.canvas_ids) == len(canvas) and MASK[family] not in out.canvas_ids
+    assert all(a == b for a, b in zip(out.canvas_ids, canvas, strict=True) if b != MASK[family])
+    assert out.token_ids == [a for a, b in zip(out.canvas_ids, canvas, strict=True) if b == MASK[family]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_is_infilling_of_a_masked_tail(family: str) -> None:
+    s = DecodeSettings(block_length=4, max_new_tokens=8, stop_token_ids=(), residual=True, start="zero")
+    prompt = [3, 1, 4, 1]
+    generated = decoder(family).generate([prompt], s)[0]
+    assert decoder(family).infill([prompt + [MASK[family]] * 8], s)[0].canvas_ids == generated.canvas_ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_residuals_change_the_second_pass_and_alpha_zero_does_not(family: str) -> None:
+    s = DecodeSettings(block_length=8, max_new_tokens=16, confidence_threshold=1.0, stop_token_ids=(), trace=True)
+    rcd = replace(s, residual=True, start="zero")
+    plain, fed = (decoder(family).generate([[5, 6, 7]], x)[0] for x in (s, rcd))
+    assert plain.steps[0].confidence == fed.steps[0].confidence, "a zero start is a plain first pass"
+    assert plain.steps[1].confidence != fed.steps[1].confidence
+    muted = replace(rcd, alpha="calibrated_entropy", alpha_scale=1e30)  # alpha underflows to 0
+    silent = decoder(family).generate([[5, 6, 7]], muted)[0]
+    assert [x.confidence for x in silent.steps] == [x.confidence for x in plain.steps], "bit for bit"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sparse_with_everything_kept_equals_dense(family: str) -> None:
+    s = DecodeSettings(
+        block_length=8, max_new_tokens=16, residual=True, start="reference", stop_token_ids=(), trace=True
+    )
+    dense, sparse = (decoder(family).generate([[5, 6]], x)[0] for x in (s, replace(s, residual_top_k=512)))
+    assert dense.token_ids == sparse.token_ids
+    np.testing.assert_allclose(dense.steps[0].alpha, sparse.steps[0].alpha, atol=1e-5)
+
+
+class Remote:
+    """A reference behind a wire: everything that travels is bytes."""
+
+    def __init__(self, family: str) -> None:
+        self.local = LocalReference(model(f"{family}_ref_tiny"))
+
+    def signals(self, requests: Sequence[WarmStart]) -> list[Any]:
+        found = self.local.signals(requests)
+        return [ReferenceSignals.from_bytes(s.to_bytes()) for s in found if isinstance(s, ReferenceSignals)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("source", ["self", "reference"])
+def test_remote_reference_equals_local(family: str, source: str) -> None:
+    s = DecodeSettings(
+        block_length=8,
+        max_new_tokens=16,
+        residual=True,
+        start="reference",
+        residual_top_k=16,
+        residual_source=source,
+        trace=True,  # type: ignore[arg-type]
+    )
+    local = decoder(family).generate([[5, 6], [7]], s)
+    remote = Decoder(model(family), Remote(family)).generate([[5, 6], [7]], s)
+    assert [(o.token_ids, o.steps, o.num_forwards) for o in local] == [
+        (o.token_ids, o.steps, o.num_forwards) for o in remote
+    ]
+    assert local[0].num_forwards.reference == (
+        local[0].num_forwards.denoise if source == "reference" else 2 if family == "llada" else 3
+    )
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"block_length": 0}, "block_length is 0"),
+    ({"confidence_threshold": 1.2}, "confidence_threshold is 1.2"),
+    ({"temperature": float("nan")}, "temperature is nan"),
+    ({"policy": "best"}, "policy is 'best'; allowed: sequential"),
+    ({"policy": "entropy_bounded"}, "entropy_bound is not set"),
+    ({"max_new_tokens": None}, "max_new_tokens is None"),
+    ({"max_new_tokens": True}, "max_new_tokens is True"),
+    ({"residual_temperature": 0.0}, "residual_temperature is 0.0"),
+    ({"start": "warm"}, "start is 'warm'"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), BAD, ids=[m for _, m in BAD])
+def test_bad_settings_are_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        DecodeSettings(**fields)
+
+
+def test_bad_requests_are_named() -> None:
+    sdar, alone = decoder("sdar"), Decoder(model("sdar"))
+    ok = DecodeSettings(max_new_tokens=4)
+
+    def refused(call: Any, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+    refused(lambda: sdar.generate([[]], ok), "prompt is empty")
+    refused(lambda: sdar.generate([[1, 511]], ok), "use infill")
+    refused(lambda: sdar.generate([[1, 512]], ok), "token id 512; ids run from 0 to 511")
+    refused(lambda: sdar.infill([[1, 2]], ok), "nothing to fill")
+    refused(lambda: sdar.generate([[1]], DecodeSettings(max_new_tokens=2000)), "the model has 1024")
+    refused(
+        lambda: sdar.generate([[1]], DecodeSettings(cache="dual")), "cache is 'dual'; allowed for sdar: none, block"
+    )
+    refused(lambda: sdar.generate([[1]], DecodeSettings(denoising_steps=9, block_length=4)), "denoising_steps is 9")
+    refused(lambda: sdar.generate([[1]], DecodeSettings(cfg_scale=1.0)), "cfg_scale")
+    refused(lambda: alone.generate([[1]], DecodeSettings(residual=True, start="reference")), "no reference model")
+    refused(
+        lambda: sdar.generate([[1]], DecodeSettings(residual=True, alpha="calibrated_entropy")), "stores no alpha_scale"
+    )
+    assert sdar.generate([], ok) == []
+
+
+# -- sampling
+
+
+def columns(temperature: torch.Tensor, **changes: torch.Tensor) -> SamplingColumns:
+    """One row of settings per logits row; what is not named is off."""
+    rows = torch.ones_like(temperature)
+    plain = {"top_k": (rows * 10_000).long(), "top_p": rows, "uniform": rows * 0}
+    flags = dict.fromkeys(("filtered", "no_eos", "eos_last"), rows > 1)
+    return SamplingColumns(temperature=temperature, **{**plain, **flags, **changes})
+
+
+def test_filtered_distribution_is_the_authors() -> None:
+    from safetensors.torch import load_file
+
+    v = load_file(GOLDEN / "sdar_vectors.safetensors")
+    logits = v["sampling_logits"]
+    checked = 0
+    for name, want in v.items():
+        if not name.endswith("_draw_probs"):
+            continue
+        t, k, p = (float(part[1:]) for part in name.removeprefix("sampling_").removesuffix("_draw_probs").split("_"))
+        rows = torch.ones(len(logits))
+        found = filtered_probabilities(logits, rows * t, (rows * (k or logits.shape[1])).long(), rows * p)
+        torch.testing.assert_close(found, want, atol=1e-6, rtol=1e-4)
+        top = {"top_k": (rows * (k or logits.shape[1])).long(), "top_p": rows * p}
+        full = torch.softmax(logits / t, -1)
+        tokens, confidence = choose_tokens(logits, columns(rows * t, **top), SpecialTokens(511), True)
+        torch.testing.assert_close(confidence, full.gather(1, tokens[:, None])[:, 0])
+        best = want.argmax(-1)
+        # The authors may draw the mask token and we never do: give it a column of its own, without mass.
+        padded = torch.nn.functional.pad(logits, (0, 1), value=float("-inf"))
+        # The uniform number that draws the most probable token: the middle of its stretch of the running sum.
+        middle = (want.double().cumsum(-1).gather(1, best[:, None])[:, 0] - want.amax(-1).double() / 2).float()
+        for filtered, name_of in ((True, "generate_py"), (False, "opencompass")):
+            chosen = columns(rows * t, **top, uniform=middle, filtered=rows.bool() & filtered)
+            tokens, confidence = choose_tokens(padded, chosen, SpecialTokens(512), True)
+            assert torch.equal(tokens, best)
+            stored = v[name.replace("_draw_probs", f"_conf_of_argmax_{name_of}")]
+            torch.testing.assert_close(confidence, stored, atol=1e-6, rtol=1e-4)
+        checked += 1
+    assert checked == 8
+
+
+def test_draws_follow_the_distribution() -> None:
+    """Stratified uniforms give frequencies within one draw in 4,000 of the probabilities."""
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, 9.0]]).expand(4000, -1)
+    ones = torch.ones(4000)
+    strata = columns(ones, uniform=(torch.arange(4000) + 0.5) / 4000)
+    tokens, _ = choose_tokens(logits, strata, SpecialTokens(4), True)  # 4 is the mask token: never drawn
+    frequencies = torch.bincount(tokens, minlength=5) / 4000
+    want = torch.cat([torch.softmax(logits[0, :4], -1), torch.zeros(1)])
+    torch.testing.assert_close(frequencies, want, atol=1.1 / 4000, rtol=0)
+
+
+def test_eos_options() -> None:
+    """logits_eos_inf: EOS is not chosen and gets no mass; confidence_eos_eot_inf: chosen still, but last in line."""
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).expand(3, -1)  # 0 is EOS, 1 the end of a turn
+    special = SpecialTokens(3, eos=(0,), ends=(0, 1))
+    flags = {"no_eos": torch.tensor([False, True, False]), "eos_last": torch.tensor([False, False, True])}
+    tokens, confidence = choose_tokens(logits, columns(torch.zeros(3), **flags), special, False)
+    assert tokens.tolist() == [0, 1, 0]
+    want = [torch.softmax(logits[0], -1)[0].item(), torch.softmax(logits[0, 1:], -1)[0].item(), 0.0]
+    torch.testing.assert_close(confidence, torch.tensor(want))
+    flags["no_eos"] = torch.tensor([True, True, True])
+    assert choose_tokens(logits, columns(torch.zeros(3), **flags), special, False)[0].tolist() == [1, 1, 1]
+
+
+def test_no_eos_in_what_is_generated() -> None:
+    llada = Decoder(model("llada"))
+    s = DecodeSettings(block_length=8, max_new_tokens=16, stop_token_ids=(), temperature=5.0, seed=3)
+    eos = model("llada").info.eos_token_ids[0]
+    drawn = [t for out in llada.generate([[i] for i in range(40)], s) for t in out.token_ids]
+    without = replace(s, logits_eos_inf=True)
+    spared = [t for out in llada.generate([[i] for i in range(40)], without) for t in out.token_ids]
+    assert eos in drawn and eos not in spared
+
+
+# -- policies
+
+
+def test_random_order_is_the_seeds() -> None:
+    """Random remasking commits one token a pass in an order that only the seed decides, not the batch."""
+    s = DecodeSettings(block_length=8, max_new_tokens=8, policy="random", seed=1, stop_token_ids=(), trace=True)
+    together = Decoder(model("llada")).generate([[5], [6], [5]], [s, s, replace(s, seed=2)])
+    orders = [[p for step in out.steps for p in step.committed] for out in together]
+    assert sorted(orders[0]) == list(range(1, 9)) and orders[0] == orders[1] != orders[2]
+    alone = Decoder(model("llada")).generate([[5]], replace(s, seed=2))[0]
+    assert alone.token_ids == together[2].token_ids
+
+
+@many
+@given(data=st.data())
+def test_every_policy_commits_something_and_only_masked(data: st.DataObject) -> None:
+    rows, width = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
+    generator = np.random.default_rng(data.draw(st.integers(0, 99)))
+    masked = generator.random((rows, width)) < 0.6
+    view = BlockView(
+        masked,
+        generator.random((rows, width)),
+        generator.random((rows, width)),
+        generator.random((rows, width)),
+        generator.integers(0, width + 2, rows),
+        generator.random(rows),
+        generator.random(rows),
+        bool(generator.integers(2)),
+    )
+    for select in POLICIES.values():
+        chosen = select(view)
+        assert not (chosen & ~masked).any()
+        assert (chosen.any(1) == masked.any(1)).all()

@@ -1,0 +1,107 @@
+"""Passes as a GPU captures them: few shapes, no look back at the host. The same code, called instead of captured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from rcd_core import DecodeSettings, LocalReference
+from rcd_core.decoding.engine import Engine
+from rcd_core.decoding.replays import Replays
+from rcd_core.decoding.request import make_sequence
+from rcd_core.ops import encode, top_k
+from tests.rcd_core.decoding.test_decoding import FAMILIES, any_settings, decoder, many, model, prompts
+
+Request = tuple[list[int], DecodeSettings]
+
+
+def run(family: str, several: list[Request], engine: Engine) -> list[Any]:
+    requests = [make_sequence(model(family), p, s, infill=False, has_reference=True) for p, s in several]
+    for request in requests:
+        engine.add(request)
+    while engine.busy:
+        engine.step()
+    return [r.output() for r in requests]
+
+
+def engine(family: str, fixed: bool = True) -> Engine:
+    reference = LocalReference(model(f"{family}_ref_tiny"))
+    return Engine(model(family), reference, max_batch=5, max_length=64, fixed_shapes=fixed)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@many
+@given(data=st.data())
+def test_fixed_shapes_change_no_token(family: str, data: st.DataObject) -> None:
+    """Rows, keys and positions beyond what is asked for leave no trace."""
+    several = data.draw(st.lists(st.tuples(prompts, any_settings(family)), min_size=1, max_size=7))
+    found = run(family, several, engine(family))
+    for (prompt, s), out in zip(several, found, strict=True):
+        alone = decoder(family).generate([prompt], s)[0]
+        assert out.token_ids == alone.token_ids and out.num_forwards.denoise == alone.num_forwards.denoise
+
+
+class Recorded(Replays):
+    """Notes the keys, and runs the rehearsal first, as a capture does: it must change nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.keys: list[Any] = []
+
+    def __call__(self, key: Any, numbers: Any, rehearsal: Any, run: Any) -> torch.Tensor:
+        if key not in self.keys:
+            for _ in range(2):
+                run(torch.from_numpy(rehearsal))
+        self.keys.append(key)
+        return super().__call__(key, numbers, rehearsal, run)
+
+
+GREEDY = DecodeSettings(block_length=4, max_new_tokens=24, stop_token_ids=(), policy="low_confidence_static")
+RESIDUAL = replace(GREEDY, residual=True, start="zero")
+
+
+@pytest.mark.parametrize("s", [GREEDY, RESIDUAL, replace(RESIDUAL, residual_top_k=8)], ids=["seqd", "dense", "sparse"])
+def test_few_shapes_occur_and_a_rehearsal_changes_nothing(s: DecodeSettings) -> None:
+    several = [(list(range(3, 3 + n)), replace(s, max_new_tokens=8 + n)) for n in (4, 9, 17, 22, 27)]
+    e = engine("sdar")
+    e._passes.replays = recorded = Recorded()
+    found = run("sdar", several, e)
+    assert len(recorded.keys) > 3 * len(set(recorded.keys)), "passes of one key come again and again"
+    for (prompt, settings), out in zip(several, found, strict=True):
+        assert out.token_ids == decoder("sdar").generate([prompt], settings)[0].token_ids
+
+
+@pytest.mark.parametrize("s", [GREEDY, RESIDUAL, replace(RESIDUAL, residual_top_k=8)], ids=["seqd", "dense", "sparse"])
+def test_a_pass_never_waits_for_a_value(s: DecodeSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With tensors that have a shape but no content, whatever needs a value fails; a capture would fail there too."""
+    # What GPUs use: no sorting by numpy, sums that torch.compile fuses.
+    monkeypatch.setattr(top_k, "_SORTED_VOCAB", 0)
+    monkeypatch.setattr(encode, "left_out_plain", encode.left_out_fused)
+
+    class Checked(Replays):
+        checked = 0
+
+        def __call__(self, key: Any, numbers: Any, rehearsal: Any, run: Any) -> torch.Tensor:
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                run(mode.from_tensor(torch.from_numpy(numbers)))
+            self.checked += 1
+            return super().__call__(key, numbers, rehearsal, run)
+
+    e = engine("sdar")
+    e._passes.replays = checked = Checked(torch.device("cpu"))
+    assert e._passes.forward.cache and e._passes.predictor.table.sum is not None, "made once, outside of passes"
+    out = run("sdar", [([3, 4, 5, 6], s)], e)[0]
+    assert checked.checked == out.num_forwards.denoise
+
+    def looks(numbers: torch.Tensor) -> torch.Tensor:
+        return numbers if bool(numbers[0] > 0) else -numbers
+
+    with FakeTensorMode() as mode, pytest.raises(DataDependentOutputException):
+        looks(mode.from_tensor(torch.from_numpy(np.ones(2, dtype=np.int64))))

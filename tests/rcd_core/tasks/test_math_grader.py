@@ -1,0 +1,241 @@
+"""Mathematical answers: what counts as the same, and that no answer can stop or outlive the grading process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rcd_core.errors import UserError
+from rcd_core.tasks import grade, math_grader
+from rcd_core.tasks.answers import final_text, last_box
+from rcd_core.tasks.math_grader import plain_number, same_math
+
+SAME = [
+    (r"\frac12", r"\dfrac{1}{2}"),
+    ("0.5", r"\frac{1}{2}"),
+    (r"2\frac{1}{2}", "5/2"),
+    (r"-\frac{1}{2}", r"\frac{-1}{2}"),
+    (r"5\text{ cm}", "5"),
+    ("5", r"5\,\mathrm{m/s}"),
+    (r"\$18.50", "18.5"),
+    (r"90^\circ", "90"),
+    (r"50\%", "50"),
+    ("1,000,000", "1000000"),
+    (r"1{,}000", "1000"),
+    ("$7$.", "7"),
+    ("4.5e33", r"4.5 \times 10^{33}"),
+    (r"4.5\cdot 10^3", "4500"),
+    (r"4.5e33 \text{ erg}", r"4.5\times10^{33}"),
+    (r"\sqrt{8}", r"2\sqrt2"),
+    ("(x+1)^2", "x^2+2x+1"),
+    ("5", "x=5"),
+    ("x = 5", "5"),
+    ("[0,1)", r"\left[0,1\right)"),
+    (r"(-\infty,2]\cup[3,\infty)", r"[3,\infty)\cup(-\infty,2]"),
+    (r"[1,2]", r"1 \le x \le 2"),
+    ("2,1", "1,2"),
+    (r"\{2,1\}", r"\{1,2\}"),
+    (r"\left(1,\frac{9}{2}\right)", "(1,4.5)"),
+    (r"\begin{bmatrix}1\\2\end{bmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+    (r"\text{Monday}", "Monday"),
+    (r"\text{(B)}", "B"),
+    ("0.333333", r"\frac13"),
+    (r"\pi r^2", r"\pi  r^2"),
+]
+DIFFERENT = [
+    ("1", "2"),
+    ("-3", "3"),
+    ("1 2", "12"),
+    ("1,2", "12"),
+    ("(1,2)", "(2,1)"),
+    ("(0,1)", "[0,1]"),
+    ("[0,1)", "[0,1]"),
+    (r"\frac13", "0.33"),
+    (r"\pi", "3.14"),
+    ("p-q", "q-p"),
+    ("x=5", "y=5"),
+    (r"\infty", r"-\infty"),
+    (r"10\%", "0.2"),
+    ("1.6e-19", r"1.7\times10^{-19}"),
+    (r"1.6\times10^{-19}\text{ C}", r"1.7\times10^{-19}\text{ C}"),
+    (r"10^{-8}", r"2\cdot\sqrt{4}\cdot10^{-8}"),
+    ("even", "odd"),
+    ("", ""),
+    ("1", ""),
+    (r"\frac{", "1"),
+    ("}{", "1"),
+    ("what?", "1"),
+]
+
+
+@pytest.mark.parametrize(("found", "expected"), SAME)
+def test_the_same_in_other_words(found: str, expected: str) -> None:
+    assert same_math(found, expected)
+
+
+@pytest.mark.parametrize(("found", "expected"), DIFFERENT)
+def test_what_only_looks_alike(found: str, expected: str) -> None:
+    assert not same_math(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("12", "12"),
+        ("-1,234.50", "-1234.5"),
+        (".5", "0.5"),
+        ("+3.", "3"),
+        ("2E-3", "0.002"),
+        (r"2\times10^{-3}", "0.002"),
+        (r"2\cdot10^4", "20000"),
+        ("12,34", None),
+        ("1/2", None),
+        ("x", None),
+        ("", None),
+        (".", None),
+        ("1e12345678", None),
+    ],
+)
+def test_plain_numbers(text: str, value: str | None) -> None:
+    assert plain_number(text) == (None if value is None else Decimal(value))
+
+
+@pytest.mark.parametrize(
+    ("completion", "right"),
+    [
+        (r"\boxed{3}", True),
+        (r"first \boxed{4}, then \boxed{3}", True),
+        (r"first \boxed{3}, then \boxed{4}", False),
+        (r"\boxed{3} and \boxed{4", False),  # the last one is cut off
+        (r"\fbox{3}", True),
+        (r"\boxed{\frac{6}{2}}", True),
+        (r"\boxed{{3}}", True),
+        (r"\boxed{\boxed{3}}", True),
+        (r"$\boxed{x = 3}$.", True),
+        (r"\boxed{3 \text{ apples}}", True),
+        (r"\boxed{}", False),
+        (r"boxed{3}", False),
+        ("the answer is 3", False),
+        ("", False),
+    ],
+)
+def test_the_last_box_is_graded(completion: str, right: bool) -> None:
+    assert grade("math500", completion, "3") is right
+
+
+def test_where_a_final_answer_stands() -> None:
+    assert last_box(r"\boxed{a{b}\}c") == r"a{b}\ ".strip()
+    assert final_text(r"#### 1 \boxed{ 2 }") == "2"
+    assert final_text("so\n#### 1\nas I said") == "1"
+    assert final_text("  plain ") == "plain"
+
+
+# -- the process
+
+
+def worker() -> psutil.Process:
+    """The worker as it is now, started if there is none."""
+    assert same_math("x+x", "2x")
+    assert math_grader._GRADER._worker is not None
+    return psutil.Process(math_grader._GRADER._worker.pid)
+
+
+def test_plain_answers_start_no_process() -> None:
+    math_grader._GRADER.close()
+    assert same_math("1,000", "1000.0") and same_math(r"\sqrt 2", r"\sqrt2") and not same_math("1", "2")
+    assert math_grader._GRADER._worker is None
+
+
+def test_one_process_is_used_again() -> None:
+    assert worker().pid == worker().pid
+
+
+def test_an_endless_comparison_costs_one_deadline_and_one_process() -> None:
+    before = worker()
+    assert not same_math("100000000!", "1", seconds=0.5)
+    assert not before.is_running()
+    assert same_math("y+y", "2y"), "the next answer gets a new one"
+    assert worker().pid != before.pid
+
+
+def test_a_worker_that_was_killed_costs_no_answer() -> None:
+    before = worker()
+    before.kill()
+    assert same_math("z+z", "2z")
+    assert worker().pid != before.pid
+
+
+def test_answers_are_graded_from_many_threads() -> None:
+    pairs = [(f"{i}+x", f"x+{i + i % 2}") for i in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        verdicts = list(pool.map(lambda pair: same_math(*pair), pairs))
+    assert verdicts == [i % 2 == 0 for i in range(40)]
+    assert threading.current_thread() is threading.main_thread()
+
+
+def test_deep_nesting_is_a_wrong_answer() -> None:
+    assert not same_math("x^{" * 300 + "}" * 300, "1", seconds=1)
+
+
+def at_work(code: str = "") -> tuple[subprocess.Popen[str], psutil.Process]:
+    """A process that grades, runs `code`, and then waits for the end of its input; and its worker."""
+    program = (
+        f"from rcd_core.tasks import math_grader as g\nassert g.same_math('x+x', '2x')\n{code}\n"
+        "print(g._GRADER._worker.pid, flush=True)\nimport sys; sys.stdin.read()"
+    )
+    root = Path(__file__).resolve().parents[3]
+    pipe = subprocess.PIPE
+    parent = subprocess.Popen([sys.executable, "-c", program], stdin=pipe, stdout=pipe, text=True, cwd=root)
+    assert parent.stdout
+    return parent, psutil.Process(int(parent.stdout.readline()))
+
+
+@pytest.mark.parametrize("end", ["exit", "kill"])
+def test_no_worker_outlives_its_parent(end: str) -> None:
+    parent, child = at_work()
+    if end == "kill":
+        parent.kill()
+    assert parent.stdin
+    parent.stdin.close()
+    assert parent.wait(20) == (0 if end == "exit" else -signal.SIGKILL)
+    child.wait(20)
+
+
+def test_a_fork_gets_a_worker_of_its_own() -> None:
+    code = (
+        "import os\nmine = g._GRADER._worker.pid\n"
+        "child = os.fork()\n"
+        "if not child:\n    os._exit(0 if g.same_math('y+y', '2y') and g._GRADER._worker.pid != mine else 1)\n"
+        "assert os.waitpid(child, 0)[1] == 0\nassert g.same_math('z+z', '2z') and g._GRADER._worker.pid == mine"
+    )
+    parent, child = at_work(code)
+    assert parent.stdin
+    parent.stdin.close()
+    assert parent.wait(20) == 0
+    child.wait(20)
+
+
+def test_without_math_verify_grading_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "math_verify.py").write_text("raise ImportError('not here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    math_grader._GRADER.close()
+    with pytest.raises(UserError, match="math-verify: pip install math-verify"):
+        same_math("x+x", "2x")
+    assert math_grader._GRADER._worker is None
+
+
+def test_ctrl_c_does_not_end_the_worker() -> None:
+    process = worker()
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(0.2)
+    assert worker().pid == process.pid

@@ -1,0 +1,195 @@
+"""The training loop's promises: resumed = uninterrupted, workers do not matter, cached = online, dropout = plain."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from rcd_core import UserError, load_model
+from rcd_core.noise import NoiseSettings
+from rcd_core.residual import ResidualSettings
+from rcd_core.training.data.batches import collate
+from rcd_core.training.data.rows import ExampleSource, Row
+from rcd_core.training.loop import Callbacks, learning_rate, reference_signals, train
+from rcd_core.training.settings import TrainSettings
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+BLOCK = 4
+PLAIN = ResidualSettings(source="none", dropout=0.0)
+SETTINGS = TrainSettings(steps=8, batch_size=6, learning_rate=1e-3, schedule="cosine", log_every=4, checkpoint_every=3)
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Twenty rows of two to five blocks, the first block a prompt."""
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(2, 6, 20) * BLOCK
+    ids = [generator.integers(0, 500, n).tolist() for n in lengths]
+    labels = [[-100] * BLOCK + row[BLOCK:] for row in ids]
+    path = str(tmp_path_factory.mktemp("examples") / "part.parquet")
+    int_lists = pa.list_(pa.int32())
+    table = {
+        "example_id": [f"{i:03d}" for i in range(20)],
+        "input_ids": pa.array(ids, int_lists),
+        "labels": pa.array(labels, int_lists),
+    }
+    pq.write_table(pa.table(table), path)
+    return path
+
+
+def run(
+    examples: str, family: str = "sdar", residual: ResidualSettings = PLAIN, **options: Any
+) -> tuple[Any, list[Any]]:
+    torch.set_num_threads(1)
+    model = load_model(GOLDEN / f"{family}_tiny")
+    logged: list[Any] = []
+    source = options.pop("source", None) or ExampleSource([examples], NoiseSettings(draws=2))
+    settings = options.pop("settings", SETTINGS)
+    checkpoint = options.pop("checkpoint", lambda step, save: None)
+    train(model, source, settings, residual, BLOCK, Callbacks(logged.append, checkpoint), **options)
+    return model, logged
+
+
+def equal(a: Any, b: Any) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_training_lowers_the_loss_and_logs(examples: str) -> None:
+    settings = TrainSettings(steps=60, batch_size=20, learning_rate=3e-3, loss_weight="uniform", log_every=20)
+    _, logged = run(examples, settings=settings)
+    assert [line["step"] for line in logged] == [20, 40, 60]
+    assert logged[-1]["loss"] < 0.7 * logged[0]["loss"]
+
+
+@pytest.mark.parametrize("residual", [PLAIN, ResidualSettings(source="online")], ids=["plain", "rcd"])
+def test_resumed_equals_uninterrupted(examples: str, tmp_path: Path, residual: ResidualSettings) -> None:
+    """Equal tensors, not close ones. Step 6's checkpoint lies past an epoch of 20 rows (36 rows seen)."""
+    reference = load_model(GOLDEN / "rcd" / "sdar_ref_tiny")
+    whole, lines = run(examples, residual=residual, reference=reference)
+    run(examples, residual=residual, reference=reference, checkpoint=lambda step, save: save(tmp_path / str(step)))
+    resumed, later = run(examples, residual=residual, reference=reference, resume=tmp_path / "6")
+    assert sorted(os.listdir(tmp_path)) == ["3", "6"]
+    assert equal(whole, resumed)
+    assert later[-1]["step"] == lines[-1]["step"] == 8
+
+
+def test_accumulation_changes_rounding_only(examples: str) -> None:
+    whole, _ = run(examples)
+    settings = TrainSettings(**{**vars(SETTINGS), "micro_batch_size": 2})
+    parts, _ = run(examples, settings=settings)
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+EIGHT = TrainSettings(**{**vars(SETTINGS), "batch_size": 8})  # divides among two and four workers
+
+
+def _worker(rank: int, world: int, examples: str, port: int, out: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    model, _ = run(examples, settings=EIGHT)
+    if rank == 0:
+        torch.save(model.state_dict(), out)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_any_number_of_workers_trains_the_same_model(world: int, examples: str, tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(_worker, (world, examples, port, str(tmp_path / "several.pt")), nprocs=world)
+    several = torch.load(tmp_path / "several.pt", weights_only=True)
+    one, _ = run(examples, settings=EIGHT)
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(several[name], tensor, atol=2e-5, rtol=1e-4)
+
+
+class Cached:
+    """Rows with signals already attached, as the cache on disk gives them."""
+
+    def __init__(self, source: ExampleSource, reference: Any, top_k: int) -> None:
+        self.source, self.reference, self.top_k = source, reference, top_k
+
+    def row(self, index: int) -> Row:
+        row = self.source.row(index)
+        ids = {"mask_token_id": self.reference.mask_token_id, "pad_token_id": 500, "block_length": BLOCK}
+        batch, _ = collate([row], **ids)
+        return Row(**{**vars(row), "signals": reference_signals(self.reference, batch, self.top_k)})
+
+
+@pytest.mark.parametrize("family", ["sdar", "llada"])
+def test_cached_signals_equal_online(examples: str, family: str) -> None:
+    """Computed row by row beforehand or in the step's own padded batch: neighbours and padding leave no trace."""
+    reference = load_model(GOLDEN / "rcd" / f"{family}_ref_tiny")
+    before = copy.deepcopy(reference.state_dict())
+    online, _ = run(examples, family, ResidualSettings(source="online", dropout=0.25), reference=reference)
+    source = Cached(ExampleSource([examples], NoiseSettings(draws=2)), reference, 32)
+    cached, _ = run(examples, family, ResidualSettings(source="signals", dropout=0.25), source=source)
+    for a, b in zip(online.parameters(), cached.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-3, rtol=1e-2)  # eight Adam steps over fp16 log-probabilities
+    after = reference.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before), "the reference's weights never change"
+
+
+def test_full_dropout_is_plain_training(examples: str) -> None:
+    reference = load_model(GOLDEN / "rcd" / "sdar_ref_tiny")
+    plain, _ = run(examples)
+    dropped, _ = run(examples, residual=ResidualSettings(source="online", dropout=1.0), reference=reference)
+    for a, b in zip(plain.parameters(), dropped.parameters(), strict=True):
+        torch.testing.assert_close(
+            a, b, atol=2e-5, rtol=1e-4
+        )  # the mask embedding's gradient is summed in another order
+    fed, lines = run(examples, residual=ResidualSettings(source="online", dropout=0.0), reference=reference)
+    assert not equal(plain, fed)
+    assert 0.0 < lines[-1]["mean_alpha"] < 1.0
+
+
+def test_an_untrained_batch_is_overfitted_with_residual_inputs(examples: str) -> None:
+    reference = load_model(GOLDEN / "rcd" / "sdar_ref_tiny")
+    settings = TrainSettings(steps=150, batch_size=4, learning_rate=5e-3, loss_weight="uniform", log_every=50)
+
+    class OneBatch(ExampleSource):
+        def row(self, index: int) -> Row:
+            return super().row(index % 4)
+
+    source = OneBatch([examples], NoiseSettings(draws=1))
+    _, logged = run(
+        examples,
+        residual=ResidualSettings(source="online", dropout=0.0),
+        reference=reference,
+        settings=settings,
+        source=source,
+    )
+    assert logged[-1]["loss"] < 0.1
+
+
+def test_what_stops_training_says_where(examples: str) -> None:
+    with pytest.raises(UserError, match=r"not finite at step \d+ .*last good"):
+        run(examples, settings=TrainSettings(steps=40, batch_size=6, learning_rate=1e30, warmup=0.0))
+    with pytest.raises(UserError, match="no reference model"):
+        run(examples, residual=ResidualSettings(source="online"))
+    with pytest.raises(UserError, match="rows carry none"):
+        run(examples, residual=ResidualSettings(source="signals"))
+
+
+def test_schedules() -> None:
+    s = TrainSettings(steps=100, batch_size=1, learning_rate=1.0, warmup=0.1)
+    assert learning_rate(0, s) == pytest.approx(0.1)
+    assert learning_rate(50, s) == 1.0
+    cosine = TrainSettings(**{**vars(s), "schedule": "cosine"})
+    assert learning_rate(55, cosine) == pytest.approx(0.5)
+    linear = TrainSettings(**{**vars(s), "schedule": "linear"})
+    assert learning_rate(55, linear) == pytest.approx(0.5)
+    assert learning_rate(99, linear) == pytest.approx(1 / 90)
