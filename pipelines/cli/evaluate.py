@@ -98,7 +98,7 @@ def _list_settings() -> int:
 
 def _evaluate_checkpoints(options: argparse.Namespace) -> int:
     from pipelines.ray_cluster.own_cluster import own_cluster
-    from pipelines.recipe.model import parse_recipe
+    from pipelines.recipe.load import parse_recipe
     from pipelines.run.driver import run_recipe
 
     recipe = parse_recipe(recipe_of(options), "of rcd evaluate")

@@ -12,7 +12,7 @@ import os
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.recipe.model import load_recipe
+from pipelines.recipe.load import load_recipe
 from pipelines.signals.costs import PASSES, Volume, column_bytes, costs, parameters, volume
 from pipelines.signals.inspect import (
     Sizes,

@@ -17,7 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.recipe.model import Recipe, load_recipe
+from pipelines.recipe.load import load_recipe
+from pipelines.recipe.model import Recipe
 from pipelines.recipe.rules import is_hub_id
 from pipelines.run.directory import RunDirectory
 from rcd_core.errors import UserError

@@ -23,7 +23,8 @@ from pipelines.evaluation.actor import request_seed
 from pipelines.evaluation.answer_log import AnswerLog
 from pipelines.evaluation.results import ArmInfo
 from pipelines.recipe.files import apply_overrides
-from pipelines.recipe.model import Recipe, parse_recipe
+from pipelines.recipe.load import parse_recipe
+from pipelines.recipe.model import Recipe
 from pipelines.recipe.rules import data_files
 from pipelines.recipe.settings_files import complete, read_settings
 from pipelines.report.endpoint import write_report

@@ -121,6 +121,11 @@ def suggestion(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def complaint(label: str, found: Sequence[str]) -> UserError:
+    """All that was found wrong with something, in one error."""
+    return UserError(f"{label}: {found[0]}" if len(found) == 1 else "\n  ".join([f"{label} has problems:", *found]))
+
+
 def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
     """One line per complaint: the key's path, the value found, what is wanted."""
     details = error.errors()

@@ -15,13 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipelines.recipe.files import merged, parse_yaml, suggestion
+from pipelines.recipe.model import Recipe
 from rcd_core.errors import UserError
-
-if TYPE_CHECKING:
-    from pipelines.recipe.model import Recipe
 
 DIRECTORY = Path(__file__).parents[1] / "settings"
 _KEYS = {"source", "unpublished", "block_length", "evaluate", "tasks"}

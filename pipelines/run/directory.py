@@ -18,7 +18,8 @@ from typing import Any
 
 from rich.console import Console
 
-from pipelines.recipe.model import Recipe, dump_recipe
+from pipelines.recipe.load import dump_recipe
+from pipelines.recipe.model import Recipe
 from pipelines.run.keys import fingerprint, key_of, recipe_values
 from pipelines.run.lease import Lease
 from rcd_core.errors import UserError

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.ray_cluster import resources as cluster
-from pipelines.recipe.model import Recipe, dump_recipe, load_recipe
-from pipelines.recipe.rules import check_inputs
+from pipelines.recipe.inputs import check_inputs
+from pipelines.recipe.load import dump_recipe, load_recipe
+from pipelines.recipe.model import Recipe
 from pipelines.run.directory import RunDirectory, Stage, StageContext, resolve, run_stage
 from pipelines.run.keys import key_of
 from pipelines.run.lease import Lease

@@ -18,8 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from ray.serve.schema import ServeDeploySchema
 
-from pipelines.recipe.files import explain, parse_yaml, suggestion
-from pipelines.recipe.model import complaint
+from pipelines.recipe.files import complaint, explain, parse_yaml, suggestion
 from pipelines.serving.description import description_problems, parse_description
 from rcd_core.errors import UserError
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from pipelines.recipe.files import explain
-from pipelines.recipe.model import Count, Positive, Recipe, Section, complaint
+from pipelines.recipe.files import complaint, explain
+from pipelines.recipe.model import Count, Positive, Recipe, Section
 from pipelines.recipe.rules import asks_reference, checkpoint_problems
 from rcd_core.decode_settings import DecodeSettings
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from math import ceil
 
 from pipelines.data.ordering import BYTES_AT_ONCE
-from pipelines.recipe.model import load_recipe
+from pipelines.recipe.load import load_recipe
 from tests.benchmarks import scaling_costs as costs
 from tests.benchmarks.scaling_costs import REFERENCE, TARGET, Assumptions, Cache
 from tests.benchmarks.scaling_figures import ENGINE, MEASURED, PASS, SERVED, SURE, UNSURE, WRITE, manifest, wire_bytes

@@ -14,7 +14,7 @@ from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.autoscaler_pb2 import GangResourceRequest
 
 from pipelines.recipe.files import recipe_names
-from pipelines.recipe.model import load_recipe
+from pipelines.recipe.load import load_recipe
 from pipelines.serving.config_file import read_config
 from pipelines.serving.description import bundle, parse_description
 from tests.cluster.demands import Bundle, demands

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from ray.core.generated import autoscaler_pb2
 
-from pipelines.recipe.model import Recipe, load_recipe
+from pipelines.recipe.load import load_recipe
+from pipelines.recipe.model import Recipe
 from tests.cluster.demands import demands
 from tests.cluster.nodes import ROOT, elsewhere, local_nodes, resource_state
 

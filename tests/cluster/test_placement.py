@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.recipe.model import load_recipe
+from pipelines.recipe.load import load_recipe
 from pipelines.run.stages import stages_of
 from pipelines.serving.description import describe
 from pipelines.serving.graph import application

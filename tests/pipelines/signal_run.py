@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from pipelines.recipe.model import Recipe, parse_recipe
+from pipelines.recipe.load import parse_recipe
+from pipelines.recipe.model import Recipe
 from pipelines.run.directory import RunDirectory, StageContext, material_of
 from pipelines.run.stages import stages_of
 from rcd_core.training.data.rows import ExampleSource

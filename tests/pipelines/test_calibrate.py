@@ -18,7 +18,8 @@ from rich.console import Console
 from pipelines import calibrate
 from pipelines.calibration.job import CalibrationJob, calibrate_model, store, synthetic_problems
 from pipelines.cli import main as cli
-from pipelines.recipe.model import Recipe, parse_recipe
+from pipelines.recipe.load import parse_recipe
+from pipelines.recipe.model import Recipe
 from pipelines.report.calibration import sections
 from pipelines.run.directory import RunDirectory, StageContext
 from pipelines.run.stages import stages_of

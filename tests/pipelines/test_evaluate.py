@@ -20,7 +20,8 @@ from rich.console import Console
 
 from pipelines import evaluate, prepare
 from pipelines.evaluation.actor import DecodeActor, Plan, request_seed
-from pipelines.recipe.model import Recipe, parse_recipe
+from pipelines.recipe.load import parse_recipe
+from pipelines.recipe.model import Recipe
 from pipelines.run.directory import RunDirectory, StageContext
 from rcd_core import Decoder, DecodeSettings, load_model, new_model
 from rcd_core.errors import UserError

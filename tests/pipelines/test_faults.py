@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.recipe.model import Recipe, dump_recipe
+from pipelines.recipe.load import dump_recipe
+from pipelines.recipe.model import Recipe
 from pipelines.run.driver import main
 from tests.fault_table import FaultTable
 from tests.pipelines.signal_run import Result, context, prepared, recipe, shards_of

@@ -13,7 +13,8 @@ import torch
 
 from pipelines import precompute
 from pipelines import train as train_stage
-from pipelines.recipe.model import Recipe, dump_recipe, load_recipe
+from pipelines.recipe.load import dump_recipe, load_recipe
+from pipelines.recipe.model import Recipe
 from pipelines.run.directory import RunDirectory, material_of
 from pipelines.run.driver import main
 from pipelines.run.stages import stages_of

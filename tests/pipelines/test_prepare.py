@@ -16,7 +16,7 @@ from rich.console import Console
 
 from pipelines import prepare
 from pipelines.data import ordering
-from pipelines.recipe.model import parse_recipe
+from pipelines.recipe.load import parse_recipe
 from pipelines.run.directory import RunDirectory, StageContext
 from rcd_core.errors import UserError
 from rcd_core.tasks.boxed import INSTRUCTION

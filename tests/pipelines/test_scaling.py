@@ -15,7 +15,7 @@ import torch
 
 from pipelines import prepare
 from pipelines.evaluate import make_plan
-from pipelines.recipe.model import load_recipe
+from pipelines.recipe.load import load_recipe
 from pipelines.signals import files as signal_files
 from pipelines.signals.costs import Volume, column_bytes
 from pipelines.signals.plan import groups

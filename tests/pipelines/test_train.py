@@ -32,7 +32,8 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from pipelines import train as train_stage
-from pipelines.recipe.model import Recipe, parse_recipe
+from pipelines.recipe.load import parse_recipe
+from pipelines.recipe.model import Recipe
 from pipelines.run.directory import RunDirectory, StageContext, material_of
 from pipelines.run.stages import stages_of
 from pipelines.training.checkpoints import finished_steps

@@ -16,7 +16,7 @@ import pytest
 
 from pipelines.cli import main as cli
 from pipelines.cli.evaluate import recipe_of
-from pipelines.recipe.model import load_recipe, parse_recipe
+from pipelines.recipe.load import load_recipe, parse_recipe
 from pipelines.recipe.settings_files import provenance, read_settings, settings_names
 from rcd_core import Decoder, DecodeSettings, load_model
 from rcd_core.errors import UserError

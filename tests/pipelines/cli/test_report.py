@@ -15,7 +15,7 @@ import pytest
 from pipelines.cli.main import main
 from pipelines.evaluation.actor import ROWS
 from pipelines.evaluation.results import ArmInfo, analyse
-from pipelines.recipe.model import dump_recipe, load_recipe
+from pipelines.recipe.load import dump_recipe, load_recipe
 from pipelines.report.comparison import arm_table, differences, grouped, load_runs, mean_curve, mean_sd
 from rcd_core import UserError
 from rcd_core.io import storage

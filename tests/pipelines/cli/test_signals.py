@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.cli import signals as cli_signals
-from pipelines.recipe.model import load_recipe
+from pipelines.recipe.load import load_recipe
 from pipelines.signals.actor import SignalActor, SignalJob
 from pipelines.signals.costs import Volume, column_bytes, costs, parameters, volume
 from pipelines.signals.inspect import kept_histogram, measure_fidelity, measure_sizes, read_manifest

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from pipelines.cli.main import main
-from pipelines.recipe import rules
+from pipelines.recipe import inputs
 from pipelines.recipe.files import recipe_names
-from pipelines.recipe.model import load_recipe
+from pipelines.recipe.load import load_recipe
 from pipelines.run.driver import main as full
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -63,7 +63,7 @@ def test_what_cannot_be_planned_is_said_in_one_line(
 def test_recipes_of_published_sizes_dry_run(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(rules, "_require_datasets", lambda key: None)  # the extra `hub` is not installed for tests
+    monkeypatch.setattr(inputs, "_require_datasets", lambda key: None)  # the extra `hub` is not installed for tests
     assert full(["--recipe", name, "--storage", str(tmp_path), "--dry-run"]) == 0
     assert "8 x (CPU 8, GPU 1)" in capsys.readouterr().out
     recipe = load_recipe(name)

@@ -12,7 +12,8 @@ import pytest
 
 from pipelines.evaluate import _arms
 from pipelines.recipe.files import read_recipe, recipe_names
-from pipelines.recipe.model import Recipe, load_recipe
+from pipelines.recipe.load import load_recipe
+from pipelines.recipe.model import Recipe
 from pipelines.run.driver import main as full
 from pipelines.run.stages import stages_of
 from rcd_core.errors import UserError

@@ -9,8 +9,10 @@ import pytest
 
 from pipelines.data.sources import columns_of
 from pipelines.recipe.files import parse_yaml, read_recipe, recipe_names
-from pipelines.recipe.model import Recipe, dump_recipe, load_recipe, parse_recipe
-from pipelines.recipe.rules import check_inputs, is_hub_id
+from pipelines.recipe.inputs import check_inputs
+from pipelines.recipe.load import dump_recipe, load_recipe, parse_recipe
+from pipelines.recipe.model import Recipe
+from pipelines.recipe.rules import is_hub_id
 from pipelines.run.stages import stages_of
 from rcd_core.errors import UserError
 

@@ -15,7 +15,8 @@ from rich.console import Console
 
 from pipelines.cli import main as cli
 from pipelines.ray_cluster import resources as cluster
-from pipelines.recipe.model import Recipe, load_recipe
+from pipelines.recipe.load import load_recipe
+from pipelines.recipe.model import Recipe
 from pipelines.run import lease
 from pipelines.run.directory import RunDirectory, StageContext, material_of
 from pipelines.run.keys import differences, fingerprint, key_of

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.recipe.model import load_recipe
+from pipelines.recipe.load import load_recipe
 from pipelines.run.driver import main
 from pipelines.run.lease import read_lease
 from pipelines.run.messages import user_message

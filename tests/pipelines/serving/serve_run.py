@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from pipelines import serve
-from pipelines.recipe.model import parse_recipe
+from pipelines.recipe.load import parse_recipe
 from pipelines.run.directory import RunDirectory, StageContext
 from rcd_core import ModelConfig, new_model
 from rcd_core.families.base import CheckpointInfo

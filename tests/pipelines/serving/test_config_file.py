@@ -16,8 +16,9 @@ import yaml
 
 from pipelines.cli import main as cli
 from pipelines.ray_cluster.local_head import Head, environment
-from pipelines.recipe.model import load_recipe
-from pipelines.recipe.rules import check_inputs, reference_keys
+from pipelines.recipe.inputs import check_inputs
+from pipelines.recipe.load import load_recipe
+from pipelines.recipe.rules import reference_keys
 from pipelines.serving.config_file import BUILD, CONFIG, config_problems, read_config
 from pipelines.serving.description import (
     DescribedModel,

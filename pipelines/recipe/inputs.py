@@ -1,0 +1,73 @@
+"""The files and checkpoints that a recipe names, checked before anything starts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from typing import Any
+
+from pipelines.recipe.model import Recipe
+from pipelines.recipe.rules import checkpoints, data_files, each_source
+from rcd_core.errors import UserError
+from rcd_core.io import storage
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Every file and checkpoint the recipe names is there and fits. Raises UserError naming key, file and remedy."""
+    for key, source in (("data.train", recipe.data.train), ("data.test", recipe.data.test)):
+        for path in data_files(source):
+            if not _reach(key, path):
+                raise UserError(f"{key}: {path} does not exist; mend the path or copy the file there")
+            if storage.is_directory(path) or storage.size(path) == 0:
+                raise UserError(f"{key}: {path} is no file with content; name a .jsonl or .parquet file")
+        if any(path.startswith("hf://") for path in each_source(source)):
+            _require_datasets(key)
+    served = {f"deploy.models.{name}.checkpoint": model.checkpoint for name, model in recipe.deploy.models.items()}
+    outside = {k: path for k, path in (checkpoints(recipe) | served).items() if storage.is_absolute(path)}
+    for key, path in outside.items():
+        if key == "tokenizer.path":
+            _require_file(key, path, "tokenizer_config.json", "it must hold a Hugging Face tokenizer")
+        else:
+            _require_file(key, path, "config.json", "it must hold a Hugging Face checkpoint")
+            if not storage.list_files(path, ".safetensors"):
+                raise UserError(f"{key}: {path} has no *.safetensors; convert the weights, pickled ones are not read")
+    for key in ("reference.start", "baseline"):
+        if key in outside and "target.start" in outside:
+            _same_vocabulary(key, outside[key], outside["target.start"])
+
+
+def _reach(key: str, path: str) -> bool:
+    try:
+        return storage.exists(path)
+    except OSError as error:
+        raise UserError(f"{key}: {path} cannot be reached ({error}); check the address and your credentials") from error
+
+
+def _require_file(key: str, directory: str, name: str, why: str) -> None:
+    if not _reach(key, directory):
+        raise UserError(f"{key}: {directory} does not exist; {why}")
+    if not storage.exists(storage.join(directory, name)):
+        raise UserError(f"{key}: {directory} has no {name}; {why}")
+
+
+def _require_datasets(key: str) -> None:
+    if importlib.util.find_spec("datasets") is None:
+        raise UserError(f"{key} is a hub data set, which needs the package `datasets`; pip install datasets")
+
+
+def _same_vocabulary(key: str, other: str, target: str) -> None:
+    sizes = [storage.read_json(storage.join(path, "config.json")).get("vocab_size") for path in (other, target)]
+    remedy = f"{key} must be a checkpoint with the target's tokenizer"
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"{key} {other} has a vocabulary of {sizes[0]} tokens, target.start {target} one of {sizes[1]}; {remedy}"
+        )
+    words = [_words(path) for path in (other, target)]
+    if None not in words and words[0] != words[1]:
+        raise UserError(f"{key} {other} and target.start {target} number their tokens apart; {remedy}")
+
+
+def _words(checkpoint: str) -> Any:
+    """The token -> id mapping of tokenizer.json; None where the tokenizer has another form."""
+    path = storage.join(checkpoint, "tokenizer.json")
+    return json.loads(storage.read_bytes(path)).get("model", {}).get("vocab") if storage.exists(path) else None
