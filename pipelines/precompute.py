@@ -31,8 +31,8 @@ from pipelines.signals.plan import plan_shards
 from rcd_core.errors import UserError
 from rcd_core.io import storage
 from rcd_core.training.data.examples import Chunks
+from rcd_core.training.data.signal_cache import damage, noise_record
 from rcd_core.training.data.signal_format import SCHEMA_VERSION
-from rcd_core.training.data.signal_rows import damage, noise_record
 
 
 def run(ctx: StageContext) -> dict[str, Any]:

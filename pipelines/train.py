@@ -29,8 +29,8 @@ from rcd_core.io import storage
 from rcd_core.noise import hash_key
 from rcd_core.residual import ResidualSettings
 from rcd_core.training.data.examples import Chunks
+from rcd_core.training.data.signal_cache import noise_record, require_match
 from rcd_core.training.data.signal_format import SCHEMA_VERSION
-from rcd_core.training.data.signal_rows import noise_record, require_match
 
 RESIZE_EVERY_S = 60.0  # an elastic run looks so often whether there is room for more workers
 

@@ -15,7 +15,7 @@ from rcd_core.errors import UserError
 from rcd_core.io import storage
 from rcd_core.noise import NoiseSettings
 from rcd_core.tasks import Problem, check_gradable, get_task
-from rcd_core.training.data.signal_rule import SignalRule
+from rcd_core.training.settings import SignalRule
 
 _FIRST_SYNTHETIC = 1 << 40  # of the training split, far beyond what any training makes
 

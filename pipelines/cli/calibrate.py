@@ -26,7 +26,7 @@ from rcd_core.io import storage
 from rcd_core.noise import NoiseSettings
 from rcd_core.tasks import Problem, get_task
 from rcd_core.tasks.rows import check_columns, read_rows
-from rcd_core.training.data.signal_rule import SignalRule
+from rcd_core.training.settings import SignalRule
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,8 +15,7 @@ from rcd_core.families.config import ModelConfig
 from rcd_core.io import storage
 from rcd_core.noise import NoiseSettings
 from rcd_core.residual import ResidualSettings
-from rcd_core.training.data.signal_rule import SignalRule
-from rcd_core.training.settings import TrainSettings
+from rcd_core.training.settings import SignalRule, TrainSettings
 
 # A checkpoint (path, URI or hub id) or the sizes of a model to make. The tags keep pydantic's complaints to one line.
 ModelSource = Annotated[

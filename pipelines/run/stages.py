@@ -16,7 +16,7 @@ from pipelines.run.directory import Stage
 from rcd_core.families.config import ModelConfig
 from rcd_core.io import storage
 from rcd_core.residual import ResidualSettings
-from rcd_core.training.data.signal_rule import SignalRule
+from rcd_core.training.settings import SignalRule
 
 _TRAINING = ("block_length", "noise", "seed")
 

@@ -16,7 +16,7 @@ from rcd_core.calibration.distance import entropy_histogram
 from rcd_core.io import storage
 from rcd_core.noise import NoiseSettings
 from rcd_core.training.data.examples import Chunks
-from rcd_core.training.data.signal_rule import SignalRule
+from rcd_core.training.settings import SignalRule
 
 _BAD = ("example_id", "draw", "reason")
 
@@ -63,8 +63,7 @@ class SignalActor:
         import torch
 
         from rcd_core.families.loading import checkpoint_directory, load_model
-        from rcd_core.training.data.examples import Limits
-        from rcd_core.training.data.rows import ExampleSource
+        from rcd_core.training.data.examples import ExampleSource, Limits
 
         self.job = job
         device = "cuda" if torch.cuda.is_available() else "cpu"

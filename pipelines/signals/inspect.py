@@ -17,7 +17,7 @@ from rcd_core.evaluation.signal_fidelity import Report, Rule, kinds_up_to, measu
 from rcd_core.io import storage
 from rcd_core.signals import ReferenceSignals
 from rcd_core.training.data.batches import collate
-from rcd_core.training.data.signal_rows import SignalSource, require_match
+from rcd_core.training.data.signal_cache import SignalSource, require_match
 from rcd_core.training.objective import TrainingBatch
 
 ENTRY_COLUMNS = ("topk_ids", "topk_logprobs", "num_kept")

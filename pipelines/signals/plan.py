@@ -16,8 +16,7 @@ import numpy as np
 
 from pipelines.recipe.model import Recipe
 from rcd_core.noise import NoiseSettings
-from rcd_core.training.data.row_order import Integers, RowOrder
-from rcd_core.training.data.rows import Row
+from rcd_core.training.data.rows import Integers, Row, RowOrder
 
 MB = 1_000_000
 GROUP_BATCHES = 8  # batches' worth of tokens in a group: enough rows to sort by length, little enough to hold

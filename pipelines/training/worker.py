@@ -14,11 +14,10 @@ from rcd_core.families.config import ModelConfig
 from rcd_core.io import storage
 from rcd_core.noise import NoiseSettings, hash_key
 from rcd_core.residual import ResidualSettings
-from rcd_core.training.data.examples import Chunks, Limits
-from rcd_core.training.data.rows import ExampleSource, Row, RowSource
-from rcd_core.training.data.signal_rows import SignalSource, require_match
-from rcd_core.training.data.signal_rule import SignalRule
-from rcd_core.training.settings import TrainSettings
+from rcd_core.training.data.examples import Chunks, ExampleSource, Limits
+from rcd_core.training.data.rows import Row, RowSource
+from rcd_core.training.data.signal_cache import SignalSource, require_match
+from rcd_core.training.settings import SignalRule, TrainSettings
 
 SEED_BITS = (1 << 31) - 1
 

@@ -46,7 +46,7 @@ from rcd_core.families.base import DiffusionModel
 from rcd_core.noise import NoiseSettings
 from rcd_core.signals import DenseSignals, Signals
 from rcd_core.text.encoding import Encoder
-from rcd_core.training.data.signal_rule import SignalRule
+from rcd_core.training.settings import SignalRule
 
 HISTOGRAM_BINS = 25
 _BATCH = 256  # requests decoded together

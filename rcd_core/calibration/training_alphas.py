@@ -24,8 +24,8 @@ from rcd_core.tasks.rows import BadRow
 from rcd_core.text.encoding import Encoder, PromptExample, TrainExample, content_id
 from rcd_core.training.data.batches import collate
 from rcd_core.training.data.rows import Row
-from rcd_core.training.data.signal_rule import SignalRule
 from rcd_core.training.objective import IGNORED, masked_blocks, masked_hidden
+from rcd_core.training.settings import SignalRule
 
 _BATCH_ROWS = 32
 

@@ -25,11 +25,10 @@ from rcd_core.residual import ResidualSettings
 from rcd_core.signals import ReferenceSignals
 from rcd_core.training.data.batches import BatchMaker, MicroBatch, prefetched
 from rcd_core.training.data.rows import RowSource
-from rcd_core.training.data.signal_rule import SignalRule
 from rcd_core.training.loss_module import LossModule
 from rcd_core.training.meter import Meter
 from rcd_core.training.objective import TrainingBatch, masked_hidden, normalizer
-from rcd_core.training.settings import TrainSettings
+from rcd_core.training.settings import SignalRule, TrainSettings
 from rcd_core.training.strategies import Strategy, make_strategy, read_progress, write_progress
 
 DEFAULT_RULE = SignalRule()

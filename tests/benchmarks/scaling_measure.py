@@ -26,8 +26,8 @@ from pipelines.signals import files as signal_files
 from rcd_core.io import storage
 from rcd_core.signals import ReferenceSignals
 from rcd_core.training.data.rows import Row
+from rcd_core.training.data.signal_cache import _Shard
 from rcd_core.training.data.signal_format import SignalGroup, encode
-from rcd_core.training.data.signal_rows import _Shard
 from tests.benchmarks.probe import header
 
 VOCAB, TOP_K, LENGTH, ROWS = 151_936, 32, 4096, 32

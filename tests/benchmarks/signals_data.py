@@ -26,10 +26,9 @@ from rcd_core.tasks import Task, get_task
 from rcd_core.tasks.rows import BadRow, read_rows
 from rcd_core.text.encoding import Encoder, content_id
 from rcd_core.text.tokenizer import mask_token_id, stop_token_ids, train_tokenizer
-from rcd_core.training.data.rows import ExampleSource
-from rcd_core.training.data.signal_rule import SignalRule
+from rcd_core.training.data.examples import ExampleSource
 from rcd_core.training.loop import Callbacks, train
-from rcd_core.training.settings import TrainSettings
+from rcd_core.training.settings import SignalRule, TrainSettings
 
 ROWS_PER_GROUP = 1024
 NEAR_DENSE = 256  # entries kept while the benchmark's own targets are trained, so that no smaller k is favoured

@@ -13,7 +13,7 @@ from rcd_core.families.base import DiffusionModel
 from rcd_core.families.loading import load_model
 from rcd_core.signals import DenseSignals, ReferenceSignals
 from rcd_core.training.data.batches import collate
-from rcd_core.training.data.rows import ExampleSource
+from rcd_core.training.data.examples import ExampleSource
 from rcd_core.training.objective import TrainingBatch, masked_hidden, training_loss
 from tests.benchmarks.signals_data import Workload
 

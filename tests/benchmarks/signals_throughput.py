@@ -31,8 +31,8 @@ from pipelines.signals.plan import groups, plan_batches
 from rcd_core.io import storage
 from rcd_core.training.data.batches import collate
 from rcd_core.training.data.examples import Chunks
-from rcd_core.training.data.signal_rule import SignalRule
 from rcd_core.training.objective import masked_hidden
+from rcd_core.training.settings import SignalRule
 from tests.benchmarks.signals_data import Workload
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from rcd_core.errors import UserError
-from rcd_core.training.data.rows import ExampleSource
+from rcd_core.training.data.examples import ExampleSource
 from tests.benchmarks.evidence.plan import Plan, load_plan
 from tests.benchmarks.evidence.report import report
 from tests.benchmarks.evidence.run import Runner, cells

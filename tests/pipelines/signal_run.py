@@ -18,7 +18,7 @@ from pipelines.recipe.load import parse_recipe
 from pipelines.recipe.model import Recipe
 from pipelines.run.directory import RunDirectory, StageContext, material_of
 from pipelines.run.stages import stages_of
-from rcd_core.training.data.rows import ExampleSource
+from rcd_core.training.data.examples import ExampleSource
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BLOCK = 4

@@ -25,10 +25,9 @@ from rcd_core.errors import UserError
 from rcd_core.families.loading import load_model
 from rcd_core.io import storage
 from rcd_core.residual import ResidualSettings
-from rcd_core.training.data.examples import Chunks
-from rcd_core.training.data.row_order import RowOrder
-from rcd_core.training.data.rows import ExampleSource, Row
-from rcd_core.training.data.signal_rows import SignalSource
+from rcd_core.training.data.examples import Chunks, ExampleSource
+from rcd_core.training.data.rows import Row, RowOrder
+from rcd_core.training.data.signal_cache import SignalSource
 from rcd_core.training.loop import Callbacks, train
 from rcd_core.training.settings import TrainSettings
 from tests.fault_table import FaultTable

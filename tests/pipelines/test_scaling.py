@@ -21,8 +21,8 @@ from pipelines.signals.costs import Volume, column_bytes
 from pipelines.signals.plan import groups
 from rcd_core.decoding.cache import Slots, bytes_per_position
 from rcd_core.io import storage
+from rcd_core.training.data.signal_cache import SignalSource
 from rcd_core.training.data.signal_format import SCHEMA_VERSION
-from rcd_core.training.data.signal_rows import SignalSource
 from tests.benchmarks import scaling, scaling_costs
 from tests.benchmarks.scaling_costs import Assumptions, Cache
 from tests.benchmarks.scaling_figures import MEASURED

@@ -43,7 +43,7 @@ from pipelines.training.worker import start_model, validation
 from rcd_core import load_model
 from rcd_core.errors import UserError
 from rcd_core.training.data.batches import collate_packed
-from rcd_core.training.data.rows import ExampleSource
+from rcd_core.training.data.examples import ExampleSource
 from rcd_core.training.loop import Callbacks, reference_signals, train
 from tests.fault_table import FaultTable
 

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from rcd_core.errors import UserError
 from rcd_core.io import storage
+from rcd_core.noise import NoiseSettings, mask_examples
+from rcd_core.training.data.rows import Row, RowOrder
 from rcd_core.training.objective import IGNORED
 
 COLUMNS = ["example_id", "input_ids", "labels"]
@@ -183,3 +185,39 @@ class _opened:  # noqa: N801 - used as a function
 
     def _explained(self, error: BaseException) -> UserError:
         return UserError(f"examples {self.path} cannot be read ({error}); run full.py --redo prepare")
+
+
+class ExampleSource:
+    """Prepared examples (Parquet, in the manifest's order) with noise drawn by hash; holds two chunks of them.
+
+    chunks: where the files' row groups lie, from their footers if not given. limits: what the model can take; with
+    them an example that cannot be used becomes a row with a reason, without them it raises UserError.
+    """
+
+    def __init__(
+        self, files: Sequence[str], noise: NoiseSettings, chunks: Chunks | None = None, limits: Limits | None = None
+    ) -> None:
+        chunks = chunks or Chunks.of_files(files)
+        self.order = RowOrder(chunks.rows, noise)
+        self.limits = limits
+        self._reader = ChunkReader(files, chunks, limits)
+        self._masks: dict[tuple[int, int], tuple[NDArray[np.bool_], NDArray[np.float64]]] = {}
+
+    def row(self, index: int) -> Row:
+        number, place, draw = self.order.locate(index)
+        chunk = self._reader.chunk(number)
+        example_id, reason = chunk.example_ids[place], chunk.reasons[place]
+        if reason:
+            if self.limits is None:
+                raise UserError(f"example {example_id!r} cannot be trained on: {reason}; remove it or mend it")
+            return Row.bad(index, example_id, draw, reason)
+        if (number, draw) not in self._masks:
+            if len(self._masks) > 1:
+                self._masks.pop(next(iter(self._masks)))
+            maskable = chunk.labels.values != IGNORED
+            found = mask_examples(maskable, chunk.labels.offsets, chunk.example_ids, draw, self.order.noise)
+            self._masks[number, draw] = found
+        masked, p = self._masks[number, draw]
+        input_ids, labels = (lists[place].astype(np.int64) for lists in (chunk.input_ids, chunk.labels))
+        part = slice(chunk.labels.offsets[place], chunk.labels.offsets[place + 1])
+        return Row(index, example_id, draw, input_ids, labels, masked[part], p[part])

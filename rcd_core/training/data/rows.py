@@ -16,12 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rcd_core.errors import UserError
-from rcd_core.noise import NoiseSettings
+from rcd_core.noise import NoiseSettings, hash_key, splitmix64
 from rcd_core.signals import ReferenceSignals
-from rcd_core.training.data.chunk_noise import mask_examples
-from rcd_core.training.data.examples import ChunkReader, Chunks, Limits
-from rcd_core.training.data.row_order import RowOrder
-from rcd_core.training.objective import IGNORED
+
+Integers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -50,37 +48,39 @@ class RowSource(Protocol):
     def row(self, index: int) -> Row: ...
 
 
-class ExampleSource:
-    """Prepared examples (Parquet, in the manifest's order) with noise drawn by hash; holds two chunks of them.
+class RowOrder:
+    """chunk_rows: examples in each chunk, in the order of the files."""
 
-    chunks: where the files' row groups lie, from their footers if not given. limits: what the model can take; with
-    them an example that cannot be used becomes a row with a reason, without them it raises UserError.
-    """
+    def __init__(self, chunk_rows: Sequence[int] | Integers, noise: NoiseSettings) -> None:
+        self.chunk_rows: Integers = np.asarray(chunk_rows, dtype=np.int64)
+        self.noise = noise
+        self.num_examples = int(self.chunk_rows.sum())
+        if not self.num_examples:
+            raise UserError("there are no training examples; look at what the stage `prepare` has left out")
+        self._draw: tuple[int, Integers, Integers] | None = None
+        self._here = range(0), 0, 0, np.zeros(0, dtype=np.int64)
 
-    def __init__(
-        self, files: Sequence[str], noise: NoiseSettings, chunks: Chunks | None = None, limits: Limits | None = None
-    ) -> None:
-        chunks = chunks or Chunks.of_files(files)
-        self.order = RowOrder(chunks.rows, noise)
-        self.limits = limits
-        self._reader = ChunkReader(files, chunks, limits)
-        self._masks: dict[tuple[int, int], tuple[NDArray[np.bool_], NDArray[np.float64]]] = {}
+    def chunks(self, draw: int) -> tuple[Integers, Integers]:
+        """(C,) chunks in the order of a draw and (C + 1,) the place in the epoch at which each of them starts."""
+        if self._draw is None or self._draw[0] != draw:
+            order = _shuffled(len(self.chunk_rows), hash_key("chunks", self.noise.seed, draw))
+            self._draw = (draw, order, np.concatenate([[0], np.cumsum(self.chunk_rows[order])]))
+        return self._draw[1:]
 
-    def row(self, index: int) -> Row:
-        number, place, draw = self.order.locate(index)
-        chunk = self._reader.chunk(number)
-        example_id, reason = chunk.example_ids[place], chunk.reasons[place]
-        if reason:
-            if self.limits is None:
-                raise UserError(f"example {example_id!r} cannot be trained on: {reason}; remove it or mend it")
-            return Row.bad(index, example_id, draw, reason)
-        if (number, draw) not in self._masks:
-            if len(self._masks) > 1:
-                self._masks.pop(next(iter(self._masks)))
-            maskable = chunk.labels.values != IGNORED
-            found = mask_examples(maskable, chunk.labels.offsets, chunk.example_ids, draw, self.order.noise)
-            self._masks[number, draw] = found
-        masked, p = self._masks[number, draw]
-        input_ids, labels = (lists[place].astype(np.int64) for lists in (chunk.input_ids, chunk.labels))
-        part = slice(chunk.labels.offsets[place], chunk.labels.offsets[place + 1])
-        return Row(index, example_id, draw, input_ids, labels, masked[part], p[part])
+    def locate(self, index: int) -> tuple[int, int, int]:
+        """(chunk, example in the chunk, draw) of row `index`."""
+        rows, chunk, draw, inside = self._here
+        if index not in rows:  # the next row is mostly in the same chunk
+            epoch, place = divmod(index, self.num_examples)
+            draw = epoch % self.noise.draws
+            order, starts = self.chunks(draw)
+            nth = int(np.searchsorted(starts, place, side="right")) - 1
+            chunk, first = int(order[nth]), index - place + int(starts[nth])
+            rows = range(first, first + int(self.chunk_rows[chunk]))
+            inside = _shuffled(len(rows), hash_key("examples", self.noise.seed, draw, chunk))
+            self._here = rows, chunk, draw, inside
+        return chunk, int(inside[index - rows.start]), draw
+
+
+def _shuffled(count: int, key: int) -> Integers:
+    return np.argsort(splitmix64(np.arange(count, dtype=np.uint64) ^ np.uint64(key)), kind="stable")

@@ -13,13 +13,11 @@ import numpy as np
 from rcd_core.families.base import CheckpointInfo, DiffusionModel
 from rcd_core.families.config import ModelConfig
 from rcd_core.families.loading import new_model
-from rcd_core.noise import NoiseSettings, hash_key
+from rcd_core.noise import NoiseSettings, hash_key, mask_examples
 from rcd_core.tasks import get_task
 from rcd_core.text.encoding import Encoder, PromptExample, content_id
 from rcd_core.text.tokenizer import mask_token_id, stop_token_ids, train_tokenizer
-from rcd_core.training.data.chunk_noise import mask_examples
-from rcd_core.training.data.row_order import RowOrder
-from rcd_core.training.data.rows import Row
+from rcd_core.training.data.rows import Row, RowOrder
 from rcd_core.training.objective import IGNORED
 from tests.benchmarks.evidence.plan import Experiment
 

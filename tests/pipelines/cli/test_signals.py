@@ -25,7 +25,7 @@ from rcd_core.families.loading import load_model, new_model
 from rcd_core.noise import NoiseSettings
 from rcd_core.training.data.examples import Chunks
 from rcd_core.training.data.signal_format import SCHEMA_VERSION
-from rcd_core.training.data.signal_rule import SignalRule
+from rcd_core.training.settings import SignalRule
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 REFERENCE, TARGET = str(GOLDEN / "rcd" / "sdar_ref_tiny"), str(GOLDEN / "sdar_tiny")

@@ -18,7 +18,8 @@ from rcd_core import UserError, load_model
 from rcd_core.noise import NoiseSettings
 from rcd_core.residual import ResidualSettings
 from rcd_core.training.data.batches import collate
-from rcd_core.training.data.rows import ExampleSource, Row
+from rcd_core.training.data.examples import ExampleSource
+from rcd_core.training.data.rows import Row
 from rcd_core.training.loop import Callbacks, learning_rate, reference_signals, train
 from rcd_core.training.settings import TrainSettings
 

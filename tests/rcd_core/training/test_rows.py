@@ -16,15 +16,13 @@ import pytest
 import torch
 
 from rcd_core import UserError, load_model
-from rcd_core.noise import NoiseSettings, hash_key, mask_example, uniforms
+from rcd_core.noise import NoiseSettings, hash_key, mask_example, mask_examples, uniforms
 from rcd_core.signals import ReferenceSignals
 from rcd_core.training.data.batches import collate
-from rcd_core.training.data.chunk_noise import mask_examples
-from rcd_core.training.data.examples import ChunkReader, Chunks, Limits
-from rcd_core.training.data.row_order import RowOrder
-from rcd_core.training.data.rows import ExampleSource, Row
+from rcd_core.training.data.examples import ChunkReader, Chunks, ExampleSource, Limits
+from rcd_core.training.data.rows import Row, RowOrder
+from rcd_core.training.data.signal_cache import SignalSource, noise_record, require_match
 from rcd_core.training.data.signal_format import SCHEMA_VERSION, SignalGroup, encode, parquet_options, schema
-from rcd_core.training.data.signal_rows import SignalSource, noise_record, require_match
 from rcd_core.training.loop import reference_signals
 from rcd_core.training.objective import loss_sum, normalizer
 
