@@ -10,7 +10,8 @@ from tests.cluster.files import CLUSTER, commands, fenced
 from tests.cluster.parsers import problem
 from tests.conftest import ROOT
 
-DOCUMENTS = [ROOT / "README.md", *sorted(CLUSTER.rglob("*.md")), ROOT / "tests" / "benchmarks" / "README.md"]
+FOLDERS = [CLUSTER, ROOT / "pipelines", ROOT / "rcd_core", ROOT / "tests"]
+DOCUMENTS = [ROOT / "README.md", *(path for folder in FOLDERS for path in sorted(folder.rglob("*.md")))]
 COMMENTED = [*sorted(CLUSTER.rglob("*.yaml")), CLUSTER / "Dockerfile"]
 
 

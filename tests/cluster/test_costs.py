@@ -1,4 +1,4 @@
-"""The table of GPU hours in cluster/README.md is what the plans say."""
+"""The planned figures in cluster/README.md are those that the planners print."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 import pytest
 
 from pipelines.cli import main as cli
+from tests.benchmarks.scaling import Assumptions
+from tests.benchmarks.scaling import table as scaling_table
 from tests.cluster.files import CLUSTER
 
 TARGET = "hidden_size: 4096, num_layers: 36, num_heads: 32, intermediate_size: 12288"
@@ -49,3 +51,7 @@ def test_hours_and_fewest_gpus(
     assert rows["baseline"][:3] == rows["target"][:3]
     for stage, count in zip(("reference", "target"), fewest, strict=True):
         assert f"{count} {device}" in rows[stage][3].split(", ")
+
+
+def test_limits_of_scale() -> None:
+    assert scaling_table(Assumptions()) in (CLUSTER / "README.md").read_text()
