@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
 
-from tests.cluster.files import CLUSTER, LAUNCHED, changed, launcher
+from tests.cluster.files import LAUNCHED, changed, launcher
 from tests.cluster.launcher import problems
 
 
@@ -55,15 +54,3 @@ def test_the_same_group_on_demand_is_the_one_to_fall_back_to(name: str) -> None:
     market = {"aws": "InstanceMarketOptions", "gcp": "scheduling"}[name]
     rest = [{k: v for k, v in group["node_config"].items() if k != market} for group in (spot, on_demand)]
     assert rest[0] == rest[1] and spot["node_config"][market] != on_demand["node_config"].get(market)
-
-
-@pytest.mark.parametrize("name", LAUNCHED)
-def test_every_key_is_explained(name: str) -> None:
-    """Once in the file, behind the key or above it. What stands in braces, and keys of keys, go with their line."""
-    explained, keys, above = set(), set(), ""
-    for line in (CLUSTER / f"{name}.yaml").read_text().splitlines():
-        if key := re.match(r" *(?:- )?([\w~/.]+):", line):
-            keys |= {key[1]} if not line.rstrip().endswith(":") else set()
-            explained |= {key[1]} if " # " in line or above.strip().startswith("#") else set()
-        above = line
-    assert keys - explained <= {"head_setup_commands", "worker_setup_commands"}
