@@ -17,9 +17,8 @@ from typing import Any
 from rich.console import Console
 
 from pipelines.chat_client import ChatClient
-from pipelines.cli.live_view import printable
+from pipelines.cli.live_view import TraceCanvas, printable, trace_view
 from pipelines.cli.terminal import INTERRUPTED, converse, read_stdin, refuse_in_one_line, statistics_line, turn
-from pipelines.cli.trace_view import TraceCanvas, trace_view
 from pipelines.evaluation.decode_flags import add_decode_flags, add_flag, errors_as_flags, given_settings
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.errors import UserError

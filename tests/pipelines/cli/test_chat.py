@@ -18,8 +18,7 @@ from starlette.routing import Route
 
 from pipelines.chat_client import ChatClient, server_sent_events
 from pipelines.cli import main as cli
-from pipelines.cli.live_view import printable
-from pipelines.cli.trace_view import TraceCanvas
+from pipelines.cli.live_view import TraceCanvas, printable
 from rcd_core import Decoder
 from rcd_core.decoding.engine import Engine
 from rcd_core.tasks.base import MASK_TEXT
