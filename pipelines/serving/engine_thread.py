@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipelines.serving.http.bodies import DecodeEvent, DecodeRequest, Overloaded
+from pipelines.serving.backend import DecodeEvent, DecodeRequest, Overloaded
 from pipelines.serving.request_text import Answer, RequestText
 from rcd_core.decoding.engine import Engine
 from rcd_core.decoding.reference import AsyncReference, Reference

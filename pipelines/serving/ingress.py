@@ -9,7 +9,8 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from pipelines.serving.http.app import ServedModel, create_app
+from pipelines.serving.backend import ServedModel
+from pipelines.serving.http.app import create_app
 from pipelines.serving.http.guard import ApiLimits
 from pipelines.serving.remote_model import RemoteModel
 from rcd_core.decode_settings import DecodeSettings

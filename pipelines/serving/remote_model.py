@@ -19,8 +19,7 @@ from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RaySys
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from pipelines.serving.engine_thread import Batch, EngineGone
-from pipelines.serving.http.bodies import (
+from pipelines.serving.backend import (
     DecodeEvent,
     DecodeRequest,
     Finished,
@@ -29,6 +28,7 @@ from pipelines.serving.http.bodies import (
     TraceStep,
     Unavailable,
 )
+from pipelines.serving.engine_thread import Batch, EngineGone
 from pipelines.serving.replicas import FirstBatch, Refusal
 from rcd_core.decoding.request import NUM_SEED_BITS
 

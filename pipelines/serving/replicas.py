@@ -19,8 +19,8 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from pipelines.serving.backend import DecodeRequest, Overloaded
 from pipelines.serving.engine_thread import Batch, EngineThread
-from pipelines.serving.http.bodies import DecodeRequest, Overloaded
 from pipelines.serving.ray_metrics import keep_telling
 from pipelines.serving.weights_id import weights_id
 from rcd_core import LocalReference, ReferenceSignals, UserError, WarmStart, load_model

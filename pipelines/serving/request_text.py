@@ -9,7 +9,7 @@ from collections.abc import Sequence as Many
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
-from pipelines.serving.http.bodies import DecodeEvent, DecodeRequest, DecodeResult, Finished, TextDelta, TraceStep
+from pipelines.serving.backend import DecodeEvent, DecodeRequest, DecodeResult, Finished, TextDelta, TraceStep
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.decoding.request import make_sequence
 from rcd_core.decoding.sequence import Sequence

@@ -32,8 +32,8 @@ from ray import serve as ray_serve  # noqa: E402
 
 from pipelines import serve  # noqa: E402
 from pipelines.run.directory import StageContext  # noqa: E402
+from pipelines.serving.backend import DecodeRequest, Finished, TextDelta  # noqa: E402
 from pipelines.serving.engine_thread import EngineThread  # noqa: E402
-from pipelines.serving.http.bodies import DecodeRequest, Finished, TextDelta  # noqa: E402
 from rcd_core import DecodeSettings, load_model  # noqa: E402
 from tests.benchmarks import serving_floor  # noqa: E402
 from tests.benchmarks.probe import header, idle_probe  # noqa: E402

@@ -14,9 +14,9 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.responses import StreamingResponse
 
+from pipelines.serving.backend import DecodeRequest, TextDelta
 from pipelines.serving.engine_thread import EngineThread
 from pipelines.serving.graph import LEAN, LEAN_INGRESS
-from pipelines.serving.http.bodies import DecodeRequest, TextDelta
 from rcd_core import load_model
 from rcd_core.text.tokenizer import load_tokenizer
 

@@ -9,15 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from pipelines.serving.http.bodies import (
-    ChatRequest,
-    DecodeEvent,
-    DecodeResult,
-    Finished,
-    Request,
-    TextDelta,
-    TraceDetail,
-)
+from pipelines.serving.backend import DecodeEvent, DecodeResult, Finished, TextDelta
+from pipelines.serving.http.bodies import ChatRequest, Request, TraceDetail
 
 # -- the bodies, as /openapi.json tells them --------------------------------------------------------------------------
 

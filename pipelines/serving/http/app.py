@@ -12,7 +12,6 @@ import asyncio
 from collections import deque
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Security
@@ -21,15 +20,15 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.security import HTTPBearer
 from starlette.responses import PlainTextResponse, Response
 
+from pipelines.serving.backend import ServedModel
 from pipelines.serving.http.answers import Answer, ChatCompletion, Completion, ModelCard, ModelList, Status
-from pipelines.serving.http.bodies import Backend, ChatRequest, CompletionRequest
+from pipelines.serving.http.bodies import ChatRequest, CompletionRequest
 from pipelines.serving.http.errors import ApiError, ErrorBody, shape_errors
 from pipelines.serving.http.guard import ApiLimits, Guard, api_keys
 from pipelines.serving.http.interleave import Interleaved
 from pipelines.serving.http.metrics import ApiMetrics
 from pipelines.serving.http.playground import add_playground
 from pipelines.serving.http.sse import EventStream, frames, while_connected
-from rcd_core.decode_settings import DecodeSettings
 from rcd_core.errors import UserError
 
 READY_TIMEOUT_S = 5.0
@@ -49,15 +48,6 @@ _REASONS = {
     503: "The model is not available",
     504: "The deadline is over",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServedModel:
-    """A model by the name that requests give, and its settings where they give none."""
-
-    backend: Backend
-    defaults: DecodeSettings
-    created: int
 
 
 def create_app(

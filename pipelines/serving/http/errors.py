@@ -18,16 +18,15 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from pipelines.recipe.files import suggestion
+from pipelines.serving.backend import Overloaded, Unavailable
 from pipelines.serving.http.bodies import (
     MAX_STOPS,
     ChatRequest,
     CompletionRequest,
     Message,
-    Overloaded,
     Request,
     StreamOptions,
     TextPart,
-    Unavailable,
 )
 from pipelines.serving.http.sse import ClientGone
 from rcd_core.errors import UserError

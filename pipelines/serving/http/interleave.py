@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
-from pipelines.serving.http.bodies import DecodeEvent, Finished
+from pipelines.serving.backend import DecodeEvent, Finished
 
 
 class Interleaved:

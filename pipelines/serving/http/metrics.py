@@ -12,8 +12,8 @@ from prometheus_client.metrics_core import CounterMetricFamily, Metric, UntypedM
 from prometheus_client.registry import Collector
 from starlette.types import Scope
 
+from pipelines.serving.backend import Backend
 from pipelines.serving.http.answers import Answer
-from pipelines.serving.http.bodies import Backend
 from pipelines.serving.http.errors import api_error
 from pipelines.serving.metric_names import is_counter, meaning, metric_name
 

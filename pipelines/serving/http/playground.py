@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
-if TYPE_CHECKING:
-    from pipelines.serving.http.app import ServedModel
+from pipelines.serving.backend import ServedModel
 
 FILES = Path(__file__).with_name("static")
 BASELINE = "-baseline"  # ends the id of the model that is deployed for comparison

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from pipelines.serving.backend import DecodeEvent
 from pipelines.serving.http.answers import Answer
-from pipelines.serving.http.bodies import DecodeEvent
 from pipelines.serving.http.interleave import Interleaved
 
 PING = b": ping\n\n"

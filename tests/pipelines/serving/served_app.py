@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import uvicorn
 
+from pipelines.serving.backend import ServedModel
 from pipelines.serving.engine_thread import EngineThread
-from pipelines.serving.http.app import ServedModel, create_app
+from pipelines.serving.http.app import create_app
 from pipelines.serving.http.guard import ApiLimits
 from rcd_core import Decoder, DecodeSettings, LocalReference, ModelConfig, new_model
 from rcd_core.families.base import CheckpointInfo, DiffusionModel

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from pipelines.serving.backend import DecodeRequest, DecodeResult, Finished, Overloaded, TextDelta, TraceStep
 from pipelines.serving.engine_thread import EngineFailed, EngineGone, EngineThread
-from pipelines.serving.http.bodies import DecodeRequest, DecodeResult, Finished, Overloaded, TextDelta, TraceStep
 from rcd_core import Decoder, DecodeSettings, LocalReference, UserError, load_model
 from rcd_core.text.tokenizer import train_tokenizer
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError
 
+from pipelines.serving.backend import DecodeEvent, DecodeRequest, Finished, TextDelta, TraceStep, Unavailable
 from pipelines.serving.engine_thread import EngineThread
-from pipelines.serving.http.bodies import DecodeEvent, DecodeRequest, Finished, TextDelta, TraceStep, Unavailable
 from pipelines.serving.remote_model import RemoteModel
 from pipelines.serving.replicas import Target
 from pipelines.serving.weights_id import weights_id

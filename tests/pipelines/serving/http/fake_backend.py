@@ -8,17 +8,18 @@ from dataclasses import asdict, replace
 
 from fastapi.testclient import TestClient
 
-from pipelines.serving.http.app import ServedModel, create_app
-from pipelines.serving.http.bodies import (
+from pipelines.serving.backend import (
     DecodeEvent,
     DecodeRequest,
     DecodeResult,
     Finished,
     Overloaded,
+    ServedModel,
     TextDelta,
     TraceStep,
     Unavailable,
 )
+from pipelines.serving.http.app import create_app
 from pipelines.serving.http.guard import ApiLimits
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.errors import UserError

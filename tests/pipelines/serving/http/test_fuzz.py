@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
-from pipelines.serving.http.app import ServedModel, create_app
+from pipelines.serving.backend import ServedModel
+from pipelines.serving.http.app import create_app
 from pipelines.serving.http.bodies import ChatRequest, CompletionRequest
 from pipelines.serving.http.guard import ApiLimits
 from rcd_core.decode_settings import DecodeSettings

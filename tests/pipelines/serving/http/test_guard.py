@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from pipelines.serving.http.app import ServedModel, create_app
-from pipelines.serving.http.bodies import Overloaded
+from pipelines.serving.backend import Overloaded, ServedModel
+from pipelines.serving.http.app import create_app
 from pipelines.serving.http.guard import ApiLimits, api_keys
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.errors import UserError

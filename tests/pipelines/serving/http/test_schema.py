@@ -22,7 +22,8 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
-from pipelines.serving.http.app import ServedModel, create_app
+from pipelines.serving.backend import ServedModel
+from pipelines.serving.http.app import create_app
 from pipelines.serving.http.guard import ApiLimits
 from rcd_core.decode_settings import DecodeSettings
 from tests.pipelines.serving.http.fake_backend import Echo

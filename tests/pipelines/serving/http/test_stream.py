@@ -14,7 +14,8 @@ import openai
 import pytest
 import uvicorn
 
-from pipelines.serving.http.app import ServedModel, create_app
+from pipelines.serving.backend import ServedModel
+from pipelines.serving.http.app import create_app
 from pipelines.serving.http.guard import ApiLimits
 from rcd_core.decode_settings import DecodeSettings
 from tests.pipelines.serving.http.fake_backend import STEP, Echo
