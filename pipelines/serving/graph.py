@@ -22,14 +22,8 @@ from pipelines.serving.config_file import app_args
 from pipelines.serving.description import INGRESS, REFERENCE, DescribedModel, Description, Replicas, parse_description
 from pipelines.serving.http.guard import ApiLimits, api_keys
 from pipelines.serving.ingress import Ingress
-from pipelines.serving.replicas import (
-    MAX_LENGTH,
-    REFERENCE_SESSIONS,
-    REFERENCE_THREADS,
-    EngineLimits,
-    Reference,
-    Target,
-)
+from pipelines.serving.reference import REFERENCE_SESSIONS, REFERENCE_THREADS, Reference
+from pipelines.serving.target import MAX_LENGTH, EngineLimits, Target
 
 INGRESS_REQUESTS = 4096  # at once; it is the targets that refuse what is too much
 SPARE_REQUESTS = 32  # beyond those an engine takes: refusals on their way, statistics, /ready

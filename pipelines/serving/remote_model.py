@@ -29,7 +29,7 @@ from pipelines.serving.backend import (
     Unavailable,
 )
 from pipelines.serving.engine_thread import Batch, EngineGone
-from pipelines.serving.replicas import FirstBatch, Refusal
+from pipelines.serving.target import FirstBatch, Refusal
 from rcd_core.decoding.request import NUM_SEED_BITS
 
 MAX_TRIES = 3

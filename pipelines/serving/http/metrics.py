@@ -15,7 +15,7 @@ from starlette.types import Scope
 from pipelines.serving.backend import Backend
 from pipelines.serving.http.answers import Answer
 from pipelines.serving.http.errors import api_error
-from pipelines.serving.metric_names import is_counter, meaning, metric_name
+from pipelines.serving.metrics import is_counter, meaning, metric_name
 
 STATISTICS_TIMEOUT_S = 5.0
 _BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 600)

@@ -13,8 +13,7 @@ from ray.exceptions import ActorDiedError
 from pipelines.serving.backend import DecodeEvent, DecodeRequest, Finished, TextDelta, TraceStep, Unavailable
 from pipelines.serving.engine_thread import EngineThread
 from pipelines.serving.remote_model import RemoteModel
-from pipelines.serving.replicas import Target
-from pipelines.serving.weights_id import weights_id
+from pipelines.serving.target import Target, weights_id
 from rcd_core import Decoder
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.errors import UserError

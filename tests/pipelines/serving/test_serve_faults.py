@@ -20,7 +20,7 @@ from pipelines.run.directory import StageContext
 from rcd_core import Decoder, DecodeSettings, load_model
 from tests.fault_table import FaultTable
 from tests.pipelines.serving.serve_run import BLOCK, metrics, serve_context, tokenizer, until
-from tests.pipelines.serving.test_ray_metrics import of_ray
+from tests.pipelines.serving.test_metrics import of_ray
 
 pytestmark = [pytest.mark.drill, pytest.mark.timeout(600)]
 SLOWER = {"hidden_size": 128, "num_layers": 4, "intermediate_size": 256}  # so that answers take seconds

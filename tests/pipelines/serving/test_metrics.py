@@ -23,8 +23,7 @@ from ray.util import metrics as ray_metrics
 from pipelines import serve
 from pipelines.run.directory import StageContext
 from pipelines.serving import engine_thread
-from pipelines.serving.metric_names import meaning
-from pipelines.serving.ray_metrics import RayMetrics
+from pipelines.serving.metrics import RayMetrics, meaning
 from tests.pipelines.serving.serve_run import metrics, serve_context, until
 from tests.pipelines.serving.test_engine_thread import OK, collect, request, thread
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from ray.exceptions import ActorDiedError
 
-from pipelines.serving.replicas import RemoteReference
+from pipelines.serving.reference import RemoteReference
 from rcd_core import Decoder, DecodeSettings, LocalReference, WarmStart, load_model
 from tests.pipelines.serving.serve_run import until
 
