@@ -140,7 +140,7 @@ def _compute(ctx: StageContext, jobs: list[CalibrationJob], problems: list[Probl
     task = ray.remote(
         num_cpus=resources.cpus_per_worker,
         num_gpus=resources.gpus_per_worker,
-        resources=resources.custom_of("calibrate"),
+        resources=resources.custom_resources("calibrate"),
     )(calibrate_model)
     shared, todo = ray.put(problems), list(jobs)
     running: dict[Any, CalibrationJob] = {}

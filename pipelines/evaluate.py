@@ -213,7 +213,7 @@ def _decode(ctx: StageContext, plan: Plan) -> None:
             compute=ray.data.ActorPoolStrategy(size=min(resources.evaluate_actors, len(plan.work))),
             num_cpus=resources.cpus_per_worker,
             num_gpus=resources.gpus_per_worker,
-            resources=resources.custom_of("evaluate"),
+            resources=resources.custom_resources("evaluate"),
         )
         .iter_batches(batch_size=None, batch_format="pyarrow")
     )

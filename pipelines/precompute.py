@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from pipelines.ray_cluster.resources import describe_all
+from pipelines.ray_cluster.resources import describe_bundles
 from pipelines.ray_cluster.waiting import Waiting
 from pipelines.run.directory import StageContext
 from pipelines.signals import files as signal_files
@@ -110,12 +110,12 @@ def _compute(ctx: StageContext, job: SignalJob, shards: list[int]) -> Iterator[i
         compute=ActorPoolStrategy(min_size=1, max_size=actors, initial_size=actors, max_tasks_in_flight_per_actor=2),
         num_cpus=resources.cpus_per_worker,
         num_gpus=resources.gpus_per_worker,
-        resources=resources.custom_of("signals"),
+        resources=resources.custom_resources("signals"),
     )
     # Ray ends a job that moves no block for half an hour, which one shard of a slow model, or a node on its way, can
     # take. Ours to decide: the recipe says when to give up, and until then the waiting is announced.
     data.context.execution_no_progress_timeout_s = timeout_s or -1
-    pool = describe_all([resources.worker("signals")] * actors)
+    pool = describe_bundles([resources.worker_bundle("signals")] * actors)
     with Waiting(ctx.console, f"signals: waiting for a shard, of up to {pool},", len(shards)) as waiting:
         try:
             for row in data.iter_rows():

@@ -20,7 +20,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipelines.ray_cluster.resources import describe_all
+from pipelines.ray_cluster.resources import describe_bundles
 from pipelines.run.directory import StageContext
 from pipelines.training.metrics import Progress, read_metrics, write_events
 from pipelines.training.worker import SEED_BITS, TrainJob, train_worker
@@ -128,13 +128,13 @@ def _fit(ctx: StageContext, job: TrainJob) -> None:
     from pipelines.training.faults import Deadline, RetryLostWorkersOnly, attempt_s, explained
 
     resources = ctx.recipe.resources
-    wanted = describe_all([resources.worker(ctx.stage)] * resources.worker_counts[0])
+    wanted = describe_bundles([resources.worker_bundle(ctx.stage)] * resources.worker_counts[0])
     # Read by Ray Train's controller, which gets the driver's values.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(attempt_s(resources.timeout_s))
     scaling: dict[str, Any] = {
         "num_workers": resources.num_workers,  # a pair makes it elastic
         "use_gpu": resources.gpus_per_worker > 0,
-        "resources_per_worker": resources.worker(ctx.stage),
+        "resources_per_worker": resources.worker_bundle(ctx.stage),
         "elastic_resize_monitor_interval_s": RESIZE_EVERY_S,
     }
     callbacks: list[Any] = [

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 import psutil
 import pytest
 
-from pipelines.ray_cluster.hardware import processor
+from pipelines.ray_cluster.hardware import cpu_model
 
 _HEADER = ("fault", "stage", "what happened", "recovery (s)", "result")
 _FAULT, _ROW = "fault", "fault_row"  # in the user_properties of a test's reports, which also reach xdist's controller
@@ -81,7 +81,7 @@ def hardware() -> str:
     import ray
 
     memory = psutil.virtual_memory().total / 1024**3
-    return f"{processor()}, {os.cpu_count()} cores, {memory:.0f} GiB; Ray {ray.__version__}, all nodes on this machine."
+    return f"{cpu_model()}, {os.cpu_count()} cores, {memory:.0f} GiB; Ray {ray.__version__}, all nodes on this machine."
 
 
 def _rows(stats: dict[str, list[pytest.TestReport]]) -> Iterator[Row]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+from pipelines.ray_cluster.hardware import worker_device
 from rcd_core.calibration.distance import CALIBRATION_FILE, Match
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.errors import UserError
@@ -47,8 +48,6 @@ def calibrate_model(
     job: CalibrationJob, problems: Sequence[Problem], say: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any]:
     """The model's part of calibration.json. A pure function; on a GPU where there is one."""
-    import torch
-
     from rcd_core.calibration.calibrate import calibrate, diagnose
     from rcd_core.calibration.training_alphas import encode
     from rcd_core.decoding.request import resolve_settings
@@ -58,10 +57,7 @@ def calibrate_model(
 
     if job.run_code:
         os.environ["RCD_RUN_CODE"] = "1"  # of this process only
-    if job.threads is not None:
-        torch.set_num_threads(job.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else None
+    device, dtype = worker_device(job.threads)
     model = load_model(job.checkpoint, dtype=dtype, device=device)
     reference = load_model(job.reference, dtype=dtype, device=device) if job.reference else None
     encoder = Encoder(

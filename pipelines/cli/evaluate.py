@@ -97,14 +97,14 @@ def _list_settings() -> int:
 
 
 def _evaluate_checkpoints(options: argparse.Namespace) -> int:
-    from pipelines.ray_cluster.own_cluster import own_cluster
+    from pipelines.ray_cluster.connection import temporary_cluster
     from pipelines.recipe.load import parse_recipe
     from pipelines.run.driver import run_recipe
 
     recipe = parse_recipe(recipe_of(options), "of rcd evaluate")
     if options.dry_run:
         return run_recipe(recipe, STAGES, redo=options.redo, dry_run=True)
-    with own_cluster(options.address, options.verbose):
+    with temporary_cluster(options.address, options.verbose):
         if not any(text.startswith("resources") for text in options.set):
             resources = recipe.resources.model_copy(update=_resources(options))
             recipe = recipe.model_copy(update={"resources": resources})
@@ -176,7 +176,7 @@ def _resources(options: argparse.Namespace) -> dict[str, Any]:
     """Actors that fit the cluster. They have no part in what comes out."""
     import ray
 
-    from pipelines.ray_cluster.resources import connect
+    from pipelines.ray_cluster.connection import connect
 
     connect(options.verbose)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.run.directory import RunDirectory
-from pipelines.run.lease import describe, read_lease
+from pipelines.run.lease import describe_lease, read_lease
 from rcd_core.errors import UserError
 from rcd_core.io import storage
 
@@ -32,7 +32,9 @@ def list_runs(directory: str, console: Console) -> None:
         if storage.exists(storage.join(path, "recipe.yaml")):
             done, partial = stage_states(path)
             lease = read_lease(path)
-            table.add_row(storage.basename(path), " ".join(done), " ".join(partial), describe(lease) if lease else "")
+            table.add_row(
+                storage.basename(path), " ".join(done), " ".join(partial), describe_lease(lease) if lease else ""
+            )
     if table.row_count:
         console.print(table)
     else:

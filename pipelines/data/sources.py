@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipelines.recipe.model import Recipe
-from pipelines.recipe.rules import SYNTHETIC, each_source
+from pipelines.recipe.rules import SYNTHETIC, source_list
 from pipelines.run.directory import StageContext
 from rcd_core.errors import UserError
 from rcd_core.io import storage
@@ -65,7 +65,7 @@ def splits_of(recipe: Recipe) -> tuple[str, ...]:
 
 
 def _named(recipe: Recipe, split: str) -> list[str]:
-    return each_source(recipe.data.train if split == "train" else recipe.data.test)
+    return source_list(recipe.data.train if split == "train" else recipe.data.test)
 
 
 def row_limit(recipe: Recipe, split: str) -> int | None:

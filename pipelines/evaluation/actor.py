@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from pipelines.evaluation.parts import PartWriter, read_piece
 from pipelines.evaluation.results import ArmInfo
-from pipelines.ray_cluster.hardware import describe
+from pipelines.ray_cluster.hardware import describe_device, worker_device
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.decoding.request import NUM_SEED_BITS
 from rcd_core.io import storage
@@ -94,8 +94,6 @@ class DecodeActor:
     """Decodes pieces of work; holds the models of one arm at a time."""
 
     def __init__(self, plan: Plan) -> None:
-        import torch
-
         from rcd_core.text.tokenizer import load_tokenizer
 
         self.plan = plan
@@ -103,12 +101,8 @@ class DecodeActor:
             os.environ["RCD_RUN_CODE"] = "1"  # of this actor only
         check_gradable(plan.task)
         self.task = get_task(plan.task)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.dtype = torch.bfloat16 if self.device == "cuda" else None
-        if self.device == "cpu":
-            torch.set_num_threads(plan.threads)
-        dtype = "bfloat16" if self.dtype else "float32"
-        self.hardware = json.dumps(describe(self.device, dtype, torch.get_num_threads()))
+        self.device, self.dtype = worker_device(plan.threads)
+        self.hardware = json.dumps(describe_device(self.device))
         self.tokenizer = load_tokenizer(plan.tokenizer)
         columns = ["example_id", "prompt_ids", "prompt", "answer"]
         self.examples = pa.concat_tables([_read(file, columns) for file in plan.files])

@@ -26,7 +26,7 @@ from pipelines.recipe.files import apply_overrides
 from pipelines.recipe.load import parse_recipe
 from pipelines.recipe.model import Recipe
 from pipelines.recipe.rules import data_files
-from pipelines.recipe.settings_files import complete, read_settings
+from pipelines.recipe.settings_files import apply_settings, read_settings
 from pipelines.report.endpoint import write_report
 from pipelines.run.directory import RunDirectory, StageContext
 from pipelines.run.keys import fingerprint, recipe_values
@@ -101,7 +101,7 @@ def _raw_recipe(options: argparse.Namespace) -> dict[str, Any]:
         "evaluate": given(options, options.starts),
     }
     apply_overrides(raw, overrides(options.set))
-    complete(raw)
+    apply_settings(raw)
     return raw
 
 

@@ -1,27 +1,45 @@
-"""What a measurement was made on, in words that can stand beside it."""
+"""The device that a worker computes on, and its description for results."""
 
 from __future__ import annotations
 
 import os
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-
-def processor() -> str:
-    """The CPU's model name, as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
-def describe(device: str, dtype: str, threads: int) -> dict[str, str | int]:
-    """One worker's: device (the GPU's name, or the CPU's), dtype of the passes, CPU threads it computes with (a GPU's
-    worker has none to tell), torch."""
+if TYPE_CHECKING:
     import torch
 
-    on_gpu = device == "cuda"
-    found: dict[str, str | int] = {"device": torch.cuda.get_device_name() if on_gpu else processor(), "dtype": dtype}
-    if not on_gpu:
-        found |= {"threads": threads, "cores": os.cpu_count() or 0}
-    return found | {"torch": torch.__version__}
+
+def worker_device(num_threads: int | None) -> tuple[str, torch.dtype | None]:
+    """Device and dtype for a worker's models: a GPU with bfloat16, or the CPU with the checkpoint's dtype (None).
+
+    num_threads: CPU threads that torch may use where there is no GPU.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda", torch.bfloat16
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    return "cpu", None
+
+
+def describe_device(device: str) -> dict[str, str | int]:
+    """Name of the GPU or CPU, dtype of the passes, torch version; for a CPU also threads and cores."""
+    import torch
+
+    if device == "cuda":
+        info: dict[str, str | int] = {"device": torch.cuda.get_device_name(), "dtype": "bfloat16"}
+    else:
+        info = {"device": cpu_model(), "dtype": "float32"}
+        info |= {"threads": torch.get_num_threads(), "cores": os.cpu_count() or 0}
+    return info | {"torch": torch.__version__}
+
+
+def cpu_model() -> str:
+    """The CPU's model name as the system reports it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,36 +12,6 @@ from rcd_core.errors import UserError
 Bundle = Mapping[str, float]
 _SAY_EVERY_S = 10.0
 _GROUP = "ray.io/node-group"  # label of nodes that a launcher has started, with the name of their group
-
-
-def connect(verbose: bool = False) -> None:
-    """Join the running cluster (RAY_ADDRESS, or the one on this machine); nothing happens when already joined.
-
-    Quiet unless verbose: no Ray Data bars, no workers' output. Raises UserError when there is no cluster.
-    """
-    # Read when ray.data is imported, here and in the workers.
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "0" if verbose else "1")
-    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "INFO" if verbose else "ERROR")
-    import logging
-
-    import ray
-
-    if ray.is_initialized():
-        return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    level = logging.INFO if verbose else logging.ERROR
-    try:
-        ray.init(address="auto", logging_level=level, log_to_driver=verbose)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        address = os.environ.get("RAY_ADDRESS")
-        where = f"at RAY_ADDRESS={address}" if address else "on this machine"
-        raise UserError(
-            f"no Ray cluster to be reached {where} ({str(error).splitlines()[0]}); on a laptop `make demo` starts one, "
-            "elsewhere start one with `ray start --head`, or submit this job to a cluster with `ray job submit`"
-        ) from error
-    finally:
-        for number, handler in handlers.items():  # ray.init puts its own in their place
-            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def wait_for_resources(
@@ -94,7 +62,7 @@ def wait_for_resources(
 
 def _state(bundles: Sequence[Bundle], nodes: Sequence[Bundle], idle: Bundle | None) -> str:
     """idle: where the nodes would do, what of them is not in use."""
-    said = f"wanted {describe_all(bundles)}; present {_describe(_total(nodes), bundles)} on {len(nodes)} node(s)"
+    said = f"wanted {describe_bundles(bundles)}; present {_describe(_total(nodes), bundles)} on {len(nodes)} node(s)"
     if idle is not None:
         said += f", of which idle {_describe(idle, bundles)}"
         if held := holders(_total(bundles)):
@@ -133,7 +101,7 @@ def _describe(amounts: Bundle, like: Sequence[Bundle]) -> str:
     return ", ".join(f"{name} {amounts.get(name, 0.0):g}" for name in names)
 
 
-def describe_all(bundles: Sequence[Bundle]) -> str:
+def describe_bundles(bundles: Sequence[Bundle]) -> str:
     """Bundles in words: "2 x (CPU 1, GPU 1)"."""
     kinds = Counter(_describe(bundle, [bundle]) for bundle in bundles)
     return " and ".join(f"{count} x ({kind})" for kind, count in kinds.items())

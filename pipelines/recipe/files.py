@@ -121,16 +121,16 @@ def suggestion(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def complaint(label: str, found: Sequence[str]) -> UserError:
+def problems_error(label: str, found: Sequence[str]) -> UserError:
     """All that was found wrong with something, in one error."""
     return UserError(f"{label}: {found[0]}" if len(found) == 1 else "\n  ".join([f"{label} has problems:", *found]))
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """One line per complaint: the key's path, the value found, what is wanted."""
+    """One line per problems_error: the key's path, the value found, what is wanted."""
     details = error.errors()
     inner = {detail["loc"][: i + 1] for detail in details for i in range(len(detail["loc"]) - 1)}
-    # A list that is too short only because its items are wrong is no complaint of its own.
+    # A list that is too short only because its items are wrong is no problems_error of its own.
     details = [d for d in details if d["type"] != "too_short" or d["loc"] not in inner]
     return [_explain_one(detail, model) for detail in details]
 

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from pipelines.recipe.model import Recipe
-from pipelines.recipe.rules import checkpoints, data_files, each_source
+from pipelines.recipe.rules import checkpoints, data_files, source_list
 from rcd_core.errors import UserError
 from rcd_core.io import storage
 
@@ -20,7 +20,7 @@ def check_inputs(recipe: Recipe) -> None:
                 raise UserError(f"{key}: {path} does not exist; mend the path or copy the file there")
             if storage.is_directory(path) or storage.size(path) == 0:
                 raise UserError(f"{key}: {path} is no file with content; name a .jsonl or .parquet file")
-        if any(path.startswith("hf://") for path in each_source(source)):
+        if any(path.startswith("hf://") for path in source_list(source)):
             _require_datasets(key)
     served = {f"deploy.models.{name}.checkpoint": model.checkpoint for name, model in recipe.deploy.models.items()}
     outside = {k: path for k, path in (checkpoints(recipe) | served).items() if storage.is_absolute(path)}

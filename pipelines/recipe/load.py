@@ -14,10 +14,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from pipelines.recipe.files import apply_overrides, complaint, explain, read_recipe
+from pipelines.recipe.files import apply_overrides, explain, problems_error, read_recipe
 from pipelines.recipe.model import Recipe
 from pipelines.recipe.rules import problems
-from pipelines.recipe.settings_files import complete
+from pipelines.recipe.settings_files import apply_settings
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -37,7 +37,7 @@ def parse_recipe(raw: dict[str, Any], label: str = "") -> Recipe:
         raw["storage"] = "~/rcd-runs"
     if isinstance(raw["storage"], str):
         raw["storage"] = os.path.expanduser(raw["storage"])
-    complete(raw)
+    apply_settings(raw)
     _complete_entries(raw)
     try:
         # By way of JSON: strict there still takes a list for a tuple and a mapping for a settings class.
@@ -46,7 +46,7 @@ def parse_recipe(raw: dict[str, Any], label: str = "") -> Recipe:
     except ValidationError as error:
         found = explain(error, Recipe)
     if found:
-        raise complaint(f"recipe {label or raw.get('name')}", found)
+        raise problems_error(f"recipe {label or raw.get('name')}", found)
     return recipe
 
 

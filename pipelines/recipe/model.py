@@ -179,7 +179,7 @@ class Resources(Section):
     def elastic(self) -> bool:
         return not isinstance(self.num_workers, int)
 
-    def custom_of(self, stage: str) -> dict[str, float]:
+    def custom_resources(self, stage: str) -> dict[str, float]:
         """Ray's custom resources that each worker of a stage asks for: those of all patterns that fit its name."""
         return {
             name: amount
@@ -188,9 +188,9 @@ class Resources(Section):
             for name, amount in asked.items()
         }
 
-    def worker(self, stage: str) -> dict[str, float]:
+    def worker_bundle(self, stage: str) -> dict[str, float]:
         """All that one worker of a stage asks of the node it runs on."""
-        asked = {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker, **self.custom_of(stage)}
+        asked = {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker, **self.custom_resources(stage)}
         return {name: amount for name, amount in asked.items() if amount}
 
 

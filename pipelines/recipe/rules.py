@@ -104,7 +104,7 @@ def _calibrate_problems(recipe: Recipe) -> Iterator[str]:
         return
     if recipe.target.train is None:
         yield "calibrate is given but target.train is null: give a checkpoint from outside to `rcd calibrate`"
-    elif SYNTHETIC not in each_source(recipe.data.train) and not recipe.data.num_validation:
+    elif SYNTHETIC not in source_list(recipe.data.train) and not recipe.data.num_validation:
         yield "calibrate needs training examples that are held out, but data.num_validation is 0; raise it"
     if calibrate.decode.residual_temperature is not None:
         yield "calibrate.decode.residual_temperature is what calibrate chooses; leave it null"
@@ -244,10 +244,10 @@ def reference_keys(recipe: Recipe) -> dict[str, str]:
     if recipe.evaluate.decode.residual_source == "reference":
         found["evaluate.decode.residual_source"] = "evaluate"
     for name, arm in recipe.evaluate.arms.items():
-        if asks_reference(arm.decode):
+        if needs_reference(arm.decode):
             found[f"evaluate.arms.{name}.decode"] = "evaluate"
     for model_id, model in recipe.deploy.models.items():
-        if asks_reference(model.decode):
+        if needs_reference(model.decode):
             found[f"deploy.models.{model_id}.decode"] = "deploy"
     if recipe.target.residual.feeds_back:
         if recipe.deploy.start == "reference":
@@ -257,7 +257,7 @@ def reference_keys(recipe: Recipe) -> dict[str, str]:
     return found
 
 
-def asks_reference(decode: DecodeSettings) -> bool:
+def needs_reference(decode: DecodeSettings) -> bool:
     """Whether requests with these settings need the reference model."""
     return decode.residual and "reference" in (decode.start, decode.residual_source)
 
@@ -274,19 +274,19 @@ def checkpoints(recipe: Recipe) -> dict[str, str]:
     return {key: start for key, start in starts.items() if isinstance(start, str)}
 
 
-def each_source(source: str | tuple[str, ...] | None) -> list[str]:
+def source_list(source: str | tuple[str, ...] | None) -> list[str]:
     """What a data key names, as a list."""
     return [source] if isinstance(source, str) else list(source or ())
 
 
 def data_files(source: str | tuple[str, ...] | None) -> list[str]:
     """The files a data key names; none for synthetic and hub data."""
-    paths = each_source(source)
+    paths = source_list(source)
     return [path for path in paths if path != SYNTHETIC and not path.startswith("hf://")]
 
 
 def _source_problems(key: str, source: str | tuple[str, ...], count: int | None) -> Iterator[str]:
-    for path in each_source(source):
+    for path in source_list(source):
         if path == SYNTHETIC:
             if count is None:
                 yield f"data.num_{key} is null but data.{key} is synthetic, which has no end; say how many examples"

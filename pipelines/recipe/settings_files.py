@@ -71,7 +71,7 @@ def read_settings(name: str) -> EvaluationSettings:
     )
 
 
-def complete(raw: dict[str, Any]) -> None:
+def apply_settings(raw: dict[str, Any]) -> None:
     """Put the settings that a recipe's mapping names into its section `evaluate`, below what is given there."""
     evaluate, data = raw.get("evaluate"), raw.get("data")
     if isinstance(evaluate, dict) and isinstance(evaluate.get("settings"), str) and isinstance(data, dict):

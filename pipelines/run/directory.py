@@ -52,7 +52,7 @@ class Stage:
     repair: str | None = None
 
 
-def material_of(stage: Stage, recipe: Recipe, inputs: Mapping[str, str | None]) -> dict[str, Any]:
+def key_material(stage: Stage, recipe: Recipe, inputs: Mapping[str, str | None]) -> dict[str, Any]:
     """All that a stage's key is made of. inputs: stage -> its fingerprint, None where it has yet to be made."""
     return {
         "stage": stage.name,
@@ -121,7 +121,7 @@ class RunDirectory:
         storage.write_json(storage.join(self.stage_directory(stage), "manifest.json"), manifest)
         return manifest
 
-    def mend(self, stage: str, summary: dict[str, Any]) -> None:
+    def replace_summary(self, stage: str, summary: dict[str, Any]) -> None:
         """Put another summary into a finished stage's manifest. Key and fingerprint stay, and so does what was made
         from it: a shard computed again holds the same rows, on another kind of device with another rounding."""
         self._check()

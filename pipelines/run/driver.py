@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.ray_cluster import resources as cluster
+from pipelines.ray_cluster.connection import connect
+from pipelines.ray_cluster.resources import describe_bundles, wait_for_resources
 from pipelines.recipe.inputs import check_inputs
 from pipelines.recipe.load import dump_recipe, load_recipe
 from pipelines.recipe.model import Recipe
@@ -23,7 +24,7 @@ from pipelines.run.directory import RunDirectory, Stage, StageContext, resolve, 
 from pipelines.run.keys import key_of
 from pipelines.run.lease import Lease
 from pipelines.run.messages import user_message
-from pipelines.run.plan import Decision, choose, decide, make_plan, require_runnable, with_dependents
+from pipelines.run.plan import Decision, decide, make_plan, require_runnable, select_stages, with_dependents
 from pipelines.run.stages import stages_of
 from pipelines.run.stopping import Stopper
 from rcd_core.errors import UserError
@@ -93,10 +94,12 @@ class _Job:
         self.chosen = [name for name in self.stages if any(fnmatch(name, pattern) for pattern in self.only)]
         if self.options.stages:
             own = self.chosen
-            self.chosen = choose(self.stages, [part.strip() for part in self.options.stages.split(",")], "--stages")
+            self.chosen = select_stages(
+                self.stages, [part.strip() for part in self.options.stages.split(",")], "--stages"
+            )
             if foreign := [name for name in self.chosen if name not in own]:
                 raise UserError(f"--stages: this program runs {', '.join(own)}; for {', '.join(foreign)} use full.py")
-        redo = choose(self.stages, self.options.redo, "--redo") if self.options.redo else []
+        redo = select_stages(self.stages, self.options.redo, "--redo") if self.options.redo else []
         if absent := [name for name in redo if name not in self.chosen]:
             raise UserError(f"--redo {absent[0]}: not among the stages to run, {', '.join(self.chosen)}; add it there")
         self.redo = [name for name in with_dependents(self.stages, redo) if name in self.chosen]
@@ -126,7 +129,7 @@ class _Job:
         table = Table("stage", "action", "why", "resources", title=f"plan for {self.run.path}")
         for name in self.chosen:
             decision = plan[name]
-            asked = cluster.describe_all(decision.stage.bundles) if decision.action != "skip" else ""
+            asked = describe_bundles(decision.stage.bundles) if decision.action != "skip" else ""
             table.add_row(name, decision.action, decision.why, asked)
         self.console.print(table)
 
@@ -187,9 +190,9 @@ class _Job:
 
     def _wait(self, stage: Stage, free: bool = False) -> None:
         if stage.needs_cluster:
-            cluster.connect(self.options.verbose)
+            connect(self.options.verbose)
             timeout_s = self.recipe.resources.timeout_s
-            cluster.wait_for_resources(stage.bundles, timeout_s, f"stage {stage.name}", free=free, say=self._say)
+            wait_for_resources(stage.bundles, timeout_s, f"stage {stage.name}", free=free, say=self._say)
 
     def _context(self, stage: Stage, material: dict[str, Any] | None = None) -> StageContext:
         manifest = self.run.manifest(stage.name)
@@ -212,12 +215,12 @@ class _Job:
             stage = self.stages[name]
             self._wait(stage, free=True)
             if summary := resolve(str(stage.repair))(self._context(stage)):
-                self.run.mend(name, summary)
+                self.run.replace_summary(name, summary)
             self._say(f"{name}: repaired" if summary else f"{name}: nothing to repair", style="bold")
 
     def _teardown(self) -> int:
         for name in self.chosen:
             if teardown := self.stages[name].teardown:
-                cluster.connect(self.options.verbose)
+                connect(self.options.verbose)
                 resolve(teardown)(self._context(self.stages[name]))
         return 0

@@ -35,7 +35,7 @@ def read_lease(run_directory: str) -> dict[str, Any] | None:
     return lease if isinstance(lease, dict) else None
 
 
-def describe(lease: dict[str, Any]) -> str:
+def describe_lease(lease: dict[str, Any]) -> str:
     job = f"job {lease['job']}, " if lease.get("job") else ""
     return f"{job}process {lease.get('pid')} on {lease.get('host')}, since {lease.get('since')}"
 
@@ -102,7 +102,9 @@ class Lease:
         first = read_lease(self.run_directory)
         if first is None:
             return False
-        say(f"{self.run_directory} has a lease ({describe(first)}); watching {TAKEOVER_S:.0f} s whether that job lives")
+        say(
+            f"{self.run_directory} is leased to {describe_lease(first)}; checking {TAKEOVER_S:.0f} s if it is alive"
+        )
         deadline = time.monotonic() + TAKEOVER_S
         while time.monotonic() < deadline:
             time.sleep(_WATCH_S)
@@ -117,7 +119,7 @@ class Lease:
     def _refusal(self, holder: dict[str, Any]) -> str:
         stop = f"`ray job stop {holder['job']}`" if holder.get("job") else f"`kill {holder.get('pid')}`"
         return (
-            f"run {self.run_directory} is in use by {describe(holder)}; wait for it, stop it ({stop}), "
+            f"run {self.run_directory} is in use by {describe_lease(holder)}; wait for it, stop it ({stop}), "
             "or give this job a run of its own with --set name=NAME"
         )
 
@@ -136,7 +138,7 @@ class Lease:
                 continue  # storage hiccups: whoever took over meanwhile is seen at the next beat
             if self._ended.is_set():
                 return
-            who = f"was taken over by {describe(holder)}" if holder else "was removed by hand"
+            who = f"was taken over by {describe_lease(holder)}" if holder else "was removed by hand"
             self.lost = f"the lease on {self.run_directory} {who}; this job stops and leaves the run as it is"
             if self.on_lost:
                 self.on_lost(self.lost)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pipelines.recipe.files import suggestion
 from pipelines.recipe.model import Recipe
-from pipelines.run.directory import RunDirectory, Stage, material_of
+from pipelines.run.directory import RunDirectory, Stage, key_material
 from pipelines.run.keys import differences, key_of
 from rcd_core.errors import UserError
 
@@ -44,7 +44,7 @@ def decide(
     recipe: Recipe, stage: Stage, run: RunDirectory, inputs: Mapping[str, str | None], redo: Collection[str] = ()
 ) -> Decision:
     """inputs: fingerprints of the input stages, None where one has yet to be made."""
-    material = material_of(stage, recipe, inputs)
+    material = key_material(stage, recipe, inputs)
     manifest = run.manifest(stage.name)
     if stage.name in redo:
         return Decision(stage, "run", "made again on request (--redo)", material)
@@ -78,7 +78,7 @@ def with_dependents(stages: Mapping[str, Stage], names: Collection[str]) -> list
     return [n for n in stages if n in names or any(a in names for a in ancestors(stages, n))]
 
 
-def choose(stages: Mapping[str, Stage], wanted: Collection[str], option: str) -> list[str]:
+def select_stages(stages: Mapping[str, Stage], wanted: Collection[str], option: str) -> list[str]:
     """Stage names of the recipe, in running order, that match names or patterns such as target*."""
     for pattern in wanted:
         if not any(fnmatch(name, pattern) for name in stages):

@@ -179,4 +179,4 @@ def _outside(key: str, start: str | ModelConfig | None) -> dict[str, str]:
 
 
 def _workers(recipe: Recipe, stage: str, count: int) -> tuple[dict[str, float], ...]:
-    return (recipe.resources.worker(stage),) * count
+    return (recipe.resources.worker_bundle(stage),) * count

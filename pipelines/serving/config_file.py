@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from ray.serve.schema import ServeDeploySchema
 
-from pipelines.recipe.files import complaint, explain, parse_yaml, suggestion
+from pipelines.recipe.files import explain, parse_yaml, problems_error, suggestion
 from pipelines.serving.description import description_problems, parse_description
 from rcd_core.errors import UserError
 
@@ -37,7 +37,7 @@ def read_config(path: str) -> dict[str, Any]:
     if raw != strict:
         found.append("some values are read as YAML 1.1 here, unlike in recipes: write true and false, 0.001 for 1e-3")
     if found:
-        raise complaint(f"Serve config {path}", found)
+        raise problems_error(f"Serve config {path}", found)
     return raw
 
 

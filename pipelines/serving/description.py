@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from pipelines.recipe.files import complaint, explain
+from pipelines.recipe.files import explain, problems_error
 from pipelines.recipe.model import Count, Positive, Recipe, Section
-from pipelines.recipe.rules import asks_reference, checkpoint_problems
+from pipelines.recipe.rules import checkpoint_problems, needs_reference
 from rcd_core.decode_settings import DecodeSettings
 
 REFERENCE, INGRESS = "Reference", "Ingress"  # deployments
@@ -54,7 +54,7 @@ class DescribedModel(Section):
 
     @property
     def uses_reference(self) -> bool:
-        return asks_reference(self.decode) if self.reference is None else self.reference
+        return needs_reference(self.decode) if self.reference is None else self.reference
 
 
 class DescribedReference(Section):
@@ -106,9 +106,9 @@ def describe(recipe: Recipe, checkpoint: Callable[[str], str]) -> Description:
         plain = replace(deploy.decode, residual=False)
         served[f"{deploy.model_id}-baseline"] = ("Baseline", checkpoint("baseline"), plain)
     served |= {model_id: (model_id, model.checkpoint, model.decode) for model_id, model in deploy.models.items()}
-    behind = any(asks_reference(decode) for _, _, decode in served.values())
+    behind = any(needs_reference(decode) for _, _, decode in served.values())
     # All models of a place together get the GPUs that one training worker had, which fitted at least one.
-    place, behind_place = resources.custom_of("deploy"), resources.custom_of("deploy-reference")
+    place, behind_place = resources.custom_resources("deploy"), resources.custom_resources("deploy-reference")
     beside = behind and place == behind_place
     replicas = Replicas(
         min_replicas=deploy.min_replicas,
@@ -140,7 +140,7 @@ def parse_description(raw: Any, label: str = "the application's args") -> Descri
     """A Description from plain values. Raises one UserError that lists every problem."""
     found = _read(raw)
     if isinstance(found, list):
-        raise complaint(label, found)
+        raise problems_error(label, found)
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.ray_cluster.hardware import worker_device
 from pipelines.signals import files as signal_files
 from pipelines.signals.plan import groups, plan_batches
 from rcd_core.calibration.distance import entropy_histogram
@@ -60,16 +61,12 @@ class SignalActor:
     """Holds the reference, two chunks of examples and one group of rows: memory does not grow with the data."""
 
     def __init__(self, job: SignalJob) -> None:
-        import torch
-
         from rcd_core.families.loading import checkpoint_directory, load_model
         from rcd_core.training.data.examples import ExampleSource, Limits
 
         self.job = job
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cpu":
-            torch.set_num_threads(job.threads)
-        self.model = load_model(job.reference, device=device, dtype=torch.bfloat16 if device == "cuda" else None)
+        device, dtype = worker_device(job.threads)
+        self.model = load_model(job.reference, device=device, dtype=dtype)
         limits = Limits(self.model.vocab_size, self.model.max_positions)
         self.source = ExampleSource(job.examples, job.noise, job.chunks, limits)
         self.facts = {

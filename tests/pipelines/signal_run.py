@@ -16,7 +16,7 @@ from rich.console import Console
 
 from pipelines.recipe.load import parse_recipe
 from pipelines.recipe.model import Recipe
-from pipelines.run.directory import RunDirectory, StageContext, material_of
+from pipelines.run.directory import RunDirectory, StageContext, key_material
 from pipelines.run.stages import stages_of
 from rcd_core.training.data.examples import ExampleSource
 
@@ -47,7 +47,7 @@ def prepared(made: Recipe, poison: Callable[[int, dict[str, Any]], dict[str, Any
     run = RunDirectory(made.run_directory)
     Path(str(made.tokenizer.path)).mkdir()
     Path(str(made.tokenizer.path), "tokenizer_config.json").write_text("{}")
-    stages = {name: material_of(stages_of(made)[name], made, {}) for name in ("prepare", "reference")}
+    stages = {name: key_material(stages_of(made)[name], made, {}) for name in ("prepare", "reference")}
     for name, material in stages.items():
         run.begin(name, material)
     directory = Path(run.stage_directory("prepare")) / "train"

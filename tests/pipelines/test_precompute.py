@@ -15,7 +15,7 @@ from pipelines import precompute
 from pipelines import train as train_stage
 from pipelines.recipe.load import dump_recipe, load_recipe
 from pipelines.recipe.model import Recipe
-from pipelines.run.directory import RunDirectory, material_of
+from pipelines.run.directory import RunDirectory, key_material
 from pipelines.run.driver import main
 from pipelines.run.stages import stages_of
 from pipelines.signals import files as signal_files
@@ -202,7 +202,7 @@ def test_too_much_poison_fails_and_says_so(tmp_path: Path, in_process: list[int]
     message = str(caught.value)
     assert "of 120 rows cannot be used, more than signals.max_bad_rows (0.02) allows" in message
     assert signal_files.BAD_ROWS in message and "raise signals.max_bad_rows" in message
-    assert "signals.max_bad_rows" not in material_of(stages_of(made)["signals"], made, {})["recipe"]
+    assert "signals.max_bad_rows" not in key_material(stages_of(made)["signals"], made, {})["recipe"]
     found = len(in_process)
     summary = precompute.run(context(recipe(tmp_path, signals={"max_bad_rows": 0.2})))
     assert len(in_process) == len(summary["shards"]) > found, "what was computed is not computed again"
@@ -330,6 +330,6 @@ def test_the_online_path_keys_on_the_rule(tmp_path: Path) -> None:
     target = {"start": start, "train": {"steps": 1, "batch_size": 1}, "residual": online}
     for changed, expected in (({"target": target}, True), ({}, False)):
         made = recipe(tmp_path, **changed)
-        material = material_of(stages_of(made)["target"], made, {})
+        material = key_material(stages_of(made)["target"], made, {})
         assert ("signals.top_k" in material["recipe"]) is expected
     assert Chunks.from_manifest({"file": [0, 0, 1], "rows": [1, 2, 3]}).group == (0, 1, 0)

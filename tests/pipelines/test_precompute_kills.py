@@ -130,7 +130,7 @@ from pathlib import Path
 import tests.pipelines.test_precompute_kills as t
 from pipelines import precompute
 from pipelines.signals import files as signal_files
-from pipelines.ray_cluster.resources import connect
+from pipelines.ray_cluster.connection import connect
 made, shard = t.recipe(Path(sys.argv[1])), int(sys.argv[2])
 t.kills(made, {shard: sys.argv[3]}, os.getpid())
 connect()

@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from pipelines import train as train_stage
 from pipelines.recipe.load import parse_recipe
 from pipelines.recipe.model import Recipe
-from pipelines.run.directory import RunDirectory, StageContext, material_of
+from pipelines.run.directory import RunDirectory, StageContext, key_material
 from pipelines.run.stages import stages_of
 from pipelines.training.checkpoints import finished_steps
 from pipelines.training.faults import RetryLostWorkersOnly, disk_full, explained
@@ -98,7 +98,7 @@ def examples(count: int, seed: int) -> pa.Table:
 def context(made: Recipe, stage: str = "target") -> StageContext:
     """A run with 40 prepared examples and 6 held-out ones, about to train `stage`."""
     run = RunDirectory(made.run_directory)
-    material = material_of(stages_of(made)["prepare"], made, {})
+    material = key_material(stages_of(made)["prepare"], made, {})
     run.begin("prepare", material)
     directory = Path(run.stage_directory("prepare"))
     for split, table in (("train", examples(40, 0)), ("validation", examples(6, 1))):

@@ -14,11 +14,12 @@ import pytest
 from rich.console import Console
 
 from pipelines.cli import main as cli
-from pipelines.ray_cluster import resources as cluster
+from pipelines.ray_cluster.connection import connect
+from pipelines.ray_cluster.resources import wait_for_resources
 from pipelines.recipe.load import load_recipe
 from pipelines.recipe.model import Recipe
 from pipelines.run import lease
-from pipelines.run.directory import RunDirectory, StageContext, material_of
+from pipelines.run.directory import RunDirectory, StageContext, key_material
 from pipelines.run.keys import differences, fingerprint, key_of
 from pipelines.run.lease import Lease, read_lease
 from pipelines.run.plan import ancestors, with_dependents
@@ -31,7 +32,7 @@ def keys(recipe: Recipe) -> dict[str, str]:
     """Key of every stage, as if each input's fingerprint were its key."""
     found: dict[str, str] = {}
     for name, stage in stages_of(recipe).items():
-        found[name] = key_of(material_of(stage, recipe, found))
+        found[name] = key_of(key_material(stage, recipe, found))
     return found
 
 
@@ -101,7 +102,7 @@ def test_a_checkpoint_from_outside_stands_for_training_and_enters_keys_by_conten
     fingerprint.cache_clear()  # one look per process
     after = keys(recipe)
     assert before["reference"] != after["reference"] and before["signals"] != after["signals"]
-    old, new = (material_of(stage, recipe, {}) for _ in range(2))
+    old, new = (key_material(stage, recipe, {}) for _ in range(2))
     old["outside"] = {}
     assert differences(old, new) == ["reference.start: the files there have changed"]
 
@@ -115,7 +116,7 @@ def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 def test_run_directory_keeps_partial_results_of_its_key_only(directory: str) -> None:
     run, stages = RunDirectory(directory), stages_of(DEMO)
-    material = material_of(stages["base"], DEMO, {"prepare": "p"})
+    material = key_material(stages["base"], DEMO, {"prepare": "p"})
     partial = storage.join(run.stage_directory("base"), "checkpoint")
     run.begin("base", material)
     storage.write_bytes(partial, b"x")
@@ -202,7 +203,7 @@ def test_submitted_jobs_are_named_by_what_ray_job_stop_wants(monkeypatch: pytest
     metadata = {"runtime_env": {}, "metadata": {"job_submission_id": "raysubmit_7"}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(metadata))
     holder = Lease("/nowhere")
-    assert "job raysubmit_7, process" in lease.describe(holder._mine)
+    assert "job raysubmit_7, process" in lease.describe_lease(holder._mine)
     assert "`ray job stop raysubmit_7`" in holder._refusal(holder._mine)
 
 
@@ -227,21 +228,21 @@ def test_rcd_runs_lists_runs(
 
 def test_resources_are_waited_for_with_a_deadline(ray_cluster: str) -> None:
     said: list[str] = []
-    cluster.connect()
-    cluster.wait_for_resources([{"CPU": 1}] * 2, 5, "stage base", free=True, say=said.append)
+    connect()
+    wait_for_resources([{"CPU": 1}] * 2, 5, "stage base", free=True, say=said.append)
     assert said == []
     with pytest.raises(UserError) as caught:
-        cluster.wait_for_resources([{"CPU": 1, "GPU": 1}] * 2, 0.2, "stage base", say=said.append)
+        wait_for_resources([{"CPU": 1, "GPU": 1}] * 2, 0.2, "stage base", say=said.append)
     message = str(caught.value)
     assert "no resources for stage base after 0.2 s: wanted 2 x (CPU 1, GPU 1); present CPU 4, GPU 0" in message
     assert len(said) == 1 and "waiting for resources for stage base" in said[0]
     with pytest.raises(UserError, match=r"wanted 1 x \(CPU 5\); present CPU 4 on 1 node"):
-        cluster.wait_for_resources([{"CPU": 5}], 0, "stage base")
+        wait_for_resources([{"CPU": 5}], 0, "stage base")
 
 
 def test_who_holds_what_is_waited_for_is_said(ray_cluster: str) -> None:
     """A job's actor and placement group, and a replica by the name that Serve gives it."""
-    cluster.connect()
+    connect()
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
@@ -271,5 +272,5 @@ def _wait_until_held(seconds: float) -> None:
     """The refusal for want of idle CPUs, once the task that holds them has started."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        cluster.wait_for_resources([{"CPU": 1}], 0, "stage base", free=True)
+        wait_for_resources([{"CPU": 1}], 0, "stage base", free=True)
         time.sleep(0.1)

@@ -1,0 +1,84 @@
+"""Connects this process to Ray: to a running cluster, or to one that ends with the command."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rcd_core.errors import UserError
+
+# Read when Ray is imported. The last one, despite its name, makes Ray keep 127.0.0.1 instead of the outward address.
+_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+def connect(verbose: bool = False) -> None:
+    """Join the cluster at RAY_ADDRESS, or else the one on this machine. Does nothing when already joined.
+
+    verbose: show Ray Data's progress bars and the output of workers. Raises UserError when there is no cluster.
+    """
+    # Read when ray.data is imported, here and in the workers.
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "0" if verbose else "1")
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "INFO" if verbose else "ERROR")
+    import ray
+
+    if ray.is_initialized():
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        ray.init(address="auto", logging_level=_log_level(verbose), log_to_driver=verbose)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        address = os.environ.get("RAY_ADDRESS")
+        where = f"at RAY_ADDRESS={address}" if address else "on this machine"
+        raise UserError(
+            f"cannot reach a Ray cluster {where} ({str(error).splitlines()[0]}); start one with `rcd up` on a laptop "
+            "or `ray start --head` elsewhere, or submit this job to a cluster with `ray job submit`"
+        ) from error
+    finally:
+        for number, handler in handlers.items():  # ray.init replaces them with its own
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+@contextmanager
+def temporary_cluster(address: str | None, verbose: bool = False) -> Iterator[None]:
+    """Use the cluster at `address` or RAY_ADDRESS; without either, start one on loopback that ends with this context.
+
+    An address is only stored in RAY_ADDRESS. `connect` uses it, and raises when there is no cluster.
+    """
+    if address is not None:
+        os.environ["RAY_ADDRESS"] = address
+    if os.environ.get("RAY_ADDRESS"):
+        yield
+        return
+    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+    import ray
+
+    temp_dir = tempfile.mkdtemp(prefix="rcd-", dir="/tmp")  # a Unix socket's path has at most 103 characters
+    try:
+        ray.init(
+            address="local",
+            num_cpus=(os.cpu_count() or 1) + 1,  # models occupy the real cores; the scheduling actor needs little
+            include_dashboard=False,
+            logging_level=_log_level(verbose),
+            log_to_driver=verbose,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=temp_dir,
+        )
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def _log_level(verbose: bool) -> int:
+    return logging.INFO if verbose else logging.ERROR
