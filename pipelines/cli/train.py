@@ -27,7 +27,7 @@ from rcd_core.families.config import ModelConfig
 from rcd_core.families.files import read_json
 from rcd_core.families.loading import checkpoint_directory
 from rcd_core.residual import ResidualSettings
-from rcd_core.training.plan import MEMORY, USABLE, Memory, ModelShape, Work, fits, memory, step_shape, work
+from rcd_core.training.plan import MEMORY, USABLE, Memory, ModelShape, fits, memory, step_shape, training_cost
 from rcd_core.training.settings import TrainSettings
 
 MOST_GPUS = 1024
@@ -260,7 +260,7 @@ def _cost(job: Job, rows: Rows, gpus: int, options: argparse.Namespace) -> Itera
         )
         return
     settings = settings.resolved(rows.examples or 0)
-    total: Work = work(
+    total = training_cost(
         job.shape,
         settings.steps * settings.batch_size,
         rows.mean_tokens,

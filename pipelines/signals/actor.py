@@ -133,7 +133,7 @@ class SignalActor:
         """One forward pass of the reference; the rows with their signals as an Arrow table."""
         from rcd_core.training.data.batches import collate
         from rcd_core.training.data.signal_format import encode
-        from rcd_core.training.loop import reference_signals
+        from rcd_core.training.objective import reference_signals
 
         model = self.model
         batch, _ = collate(

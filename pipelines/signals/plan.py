@@ -16,7 +16,7 @@ import numpy as np
 
 from pipelines.recipe.model import Recipe
 from rcd_core.noise import NoiseSettings
-from rcd_core.training.data.rows import Integers, Row, RowOrder
+from rcd_core.training.data.rows import Integers, RowOrder, TrainingRow
 
 MB = 1_000_000
 GROUP_BATCHES = 8  # batches' worth of tokens in a group: enough rows to sort by length, little enough to hold
@@ -84,9 +84,9 @@ def _row_at(height: int, starts: Integers, heights: Integers) -> int:
     return int(starts[i]) + span * (height - int(heights[i])) // rise
 
 
-def groups(rows: Iterable[Row], batch_tokens: int) -> Iterator[list[Row]]:
+def groups(rows: Iterable[TrainingRow], batch_tokens: int) -> Iterator[list[TrainingRow]]:
     """Consecutive rows of up to GROUP_BATCHES * batch_tokens tokens: what an actor holds, and one row group on disk."""
-    held: list[Row] = []
+    held: list[TrainingRow] = []
     tokens = 0
     for row in rows:
         if held and tokens + len(row.input_ids) > GROUP_BATCHES * batch_tokens:

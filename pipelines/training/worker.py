@@ -15,7 +15,7 @@ from rcd_core.io import storage
 from rcd_core.noise import NoiseSettings, hash_key
 from rcd_core.residual import ResidualSettings
 from rcd_core.training.data.examples import Chunks, ExampleSource, Limits
-from rcd_core.training.data.rows import Row, RowSource
+from rcd_core.training.data.rows import RowSource, TrainingRow
 from rcd_core.training.data.signal_cache import SignalSource, require_match
 from rcd_core.training.settings import SignalRule, TrainSettings
 
@@ -166,20 +166,20 @@ def validation(job: TrainJob, model: Any, rank: int, world: int, dtype: Any, dev
 class HeldOut:
     """Rows kept in memory, by number."""
 
-    def __init__(self, rows: list[Row]) -> None:
+    def __init__(self, rows: list[TrainingRow]) -> None:
         self.rows = {row.index: row for row in rows}
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> TrainingRow:
         return self.rows[index]
 
 
-def _with_signals(job: TrainJob, model: Any, rows: list[Row], dtype: Any, device: Any) -> list[Row]:
+def _with_signals(job: TrainJob, model: Any, rows: list[TrainingRow], dtype: Any, device: Any) -> list[TrainingRow]:
     """This rank's held-out rows with signals. The reference is here only for as long as that takes."""
     from dataclasses import replace
 
     from rcd_core.families.loading import load_model
     from rcd_core.training.data.batches import collate
-    from rcd_core.training.loop import reference_signals
+    from rcd_core.training.objective import reference_signals
 
     assert job.signals is not None
     reference = load_model(job.signals["reference_checkpoint"], device=device, dtype=dtype)

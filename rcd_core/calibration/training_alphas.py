@@ -23,7 +23,7 @@ from rcd_core.tasks.base import Problem
 from rcd_core.tasks.rows import BadRow
 from rcd_core.text.encoding import Encoder, PromptExample, TrainExample, content_id
 from rcd_core.training.data.batches import collate
-from rcd_core.training.data.rows import Row
+from rcd_core.training.data.rows import TrainingRow
 from rcd_core.training.objective import IGNORED, masked_blocks, masked_hidden
 from rcd_core.training.settings import SignalRule
 
@@ -87,17 +87,17 @@ def training_alphas(
     return Alphas(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def _noisy(examples: Sequence[Example], noise: NoiseSettings) -> Iterator[list[Row]]:
+def _noisy(examples: Sequence[Example], noise: NoiseSettings) -> Iterator[list[TrainingRow]]:
     rows = []
     for index, example in enumerate(examples):
         ids, labels = (np.asarray(v, dtype=np.int64) for v in (example.trained.input_ids, example.trained.labels))
         masked, p = mask_example(labels != IGNORED, example.example_id, 0, noise)
-        rows.append(Row(index, example.example_id, 0, ids, labels, masked, p))
+        rows.append(TrainingRow(index, example.example_id, 0, ids, labels, masked, p))
     for start in range(0, len(rows), _BATCH_ROWS):
         yield rows[start : start + _BATCH_ROWS]
 
 
-def training_shares(row: Row, block_length: int | None) -> NDArray[np.float64]:
+def training_shares(row: TrainingRow, block_length: int | None) -> NDArray[np.float64]:
     """(N,) masking ratio around each masked position of a training row: of its block, or of the row (None)."""
     blocks = np.arange(len(row.labels)) // (block_length or len(row.labels))
     labelled, masked = (np.bincount(blocks, weights=flags) for flags in (row.labels != IGNORED, row.masked))

@@ -23,11 +23,11 @@ from rcd_core.learned_alpha import LearnedAlpha
 from rcd_core.noise import NoiseSettings
 from rcd_core.residual import ResidualSettings
 from rcd_core.signals import ReferenceSignals
-from rcd_core.training.data.batches import BatchMaker, MicroBatch, prefetched
+from rcd_core.training.data.batches import Collator, MicroBatch, prefetched
 from rcd_core.training.data.rows import RowSource
 from rcd_core.training.loss_module import LossModule
 from rcd_core.training.meter import Meter
-from rcd_core.training.objective import TrainingBatch, masked_hidden, normalizer
+from rcd_core.training.objective import normalizer, reference_signals
 from rcd_core.training.settings import SignalRule, TrainSettings
 from rcd_core.training.strategies import Strategy, make_strategy, read_progress, write_progress
 
@@ -97,7 +97,7 @@ def train(
     if residual.runs_model and noise is None:
         raise UserError(f"residual.source is {residual.source!r}, which needs the noise of the rows; none was given")
     device = device or model.device
-    maker = BatchMaker(
+    maker = Collator(
         settings=settings,
         residual=residual,
         mask_token_id=model.mask_token_id,
@@ -213,10 +213,10 @@ class _Run:
         return float(self.strategy.step(rate))
 
     @torch.no_grad()
-    def validate(self, validation: Validation, maker: BatchMaker, rank: int) -> float:
+    def validate(self, validation: Validation, maker: Collator, rank: int) -> float:
         """Mean loss over the held-out rows, without dropout; collective."""
         self.model.eval()
-        maker = BatchMaker(**{**vars(maker), "residual": maker.residual.without_dropout()})
+        maker = Collator(**{**vars(maker), "residual": maker.residual.without_dropout()})
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         size = self.settings.batch_size // self.world
         mine = [validation.source.row(g) for g in range(rank, validation.num_rows, self.world)]
@@ -252,28 +252,6 @@ class _Run:
                 "residual.source is 'signals' but the rows carry none; train on the output of the stage `signals`"
             )
         return micro.signals
-
-
-@torch.no_grad()
-def reference_signals(
-    reference: DiffusionModel,
-    batch: TrainingBatch,
-    top_k: int,
-    *,
-    keep_mass: float | None = None,
-    alpha_temperature: float = 1.0,
-    delta_temperature: float = 1.0,
-) -> ReferenceSignals:
-    """The frozen reference's signals at the batch's masked positions: the same function in the cache and online."""
-    hidden = masked_hidden(reference, batch, None)
-    return ReferenceSignals.from_hidden(
-        hidden,
-        reference.lm_head_weight,
-        top_k,
-        keep_mass,
-        alpha_temperature=alpha_temperature,
-        delta_temperature=delta_temperature,
-    )
 
 
 def _save(strategy: Strategy, directory: Path, step: int, settings: TrainSettings, rank: int) -> None:

@@ -100,6 +100,28 @@ def masked_hidden(model: DiffusionModel, batch: TrainingBatch, residual: Residua
     return model.hidden(embeds, positions, layout)[masked]
 
 
+@torch.no_grad()
+def reference_signals(
+    reference: DiffusionModel,
+    batch: TrainingBatch,
+    top_k: int,
+    *,
+    keep_mass: float | None = None,
+    alpha_temperature: float = 1.0,
+    delta_temperature: float = 1.0,
+) -> ReferenceSignals:
+    """The frozen reference's signals at the batch's masked positions: the same function in the cache and online."""
+    hidden = masked_hidden(reference, batch, None)
+    return ReferenceSignals.from_hidden(
+        hidden,
+        reference.lm_head_weight,
+        top_k,
+        keep_mass,
+        alpha_temperature=alpha_temperature,
+        delta_temperature=delta_temperature,
+    )
+
+
 def masked_blocks(model: DiffusionModel, batch: TrainingBatch) -> Tensor:
     """(N,) numbers that are equal where masked positions are of one block; of one sample where the model's attention
     knows no blocks."""

@@ -237,7 +237,7 @@ def _zero(
 
 
 @dataclass(frozen=True)
-class Work:
+class TrainingCost:
     """A whole training. tokens: clean ones, over all rows; flops: by the meter's definition of MFU (6 per parameter of
     the layers and token that enters them, 6 V D per masked one), hours: at the given share of the peak."""
 
@@ -247,7 +247,7 @@ class Work:
     hours: float
 
 
-def work(
+def training_cost(
     shape: ModelShape,
     rows: int,
     tokens_per_row: float,
@@ -256,7 +256,7 @@ def work(
     device: str,
     mfu: float,
     extra_forwards: float = 0.0,
-) -> Work:
+) -> TrainingCost:
     """rows: over all steps. extra_forwards: further passes over each row, in forwards of this model (an online
     reference, the model's own earlier passes); they cost time and count as no useful FLOPs."""
     tokens = rows * tokens_per_row
@@ -264,7 +264,7 @@ def work(
     entered = tokens * (2 if shape.family == "sdar" else 1)
     flops = 6.0 * (shape.num_layers * shape.layer_parameters * entered + shape.head_parameters * masked)
     seconds = flops * (1 + extra_forwards / 3) / (peak(device) * mfu * gpus)
-    return Work(tokens, masked, flops, seconds / 3600)
+    return TrainingCost(tokens, masked, flops, seconds / 3600)
 
 
 def peak(device: str) -> float:

@@ -20,7 +20,7 @@ from pipelines.recipe.model import Recipe
 from pipelines.signals.costs import PASSES, Volume, column_bytes, costs
 from pipelines.signals.plan import GROUP_BATCHES, plan_shards, wanted_rows
 from rcd_core.io import storage
-from rcd_core.training.plan import ModelShape, peak, work
+from rcd_core.training.plan import ModelShape, peak, training_cost
 
 SIDECAR_REQUESTS = 3  # signals.files.valid_sidecar: HEAD and GET of the sidecar, HEAD of the shard
 PREPARED_BYTES = 8  # per token in Ray's object store: id and label, int32
@@ -77,7 +77,7 @@ class Scaling:
     def step_s(self, batch: int, workers: int) -> float:
         """Seconds to compute one optimiser step of the target."""
         m = self.machine
-        return 3600 * work(TARGET, batch, m.example_tokens, 1.0, workers, m.device, m.mfu).hours
+        return 3600 * training_cost(TARGET, batch, m.example_tokens, 1.0, workers, m.device, m.mfu).hours
 
     def wait_s(self, workers: int) -> float:
         """Mean seconds a step waits for its rows. A worker prepares one step ahead; before the first row of a shard it

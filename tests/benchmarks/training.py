@@ -30,11 +30,12 @@ from rcd_core.families.loading import new_model
 from rcd_core.noise import NoiseSettings, mask_example
 from rcd_core.ops.fused_loss import weighted_cross_entropy
 from rcd_core.residual import ResidualSettings
-from rcd_core.training.data.batches import BatchMaker, MicroBatch
-from rcd_core.training.data.rows import Row
-from rcd_core.training.loop import Callbacks, reference_signals, train
+from rcd_core.training.data.batches import Collator, MicroBatch
+from rcd_core.training.data.rows import TrainingRow
+from rcd_core.training.loop import Callbacks, train
 from rcd_core.training.loss_module import LossModule
 from rcd_core.training.meter import peak_flops
+from rcd_core.training.objective import reference_signals
 from rcd_core.training.settings import TrainSettings
 from rcd_core.training.strategies import adamw
 from tests.benchmarks.probe import header
@@ -91,7 +92,7 @@ def make_micro_batch(vocab: int, length: int, device: torch.device) -> MicroBatc
     ids = generator.integers(1, vocab - 1, length)
     labels = np.where(np.arange(length) >= length // 4, ids, -100)
     masked = (generator.random(length) < 0.5) & (labels >= 0)
-    maker = BatchMaker(
+    maker = Collator(
         settings=TrainSettings(steps=1, batch_size=1),
         residual=ResidualSettings(source="none", dropout=0.0),
         mask_token_id=vocab - 1,
@@ -99,7 +100,7 @@ def make_micro_batch(vocab: int, length: int, device: torch.device) -> MicroBatc
         block_length=BLOCK_LENGTH,
         block_diffusion=True,
     )
-    (micro,) = maker.micro_batches([Row(0, "row", 0, ids, labels, masked, np.full(length, 0.5))])
+    (micro,) = maker.micro_batches([TrainingRow(0, "row", 0, ids, labels, masked, np.full(length, 0.5))])
     return micro.to(device)
 
 
@@ -251,11 +252,11 @@ def resume_equal() -> bool:
     noise = NoiseSettings()
 
     class Rows:
-        def row(self, index: int) -> Row:
+        def row(self, index: int) -> TrainingRow:
             ids = np.random.default_rng(index % 8).integers(1, 90, 24)
             labels = np.where(np.arange(24) >= 8, ids, -100)
             masked, p = mask_example(labels >= 0, str(index), 0, noise)
-            return Row(index, str(index), 0, ids, labels, masked, p)
+            return TrainingRow(index, str(index), 0, ids, labels, masked, p)
 
     def run(**options: Any) -> dict[str, torch.Tensor]:
         config = ModelConfig(

@@ -26,7 +26,7 @@ from rcd_core.families.loading import load_model
 from rcd_core.io import storage
 from rcd_core.residual import ResidualSettings
 from rcd_core.training.data.examples import Chunks, ExampleSource
-from rcd_core.training.data.rows import Row, RowOrder
+from rcd_core.training.data.rows import RowOrder, TrainingRow
 from rcd_core.training.data.signal_cache import SignalSource
 from rcd_core.training.loop import Callbacks, train
 from rcd_core.training.settings import TrainSettings
@@ -79,7 +79,7 @@ def test_batches_keep_to_their_budget_and_sort_by_length() -> None:
     assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 48 for b in batches)
     assert batches[0] == [1, 4, 6] and batches[-1] == [5], "what is above the budget goes alone"
     none = np.zeros(0)
-    rows = [Row(i, "", 0, np.zeros(n), none, none, np.ones(n)) for i, n in enumerate([30] * 40)]
+    rows = [TrainingRow(i, "", 0, np.zeros(n), none, none, np.ones(n)) for i, n in enumerate([30] * 40)]
     found = list(groups(rows, 48))
     assert [r.index for g in found for r in g] == list(range(40))
     assert all(sum(len(r.input_ids) for r in g) <= GROUP_BATCHES * 48 for g in found)

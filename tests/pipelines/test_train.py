@@ -44,7 +44,8 @@ from rcd_core import load_model
 from rcd_core.errors import UserError
 from rcd_core.training.data.batches import collate_packed
 from rcd_core.training.data.examples import ExampleSource
-from rcd_core.training.loop import Callbacks, reference_signals, train
+from rcd_core.training.loop import Callbacks, train
+from rcd_core.training.objective import reference_signals
 from tests.fault_table import FaultTable
 
 GOLDEN = Path(__file__).parents[1] / "golden"

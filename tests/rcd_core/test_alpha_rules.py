@@ -19,7 +19,7 @@ from rcd_core.noise import NoiseSettings, mask_example
 from rcd_core.ops.residual_embedding import residual_embedding
 from rcd_core.residual import ResidualSettings, alpha_from_statistics, inject_residual
 from rcd_core.signals import residual_state, sparse_residual
-from rcd_core.training.data.rows import Row
+from rcd_core.training.data.rows import TrainingRow
 from rcd_core.training.loop import Callbacks, train
 from rcd_core.training.objective import masked_blocks
 from rcd_core.training.settings import TrainSettings
@@ -142,11 +142,11 @@ def test_alpha_learns_from_the_gradient_of_the_inputs(keep: float) -> None:
 class Rows:
     """Eight rows of three blocks, the first a prompt, over and over."""
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> TrainingRow:
         name = str(index % 8)
         ids = np.random.default_rng(index % 8).integers(0, 490, 3 * BLOCK)
         labels = np.where(np.arange(len(ids)) < BLOCK, -100, ids)
-        return Row(index, name, 0, ids, labels, *mask_example(labels >= 0, name, 0, NOISE))
+        return TrainingRow(index, name, 0, ids, labels, *mask_example(labels >= 0, name, 0, NOISE))
 
 
 def trained(residual: ResidualSettings, target: Any = None, steps: int = 6, **options: Any) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 from rcd_core.noise import NoiseSettings, hash_key, nested_masks, uniforms
 from rcd_core.residual import ResidualSettings
 from rcd_core.signals import ReferenceSignals
-from rcd_core.training.data.rows import Row, RowSource
+from rcd_core.training.data.rows import RowSource, TrainingRow
 from rcd_core.training.objective import IGNORED, TrainingBatch
 from rcd_core.training.settings import TrainSettings
 
@@ -33,7 +33,7 @@ class MicroBatch:
     """keep (N,): 0 where residual dropout strikes. chain (C, B, L) bool, noisiest first, and depth (B, L), the previous
     passes of each token's row: only for sources that run the model itself."""
 
-    rows: list[Row]
+    rows: list[TrainingRow]
     batch: TrainingBatch
     signals: ReferenceSignals | None
     keep: Tensor
@@ -46,10 +46,10 @@ class MicroBatch:
         return replace(self, **moved)
 
 
-def pack(rows: Sequence[Row], pack_length: int | None) -> list[list[Row]]:
+def pack(rows: Sequence[TrainingRow], pack_length: int | None) -> list[list[TrainingRow]]:
     """Rows put one after another into packed rows of at most pack_length tokens, first fit in order; a longer row
     stands alone. None: one each."""
-    bins: list[list[Row]] = []
+    bins: list[list[TrainingRow]] = []
     sizes: list[int] = []
     for row in rows:
         size = len(row.input_ids)
@@ -64,7 +64,7 @@ def pack(rows: Sequence[Row], pack_length: int | None) -> list[list[Row]]:
 
 
 def collate(
-    rows: Sequence[Row], *, mask_token_id: int, pad_token_id: int, block_length: int
+    rows: Sequence[TrainingRow], *, mask_token_id: int, pad_token_id: int, block_length: int
 ) -> tuple[TrainingBatch, ReferenceSignals | None]:
     """Rows side by side, none of them packed."""
     ids = {"mask_token_id": mask_token_id, "pad_token_id": pad_token_id, "block_length": block_length}
@@ -72,7 +72,7 @@ def collate(
 
 
 def collate_packed(
-    bins: Sequence[Sequence[Row]], *, mask_token_id: int, pad_token_id: int, block_length: int
+    bins: Sequence[Sequence[TrainingRow]], *, mask_token_id: int, pad_token_id: int, block_length: int
 ) -> tuple[TrainingBatch, ReferenceSignals | None]:
     """Packed rows side by side, padded at the end; signals joined in row-major order of the masked positions.
 
@@ -104,7 +104,7 @@ def collate_packed(
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchMaker:
+class Collator:
     """What turns a step's rows into micro-batches. noise: that of the rows, for sources that need noisier versions."""
 
     settings: TrainSettings
@@ -115,12 +115,12 @@ class BatchMaker:
     block_diffusion: bool  # SDAR: lay out [noisy | clean] here, off the device
     noise: NoiseSettings | None = None
 
-    def micro_batches(self, rows: Sequence[Row]) -> list[MicroBatch]:
+    def micro_batches(self, rows: Sequence[TrainingRow]) -> list[MicroBatch]:
         bins = pack(rows, self.settings.pack_length)
         size = self.settings.micro_batch_size or len(bins)
         return [self._micro_batch(bins[i : i + size]) for i in range(0, len(bins), size)]
 
-    def _micro_batch(self, bins: list[list[Row]]) -> MicroBatch:
+    def _micro_batch(self, bins: list[list[TrainingRow]]) -> MicroBatch:
         batch, signals = collate_packed(
             bins, mask_token_id=self.mask_token_id, pad_token_id=self.pad_token_id, block_length=self.block_length
         )
@@ -129,7 +129,7 @@ class BatchMaker:
         micro = MicroBatch(rows, batch, signals, self._keep(rows))
         return self._with_chain(micro, bins) if self.residual.runs_model else micro
 
-    def _keep(self, rows: list[Row]) -> Tensor:
+    def _keep(self, rows: list[TrainingRow]) -> Tensor:
         """(N,) by hash of the row's place in training."""
         counts = [int(row.masked.sum()) for row in rows]
         if not self.residual.dropout:
@@ -137,10 +137,10 @@ class BatchMaker:
         kept = [float(self._uniforms("residual_dropout", row, 1)[0] >= self.residual.dropout) for row in rows]
         return torch.from_numpy(np.repeat(kept, counts)).float()
 
-    def _uniforms(self, purpose: str, row: Row, count: int) -> NDArray[np.float64]:
+    def _uniforms(self, purpose: str, row: TrainingRow, count: int) -> NDArray[np.float64]:
         return uniforms(hash_key(purpose, self.settings.seed, row.index), count)
 
-    def _with_chain(self, micro: MicroBatch, bins: list[list[Row]]) -> MicroBatch:
+    def _with_chain(self, micro: MicroBatch, bins: list[list[TrainingRow]]) -> MicroBatch:
         """Masks of the noisier inputs that the model's own previous passes see."""
         shape = tuple(micro.batch.masked.shape)
         chain, depth = np.zeros((MAX_PASSES, *shape), dtype=bool), np.zeros(shape, dtype=np.int64)
@@ -156,7 +156,7 @@ class BatchMaker:
                 at += len(row.input_ids)
         return replace(micro, chain=torch.from_numpy(chain), depth=torch.from_numpy(depth))
 
-    def _noisier(self, row: Row, u: NDArray[np.float64]) -> list[NDArray[np.bool_]]:
+    def _noisier(self, row: TrainingRow, u: NDArray[np.float64]) -> list[NDArray[np.bool_]]:
         if self.residual.source == "self_same":
             return [row.masked] * len(u)
         assert self.noise is not None
@@ -165,7 +165,7 @@ class BatchMaker:
 
 
 def prefetched(
-    source: RowSource, maker: BatchMaker, rank: int, world: int, first: int
+    source: RowSource, maker: Collator, rank: int, world: int, first: int
 ) -> Iterator[tuple[int, list[MicroBatch]]]:
     """This rank's share of the steps from `first` on, each prepared in a thread while the one before is computed."""
     settings = maker.settings

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rcd_core.errors import UserError
 from rcd_core.io import storage
 from rcd_core.noise import NoiseSettings, mask_examples
-from rcd_core.training.data.rows import Row, RowOrder
+from rcd_core.training.data.rows import RowOrder, TrainingRow
 from rcd_core.training.objective import IGNORED
 
 COLUMNS = ["example_id", "input_ids", "labels"]
@@ -203,14 +203,14 @@ class ExampleSource:
         self._reader = ChunkReader(files, chunks, limits)
         self._masks: dict[tuple[int, int], tuple[NDArray[np.bool_], NDArray[np.float64]]] = {}
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> TrainingRow:
         number, place, draw = self.order.locate(index)
         chunk = self._reader.chunk(number)
         example_id, reason = chunk.example_ids[place], chunk.reasons[place]
         if reason:
             if self.limits is None:
                 raise UserError(f"example {example_id!r} cannot be trained on: {reason}; remove it or mend it")
-            return Row.bad(index, example_id, draw, reason)
+            return TrainingRow.rejected(index, example_id, draw, reason)
         if (number, draw) not in self._masks:
             if len(self._masks) > 1:
                 self._masks.pop(next(iter(self._masks)))
@@ -220,4 +220,4 @@ class ExampleSource:
         masked, p = self._masks[number, draw]
         input_ids, labels = (lists[place].astype(np.int64) for lists in (chunk.input_ids, chunk.labels))
         part = slice(chunk.labels.offsets[place], chunk.labels.offsets[place + 1])
-        return Row(index, example_id, draw, input_ids, labels, masked[part], p[part])
+        return TrainingRow(index, example_id, draw, input_ids, labels, masked[part], p[part])

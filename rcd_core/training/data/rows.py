@@ -1,9 +1,13 @@
-"""Training rows: what one is, examples with noise made on the spot, and rows side by side as a batch.
+"""Training rows and their order: which example, under which draw of noise, is row g of a run.
 
-Row g of a run is a pure function of the recipe (row_order.py). ExampleSource here and SignalSource (signal_rows.py)
-follow it, so a baseline trained on examples sees the target's very tokens and masks.
+Epoch e = g // N uses draw e mod draws. Each draw shuffles the chunks of examples and the examples inside each chunk by
+sorting hashes. So row g is a pure function of (noise seed, draw, g): any worker can compute any row, nothing is saved
+for a resume, and reading in order touches one chunk after another whatever the size of the data. ExampleSource
+(examples.py) and SignalSource (signal_cache.py) share this order, so a baseline trained on examples sees the same
+tokens and masks as the target. Examples of different chunks are not mixed: the files must not be sorted by content.
+`prepare` sorts them by content hash.
 
-Shapes: B rows, L tokens, N masked positions.
+Shapes: L tokens of a row, N examples, C chunks.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ Integers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Row:
+class TrainingRow:
     """One training row. input_ids, labels, masked (L,); p (L,) the probability each labelled token was masked with;
     signals (N masked positions) only from the cache. reason: why the example cannot be trained on; such a row keeps
     its place in the order, has no tokens and contributes nothing."""
@@ -39,13 +43,15 @@ class Row:
     reason: str = ""
 
     @classmethod
-    def bad(cls, index: int, example_id: str, draw: int, reason: str, signals: ReferenceSignals | None = None) -> Row:
+    def rejected(
+        cls, index: int, example_id: str, draw: int, reason: str, signals: ReferenceSignals | None = None
+    ) -> TrainingRow:
         none = np.zeros(0, dtype=np.int64)
         return cls(index, example_id, draw, none, none, none.astype(bool), none.astype(float), signals, reason)
 
 
 class RowSource(Protocol):
-    def row(self, index: int) -> Row: ...
+    def row(self, index: int) -> TrainingRow: ...
 
 
 class RowOrder:

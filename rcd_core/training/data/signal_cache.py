@@ -15,7 +15,7 @@ import numpy as np
 from rcd_core.errors import UserError
 from rcd_core.io import storage
 from rcd_core.noise import NoiseSettings
-from rcd_core.training.data.rows import Row
+from rcd_core.training.data.rows import TrainingRow
 from rcd_core.training.data.signal_format import SCHEMA_VERSION, SignalGroup
 
 _SHARED = "reference and target must share it: name another reference.start, then run full.py --redo signals"
@@ -59,7 +59,7 @@ class SignalSource:
     def num_rows(self) -> int:
         return int(self.offsets[-1])
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> TrainingRow:
         place = index % self.num_rows
         number = int(np.searchsorted(self.offsets, place, side="right")) - 1
         if self._open is None or self._open[0] != number:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from rcd_core.signals import ReferenceSignals
 from rcd_core.training.data.examples import FlatLists
-from rcd_core.training.data.rows import Row
+from rcd_core.training.data.rows import TrainingRow
 
 SCHEMA_VERSION = 3
 
@@ -67,7 +67,7 @@ def parquet_options(adaptive: bool) -> dict[str, Any]:
     }
 
 
-def encode(rows: Sequence[Row], signals: ReferenceSignals, adaptive: bool) -> Any:
+def encode(rows: Sequence[TrainingRow], signals: ReferenceSignals, adaptive: bool) -> Any:
     """Rows, and the signals of all their masked positions one after another, as a table of `schema(adaptive)`."""
     import pyarrow as pa
 
@@ -118,18 +118,18 @@ class SignalGroup:
         names = [*_INTEGERS, *_FLOATS, *(["num_kept"] if "num_kept" in table.column_names else [])]
         self._lists = {name: FlatLists(table[name]) for name in names}
 
-    def row(self, place: int, index: int) -> Row:
+    def row(self, place: int, index: int) -> TrainingRow:
         """Row `place` of the group, as row `index` of the run."""
         example_id, draw, reason = (self._plain[n][place].as_py() for n in _PLAIN)
         signals = self._signals(place)
         if reason:
-            return Row.bad(index, example_id, draw, reason, signals)
+            return TrainingRow.rejected(index, example_id, draw, reason, signals)
         input_ids, labels, positions = (self._lists[n][place] for n in ("input_ids", "labels", "masked_positions"))
         masked = np.zeros(len(input_ids), dtype=bool)
         masked[positions] = True
         p = np.broadcast_to(self._lists["p_mask"][place].astype(np.float64), len(input_ids))
         ids = (input_ids.astype(np.int64), labels.astype(np.int64))
-        return Row(index, example_id, draw, *ids, masked, p, signals, reason)
+        return TrainingRow(index, example_id, draw, *ids, masked, p, signals, reason)
 
     def _signals(self, place: int) -> ReferenceSignals:
         # Copies: a batch is made of them while the group they come from may already be gone.

@@ -17,7 +17,7 @@ from rcd_core.noise import NoiseSettings, hash_key, mask_examples
 from rcd_core.tasks import get_task
 from rcd_core.text.encoding import Encoder, PromptExample, content_id
 from rcd_core.text.tokenizer import mask_token_id, stop_token_ids, train_tokenizer
-from rcd_core.training.data.rows import Row, RowOrder
+from rcd_core.training.data.rows import RowOrder, TrainingRow
 from rcd_core.training.objective import IGNORED
 from tests.benchmarks.evidence.plan import Experiment
 
@@ -43,14 +43,14 @@ class MemorySource:
         self.order = RowOrder([len(examples.example_ids)], noise)
         self._draws: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> TrainingRow:
         _, place, draw = self.order.locate(index)
         e = self.examples
         if draw not in self._draws:
             self._draws[draw] = mask_examples(e.labels != IGNORED, e.offsets, e.example_ids, draw, self.noise)
         masked, p = self._draws[draw]
         part = slice(e.offsets[place], e.offsets[place + 1])
-        return Row(index, e.example_ids[place], draw, e.input_ids[part], e.labels[part], masked[part], p[part])
+        return TrainingRow(index, e.example_ids[place], draw, e.input_ids[part], e.labels[part], masked[part], p[part])
 
 
 class World:

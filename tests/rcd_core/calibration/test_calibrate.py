@@ -24,7 +24,7 @@ from rcd_core.calibration.distance import (
 )
 from rcd_core.calibration.training_alphas import training_shares
 from rcd_core.decoding.request import resolve_settings, uncalibrated
-from rcd_core.training.data.rows import Row
+from rcd_core.training.data.rows import TrainingRow
 from tests.rcd_core.checkpoints import checkpoint, edit_config
 
 
@@ -86,7 +86,7 @@ def test_a_search_without_end_ends() -> None:
 def test_masking_ratio_of_training_rows() -> None:
     labels = np.array([-100, 1, 1, 1, 1, 1, 1, -100])
     masked = np.array([0, 1, 0, 0, 1, 1, 1, 0], dtype=bool)
-    row = Row(0, "x", 0, labels, labels, masked, np.ones(8))
+    row = TrainingRow(0, "x", 0, labels, labels, masked, np.ones(8))
     assert training_shares(row, 4).tolist() == pytest.approx([1 / 3, 1, 1, 1])
     assert training_shares(row, None).tolist() == pytest.approx([4 / 6] * 4)
 

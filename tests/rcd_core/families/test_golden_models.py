@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 from rcd_core import TrainingBatch, load_model, training_loss
 from rcd_core.residual import entropy_weight, inject_residual, soft_embedding
 from rcd_core.signals import DenseSignals, ReferenceSignals
-from rcd_core.training.loop import reference_signals
-from rcd_core.training.objective import masked_hidden
+from rcd_core.training.objective import masked_hidden, reference_signals
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 SDAR, LLADA, RCD = (GOLDEN / f"{n}_vectors.json" for n in ("sdar", "llada", "rcd/rcd"))

@@ -21,7 +21,7 @@ import numpy as np
 from rcd_core.families.config import ModelConfig
 from rcd_core.noise import NoiseSettings, mask_example
 from rcd_core.residual import ResidualSettings
-from rcd_core.training.data.rows import Row
+from rcd_core.training.data.rows import TrainingRow
 from rcd_core.training.plan import Memory, ModelShape, memory, step_shape
 from rcd_core.training.settings import TrainSettings
 
@@ -34,10 +34,10 @@ VOCAB, LENGTH, BLOCK, ROWS = 16384, 512, 32, 2
 class Rows:
     """Rows of which everything is labelled."""
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> TrainingRow:
         ids = np.random.default_rng(index).integers(0, VOCAB - 1, LENGTH)
         masked, p = mask_example(np.ones(LENGTH, dtype=bool), str(index), 0, NoiseSettings())
-        return Row(index, str(index), 0, ids, ids, masked, p)
+        return TrainingRow(index, str(index), 0, ids, ids, masked, p)
 
 
 def settings(**changes: Any) -> TrainSettings:

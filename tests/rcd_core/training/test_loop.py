@@ -19,8 +19,9 @@ from rcd_core.noise import NoiseSettings
 from rcd_core.residual import ResidualSettings
 from rcd_core.training.data.batches import collate
 from rcd_core.training.data.examples import ExampleSource
-from rcd_core.training.data.rows import Row
-from rcd_core.training.loop import Callbacks, learning_rate, reference_signals, train
+from rcd_core.training.data.rows import TrainingRow
+from rcd_core.training.loop import Callbacks, learning_rate, train
+from rcd_core.training.objective import reference_signals
 from rcd_core.training.settings import TrainSettings
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -123,11 +124,11 @@ class Cached:
     def __init__(self, source: ExampleSource, reference: Any, top_k: int) -> None:
         self.source, self.reference, self.top_k = source, reference, top_k
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> TrainingRow:
         row = self.source.row(index)
         ids = {"mask_token_id": self.reference.mask_token_id, "pad_token_id": 500, "block_length": BLOCK}
         batch, _ = collate([row], **ids)
-        return Row(**{**vars(row), "signals": reference_signals(self.reference, batch, self.top_k)})
+        return TrainingRow(**{**vars(row), "signals": reference_signals(self.reference, batch, self.top_k)})
 
 
 @pytest.mark.parametrize("family", ["sdar", "llada"])
@@ -162,7 +163,7 @@ def test_an_untrained_batch_is_overfitted_with_residual_inputs(examples: str) ->
     settings = TrainSettings(steps=150, batch_size=4, learning_rate=5e-3, loss_weight="uniform", log_every=50)
 
     class OneBatch(ExampleSource):
-        def row(self, index: int) -> Row:
+        def row(self, index: int) -> TrainingRow:
             return super().row(index % 4)
 
     source = OneBatch([examples], NoiseSettings(draws=1))

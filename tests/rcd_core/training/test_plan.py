@@ -20,7 +20,7 @@ from rcd_core.training.plan import (
     layer_activations,
     memory,
     step_shape,
-    work,
+    training_cost,
 )
 from rcd_core.training.settings import TrainSettings
 from tests.rcd_core.training import peak_memory
@@ -118,14 +118,14 @@ def test_a_step_counts_what_enters_the_layers() -> None:
 
 
 def test_flops_are_those_of_the_meter_and_hours_follow() -> None:
-    found = work(SDAR_8B, rows=96, tokens_per_row=1000.0, labelled_share=0.5, gpus=8, device="H100", mfu=0.4)
+    found = training_cost(SDAR_8B, rows=96, tokens_per_row=1000.0, labelled_share=0.5, gpus=8, device="H100", mfu=0.4)
     layers, head = 36 * SDAR_8B.layer_parameters, 151936 * 4096
     assert found.flops == pytest.approx(6 * (layers * 192_000 + head * 24_000))
     assert found.hours == pytest.approx(found.flops / (8 * 989e12 * 0.4) / 3600)
-    online = work(SDAR_8B, 96, 1000.0, 0.5, 8, "H100", 0.4, extra_forwards=1.5)
+    online = training_cost(SDAR_8B, 96, 1000.0, 0.5, 8, "H100", 0.4, extra_forwards=1.5)
     assert online.flops == found.flops and online.hours == pytest.approx(1.5 * found.hours)
     with pytest.raises(UserError, match="device 'TPU' is not known"):
-        work(SDAR_8B, 96, 1000.0, 0.5, 8, "TPU", 0.4)
+        training_cost(SDAR_8B, 96, 1000.0, 0.5, 8, "TPU", 0.4)
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,10 @@ from rcd_core.noise import NoiseSettings, hash_key, mask_example, mask_examples,
 from rcd_core.signals import ReferenceSignals
 from rcd_core.training.data.batches import collate
 from rcd_core.training.data.examples import ChunkReader, Chunks, ExampleSource, Limits
-from rcd_core.training.data.rows import Row, RowOrder
+from rcd_core.training.data.rows import RowOrder, TrainingRow
 from rcd_core.training.data.signal_cache import SignalSource, noise_record, require_match
 from rcd_core.training.data.signal_format import SCHEMA_VERSION, SignalGroup, encode, parquet_options, schema
-from rcd_core.training.loop import reference_signals
-from rcd_core.training.objective import loss_sum, normalizer
+from rcd_core.training.objective import loss_sum, normalizer, reference_signals
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 BLOCK = 4
@@ -193,7 +192,7 @@ def test_a_file_of_another_type_is_poison_too(tmp_path: Path) -> None:
 def test_a_bad_row_contributes_nothing(family: str, files: list[str]) -> None:
     """Loss, gradients and normaliser of a batch are those of its good rows."""
     good = [ExampleSource(files, NOISE).row(g) for g in range(3)]
-    bad = Row.bad(3, "bad", 0, "empty")
+    bad = TrainingRow.rejected(3, "bad", 0, "empty")
     for weight in ("uniform", "inverse_t"):
         clean, mixed = (step(family, rows, weight) for rows in (good, [good[0], bad, *good[1:]]))
         for a, b in zip(clean, mixed, strict=True):
@@ -203,11 +202,11 @@ def test_a_bad_row_contributes_nothing(family: str, files: list[str]) -> None:
 @pytest.mark.parametrize("family", ["sdar", "llada"])
 def test_a_batch_of_bad_rows_only_contributes_nothing(family: str) -> None:
     """Every parameter still gets a gradient, of zeros: data parallelism waits for each of them."""
-    loss, norm, *gradients = step(family, [Row.bad(0, "bad", 0, "empty")], "inverse_t")
+    loss, norm, *gradients = step(family, [TrainingRow.rejected(0, "bad", 0, "empty")], "inverse_t")
     assert loss == 0 and norm == 0 and gradients and not any(g.any() for g in gradients)
 
 
-def step(family: str, rows: list[Row], weight: Any) -> list[torch.Tensor]:
+def step(family: str, rows: list[TrainingRow], weight: Any) -> list[torch.Tensor]:
     """[loss, normaliser, gradients ...] of one batch."""
     model = load_model(GOLDEN / f"{family}_tiny")
     batch, _ = collate(rows, mask_token_id=model.mask_token_id, pad_token_id=500, block_length=BLOCK)
@@ -223,14 +222,18 @@ def step(family: str, rows: list[Row], weight: Any) -> list[torch.Tensor]:
 # -- signals on disk
 
 
-def signal_rows(model: Any, rows: list[Row], keep_mass: float | None) -> tuple[list[Row], ReferenceSignals]:
+def signal_rows(
+    model: Any, rows: list[TrainingRow], keep_mass: float | None
+) -> tuple[list[TrainingRow], ReferenceSignals]:
     ids = {"mask_token_id": model.mask_token_id, "pad_token_id": 500, "block_length": BLOCK}
     batch, _ = collate(rows, **ids)
     return rows, reference_signals(model, batch, 8, keep_mass=keep_mass, alpha_temperature=0.9)
 
 
 @pytest.fixture
-def cache(files: list[str], tmp_path: Path, request: pytest.FixtureRequest) -> tuple[str, dict[str, Any], list[Row]]:
+def cache(
+    files: list[str], tmp_path: Path, request: pytest.FixtureRequest
+) -> tuple[str, dict[str, Any], list[TrainingRow]]:
     """Forty rows in three shards of unequal size, in row groups of six; a bad row among them. (dir, manifest, rows)"""
     keep_mass = getattr(request, "param", None)
     model = load_model(GOLDEN / "rcd" / "sdar_ref_tiny")
@@ -246,13 +249,13 @@ def cache(files: list[str], tmp_path: Path, request: pytest.FixtureRequest) -> t
             for start in range(first, last, 6):
                 rows = [source.row(g) for g in range(start, min(start + 6, last))]
                 if start == 7:
-                    rows[1] = Row.bad(8, "bad", 0, "empty")
+                    rows[1] = TrainingRow.rejected(8, "bad", 0, "empty")
                 rows, signals = signal_rows(model, rows, keep_mass)
                 writer.write_table(encode(rows, signals, keep_mass is not None))
                 ends = np.cumsum([int(r.masked.sum()) for r in rows]).tolist()
                 begins = [0, *ends[:-1]]
                 parts = [signals[a:b] for a, b in zip(begins, ends, strict=True)]
-                expected += [Row(**{**vars(r), "signals": s}) for r, s in zip(rows, parts, strict=True)]
+                expected += [TrainingRow(**{**vars(r), "signals": s}) for r, s in zip(rows, parts, strict=True)]
         names.append(path.name)
         sizes.append(path.stat().st_size)
         digests.append(hashlib.sha256(path.read_bytes()).hexdigest())
@@ -268,7 +271,7 @@ def cache(files: list[str], tmp_path: Path, request: pytest.FixtureRequest) -> t
     return str(directory), manifest, expected
 
 
-def same(a: Row, b: Row) -> bool:
+def same(a: TrainingRow, b: TrainingRow) -> bool:
     x, y = a.signals, b.signals
     assert x is not None and y is not None
     width = max(x.topk_ids.shape[1], y.topk_ids.shape[1])
@@ -284,7 +287,7 @@ def same(a: Row, b: Row) -> bool:
 
 
 @pytest.mark.parametrize("cache", [None, 0.3], indirect=True, ids=["fixed k", "adaptive k"])
-def test_rows_come_back_as_they_were_written(cache: tuple[str, dict[str, Any], list[Row]]) -> None:
+def test_rows_come_back_as_they_were_written(cache: tuple[str, dict[str, Any], list[TrainingRow]]) -> None:
     directory, manifest, expected = cache
     source = SignalSource(directory, manifest)
     assert all(same(source.row(g), expected[g]) for g in range(40))
@@ -295,7 +298,7 @@ def test_rows_come_back_as_they_were_written(cache: tuple[str, dict[str, Any], l
     assert all(same(every_other.row(g), expected[g]) for g in range(1, 40, 2)), "rank 1 of 2"
 
 
-def test_adaptive_k_is_ragged_on_disk(cache: tuple[str, dict[str, Any], list[Row]]) -> None:
+def test_adaptive_k_is_ragged_on_disk(cache: tuple[str, dict[str, Any], list[TrainingRow]]) -> None:
     model = load_model(GOLDEN / "rcd" / "sdar_ref_tiny")
     rows = [r for r in cache[2] if not r.reason][:5]
     rows, signals = signal_rows(model, rows, 0.012)
@@ -317,7 +320,7 @@ def damaged(directory: str, manifest: dict[str, Any], rows: range) -> str:
     return str(caught.value)
 
 
-def test_a_damaged_shard_is_named(cache: tuple[str, dict[str, Any], list[Row]]) -> None:
+def test_a_damaged_shard_is_named(cache: tuple[str, dict[str, Any], list[TrainingRow]]) -> None:
     directory, manifest, expected = cache
     path = Path(directory) / "shard-00001.parquet"
     whole = path.read_bytes()
@@ -334,7 +337,9 @@ def test_a_damaged_shard_is_named(cache: tuple[str, dict[str, Any], list[Row]]) 
     assert all(same(source.row(g), expected[g]) for g in range(7)), "the others are read"
 
 
-def test_a_shard_of_the_right_bytes_but_other_rows_is_named(cache: tuple[str, dict[str, Any], list[Row]]) -> None:
+def test_a_shard_of_the_right_bytes_but_other_rows_is_named(
+    cache: tuple[str, dict[str, Any], list[TrainingRow]],
+) -> None:
     directory, manifest, _ = cache
     shifted = {**manifest, "row_offsets": [0, 8, 27, 41]}
     assert "it has 7 rows, the manifest says 8" in damaged(directory, shifted, range(1))

@@ -14,8 +14,8 @@ from rcd_core import ReferenceSignals, UserError, load_model
 from rcd_core.noise import NoiseSettings, mask_example, nested_masks
 from rcd_core.residual import ResidualSettings
 from rcd_core.signals import residual_state
-from rcd_core.training.data.batches import MAX_PASSES, BatchMaker, MicroBatch, pack
-from rcd_core.training.data.rows import Row
+from rcd_core.training.data.batches import MAX_PASSES, Collator, MicroBatch, pack
+from rcd_core.training.data.rows import TrainingRow
 from rcd_core.training.loop import Callbacks, train
 from rcd_core.training.loss_module import LossModule
 from rcd_core.training.objective import loss_sum, masked_hidden
@@ -26,21 +26,21 @@ NOISE = NoiseSettings(seed=4)
 FAMILIES = ["sdar", "llada"]
 
 
-def rows() -> list[Row]:
+def rows() -> list[TrainingRow]:
     generator = np.random.default_rng(1)
     made = []
     for i, length in enumerate((16, 12, 20, 8, 16, 12)):
         ids = generator.integers(0, 490, length)
         labels = np.where(np.arange(length) >= 4, ids, -100)
         masked, p = mask_example(labels >= 0, f"row{i}", 0, NOISE)
-        made.append(Row(i, f"row{i}", 0, ids, labels, masked, p))
+        made.append(TrainingRow(i, f"row{i}", 0, ids, labels, masked, p))
     return made
 
 
-def maker(source: Any, **changes: Any) -> BatchMaker:
+def maker(source: Any, **changes: Any) -> Collator:
     settings = TrainSettings(steps=1, batch_size=6, pack_length=32, **changes)
     residual = ResidualSettings(source=source, dropout=0.0)
-    return BatchMaker(
+    return Collator(
         settings=settings,
         residual=residual,
         mask_token_id=511,
@@ -132,7 +132,7 @@ def test_on_policy_masks_are_what_the_model_is_least_sure_of(family: str) -> Non
 @pytest.mark.parametrize("source", ["self", "self_same", "on_policy"])
 def test_the_loop_trains_on_them(source: Any) -> None:
     class Fixed:
-        def row(self, index: int) -> Row:
+        def row(self, index: int) -> TrainingRow:
             return replace(rows()[index % 6], index=index)
 
     logged: list[dict[str, float]] = []
