@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -77,9 +78,7 @@ def run(options: argparse.Namespace) -> int:
     if absent := ", ".join(f"--{name}" for name in wanted if not getattr(options, name)):
         raise UserError(f"{absent} is not given; see rcd evaluate --help")
     if options.url:
-        from pipelines.evaluation.endpoint import evaluate_endpoint
-
-        return evaluate_endpoint(options)
+        return _evaluate_endpoint(options)
     if options.model or options.baseline_model:
         raise UserError("--model and --baseline_model name models of an endpoint; give its --url")
     return _evaluate_checkpoints(options)
@@ -94,6 +93,54 @@ def _list_settings() -> int:
         decode = ", ".join(f"{key} {value}" for key, value in settings.evaluate.get("decode", {}).items())
         print(f"  block_length {settings.block_length}, {decode}, thresholds {settings.evaluate.get('thresholds')}\n")
     return 0
+
+
+def _evaluate_endpoint(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from pipelines.evaluation.endpoint import EndpointOptions, collect_answers
+    from pipelines.report.endpoint import write_report
+
+    for name in ("target", "baseline", "reference", "address", "actors", "redo"):
+        if getattr(options, name):
+            raise UserError(f"--{name} goes with checkpoints, not with --url; models of an endpoint are --model ID")
+    raw: dict[str, Any] = {
+        **output_of(options),
+        "seed": options.seed,
+        "data": {
+            "task": options.task,
+            "test": [place(name) if name != "synthetic" else name for name in options.test],
+            "num_test": options.num_examples,
+        },
+        "evaluate": given(options, options.starts),
+    }
+    apply_overrides(raw, overrides(options.set))
+    endpoint = EndpointOptions(
+        url=options.url,
+        model=options.model,
+        baseline_model=options.baseline_model,
+        concurrency=options.concurrency,
+        reference_flops_weight=options.reference_flops_weight,
+    )
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120  # a log file has no width
+    console = Console(highlight=False, width=width)
+    write_report(collect_answers(raw, endpoint, console), _command(options), console)
+    return 0
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command that reproduces the results of an endpoint, without the flags that do not affect them."""
+    words = ["rcd", "evaluate"]
+    for name in ("url", "model", "baseline_model", "task", "settings", "samples", "num_examples", "seed"):
+        if (value := getattr(options, name)) is not None:
+            words += [f"--{name}", str(value)]
+    for name in ("thresholds", "starts", "block_lengths"):
+        if values := getattr(options, name):
+            words += [f"--{name}", *map(str, values)]
+    for name in ("test", "set"):
+        for value in getattr(options, name):
+            words += [f"--{name}", value]
+    return shlex.join([*words, "--output", options.output])
 
 
 def _evaluate_checkpoints(options: argparse.Namespace) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +12,8 @@ from rich.console import Console
 
 from pipelines.data.problems import TestProblem
 from pipelines.evaluation.actor import ROWS
-from pipelines.evaluation.results import ArmInfo, analyse
+from pipelines.evaluation.endpoint import EndpointAnswers, EndpointOptions
+from pipelines.evaluation.results import analyse
 from pipelines.recipe.model import Recipe
 from pipelines.recipe.settings_files import provenance, provenance_line, provenance_section
 from pipelines.report.evaluation import html_report, plots_of, print_tables
@@ -25,39 +24,35 @@ from rcd_core.tasks import get_task
 Answers = Sequence[dict[str, Any]]
 
 
-def write_report(
-    recipe: Recipe,
-    options: argparse.Namespace,
-    arms: Sequence[tuple[ArmInfo, dict[str, Any]]],
-    problems: Sequence[TestProblem],
-    answers: Answers,
-    ours: bool,
-    console: Console,
-) -> None:
-    """arms: with the settings they were asked for with. ours: the answers tell passes and effective settings."""
-    rows = _rows(recipe, problems, answers, options.reference_flops_weight)
-    infos = [info for info, _ in arms]
+def write_report(collected: EndpointAnswers, command: str, console: Console) -> None:
+    """Grade the answers, write results.parquet, results.json, plots and report.html, and print the tables.
+
+    command: the command line that makes these results.
+    """
+    recipe, options, answers = collected.recipe, collected.options, collected.answers
+    rows = _rows(recipe, collected.problems, answers, options.reference_flops_weight)
+    infos = [method.info for method in collected.methods]
     order = [info.name for info in infos]
     rows.sort(key=lambda row: (order.index(row["arm"]), row["threshold"], row["example_id"], row["sample"]))
     table = pa.Table.from_pylist(rows, schema=ROWS)
     with storage.open_output(storage.join(recipe.run_directory, "results.parquet")) as stream:
         pq.write_table(table, stream, compression="zstd")
     settings_file = provenance(recipe)
-    about, said = _about(recipe, options, answers), _said(options) | {"settings_file": settings_file}
+    about, notes = _about(recipe, options, answers), _notes(command) | {"settings_file": settings_file}
     sections = provenance_section(settings_file)
-    if ours:
+    if collected.is_rcd:
         settings = {answer["arm"]: {**answer["settings"], "seed": recipe.seed} for answer in answers}
         infos = [replace(info, block_length=settings[info.name]["block_length"]) for info in infos]
         levels = recipe.evaluate.accuracy_levels
-        results = analyse(arms=infos, table=table, settings=settings, accuracy_levels=levels, **about) | said
+        results = analyse(arms=infos, table=table, settings=settings, accuracy_levels=levels, **about) | notes
         plots = plots_of(results)
         for name, (light, _) in plots.items():
             storage.write_bytes(storage.join(recipe.run_directory, f"{name}.png"), light)
         page = html_report(results, plots, [*sections, *_warm_starts(answers)])
         print_tables(results, console)
     else:
-        asked = {info.name: settings for info, settings in arms}
-        results = foreign_results(arms=infos, rows=rows, asked=asked, **about) | said
+        sent = {method.info.name: method.settings for method in collected.methods}
+        results = foreign_results(arms=infos, rows=rows, asked=sent, **about) | notes
         page = foreign_page(results, sections)
         print_foreign(results, console)
     if line := provenance_line(settings_file):
@@ -68,7 +63,7 @@ def write_report(
     console.print(f"report: {path}", soft_wrap=True, markup=False)
 
 
-def _about(recipe: Recipe, options: argparse.Namespace, answers: Answers) -> dict[str, Any]:
+def _about(recipe: Recipe, options: EndpointOptions, answers: Answers) -> dict[str, Any]:
     """What both kinds of results begin with."""
     fingerprints = sorted({answer["fingerprint"] for answer in answers if answer["fingerprint"]})
     deployed = {"deployment": ", ".join(fingerprints)} if fingerprints else {}
@@ -80,10 +75,10 @@ def _about(recipe: Recipe, options: argparse.Namespace, answers: Answers) -> dic
     }
 
 
-def _said(options: argparse.Namespace) -> dict[str, Any]:
+def _notes(command: str) -> dict[str, Any]:
     """What the page says otherwise than of a run."""
     return {
-        "reproduce": f"{_command(options)} (the answers also depend on what is deployed at that address)",
+        "reproduce": f"{command} (the answers also depend on what is deployed at that address)",
         "reference_cost": "which is assumed (--reference_flops_weight), as an endpoint does not tell",
         "decoded_by": "the endpoint",
     }
@@ -113,18 +108,3 @@ def _warm_starts(answers: Answers) -> list[tuple[str, str]]:
     failures = sum(answer["reference_failures"] for answer in answers)
     text = f"{failures} blocks had to start from zero because the endpoint's reference did not answer."
     return [("Reference passes", f"<p>{text}</p>")]
-
-
-def _command(options: argparse.Namespace) -> str:
-    """The command that makes these results, without what they do not depend on."""
-    words = ["rcd", "evaluate"]
-    for name in ("url", "model", "baseline_model", "task", "settings", "samples", "num_examples", "seed"):
-        if (value := getattr(options, name)) is not None:
-            words += [f"--{name}", str(value)]
-    for name in ("thresholds", "starts", "block_lengths"):
-        if values := getattr(options, name):
-            words += [f"--{name}", *map(str, values)]
-    for name in ("test", "set"):
-        for value in getattr(options, name):
-            words += [f"--{name}", value]
-    return shlex.join([*words, "--output", options.output])
