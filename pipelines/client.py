@@ -1,37 +1,43 @@
-"""Completions of an OpenAI-compatible endpoint, for evaluation: one prompt in, one answer out, however long it takes.
+"""HTTP client of OpenAI-compatible endpoints: streams for `rcd chat`, whole answers for `rcd evaluate --url`.
 
-Our own endpoint (its model cards are owned by "rcd") takes DecodeSettings flat in the body and tells its passes and the
-settings in effect. Of any other only text and numbers of tokens are known.
+Our own endpoint (its model cards say owned_by "rcd") takes DecodeSettings fields in the body, and reports passes and
+effective settings under `rcd`. Other endpoints report only text and token counts.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+from httpx_sse import connect_sse
 
-from pipelines.chat_client import LOOPBACK
 from rcd_core.errors import UserError
 
 CONNECT_S = 10.0
 ANSWER_S = 3600.0  # a long answer behind a long queue
-PATIENCE_S = 600.0  # without an answer to a request that is worth another try
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
+SILENCE_S = 120.0  # of a stream; our server sends a comment every few seconds while it works
+PATIENCE_S = 600.0  # of retries
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 RETRIED = (429, 502, 503, 504)
-# What any OpenAI-compatible server understands, under our names.
+LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+# DecodeSettings fields that every OpenAI-compatible server has, and OpenAI's names for them.
 COMMON = {"max_new_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class HttpAnswer:
-    """tokens: as the stage `evaluate` counts them, the stop token included where the endpoint is ours. forwards (passes
-    by kind) and settings (as in effect): None where the endpoint does not tell. seconds: from request to answer,
-    without the wait for another try. fingerprint: of the deployment that answered."""
+    """One whole answer.
+
+    tokens: as the stage `evaluate` counts them, so with the stop token where the endpoint is ours. forwards (passes by
+    kind) and settings (effective): None where the endpoint does not report them. seconds: of the successful request,
+    without retries. fingerprint: of the deployment that answered.
+    """
 
     text: str
     tokens: int
@@ -44,106 +50,143 @@ class HttpAnswer:
 
 
 class Endpoint:
-    """May be used from many threads. UserError: what the endpoint refuses, and what does not get better in time."""
+    """One endpoint; thread-safe. api_key: sent as bearer token. patience_s: how long to retry a full queue or a lost
+    connection; 0 never retries. Every failure is a UserError of one line."""
 
     def __init__(self, url: str, api_key: str | None = None, patience_s: float = PATIENCE_S) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"--url is {url!r}; give something like http://127.0.0.1:8000/v1")
-        self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
+            raise UserError(f"--url is {url!r}; give something like http://127.0.0.1:8000")
+        self.url = url.rstrip("/").removesuffix("/v1")
         self.patience_s = patience_s
         self._http = httpx.Client(
             timeout=httpx.Timeout(ANSWER_S, connect=CONNECT_S),
             limits=httpx.Limits(max_connections=None),
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            trust_env=parts.hostname not in LOOPBACK,  # a proxy of the environment knows nothing of this machine
+            trust_env=parts.hostname not in LOOPBACK,  # a proxy of the environment cannot reach this machine
         )
 
     def models(self) -> dict[str, bool]:
-        """Model id -> whether it is served by this project."""
-        body, _ = self._asked("GET", "/models")
+        """Model id -> whether this project serves it."""
+        body, _ = self._request("GET", "/v1/models")
         try:
             return {str(card["id"]): card.get("owned_by") == "rcd" for card in body["data"]}
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"--url: {self.url}/models is no list of models ({error}); is this the API's root?"
-            ) from error
+            raise UserError(f"--url: {self.url}/v1/models is not a list of models ({error!r})") from error
 
     def answer(
         self, model: str, prompt: str, settings: Mapping[str, Any], *, infill: bool, ours: bool, seed: int
     ) -> HttpAnswer:
-        """One user turn, or one canvas to fill in. settings: DecodeSettings fields; others' endpoints take COMMON."""
+        """Send one user turn, or one text to infill. settings: DecodeSettings fields; only COMMON unless ours."""
         body: dict[str, Any] = {"model": model, "seed": seed}
         body |= settings if ours else {COMMON[name]: value for name, value in settings.items()}
         if infill:
-            found, seconds = self._asked("POST", "/completions", body | {"prompt": prompt, "infill": True})
+            answer, seconds = self._request("POST", "/v1/completions", body | {"prompt": prompt, "infill": True})
         else:
             message = {"role": "user", "content": prompt}
-            found, seconds = self._asked("POST", "/chat/completions", body | {"messages": [message]})
+            answer, seconds = self._request("POST", "/v1/chat/completions", body | {"messages": [message]})
         try:
-            return _answer(found, seconds, infill, ours)
+            return _parse_answer(answer, seconds, infill, ours)
         except (KeyError, TypeError, IndexError) as error:
             raise UserError(f"{self.url}: the answer lacks {error}; is this an OpenAI-compatible endpoint?") from error
 
-    def _asked(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[Any, float]:
-        """(JSON, seconds of the try that succeeded). Tries again where that may help, as long as the patience lasts."""
-        begun, wait_s = time.monotonic(), FIRST_WAIT_S
+    def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield the chunks of a streamed answer. Closing the iterator cancels the request."""
+        timeout = httpx.Timeout(SILENCE_S, connect=CONNECT_S)
+        try:
+            with connect_sse(
+                self._http, "POST", self.url + path, json={**body, "stream": True}, timeout=timeout
+            ) as source:
+                if source.response.is_error:
+                    source.response.read()
+                    raise UserError(_explain(source.response))
+                for event in source.iter_sse():
+                    if event.data == "[DONE]":
+                        return
+                    yield _parse_chunk(event.data)
+        except httpx.ReadTimeout as error:
+            raise UserError(f"--url: {self.url} has been silent for {SILENCE_S:g} s") from error
+        except httpx.TransportError as error:
+            raise UserError(f"--url: {self.url}: {_lost(error)}") from error
+        raise UserError("the stream ended before the answer did; the text so far is final")
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[Any, float]:
+        """(JSON, seconds of the successful request). Retries until the patience ends."""
+        start, pause = time.monotonic(), FIRST_PAUSE_S
         while True:
             sent = time.monotonic()
-            advised: float | None = None
+            retry_after: float | None = None
             try:
                 response = self._http.request(method, self.url + path, json=body)
                 if not response.is_error:
                     return response.json(), time.monotonic() - sent
-                why = _explained(response)
+                reason = _explain(response)
                 if response.status_code not in RETRIED:
-                    raise UserError(f"{self.url} refuses: {why}")
-                advised = _seconds(response.headers.get("Retry-After"))
+                    raise UserError(f"--url: {self.url} refuses: {reason}")
+                retry_after = _seconds(response.headers.get("Retry-After"))
             except httpx.TransportError as error:
-                why = f"the connection failed ({error or type(error).__name__})"
+                reason = _lost(error)
             except ValueError as error:
-                raise UserError(f"{self.url}{path}: the answer is no JSON ({error})") from error
-            pause = wait_s if advised is None else advised
-            if time.monotonic() + pause - begun > self.patience_s:
-                raise UserError(f"{self.url}: no answer in {self.patience_s:g} s; the last try: {why}")
-            time.sleep(pause)
-            wait_s = min(LONGEST_WAIT_S, 2 * wait_s)
+                raise UserError(f"--url: {self.url}{path} does not answer in JSON ({error})") from error
+            wait = pause if retry_after is None else retry_after
+            if time.monotonic() + wait - start > self.patience_s:
+                tried = f"no answer in {self.patience_s:g} s; the last try: " if self.patience_s else ""
+                raise UserError(f"--url: {self.url}: {tried}{reason}")
+            time.sleep(wait)
+            pause = min(LONGEST_PAUSE_S, 2 * pause)
 
 
 def api_key() -> str | None:
-    """The key to send, from the environment."""
+    """The API key of the environment."""
     return os.environ.get("RCD_API_KEY") or os.environ.get("OPENAI_API_KEY") or None
 
 
-def _answer(body: Any, seconds: float, infill: bool, ours: bool) -> HttpAnswer:
+def _parse_answer(body: Any, seconds: float, infill: bool, ours: bool) -> HttpAnswer:
     choice = body["choices"][0]
-    told = body["rcd"] if ours else None
+    rcd = body["rcd"] if ours else None
     reason = str(choice.get("finish_reason"))
-    # The stop token was decoded too, as `evaluate` counts it; an infill ends when all is filled.
-    stopped = ours and not infill and reason == "stop"
+    # The stop token was decoded too, and `evaluate` counts it. An infill ends without one.
+    stop_token = ours and not infill and reason == "stop"
     return HttpAnswer(
         text=str(choice["text"] if infill else choice["message"]["content"] or ""),
-        tokens=int(body["usage"]["completion_tokens"]) + stopped,
+        tokens=int(body["usage"]["completion_tokens"]) + stop_token,
         finish_reason=reason,
-        forwards=told and told["forwards"],
-        settings=told and told["settings"],
-        reference_failures=told["reference_failures"] if told else 0,
+        forwards=rcd and rcd["forwards"],
+        settings=rcd and rcd["settings"],
+        reference_failures=rcd["reference_failures"] if rcd else 0,
         seconds=seconds,
         fingerprint=body.get("system_fingerprint"),
     )
 
 
+def _parse_chunk(data: str) -> dict[str, Any]:
+    try:
+        chunk = json.loads(data)
+    except ValueError as error:
+        raise UserError(f"--url: an event is not JSON ({error}); is this an OpenAI-compatible endpoint?") from error
+    if not isinstance(chunk, dict):
+        raise UserError("--url: an event is not a JSON object; is this an OpenAI-compatible endpoint?")
+    if "error" in chunk:
+        raise UserError(" ".join(str(chunk["error"]["message"]).split()))
+    return chunk
+
+
 def _seconds(text: str | None) -> float | None:
-    """Retry-After in seconds; a date, which few servers send, counts as not given."""
+    """Retry-After in seconds. The date form, which few servers send, counts as missing."""
     try:
         return max(0.0, float(text)) if text else None
     except ValueError:
         return None
 
 
-def _explained(response: httpx.Response) -> str:
+def _lost(error: httpx.TransportError) -> str:
+    return f"the connection failed ({error or type(error).__name__})"
+
+
+def _explain(response: httpx.Response) -> str:
+    """The message of an error in OpenAI's shape, else the status."""
     try:
         message = " ".join(str(response.json()["error"]["message"]).split())
     except (ValueError, KeyError, TypeError):
-        message = f"{response.status_code} {response.reason_phrase}"
+        message = f"{response.url} answered {response.status_code} {response.reason_phrase}"
     return f"{message}; set RCD_API_KEY" if response.status_code == 401 else message

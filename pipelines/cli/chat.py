@@ -16,9 +16,9 @@ from typing import Any
 
 from rich.console import Console
 
-from pipelines.chat_client import ChatClient
 from pipelines.cli.live_view import TraceCanvas, printable, trace_view
 from pipelines.cli.terminal import INTERRUPTED, converse, read_stdin, refuse_in_one_line, statistics_line, turn
+from pipelines.client import Endpoint
 from pipelines.evaluation.decode_flags import add_decode_flags, add_flag, errors_as_flags, given_settings
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.errors import UserError
@@ -55,8 +55,8 @@ def run(options: argparse.Namespace) -> int:
         DecodeSettings(**given_settings(options))  # before anything is asked
     _check(options)
     try:
-        client = ChatClient(options.url, os.environ.get(KEY_VARIABLE))
-        served = client.models()
+        client = Endpoint(options.url, os.environ.get(KEY_VARIABLE), patience_s=0)
+        served = list(client.models())
         if not served:
             raise UserError(f"--url: {client.url} serves no model")
         if options.model is not None and options.model not in served:
@@ -81,7 +81,7 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--trace is for `rcd generate`; a chat draws the passes by itself, unless --no-show is given")
 
 
-def _chat(client: ChatClient, options: argparse.Namespace) -> int:
+def _chat(client: Endpoint, options: argparse.Namespace) -> int:
     print(f"talking to {options.model}", file=sys.stderr)
     converse(lambda messages: _reply(client, options, messages).text)
     return 0
@@ -114,7 +114,7 @@ class _Reply:
         return said
 
 
-def _reply(client: ChatClient, options: argparse.Namespace, messages: list[dict[str, str]]) -> _Reply:
+def _reply(client: Endpoint, options: argparse.Namespace, messages: list[dict[str, str]]) -> _Reply:
     """Ask and print. After Ctrl-C: what was final, exit code 130."""
     live = _draws(options)
     path, body = _request(options, messages, live)
@@ -157,7 +157,7 @@ def _request(options: argparse.Namespace, messages: list[dict[str, str]], live: 
     return "/v1/chat/completions", body | {"messages": messages}
 
 
-def _stream(client: ChatClient, path: str, body: dict[str, Any]) -> Any:
+def _stream(client: Endpoint, path: str, body: dict[str, Any]) -> Any:
     """The chunks; refusals name flags instead of fields."""
     with errors_as_flags(REMEDIES):
         yield from client.stream(path, body)

@@ -28,6 +28,7 @@ os.environ |= {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 import httpx  # noqa: E402
 import ray  # noqa: E402
 import torch  # noqa: E402
+from httpx_sse import aconnect_sse  # noqa: E402
 from ray import serve as ray_serve  # noqa: E402
 
 from pipelines import serve  # noqa: E402
@@ -146,11 +147,11 @@ async def bare(engine: EngineThread, seed: int, tokens: int) -> AsyncIterator[tu
 async def served(client: httpx.AsyncClient, endpoint: str, seed: int, tokens: int) -> AsyncIterator[tuple[str, int]]:
     body = {"model": "tiny-rcd", "prompt": prompt(seed), "max_tokens": tokens, "seed": seed, "temperature": 1.0}
     body |= {**SETTINGS, "stop_token_ids": [], "stream": True, "stream_options": {"include_usage": True}}
-    async with client.stream("POST", endpoint + "/v1/completions", json=body) as answer:
-        async for line in answer.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            chunk = json.loads(line[6:])
+    async with aconnect_sse(client, "POST", endpoint + "/v1/completions", json=body) as source:
+        async for event in source.aiter_sse():
+            if event.data == "[DONE]":
+                return
+            chunk = event.json()
             assert "error" not in chunk, chunk
             if chunk["choices"]:
                 yield chunk["choices"][0]["text"], 0
@@ -160,12 +161,10 @@ async def served(client: httpx.AsyncClient, endpoint: str, seed: int, tokens: in
 
 async def floor(client: httpx.AsyncClient, endpoint: str, seed: int, tokens: int) -> AsyncIterator[tuple[str, int]]:
     body = {"prompt": prompt(seed), "seed": seed, "tokens": tokens}
-    async with client.stream("POST", endpoint + "/floor/", json=body) as answer:
-        assert answer.status_code == 200, await answer.aread()
-        async for line in answer.aiter_lines():
-            if line:
-                text, count = json.loads(line.removeprefix("data: "))
-                yield text, count
+    async with aconnect_sse(client, "POST", endpoint + "/floor/", json=body) as source:
+        async for event in source.aiter_sse():
+            text, count = event.json()
+            yield text, count
 
 
 def prompt(seed: int) -> list[int]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
+from httpx_sse import EventSource
 
-from pipelines.chat_client import server_sent_events
 from pipelines.run.directory import StageContext
 from rcd_core import Decoder, DecodeSettings, load_model
 from rcd_core.text.tokenizer import load_tokenizer
@@ -62,12 +62,12 @@ def ask(http: httpx.Client, url: str, body: dict[str, Any]) -> Reply:
 
 
 def _read(reply: Reply, answer: httpx.Response) -> None:
-    for data in server_sent_events(answer.iter_bytes()):
-        if data == "[DONE]":
+    for event in EventSource(answer).iter_sse():
+        if event.data == "[DONE]":
             return
-        chunk = json.loads(data)
+        chunk = event.json()
         if "error" in chunk:
-            reply.problem = data
+            reply.problem = event.data
             return
         _take(reply, chunk)
     reply.problem = "the stream broke off"
