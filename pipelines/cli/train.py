@@ -7,8 +7,6 @@ rcd train plan --recipe demo --gpus 4 --set target.train.strategy=fsdp2
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from pipelines.recipe.load import load_recipe
 from pipelines.recipe.model import Recipe
 from pipelines.recipe.rules import is_hub_id
 from pipelines.run.directory import RunDirectory
+from pipelines.run.messages import make_console
 from rcd_core.errors import UserError
 from rcd_core.families import llada, sdar
 from rcd_core.families.config import ModelConfig
@@ -92,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}; it must be at least 1")
     recipe = load_recipe(options.recipe, options.set)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
+    console = make_console()
     gpus = options.gpus or recipe.resources.worker_counts[-1]
     rows = _rows(recipe, options)
     for job in _jobs(recipe, options):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +11,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any, NoReturn
 
-from rich.console import Console
 from rich.table import Table
 
 from pipelines.ray_cluster.connection import connect
@@ -23,7 +21,7 @@ from pipelines.recipe.model import Recipe
 from pipelines.run.directory import RunDirectory, Stage, StageContext, resolve, run_stage
 from pipelines.run.keys import key_of
 from pipelines.run.lease import Lease
-from pipelines.run.messages import user_message
+from pipelines.run.messages import make_console, user_message
 from pipelines.run.plan import Decision, decide, make_plan, require_runnable, select_stages, with_dependents
 from pipelines.run.stages import stages_of
 from pipelines.run.stopping import Stopper
@@ -88,8 +86,7 @@ class _Job:
     only: Sequence[str]
 
     def __post_init__(self) -> None:
-        wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120  # a job's log has no width of its own
-        self.console = Console(highlight=False, width=wide)
+        self.console = make_console()
         self.run = RunDirectory(self.recipe.run_directory)
         self.chosen = [name for name in self.stages if any(fnmatch(name, pattern) for pattern in self.only)]
         if self.options.stages:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
+
+from rich.console import Console
 
 from rcd_core.errors import UserError
 
@@ -17,11 +21,11 @@ _IN_TEXT = re.compile(rf"^{UserError.__module__}\.{UserError.__name__}: (.+)$", 
 
 def user_message(error: BaseException) -> str | None:
     """The message of the UserError behind an exception, or one about a full disk; None: it is neither."""
-    causes = list(_causes(error, set()))
-    for cause in causes:
+    chain = list(causes(error))
+    for cause in chain:
         if isinstance(cause, UserError) and type(cause) is UserError:
             return str(cause)
-    for cause in causes:
+    for cause in chain:
         if found := _IN_TEXT.search(str(cause)):
             return found[1]
         if is_full_disk(cause):
@@ -37,11 +41,30 @@ def is_full_disk(error: BaseException) -> bool:
     return full or any(text in str(error) for text in _FULL_TEXTS)
 
 
-def _causes(error: Any, seen: set[int]) -> Iterator[BaseException]:
-    if not isinstance(error, BaseException) or id(error) in seen:
-        return
-    seen.add(id(error))
-    yield error
-    failures = getattr(error, "worker_failures", None)  # Ray Train: rank -> exception
-    for inner in (error.__cause__, getattr(error, "cause", None), *(failures or {}).values()):
-        yield from _causes(inner, seen)
+def causes(error: BaseException, *, contexts: bool = False) -> Iterator[BaseException]:
+    """An exception and those behind it, each once. Ray and torch keep some in attributes of their own.
+
+    contexts: also exceptions that were being handled when another was raised (`__context__`).
+    """
+    queue: list[Any] = [error]
+    seen: set[int] = set()
+    while queue:
+        current = queue.pop(0)
+        if not isinstance(current, BaseException) or id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        names = ("__cause__", "cause", "controller_failure", "health_check_failure")  # the last two: Ray Train
+        queue += [getattr(current, name, None) for name in names]
+        if contexts:
+            queue.append(current.__context__)
+        queue += (getattr(current, "worker_failures", None) or {}).values()  # Ray Train: rank -> exception
+        # torch.distributed.checkpoint: rank -> (exception, traceback)
+        failures = (getattr(current, "failures", None) or {}).values()
+        queue += [failure[0] if isinstance(failure, tuple) else failure for failure in failures]
+
+
+def make_console() -> Console:
+    """A console that wraps at 120 columns when stdout is not a terminal, which is the case in a job's log."""
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
+    return Console(highlight=False, width=width)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ray.exceptions import RayActorError
@@ -27,7 +27,7 @@ from ray.train.v2._internal.execution.controller.state import (
     SchedulingState,
 )
 
-from pipelines.run.messages import is_full_disk
+from pipelines.run.messages import causes, is_full_disk
 from rcd_core.errors import UserError
 from rcd_core.io import storage
 
@@ -96,7 +96,7 @@ def is_loss(error: BaseException) -> bool:
 
 def disk_full(error: BaseException) -> bool:
     """Whether no space was left, on whatever file system, behind the wrappers of torch and pyarrow."""
-    return any(is_full_disk(cause) for cause in _causes(error))
+    return any(is_full_disk(cause) for cause in causes(error, contexts=True))
 
 
 def no_space(stage: str, error: BaseException) -> UserError:
@@ -109,14 +109,14 @@ def no_space(stage: str, error: BaseException) -> UserError:
 
 def explained(error: BaseException, stage: str, max_failures: int) -> BaseException:
     """What fit() raised, as the user should read it: a UserError where they can do something about it."""
-    causes = list(_causes(error))
-    for cause in causes:
+    chain = list(causes(error, contexts=True))
+    for cause in chain:
         if isinstance(cause, UserError):
             return cause
-    for cause in causes:
+    for cause in chain:
         if isinstance(cause, InsufficientClusterResourcesError):
             return UserError(f"{stage}: {' '.join(str(cause).split())}")
-    for cause in causes:
+    for cause in chain:
         if is_loss(cause) and not isinstance(cause, TrainingFailedError):
             return UserError(
                 f"{stage}: training workers were lost more often than resources.max_failures {max_failures} allows, at "
@@ -129,19 +129,3 @@ def explained(error: BaseException, stage: str, max_failures: int) -> BaseExcept
 def first_line(error: BaseException) -> str:
     """The first line of an error's own text."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
-
-
-def _causes(error: Any) -> Iterator[BaseException]:
-    """An exception and everything behind it: Ray keeps causes in places of its own, torch's checkpoints too."""
-    seen: list[BaseException] = []
-    found = [error]
-    while found:
-        one = found.pop(0)
-        if not isinstance(one, BaseException) or any(one is other for other in seen):
-            continue
-        seen.append(one)
-        yield one
-        per_rank = [*(getattr(one, "worker_failures", None) or {}).values()]
-        per_rank += [e[0] if isinstance(e, tuple) else e for e in (getattr(one, "failures", None) or {}).values()]
-        found += [one.__cause__, one.__context__, getattr(one, "controller_failure", None), *per_rank]
-        found += [getattr(one, "health_check_failure", None), getattr(one, "cause", None)]
