@@ -177,7 +177,9 @@ def test_a_reference_that_is_not_used_is_said(checkpoints: Path, capsys: pytest.
 
 
 def test_piped_text_is_one_user_turn_and_stdout_holds_only_the_answer(checkpoints: Path) -> None:
-    program = "import sys; from pipelines.cli.main import main; code = main(); print('ray' in sys.modules, file=sys.stderr)"
+    program = (
+        "import sys; from pipelines.cli.main import main; code = main(); print('ray' in sys.modules, file=sys.stderr)"
+    )
     command = [sys.executable, "-c", program, "generate", "--model_dir", str(checkpoints / "target"), "--show"]
     done = subprocess.run(
         [*command, "--max_new_tokens", "20"], input=b"the fox\nthe dog\n", cwd=ROOT, capture_output=True
