@@ -1,0 +1,59 @@
+"""Draws the table of the demo's three seeds in README.md, one panel a seed, for light and dark pages.
+
+    python -m tests.benchmarks.evidence.demo_plot      # writes results/demo.png and results/demo-dark.png
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from pipelines.report.plots import DARK, INK, LIGHT, MARKERS, PAPER
+
+HERE = Path(__file__).parent
+ROW = re.compile(r"^\|([^|]*)\| (\d) \|((?: \**[\d.]+\** @ [\d.]+ \|){5})", re.MULTILINE)
+
+
+def curves() -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """seed -> method -> (tokens per pass, accuracy in %) by threshold."""
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    method = ""
+    for name, seed, cells in ROW.findall((HERE / "README.md").read_text()):
+        method = name.strip() or method
+        points = re.findall(r"([\d.]+)\** @ ([\d.]+)", cells)
+        found.setdefault(seed, {})[method] = [(float(rate), float(accuracy)) for accuracy, rate in points]
+    return found
+
+
+def draw(dark: bool) -> Figure:
+    ink, paper, colours = INK[dark], PAPER[dark], DARK if dark else LIGHT
+    plot = Figure(figsize=(10, 3.6), dpi=150, facecolor=paper, layout="constrained")
+    panels = plot.subplots(1, 3, sharey=True)
+    for axes, (seed, methods) in zip(panels, sorted(curves().items()), strict=True):
+        axes.set_facecolor(paper)
+        axes.set_title(f"seed {seed}", color=ink, fontsize=10)
+        axes.grid(color=ink, alpha=0.15, linewidth=0.6)
+        axes.tick_params(colors=ink)
+        axes.set_xlabel("tokens per pass", color=ink)
+        axes.set_ylim(0, 102)
+        for side in axes.spines.values():
+            side.set_color(ink)
+        for index, (method, points) in enumerate(methods.items()):
+            short = method.replace(" (the default)", "").replace("reference's signals", "signals")
+            look = {"marker": MARKERS[index], "markersize": 4, "color": colours[index], "label": short}
+            axes.plot(*zip(*points, strict=True), **look)
+    panels[0].set_ylabel("accuracy, %", color=ink)
+    handles, labels = panels[0].get_legend_handles_labels()
+    plot.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, labelcolor=ink, fontsize=9)
+    return plot
+
+
+def main() -> None:
+    for dark, name in ((False, "demo.png"), (True, "demo-dark.png")):
+        draw(dark).savefig(HERE / "results" / name, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    main()
