@@ -24,7 +24,7 @@ from pipelines.ray_cluster.resources import describe_bundles
 from pipelines.run.directory import StageContext
 from pipelines.training.metrics import Progress, read_metrics, write_events
 from pipelines.training.worker import SEED_BITS, TrainJob, train_worker
-from rcd_core.alpha import SCALED
+from rcd_core.decode_settings import SCALED_RULES
 from rcd_core.io import storage
 from rcd_core.noise import hash_key
 from rcd_core.residual import ResidualSettings
@@ -96,7 +96,7 @@ def make_job(ctx: StageContext) -> TrainJob:
 
 def _with_alpha_scale(signals: dict[str, Any], residual: ResidualSettings) -> ResidualSettings:
     """h of the calibrated rules from the reference signals of the training rows, unless the recipe gives it."""
-    if residual.alpha not in SCALED or residual.alpha_scale is not None:
+    if residual.alpha not in SCALED_RULES or residual.alpha_scale is not None:
         return residual
     from rcd_core.calibration.distance import entropy_quantile
 

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rcd_core.alpha import entropy_weight
     from rcd_core.decode_settings import DecodeSettings
     from rcd_core.decoding.decoder import Decoder
     from rcd_core.decoding.engine import Engine
@@ -13,11 +14,12 @@ if TYPE_CHECKING:
     from rcd_core.families.base import DiffusionModel
     from rcd_core.families.config import ModelConfig
     from rcd_core.families.loading import load_model, new_model
-    from rcd_core.residual import entropy_weight, inject_residual, soft_embedding
+    from rcd_core.residual import inject_residual, soft_embedding
     from rcd_core.signals import ReferenceSignals
     from rcd_core.training.objective import TrainingBatch, training_loss
 
 _HOMES = {
+    "rcd_core.alpha": ("entropy_weight",),
     "rcd_core.decoding.decoder": ("Decoder",),
     "rcd_core.decoding.engine": ("Engine",),
     "rcd_core.decoding.reference": ("LocalReference", "Reference", "WarmStart"),
@@ -27,7 +29,7 @@ _HOMES = {
     "rcd_core.families.base": ("DiffusionModel",),
     "rcd_core.families.config": ("ModelConfig",),
     "rcd_core.families.loading": ("load_model", "new_model"),
-    "rcd_core.residual": ("entropy_weight", "inject_residual", "soft_embedding"),
+    "rcd_core.residual": ("inject_residual", "soft_embedding"),
     "rcd_core.signals": ("ReferenceSignals",),
     "rcd_core.training.objective": ("TrainingBatch", "training_loss"),
 }

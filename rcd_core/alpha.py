@@ -1,23 +1,180 @@
-"""The rules for alpha by name, apart from what computes them: settings must be readable without torch."""
+"""Alpha, the weight of the residual: Eq. 3 of arXiv 2601.22954v2, its variants, and the network of the rule "learned".
+
+Shapes: N masked positions, V vocabulary.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+import os
+from pathlib import Path
+from typing import get_args
 
-AlphaRule = Literal[
-    "normalized_entropy",  # H / ln V: Eq. 3, the paper's method
-    "calibrated_entropy",  # min(1, H / h), h stored with the checkpoint: ours, any V (issue 2, experiments)
-    "confidence",  # max p            | the ablation of the paper's Fig. 5
-    "inverse_entropy",  # 1 - H / ln V |
-    "inverse_confidence",  # 1 - max p |
-    "fixed",  # 0.3 everywhere         |
-    "one",  # standard residual        |
-    "top1",  # the top-1 token's embedding as residual, alpha = H / ln V
-    "uniform",  # the mean of the block's entropies, each as above, at all of its masked positions
-    "learned",  # a small network of entropy and max p, trained with the target, stored with the checkpoint
-    "ramp",  # decoding only: grows with the passes, for models that never saw a residual (dInfer's IterSmooth)
-]
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-SCALED = ("calibrated_entropy", "uniform", "learned")  # divide the entropy by alpha_scale where there is one
-UNMOVED = ("fixed", "one", "ramp")  # no temperature of the prediction changes them
-SPREAD = ("uniform", "ramp")  # alpha follows from more than the position's own prediction
+from rcd_core.decode_settings import AlphaRule, DecodeSettings
+from rcd_core.errors import UserError
+
+ALPHA_FILE = "rcd_alpha.safetensors"  # next to the weights, so that the authors' code reads the checkpoint unchanged
+FIXED_ALPHA = 0.3
+HIDDEN_WIDTH = 16
+LOGIT_MARGIN = 1e-3  # keeps logit(u) finite
+
+# dInfer's IterSmooth (cont_weight_init, _growth, cont_weight) feeds embeddings back into models that were not trained
+# for it. Here the count restarts at every block, so that a request can resume from its finished blocks.
+RAMP_FIRST, RAMP_GROWTH, RAMP_MAX = 0.15, 0.02, 0.3
+
+
+class LearnedAlpha(nn.Module):
+    """alpha = sigmoid(logit(u) + f(u, c)) with u = min(1, H / alpha_scale), c = max p and f: 2 -> 16 -> 1.
+
+    f starts as 0, so training starts from the calibrated rule. The initial weights are the same on every worker.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.hidden = nn.Linear(2, HIDDEN_WIDTH)
+        self.out = nn.Linear(HIDDEN_WIDTH, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, uncertainty: Tensor, confidence: Tensor) -> Tensor:
+        """u (N,) and top probabilities (N,), both in [0, 1] -> (N,) alpha, fp32."""
+        features = torch.stack([uncertainty, confidence], -1).to(self.hidden.weight.dtype)  # bf16 if sharded so
+        shift: Tensor = self.out(torch.tanh(self.hidden(features)))[:, 0].float()
+        return torch.sigmoid(torch.logit(uncertainty.float(), eps=LOGIT_MARGIN) + shift)
+
+
+def save_learned_alpha(learned: LearnedAlpha | None, directory: Path) -> None:
+    """Write the network's file, or delete the file of an earlier save if there is no network."""
+    if learned is None:
+        (directory / ALPHA_FILE).unlink(missing_ok=True)
+        return
+    partial = directory / f"{ALPHA_FILE}.partial"
+    save_file({name: w.detach().float().cpu().contiguous() for name, w in learned.state_dict().items()}, partial)
+    os.replace(partial, directory / ALPHA_FILE)
+
+
+def load_learned_alpha(directory: Path, device: str | torch.device, required: bool) -> LearnedAlpha | None:
+    """The network of a checkpoint in fp32; None if there is no file.
+
+    required: the checkpoint's own rule is "learned". Raises UserError for a damaged file, or a missing one if required.
+    """
+    path = directory / ALPHA_FILE
+    if not path.exists():
+        if required:
+            raise UserError(
+                f"{directory}: config.json's rcd.alpha is 'learned' but {ALPHA_FILE} is missing; copy it as well"
+            )
+        return None
+    learned = LearnedAlpha()
+    try:
+        learned.load_state_dict(load_file(path))
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"{path} is damaged or belongs to another network ({error}); download or write it again"
+        ) from error
+    return learned.to(device)
+
+
+def alpha_from_statistics(
+    rule: AlphaRule,
+    entropy_n: Tensor,
+    confidence_n: Tensor,
+    vocab_size: int,
+    alpha_scale: float | None = None,
+    *,
+    learned: LearnedAlpha | None = None,
+    groups: Tensor | None = None,
+) -> Tensor:
+    """(N,) entropies in nats and (N,) top probabilities -> (N,) alpha in [0, 1]; Eq. 3 and its variants.
+
+    learned: the network, for the rule "learned". groups (N,): block number of each position, for the rule "uniform";
+    None means that all positions belong to one block. Raises UserError if the rule needs something that is missing.
+    """
+    if rule not in get_args(AlphaRule):
+        raise UserError(f"alpha is {rule!r}; allowed: {', '.join(get_args(AlphaRule))}")
+    if rule == "calibrated_entropy":
+        if alpha_scale is None:
+            raise UserError(
+                "alpha is 'calibrated_entropy' but no alpha_scale is set and the checkpoint stores none; "
+                "set alpha_scale (nats), or use alpha='normalized_entropy'"
+            )
+        return (entropy_n / alpha_scale).clamp(0.0, 1.0)
+    if rule == "ramp":
+        raise UserError("alpha is 'ramp', which depends on the pass number; it is for decoding only")
+    if rule in ("uniform", "learned"):
+        uncertainty = (entropy_n / (alpha_scale or math.log(vocab_size))).clamp(0.0, 1.0)
+        if rule == "uniform":
+            return group_mean(uncertainty, groups)
+        if learned is None:
+            raise UserError("alpha is 'learned' but the model has no learned network; use a rule it was trained with")
+        alpha: Tensor = learned(uncertainty, confidence_n)
+        return alpha
+    normalized = (entropy_n / math.log(vocab_size)).clamp(0.0, 1.0)
+    if rule in ("normalized_entropy", "top1"):
+        return normalized
+    if rule == "inverse_entropy":
+        return 1.0 - normalized
+    if rule == "confidence":
+        return confidence_n
+    if rule == "inverse_confidence":
+        return 1.0 - confidence_n
+    return torch.full_like(entropy_n, FIXED_ALPHA if rule == "fixed" else 1.0)
+
+
+def position_rule(settings: DecodeSettings) -> AlphaRule:
+    """The part of the rule that depends on one position only. `block_alpha` computes the rest of "uniform" and "ramp"
+    after the pass has committed its tokens."""
+    if settings.alpha == "uniform":
+        return "normalized_entropy" if settings.alpha_scale is None else "calibrated_entropy"
+    return "one" if settings.alpha == "ramp" else settings.alpha or "normalized_entropy"
+
+
+def block_alpha(alpha: Tensor, groups: Tensor, ramp: Tensor) -> Tensor:
+    """Alpha of the rules that depend on the whole block ("uniform") or on the pass number ("ramp").
+
+    (N,) alpha by `position_rule`, (N,) request numbers, (N,) ramp weights, negative for "uniform" -> (N,) alpha.
+    """
+    return torch.where(ramp < 0, group_mean(alpha, groups), ramp)
+
+
+def ramp_weight(step: int) -> float:
+    """Control of an experiment: alpha in the input of pass `step` of a block, from 1. A start's residual (step 0) has
+    the weight of step 1."""
+    return min(RAMP_FIRST + RAMP_GROWTH * max(0, step - 1), RAMP_MAX)
+
+
+def group_mean(values: Tensor, groups: Tensor | None) -> Tensor:
+    """(N,) values and (N,) integer group numbers -> (N,) mean of each value's group. groups None: the mean of all."""
+    if groups is None:
+        return values.mean().expand_as(values)
+    _, index, counts = torch.unique(groups, return_inverse=True, return_counts=True)
+    sums = values.new_zeros(len(counts)).index_add_(0, index, values)
+    means: Tensor = sums / counts
+    return means[index]
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """(N, V) logits -> (N,) entropy of softmax(logits) in nats. A logit of -inf contributes nothing."""
+    logp = torch.log_softmax(logits, dim=-1)
+    p = logp.exp()
+    return -(p * logp.masked_fill(p == 0, 0.0)).sum(-1)
+
+
+def entropy_weight(
+    logits: Tensor,
+    rule: AlphaRule = "normalized_entropy",
+    *,
+    temperature: float = 1.0,
+    alpha_scale: float | None = None,
+) -> Tensor:
+    """(N, V) logits -> (N,) alpha (Eq. 3; `temperature` is T_res of Algorithm 2)."""
+    scaled = logits / temperature
+    confidence = torch.softmax(scaled, dim=-1).amax(-1)
+    return alpha_from_statistics(rule, entropy(scaled), confidence, logits.shape[-1], alpha_scale)

@@ -5,12 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from rcd_core.alpha import AlphaRule
 from rcd_core.errors import UserError
 
 Policy = Literal["sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded", "random"]
 Start = Literal["reference", "zero", "self", "dirichlet"]
 CacheMode = Literal["none", "block", "prefix", "dual"]
+# Computed in alpha.py. The names live here because settings are read without torch.
+AlphaRule = Literal[
+    "normalized_entropy",  # H / ln V: Eq. 3, the paper's method
+    "calibrated_entropy",  # min(1, H / alpha_scale), alpha_scale stored with the checkpoint: ours
+    "confidence",  # max p, like the next four from the ablation of the paper's Fig. 5
+    "inverse_entropy",  # 1 - H / ln V
+    "inverse_confidence",  # 1 - max p
+    "fixed",  # 0.3 everywhere
+    "one",  # 1 everywhere, the standard residual
+    "top1",  # H / ln V with the embedding of the most probable token as residual
+    "uniform",  # the mean of H / alpha_scale (or H / ln V) over the block's masked positions
+    "learned",  # a small network of entropy and max p, trained with the target and stored with the checkpoint
+    "ramp",  # control of an experiment, decoding only: grows with the passes of a block (dInfer's IterSmooth)
+]
+SCALED_RULES = ("calibrated_entropy", "uniform", "learned")  # divide the entropy by alpha_scale if it is set
+CONSTANT_RULES = ("fixed", "one", "ramp")  # do not depend on the prediction, so T_res does not change them
+BLOCK_RULES = ("uniform", "ramp")  # depend on more than the position's own prediction
 
 
 @dataclass(frozen=True, kw_only=True)

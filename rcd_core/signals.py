@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rcd_core.alpha import LearnedAlpha, alpha_from_statistics, entropy
+from rcd_core.decode_settings import AlphaRule
 from rcd_core.errors import UserError
-from rcd_core.learned_alpha import LearnedAlpha
 from rcd_core.ops.encode import Encoded, encode
 from rcd_core.ops.residual_embedding import SparseResidual
-from rcd_core.residual import AlphaRule, alpha_from_statistics, entropy
 from rcd_core.signal_arrow import from_table, to_table
 
 _TILE_BYTES = 64 << 20  # fp32 logits held at once by from_hidden

@@ -19,7 +19,7 @@ from rich.live import Live
 from rich.style import Style
 from rich.text import Text
 
-from rcd_core.alpha import SCALED
+from rcd_core.decode_settings import SCALED_RULES
 from rcd_core.tasks.base import MASK_TEXT
 
 if TYPE_CHECKING:  # `rcd chat` draws with this too, and does without torch
@@ -109,7 +109,7 @@ def _guesses(sequence: Sequence) -> dict[int, tuple[int, float]]:
     if not sequence.steps:
         return {}
     settings, step = sequence.settings, sequence.steps[-1]
-    calibrated = settings.alpha_scale if settings.alpha in SCALED else None
+    calibrated = settings.alpha_scale if settings.alpha in SCALED_RULES else None
     scale = calibrated or math.log(sequence.model.vocab_size)
     shares = [min(1.0, max(0.0, nats / scale)) for nats in step.entropy]
     return dict(zip(step.masked, zip(step.argmax, shares, strict=True), strict=True))

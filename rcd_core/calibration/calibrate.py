@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rcd_core.alpha import UNMOVED
+from rcd_core.alpha import position_rule
 from rcd_core.calibration.diagnostics import Agreement, Discarded
 from rcd_core.calibration.distance import (
     NUM_SHARES,
@@ -34,9 +34,8 @@ from rcd_core.calibration.distance import (
     search_temperature,
 )
 from rcd_core.calibration.training_alphas import Example, training_alphas
-from rcd_core.decode_settings import DecodeSettings
+from rcd_core.decode_settings import CONSTANT_RULES, DecodeSettings
 from rcd_core.decoding.decoder import Decoder
-from rcd_core.decoding.feedback import own_rule
 from rcd_core.decoding.observer import Observed
 from rcd_core.decoding.reference import LocalReference
 from rcd_core.decoding.request import resolve_settings
@@ -105,7 +104,7 @@ def calibrate(
     trials: dict[float, Trial] = {}
     trained = None
     why_not = "the target was trained without a reference" if reference is None else None
-    if settings.alpha in UNMOVED:
+    if settings.alpha in CONSTANT_RULES:
         why_not = f"alpha is {settings.alpha!r}, which no temperature changes"
     if reference is not None:
         trained = training_alphas(reference, target, examples, settings, noise or NoiseSettings(), rule)
@@ -214,7 +213,7 @@ class _Loop:
         self._seen.append((own, real, seen.masked_share[left]))
 
     def _alpha(self, signals: Signals) -> Tensor:
-        rule, scale = own_rule(self.settings), self.settings.alpha_scale
+        rule, scale = position_rule(self.settings), self.settings.alpha_scale
         return signals.alpha(self.target.vocab_size, rule, scale, learned=self.target.learned_alpha).cpu()
 
     def run(self, temperature: float) -> tuple[Alphas, Alphas, Trial]:

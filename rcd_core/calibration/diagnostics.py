@@ -19,13 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rcd_core.alpha import entropy, position_rule
 from rcd_core.calibration.distance import NUM_SHARES, share_bins
-from rcd_core.decoding.feedback import own_rule, temperatures
+from rcd_core.decoding.feedback import temperatures
 from rcd_core.decoding.observer import Observed
 from rcd_core.decoding.reference import LocalReference
 from rcd_core.decoding.sequence import Sequence
 from rcd_core.families.base import DiffusionModel
-from rcd_core.residual import entropy
 from rcd_core.signals import DenseSignals
 
 TOP_KS = (1, 2, 5, 10, 20)
@@ -115,7 +115,8 @@ class Agreement:
             self._stale.append({"shares": shares[now], **_divergences(fresh, stale, "fresh", "stale")})
 
     def _compare(self, real: Tensor, own: Tensor, shares: NDArray[np.float64], s: Sequence) -> None:
-        rule, scale, t_res = own_rule(s.settings), s.settings.alpha_scale, temperatures(s.settings)["alpha_temperature"]
+        rule, scale = position_rule(s.settings), s.settings.alpha_scale
+        t_res = temperatures(s.settings)["alpha_temperature"]
 
         def alpha(logits: Tensor, temperature: float) -> NDArray[Any]:
             signals = DenseSignals(logits, temperature)

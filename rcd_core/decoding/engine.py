@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rcd_core.alpha import position_rule
 from rcd_core.decoding.cache import Slots
-from rcd_core.decoding.feedback import own_rule, temperatures
+from rcd_core.decoding.feedback import temperatures
 from rcd_core.decoding.forward import Work, groups
 from rcd_core.decoding.observer import Observed, Observer
 from rcd_core.decoding.passes import Passes
@@ -198,7 +199,7 @@ class Engine:
         assert s.settings.alpha is not None
         if isinstance(signals, ReferenceSignals):
             signals = signals.to(self.model.device)
-        rule, scale = own_rule(s.settings), s.settings.alpha_scale
+        rule, scale = position_rule(s.settings), s.settings.alpha_scale
         learned = self.model.learned_alpha
         alpha, delta = residual_state(signals, self.model.embedding.weight, rule, scale, learned=learned)
         places = s.slot * self._state.reach + positions - s.block[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rcd_core.alpha import AlphaRule
+from rcd_core.alpha import position_rule
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.ops.reduce import Feedback
 
@@ -18,18 +18,11 @@ def feedback_of(settings: DecodeSettings) -> Feedback | None:
     if not settings.residual or settings.residual_source != "self":
         return None
     return Feedback(
-        rule=own_rule(settings),
+        rule=position_rule(settings),
         alpha_scale=settings.alpha_scale,
         top_k=settings.residual_top_k,
         **temperatures(settings),
     )
-
-
-def own_rule(settings: DecodeSettings) -> AlphaRule:
-    """The part of the alpha rule that looks at a position alone; the rest of it is decoding/spread.py's."""
-    if settings.alpha == "uniform":
-        return "normalized_entropy" if settings.alpha_scale is None else "calibrated_entropy"
-    return "one" if settings.alpha == "ramp" else settings.alpha or "normalized_entropy"
 
 
 def is_greedy(settings: DecodeSettings) -> bool:

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from rcd_core.alpha import UNMOVED
-from rcd_core.decode_settings import DecodeSettings, Start
+from rcd_core.decode_settings import CONSTANT_RULES, DecodeSettings, Start
 from rcd_core.decoding.sequence import Sequence
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
@@ -65,7 +64,7 @@ def resolve_settings(settings: DecodeSettings, model: DiffusionModel, has_refere
 def uncalibrated(settings: DecodeSettings, model: DiffusionModel) -> str | None:
     """What to warn of where residuals from the model's own predictions are weighed at a T_res that nobody chose."""
     chosen = settings.residual_temperature or model.info.rcd.get("calibration")
-    chosen = chosen or (settings.alpha or model.info.rcd.get("alpha")) in UNMOVED
+    chosen = chosen or (settings.alpha or model.info.rcd.get("alpha")) in CONSTANT_RULES
     # Training writes 1 into every checkpoint; another value somebody has chosen.
     if not settings.residual or settings.residual_source != "self" or chosen:
         return None

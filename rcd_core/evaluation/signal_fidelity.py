@@ -18,11 +18,11 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from rcd_core.alpha import LearnedAlpha
+from rcd_core.alpha import entropy as residual_entropy
+from rcd_core.decode_settings import AlphaRule
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
-from rcd_core.learned_alpha import LearnedAlpha
-from rcd_core.residual import AlphaRule
-from rcd_core.residual import entropy as residual_entropy
 from rcd_core.signals import DenseSignals, ReferenceSignals, Signals
 from rcd_core.training.objective import LossWeight, TrainingBatch, masked_blocks, masked_hidden, training_loss
 

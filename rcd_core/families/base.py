@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rcd_core.alpha import LearnedAlpha, save_learned_alpha
 from rcd_core.attention.layouts import PADDING, Layout, block_causal
 from rcd_core.decode_settings import Start
 from rcd_core.families.weights import MAX_SHARD_BYTES, write_json, write_weights
-from rcd_core.learned_alpha import LearnedAlpha, save_learned_alpha
 
 _ALPHA = "learned_alpha."  # begins the names of its weights among the backbone's
 

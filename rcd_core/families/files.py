@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from rcd_core.decode_settings import Start
+from rcd_core.decode_settings import AlphaRule, Start
 from rcd_core.errors import UserError
-from rcd_core.residual import AlphaRule
 
 _BLOCK_IN_NAME = re.compile(r"-b(4|8|16|32|64)(?![0-9A-Za-z])")  # SDAR-8B-Chat-b32, RCD-SDAR-8B-b64-Thinking
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
+from rcd_core.alpha import load_learned_alpha
 from rcd_core.attention.backends import backend_key
 from rcd_core.calibration.distance import CALIBRATION_FILE, SCHEMA_VERSION
 from rcd_core.errors import UserError
@@ -23,7 +24,6 @@ from rcd_core.families.files import CheckpointFiles, read_json, released_name
 from rcd_core.families.weights import StoredTensor, list_weights, read_weights
 from rcd_core.io.node_copy import node_copy
 from rcd_core.io.storage import is_uri
-from rcd_core.learned_alpha import load_learned_alpha
 
 _FAMILIES = (sdar, llada)
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -74,7 +74,7 @@ def load_model(
     backbone.model.rotary_emb = type(backbone.model.rotary_emb)(backbone_config).to(device)
     backbone.config._attn_implementation = backend
     model: DiffusionModel = family.MODEL(backbone, info)
-    model.learned_alpha = load_learned_alpha(directory, device, wanted=info.rcd.get("alpha") == "learned")
+    model.learned_alpha = load_learned_alpha(directory, device, required=info.rcd.get("alpha") == "learned")
     return model.eval()
 
 

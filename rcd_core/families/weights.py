@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rcd_core.alpha import ALPHA_FILE
 from rcd_core.errors import UserError
 from rcd_core.families.files import read_json
-from rcd_core.learned_alpha import FILE as LEARNED_ALPHA
 
 MAX_SHARD_BYTES = 5 * 10**9  # as Hugging Face's
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -46,7 +46,7 @@ def list_weights(directory: Path) -> dict[str, StoredTensor]:
     index says.
     """
     weight_map = _weight_map(directory)
-    files = sorted(f for f in directory.glob("*.safetensors") if f.name != LEARNED_ALPHA)
+    files = sorted(f for f in directory.glob("*.safetensors") if f.name != ALPHA_FILE)
     if (directory / SINGLE).exists():  # before the index, as transformers does
         files, weight_map = [directory / SINGLE], None
     elif weight_map is not None:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rcd_core.learned_alpha import LearnedAlpha
+from rcd_core.alpha import LearnedAlpha, alpha_from_statistics
+from rcd_core.decode_settings import AlphaRule
 from rcd_core.ops.encode import LOWEST, encode
-from rcd_core.residual import AlphaRule, alpha_from_statistics
 
 
 @dataclass(frozen=True)

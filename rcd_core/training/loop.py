@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rcd_core.alpha import LearnedAlpha
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
-from rcd_core.learned_alpha import LearnedAlpha
 from rcd_core.noise import NoiseSettings
 from rcd_core.residual import ResidualSettings
 from rcd_core.signals import ReferenceSignals

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rcd_core.decode_settings import AlphaRule
 from rcd_core.families.base import DiffusionModel
-from rcd_core.residual import AlphaRule, ResidualSettings
+from rcd_core.residual import ResidualSettings
 from rcd_core.signals import ReferenceSignals, residual_state, sparse_residual
 from rcd_core.training.data.batches import MicroBatch
 from rcd_core.training.objective import (

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rcd_core import ReferenceSignals, UserError
+from rcd_core.alpha import entropy
 from rcd_core.ops.encode import LeftOut, encode, left_out_fused, left_out_plain
 from rcd_core.ops.top_k import top_k
-from rcd_core.residual import entropy
 from rcd_core.signals import DenseSignals, residual_state
 
 NUM, VOCAB, WIDTH = 7, 50, 12

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from rcd_core import TrainingBatch, load_model, training_loss
-from rcd_core.residual import entropy_weight, inject_residual, soft_embedding
+from rcd_core.alpha import entropy_weight
+from rcd_core.residual import inject_residual, soft_embedding
 from rcd_core.signals import DenseSignals, ReferenceSignals
 from rcd_core.training.objective import masked_hidden, reference_signals
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from rcd_core import inject_residual
+from rcd_core.decode_settings import AlphaRule
 from rcd_core.ops.residual_embedding import residual_embedding
-from rcd_core.residual import AlphaRule
 from rcd_core.signals import DenseSignals, ReferenceSignals, residual_state, sparse_residual
 
 V, D = 23, 6
