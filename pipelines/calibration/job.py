@@ -10,9 +10,10 @@ from itertools import count
 from typing import Any
 
 from pipelines.ray_cluster.hardware import worker_device
-from rcd_core.calibration.distance import CALIBRATION_FILE, Match
+from rcd_core.calibration.distance import Match
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.errors import UserError
+from rcd_core.families.files import CALIBRATION_FILE
 from rcd_core.io import storage
 from rcd_core.noise import NoiseSettings
 from rcd_core.tasks import Problem, check_gradable, get_task

@@ -21,10 +21,9 @@ from pipelines.recipe.rules import is_hub_id
 from pipelines.run.directory import RunDirectory
 from pipelines.run.messages import make_console
 from rcd_core.errors import UserError
-from rcd_core.families import llada, sdar
 from rcd_core.families.config import ModelConfig
 from rcd_core.families.files import read_json
-from rcd_core.families.loading import checkpoint_directory
+from rcd_core.families.loading import checkpoint_directory, family_of
 from rcd_core.residual import ResidualSettings
 from rcd_core.training.plan import MEMORY, USABLE, Memory, ModelShape, fits, memory, step_shape, training_cost
 from rcd_core.training.settings import TrainSettings
@@ -163,12 +162,8 @@ def _shape(key: str, start: str | ModelConfig, recipe: Recipe, options: argparse
 
 def _checkpoint_shape(directory: Path) -> ModelShape:
     config = read_json(directory / "config.json")
-    family = next((f for f in (sdar, llada) if config.get("model_type") in f.MODEL_TYPES), None)
-    if family is None:
-        raise UserError(
-            f"{directory}: model_type is {config.get('model_type')!r}; it is none of SDAR, LLaDA, Qwen3, Llama"
-        )
-    return ModelShape.of_backbone(family.MODEL.family, family.backbone_config(config, directory, has_head=True))
+    family = family_of(config, directory)
+    return ModelShape.of_backbone(family.family, family.read_config(config, directory, has_head=True))  # type: ignore[arg-type]
 
 
 def _vocab_size(recipe: Recipe, options: argparse.Namespace) -> int:

@@ -26,7 +26,6 @@ from rcd_core.alpha import position_rule
 from rcd_core.calibration.diagnostics import Agreement, Discarded
 from rcd_core.calibration.distance import (
     NUM_SHARES,
-    SCHEMA_VERSION,
     Alphas,
     Match,
     alpha_distance,
@@ -42,6 +41,7 @@ from rcd_core.decoding.request import resolve_settings
 from rcd_core.errors import UserError
 from rcd_core.evaluation.outcomes import wilson_interval
 from rcd_core.families.base import DiffusionModel
+from rcd_core.families.files import CALIBRATION_SCHEMA
 from rcd_core.noise import NoiseSettings
 from rcd_core.signals import DenseSignals, Signals
 from rcd_core.text.encoding import Encoder
@@ -129,7 +129,7 @@ def calibrate(
         distance(1.0)
     say(f"T_res {chosen:g}" + (f": {why_not}, nothing to match" if why_not else ""))
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": CALIBRATION_SCHEMA,
         "residual_temperature": chosen,
         "distance": trials[chosen].distance,
         "distance_uncalibrated": trials[1.0].distance,

@@ -34,8 +34,7 @@ Match = Literal["decoding", "training"]
 NUM_BINS = 2048
 MAX_NATS = 16.0  # above ln of any vocabulary in use (ln 151,936 = 11.9); a bin is 1/128 nat
 
-CALIBRATION_FILE = "rcd_calibration.json"  # beside a checkpoint's weights
-SCHEMA_VERSION = 1
+
 NUM_SHARES = 10  # bins of the masking ratio, and of progress
 LEAST_POSITIONS = 20  # of a bin that is compared: the distance of two small samples is mostly chance
 _OCTAVE = 8  # steps of the search; the finest is 9 %

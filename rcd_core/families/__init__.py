@@ -1,1 +1,1 @@
-"""Model families: what differs between SDAR and LLaDA, and nothing else. loading.py is the way in."""
+"""Model families: only what differs between SDAR and LLaDA. Entry point: loading.py."""

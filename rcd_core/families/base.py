@@ -1,4 +1,4 @@
-"""DiffusionModel: what every family gives the rest of the project, over transformers' own layers.
+"""DiffusionModel: the interface of every model family, over transformers' own layers.
 
 Shapes: B rows, Q query tokens, L tokens, V vocabulary, D width.
 """
@@ -19,21 +19,23 @@ from torch.utils.checkpoint import checkpoint
 from rcd_core.alpha import LearnedAlpha, save_learned_alpha
 from rcd_core.attention.layouts import PADDING, Layout, block_causal
 from rcd_core.decode_settings import Start
+from rcd_core.families.config import ModelConfig
+from rcd_core.families.files import CheckpointFiles
 from rcd_core.families.weights import MAX_SHARD_BYTES, write_json, write_weights
 
-_ALPHA = "learned_alpha."  # begins the names of its weights among the backbone's
+_ALPHA = "learned_alpha."  # prefix of that network's weights in a state dict of the whole model
 
 
 @dataclass
 class CheckpointInfo:
-    """What a checkpoint says about itself beyond its weights. `rcd` holds the RCD settings stored with it."""
+    """Facts of a checkpoint other than its weights. rcd: the RCD settings stored with it, calibration included."""
 
     mask_token_id: int
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
     block_length: int
     rcd: dict[str, Any] = field(default_factory=dict)
-    turn_end_ids: tuple[int, ...] = ()  # ends of a chat turn that are no end of sequence (LLaDA's <|eot_id|>)
+    turn_end_ids: tuple[int, ...] = ()  # end a chat turn, not a sequence (LLaDA's <|eot_id|>)
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
@@ -41,7 +43,7 @@ class CheckpointInfo:
 
 
 class KVCache(Protocol):
-    """What a transformer layer asks of a cache: store new keys and values, return all that the queries may see."""
+    """Cache interface of a transformer layer: store new keys and values, return all that the queries may see."""
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]: ...
 
@@ -49,22 +51,24 @@ class KVCache(Protocol):
 class DiffusionModel(nn.Module):
     """A masked-diffusion transformer: logits[i] predicts token i, no shift.
 
-    `backbone` is transformers' Qwen3ForCausalLM or LlamaForCausalLM; we run its layers with our own layouts.
+    `backbone` is transformers' Qwen3ForCausalLM or LlamaForCausalLM; its layers run with our attention layouts.
     """
 
     family: ClassVar[str]
+    model_types: ClassVar[tuple[str, ...]]  # of config.json
+    config_class: ClassVar[Any]
+    backbone_class: ClassVar[Any]
     threshold_inclusive: ClassVar[bool]  # commit at confidence >= threshold (Fast-dLLM) or > threshold (SDAR)
     blocks_from_prompt_end: ClassVar[bool]  # LLaDA counts blocks from the prompt's end, SDAR from position 0
-    default_start: ClassVar[Start]  # method.md 6: v2's start of a block per family
-    activation_checkpointing = False  # training only: layers are computed again in the backward pass
+    default_start: ClassVar[Start]  # how a block starts (method.md 6, version 2 of the paper)
+    activation_checkpointing = False  # training only: recompute layers in the backward pass
 
     def __init__(self, backbone: Any, info: CheckpointInfo) -> None:
         super().__init__()
         self.backbone = backbone
         self.info = info
-        self.learned_alpha: LearnedAlpha | None = None  # of a target that was trained with the rule "learned"
+        self.learned_alpha: LearnedAlpha | None = None  # only for targets trained with alpha "learned"
 
-    # -- facts
     @property
     def config(self) -> Any:
         return self.backbone.config
@@ -101,11 +105,10 @@ class DiffusionModel(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> DiffusionModel:
-        """A model like this one with the weights that training returns, taken as they are: to export what is trained in
-        shards."""
+        """A model like this one that holds `weights` (the gathered state dict of a sharded training) without a copy."""
         of_alpha = {n.removeprefix(_ALPHA): w for n, w in weights.items() if n.startswith(_ALPHA)}
         with torch.device("meta"):
-            backbone = type(self.backbone)(self.config)
+            backbone = self.backbone_class(self.config)
         backbone.load_state_dict({n: w for n, w in weights.items() if not n.startswith(_ALPHA)}, assign=True)
         if self.config.tie_word_embeddings:
             backbone.tie_weights()
@@ -117,18 +120,56 @@ class DiffusionModel(nn.Module):
 
     @abstractmethod
     def attention_block(self, block_length: int) -> int | None:
-        """Block length of the attention layout: the block's own for SDAR, None (bidirectional) for LLaDA."""
+        """Block length of the attention layout: block_length for SDAR, None (bidirectional) for LLaDA."""
 
     @abstractmethod
     def official_files(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """(config.json, weights) in the authors' own format and names."""
+        """(config.json, weights) in the authors' format and names."""
+
+    # -- reading checkpoints
+    @classmethod
+    @abstractmethod
+    def read_config(cls, config: dict[str, Any], where: Path, has_head: bool) -> Any:
+        """config.json -> a configuration of config_class.
+
+        has_head: whether the weights contain an LM head; decides weight tying if config.json does not.
+        Raises UserError for missing fields and for networks that the backbone cannot compute.
+        """
+
+    @classmethod
+    @abstractmethod
+    def read_info(cls, files: CheckpointFiles) -> CheckpointInfo:
+        """Special ids, block length and RCD settings; missing values get the family's defaults."""
+
+    @classmethod
+    def backbone_name(cls, name: str) -> str:
+        """The authors' name of a tensor -> the backbone's name."""
+        return name
+
+    @classmethod
+    def new_config(cls, sizes: ModelConfig, vocab_size: int) -> Any:
+        """The configuration, of config_class, of a model with fresh weights."""
+        return cls.config_class(
+            vocab_size=vocab_size,
+            hidden_size=sizes.hidden_size,
+            intermediate_size=sizes.intermediate_size,
+            num_hidden_layers=sizes.num_layers,
+            num_attention_heads=sizes.num_heads,
+            num_key_value_heads=sizes.num_kv_heads,
+            head_dim=sizes.resolved_head_dim,
+            max_position_embeddings=sizes.max_positions,
+            rope_parameters={"rope_type": "default", "rope_theta": sizes.rope_theta},
+            tie_word_embeddings=sizes.tie_embeddings,
+        )
 
     # -- computation
     def hidden(
         self, embeds: Tensor, positions: Tensor, layout: Layout | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """(B, Q, D) input embeddings at absolute (B, Q) positions -> (B, Q, D) final hidden states. layout None: each
-        token sees all."""
+        """(B, Q, D) input embeddings at absolute positions (B, Q) -> (B, Q, D) final hidden states.
+
+        layout None: every token sees every token.
+        """
         body = self.backbone.model
         rotary = body.rotary_emb(embeds, positions)
         h = embeds
@@ -147,7 +188,7 @@ class DiffusionModel(nn.Module):
     def logits(
         self, input_ids: Tensor, block_length: int | None = None, attention_mask: Tensor | None = None
     ) -> Tensor:
-        """(B, L) ids -> (B, L, V) under the family's layout; attention_mask (B, L) hides padding keys."""
+        """(B, L) ids -> (B, L, V) under the family's layout. attention_mask (B, L): 0 hides a padding key."""
         block = self.attention_block(block_length or self.info.block_length)
         num_rows, length = input_ids.shape
         positions = torch.arange(length, device=input_ids.device).expand(num_rows, -1)
@@ -161,16 +202,14 @@ class DiffusionModel(nn.Module):
                 layout = replace(layout, code=code, lengths=None)
         return self.head(self.hidden(self.embedding(input_ids), positions, layout))
 
-    # -- files
+    # -- writing checkpoints
     def save_pretrained(
         self, directory: str | Path, tokenizer: Any = None, max_shard_bytes: int = MAX_SHARD_BYTES
     ) -> None:
-        """Write the checkpoint in the authors' format: weights under their names, config.json, generation_config.json,
-        the RCD settings as config.json's `rcd`, a learned alpha's network in a file beside them, and the tokenizer with
-        its chat template if given.
+        """Write a checkpoint in the authors' format, in shards of at most max_shard_bytes.
 
-        Weights above max_shard_bytes are sharded. config.json is taken away first and written last: a directory that
-        was not finished has none, and does not load.
+        config.json contains the RCD settings as `rcd`; a learned alpha network gets its own file. config.json is
+        removed first and written last, so that an unfinished checkpoint does not load.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -187,14 +226,25 @@ class DiffusionModel(nn.Module):
             config["rcd"] = self.info.rcd
         write_json(directory / "config.json", config)
 
-    def special_ids(self) -> dict[str, int | None]:
-        """The special ids as the authors' config.json has them: one eos, the id that pads too (semantics.md 1.3, 2.1).
+    def common_fields(self) -> dict[str, Any]:
+        """Fields of config.json that every family writes.
 
-        All of them are in generation_config.json.
+        As in the authors' files there is one eos id, the one that is also the padding id (semantics.md 1.3, 2.1);
+        generation_config.json lists all of them.
         """
         eos, pad = self.info.eos_token_ids, self.info.pad_token_id
         return {
             "eos_token_id": pad if pad in eos else next(iter(eos), None),
             "mask_token_id": self.info.mask_token_id,
             "pad_token_id": pad,
+            "rms_norm_eps": self.config.rms_norm_eps,
+            "torch_dtype": str(self.dtype).removeprefix("torch."),
+            "vocab_size": self.config.vocab_size,
         }
+
+    def stored_weights(self) -> dict[str, Tensor]:
+        """The backbone's weights by name, without a tied head."""
+        weights = dict(self.backbone.state_dict())
+        if self.config.tie_word_embeddings:
+            del weights["lm_head.weight"]
+        return weights

@@ -1,4 +1,4 @@
-"""Sizes of a model that is to be made rather than loaded: the `start: {...}` of a recipe."""
+"""Sizes of a model with fresh weights: the `start: {...}` of a recipe."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rcd_core.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A fresh model of a family. head_dim None: hidden_size / num_heads."""
+    """head_dim None: hidden_size / num_heads. Raises UserError for sizes that do not fit together."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -31,10 +31,10 @@ class ModelConfig:
                 raise UserError(f"start.{name} is {getattr(self, name)}; it must be at least 1")
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise UserError(
-                f"start.hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}; set start.head_dim"
+                f"start.hidden_size {self.hidden_size} is not divisible by start.num_heads; set start.head_dim"
             )
         if self.num_heads % self.num_kv_heads:
-            raise UserError(f"start.num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
+            raise UserError(f"start.num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}")
         if self.resolved_head_dim % 2:
             raise UserError(f"start.head_dim is {self.resolved_head_dim}; rotary embeddings need an even number")
 

@@ -1,6 +1,6 @@
-"""What a checkpoint's json files and its name say about it: special ids, block length, RCD settings.
+"""What a checkpoint's JSON files and its name define: special ids, block length, RCD settings, calibration.
 
-The values are semantics.md 1.3 and 2.1; what a family falls back on where the files are silent is the family's.
+Field semantics: semantics.md 1.3 and 2.1. Defaults of missing fields belong to the family.
 """
 
 from __future__ import annotations
@@ -15,20 +15,36 @@ from typing import Any, get_args
 from rcd_core.decode_settings import AlphaRule, Start
 from rcd_core.errors import UserError
 
+CALIBRATION_FILE = "rcd_calibration.json"  # next to a checkpoint's weights
+CALIBRATION_SCHEMA = 1
 _BLOCK_IN_NAME = re.compile(r"-b(4|8|16|32|64)(?![0-9A-Za-z])")  # SDAR-8B-Chat-b32, RCD-SDAR-8B-b64-Thinking
 
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """config.json and generation_config.json ({} where absent) of a directory, and the name it was asked for by."""
+    """A checkpoint directory. name: the released model's name; generation: generation_config.json, {} if absent.
+
+    Its methods raise UserError, which names file and field, for values of the wrong type or range.
+    """
 
     directory: Path
     name: str
     config: dict[str, Any]
     generation: dict[str, Any]
 
+    @classmethod
+    def read(cls, directory: Path, path: str) -> CheckpointFiles:
+        """path: the path, URI or hub id that the user gave for this directory."""
+        generation = directory / "generation_config.json"
+        return cls(
+            directory,
+            released_name(path),
+            read_json(directory / "config.json"),
+            read_json(generation) if generation.exists() else {},
+        )
+
     def eos_token_ids(self, default: tuple[int, ...]) -> tuple[int, ...]:
-        """All ids that end a sequence: generation_config.json's, which lists several, before config.json's one."""
+        """All ids that end a sequence: of generation_config.json, which may list several, else of config.json."""
         for file, content in (("generation_config.json", self.generation), ("config.json", self.config)):
             value = content.get("eos_token_id")
             if value is not None:
@@ -43,30 +59,36 @@ class CheckpointFiles:
         return default
 
     def mask_token_id(self, default: int | None) -> int:
-        """config.json's, else the mask token that the tokenizer declares, else the default (None: UserError)."""
+        """Of config.json, else the tokenizer's mask token, else the default (None: raises UserError)."""
         if self.config.get("mask_token_id") is not None:
             return self._integer("config.json", "mask_token_id", self.config["mask_token_id"], least=0)
         declared = self._tokenizer_mask()
         if declared is None and default is None:
             raise UserError(
-                f"{self.directory}: neither config.json nor the tokenizer names a mask token, and plain "
-                f"{self.config.get('model_type')} has none; set mask_token_id in config.json to an id that no text uses"
+                f"{self.directory}: neither config.json nor the tokenizer defines a mask token, and plain "
+                f"{self.config.get('model_type')} has none; set mask_token_id in config.json to an unused id"
             )
         return declared if declared is not None else int(default)  # type: ignore[arg-type]
 
     def block_length(self, fields: tuple[str, ...], default: int) -> int:
-        """The first of the family's fields that is set, else rcd.block_length, else the released name, else default."""
+        """The first of `fields` that is set, else rcd.block_length, else as in the name (-b32), else the default."""
         for field in fields:
             if self.config.get(field) is not None:
                 return self._integer("config.json", field, self.config[field], least=1)
-        stored = self.rcd().get("block_length")
+        stored = self._rcd_settings().get("block_length")
         if stored is not None:
             return int(stored)
         in_name = _BLOCK_IN_NAME.findall(self.name)
         return int(in_name[-1]) if in_name else default
 
     def rcd(self) -> dict[str, Any]:
-        """The settings stored with an RCD checkpoint, {} for any other. Fields that this release does not know stay."""
+        """RCD settings of the checkpoint, {} if none. Fields unknown to this release are kept.
+
+        A calibrated checkpoint also has `calibration`, the content of its file, and the residual_temperature from it.
+        """
+        return self._rcd_settings() | self._calibration()
+
+    def _rcd_settings(self) -> dict[str, Any]:
         rcd = self.config.get("rcd")
         if rcd is None:
             return {}
@@ -84,8 +106,22 @@ class CheckpointFiles:
         self._number(rcd, "residual_dropout", lambda v: 0.0 <= v <= 1.0, "a number in [0, 1]")
         return rcd
 
+    def _calibration(self) -> dict[str, Any]:
+        path = self.directory / CALIBRATION_FILE
+        if not path.exists():
+            return {}
+        content = read_json(path)
+        version, value = content.get("schema_version"), content.get("residual_temperature")
+        if version != CALIBRATION_SCHEMA:
+            raise UserError(
+                f"{path}: schema_version is {version!r}, supported is {CALIBRATION_SCHEMA}; run `rcd calibrate` again"
+            )
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value < float("inf"):
+            raise UserError(f"{path}: residual_temperature is {value!r}; it must be a finite number above 0")
+        return {"residual_temperature": float(value), "calibration": content}
+
     def _tokenizer_mask(self) -> int | None:
-        """Id of the mask token named in tokenizer_config.json, looked up where either generation of files lists it."""
+        """Id of the mask token that tokenizer_config.json names; transformers 5 lists the ids in tokenizer.json."""
         path = self.directory / "tokenizer_config.json"
         declared = read_json(path) if path.exists() else {}
         text = _text(declared.get("mask_token"))
@@ -102,14 +138,14 @@ class CheckpointFiles:
             raise UserError(f"{self.directory}: {file}'s {field} is {value!r}; it must be an integer >= {least}")
         return value
 
-    def _number(self, rcd: dict[str, Any], field: str, holds: Any, wanted: str) -> None:
+    def _number(self, rcd: dict[str, Any], field: str, is_valid: Any, requirement: str) -> None:
         value = rcd.get(field)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not holds(value)):
-            raise UserError(f"{self.directory}: config.json's rcd.{field} is {value!r}; it must be {wanted}")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not is_valid(value)):
+            raise UserError(f"{self.directory}: config.json's rcd.{field} is {value!r}; it must be {requirement}")
 
 
 def released_name(path: str) -> str:
-    """The part of a path, URI or hub id that carries the model's name, for a hub cache's snapshot too."""
+    """The model's name in a path, URI, hub id or snapshot directory of the hub's cache."""
     text = path if "://" in path else os.path.abspath(path)
     parts = text.rstrip("/").split("/")
     if len(parts) > 2 and parts[-2] == "snapshots":  # models--OWNER--NAME/snapshots/COMMIT
@@ -118,6 +154,7 @@ def released_name(path: str) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -127,22 +164,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def require_fields(config: dict[str, Any], names: tuple[str, ...], where: Path) -> None:
-    missing = [name for name in names if config.get(name) is None]
-    if missing:
-        raise UserError(f"{where}: config.json lacks {', '.join(missing)}; is the download complete?")
-
-
-def require_values(config: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
-    """UserError for a field that is set to another value than the one kind of network that is supported."""
-    for field, value in wanted.items():
-        if config.get(field) is not None and config[field] != value:
-            raise UserError(
-                f"{where}: config.json's {field} is {config[field]!r}; only {json.dumps(value)} is supported"
-            )
-
-
 def _text(token: Any) -> str | None:
-    """A token in the tokenizers' files is its text or an object with `content`."""
+    """Tokenizer files store a token as its text or as an object with `content`."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None

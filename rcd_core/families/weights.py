@@ -1,6 +1,6 @@
-"""Safetensors on disk: read file by file straight into place, written in shards with the index last.
+"""Safetensors on disk: read file by file, written in shards with the index last.
 
-No more than one shard is held beside the model itself. Pickled weights are never opened.
+At most one shard is in memory in addition to the model. Pickled weights are never opened.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ MAX_SHARD_BYTES = 5 * 10**9  # as Hugging Face's
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.partial)?")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_NOT_WEIGHTS = ".rotary_emb.inv_freq"  # a table that old Llama exports wrote out; it follows from the config
+_NOT_WEIGHTS = ".rotary_emb.inv_freq"  # a table in old Llama exports; it follows from the config
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as its file's header describes it; nothing of it has been read."""
+    """A tensor as its file's header describes it; its data has not been read."""
 
     file: Path
     name: str
@@ -42,8 +42,8 @@ class StoredTensor:
 def list_weights(directory: Path) -> dict[str, StoredTensor]:
     """Name -> header entry of every tensor of a checkpoint.
 
-    UserError for missing, pickled, damaged or quantised files, a name in two files, and shards that are not what the
-    index says.
+    Raises UserError for missing, pickled, damaged or quantised files, a name in two files, and shards that contradict
+    the index.
     """
     weight_map = _weight_map(directory)
     files = sorted(f for f in directory.glob("*.safetensors") if f.name != ALPHA_FILE)
@@ -63,7 +63,7 @@ def list_weights(directory: Path) -> dict[str, StoredTensor]:
         for entry in _header(file):
             if entry.name in stored:
                 first = stored[entry.name].file.name
-                raise UserError(f"{file}: {entry.name} is in {first} as well; remove the file that is not the model's")
+                raise UserError(f"{file}: {entry.name} is also in {first}; remove the file that is not the model's")
             stored[entry.name] = entry
     if weight_map is not None:
         _check_index(directory, weight_map, stored)
@@ -73,9 +73,9 @@ def list_weights(directory: Path) -> dict[str, StoredTensor]:
 def read_weights(
     stored: Mapping[str, StoredTensor], device: str | torch.device, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """(key, tensor on `device` in `dtype`) for each entry, one file open at a time.
+    """Yield (key, tensor on `device` in `dtype`) for each entry, with one file open at a time.
 
-    On the CPU a tensor that needs no cast is a private mapping of the file: it costs memory only as it is touched.
+    On the CPU a tensor that needs no cast is a private mapping of the file: pages are loaded when touched.
     """
     by_file: dict[Path, list[str]] = {}
     for key, entry in stored.items():
@@ -87,10 +87,10 @@ def read_weights(
 
 
 def write_weights(directory: Path, weights: Mapping[str, Tensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write model.safetensors, or shards of at most max_shard_bytes (a larger tensor alone) and then their index.
+    """Write model.safetensors, or shards of at most max_shard_bytes (larger tensors get a shard each) and their index.
 
-    Every file appears whole or not at all, so a model that is mapped from the same directory stays what it was.
-    Files of an earlier save, finished or not, that are not of this one are removed.
+    Files are replaced atomically, so a model mapped from the same directory stays intact. Files of earlier saves,
+    finished or not, are removed. Raises UserError for max_shard_bytes below 1.
     """
     if max_shard_bytes < 1:
         raise UserError(f"max_shard_bytes is {max_shard_bytes}; it must be at least 1")
@@ -106,9 +106,9 @@ def write_weights(directory: Path, weights: Mapping[str, Tensor], max_shard_byte
     if len(shards) == 1:
         files = [SINGLE]
     for file, names in zip(files, shards, strict=True):
-        whole = {name: weights[name].detach().cpu().contiguous() for name in names}
+        tensors = {name: weights[name].detach().cpu().contiguous() for name in names}
         partial = directory / f"{file}.partial"
-        save_file(whole, partial, metadata={"format": "pt"})
+        save_file(tensors, partial, metadata={"format": "pt"})
         os.replace(partial, directory / file)
     (directory / INDEX).unlink(missing_ok=True)
     for old in directory.glob("model*.safetensors*"):
@@ -123,7 +123,7 @@ def write_weights(directory: Path, weights: Mapping[str, Tensor], max_shard_byte
 
 
 def write_json(path: Path, value: Any) -> None:
-    """As Hugging Face writes its json files; whole or not at all."""
+    """Write JSON as Hugging Face does, atomically."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(partial, path)
@@ -145,20 +145,20 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
 def _header(file: Path) -> list[StoredTensor]:
     try:
         with safe_open(file, framework="pt") as content:
-            entries = [(name, content.get_slice(name)) for name in content.keys()]  # noqa: SIM118 - no mapping
+            entries = [(name, content.get_slice(name)) for name in content.keys()]  # noqa: SIM118 (not a mapping)
             headers = [(name, tuple(entry.get_shape()), entry.get_dtype()) for name, entry in entries]
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is damaged or not whole ({error}); download or write it again") from error
+        raise UserError(f"{file} is damaged or incomplete ({error}); download or write it again") from error
     for name, _, kind in headers:
         if kind not in _DTYPES:
-            raise UserError(f"{file}: {name} is {kind}; supported: {', '.join(_DTYPES)}, not quantised weights")
+            raise UserError(f"{file}: {name} is {kind}; supported: {', '.join(_DTYPES)}, no quantised weights")
     return [StoredTensor(file, name, shape, _DTYPES[kind]) for name, shape, kind in headers]
 
 
 def _check_index(directory: Path, weight_map: dict[str, str], stored: dict[str, StoredTensor]) -> None:
     for name, file in weight_map.items():
         if name not in stored or stored[name].file.name != file:
-            raise UserError(f"{directory / file}: {name} is not in it, though the index says so; download both again")
+            raise UserError(f"{directory / file}: {name} is missing, but {INDEX} lists it; download both again")
     for name, entry in stored.items():
         if name not in weight_map:
-            raise UserError(f"{entry.file}: {name} is in it but not in {INDEX}; download both again")
+            raise UserError(f"{entry.file}: {name} is not listed in {INDEX}; download both again")

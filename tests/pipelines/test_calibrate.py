@@ -24,9 +24,9 @@ from pipelines.report.calibration import sections
 from pipelines.run.directory import RunDirectory, StageContext
 from pipelines.run.stages import stages_of
 from rcd_core import DecodeSettings, UserError, load_model, new_model
-from rcd_core.calibration.distance import CALIBRATION_FILE
 from rcd_core.families.base import CheckpointInfo
 from rcd_core.families.config import ModelConfig
+from rcd_core.families.files import CALIBRATION_FILE
 from rcd_core.io import storage
 from rcd_core.tasks import get_task
 from rcd_core.text.encoding import content_id

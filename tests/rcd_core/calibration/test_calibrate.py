@@ -13,7 +13,6 @@ import pytest
 
 from rcd_core import Decoder, DecodeSettings, UserError, load_model
 from rcd_core.calibration.distance import (
-    CALIBRATION_FILE,
     LEAST_POSITIONS,
     Alphas,
     alpha_distance,
@@ -24,6 +23,7 @@ from rcd_core.calibration.distance import (
 )
 from rcd_core.calibration.training_alphas import training_shares
 from rcd_core.decoding.request import resolve_settings, uncalibrated
+from rcd_core.families.files import CALIBRATION_FILE
 from rcd_core.training.data.rows import TrainingRow
 from tests.rcd_core.checkpoints import checkpoint, edit_config
 

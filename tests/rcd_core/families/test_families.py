@@ -1,4 +1,4 @@
-"""Loading and saving: both families in their authors' formats, sharded or not, and what is refused."""
+"""Loading and saving both families in their authors' formats, and refused checkpoints."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ from tests.rcd_core.checkpoints import GOLDEN, checkpoint, same_weights
 
 SIZES = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 48}
 INFO = CheckpointInfo(mask_token_id=9, eos_token_ids=(1, 2), pad_token_id=1, block_length=5, rcd={"alpha": "one"})
-
-
-# Of the golden files: what says nothing about the network, and SDAR's switches that do (the tiny one differs).
+# Fields of the golden config.json files that an export leaves out: they do not describe the network.
 NOT_EXPORTED = {"transformers_version", "bos_token_id", "fuse_cross_entropy", "use_cache"}
 
 
@@ -48,7 +46,7 @@ def test_saved_and_loaded_is_bit_equal(family: str, tied: bool, tmp_path: Path) 
 
 @pytest.mark.parametrize("family", ["sdar", "llada"])
 def test_export_has_the_authors_names(family: str, tmp_path: Path) -> None:
-    """What is loaded from the authors' files comes back out under the same names, bit for bit."""
+    """Loaded from the authors' files and saved again: the same names, bit for bit."""
     source = GOLDEN / f"{family}_tiny"
     load_model(source).save_pretrained(tmp_path)
     old, new = load_file(source / "model.safetensors"), load_file(tmp_path / "model.safetensors")
@@ -63,9 +61,9 @@ def test_shards_and_an_index_load(tmp_path: Path) -> None:
     weights = load_file(source / "model.safetensors")
     names = sorted(weights)
     parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
-    for file, mine in parts.items():
-        save_file({n: weights[n] for n in mine}, tmp_path / file)
-    index = {"weight_map": {n: file for file, mine in parts.items() for n in mine}}
+    for file, shard in parts.items():
+        save_file({n: weights[n] for n in shard}, tmp_path / file)
+    index = {"weight_map": {n: file for file, shard in parts.items() for n in shard}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     shutil.copy(source / "config.json", tmp_path)
     assert same_weights(load_model(tmp_path), load_model(source))
@@ -92,7 +90,7 @@ def test_block_length_is_the_configs_else_the_names(name: str, block_length: int
 
 @pytest.mark.parametrize("family", ["sdar", "llada"])
 def test_all_ids_that_end_a_sequence_survive(family: str, tmp_path: Path) -> None:
-    """As in the releases: one id in config.json, which pads too, and all of them in generation_config.json."""
+    """As in the releases: config.json has one id, also the padding id; generation_config.json has all of them."""
     source = checkpoint(tmp_path / "a", f"{family}_tiny", eos_token_id=3)
     (source / "generation_config.json").write_text('{"eos_token_id": [5, 3, 6], "pad_token_id": 3}')
     if family == "llada":
@@ -117,23 +115,23 @@ def test_stored_rcd_settings_come_back_and_are_checked(tmp_path: Path) -> None:
     rcd = {"start": "self", "residual_temperature": 1.5, "block_length": 4, "alpha": "calibrated_entropy"}
     rcd |= {"alpha_scale": 1.73, "residual_dropout": 0.25, "of_a_later_release": [1]}
     assert load_model(checkpoint(tmp_path, rcd=rcd)).info.rcd == rcd
-    for field, value, message in [
-        ("start", "warm", "rcd.start is 'warm'; allowed: reference, zero, self, dirichlet"),
-        ("alpha", "entropy", "rcd.alpha is 'entropy'; allowed: normalized_entropy"),
-        ("residual_temperature", 0, "rcd.residual_temperature is 0; it must be a finite number above 0"),
-        ("alpha_scale", -1.0, "rcd.alpha_scale is -1.0"),
-        ("alpha_scale", "1", "rcd.alpha_scale is '1'"),
-        ("block_length", 0, "rcd.block_length is 0; it must be an integer >= 1"),
-        ("residual_dropout", 1.5, "rcd.residual_dropout is 1.5"),
+    for field, value in [
+        ("start", "warm"),
+        ("alpha", "entropy"),
+        ("residual_temperature", 0),
+        ("alpha_scale", -1.0),
+        ("alpha_scale", "1"),
+        ("block_length", 0),
+        ("residual_dropout", 1.5),
     ]:
-        with pytest.raises(UserError, match=f"config.json's {re.escape(message)}"):
+        with pytest.raises(UserError, match=re.escape(f"rcd.{field} is {value!r}")):
             load_model(checkpoint(tmp_path, rcd={**rcd, field: value}))
-    with pytest.raises(UserError, match=r"config.json's rcd is \[\]; it must be an object"):
+    with pytest.raises(UserError, match=r"rcd is \[\]"):
         load_model(checkpoint(tmp_path, rcd=[]))
 
 
 def test_a_hub_id_is_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hub cache as a download leaves it, and no network: also the name of the model, which has the block length."""
+    """A hub cache as left by a download, without network. The cached model's name defines the block length."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -145,7 +143,7 @@ def test_a_hub_id_is_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.Monk
     (repository / "refs" / "main").write_text(commit)
     model = load_model("JetLM/SDAR-1.7B-Chat-b16")
     assert model.info.block_length == 16 and same_weights(model, load_model(GOLDEN / "sdar_tiny"))
-    with pytest.raises(UserError, match="'JetLM/nothing' is neither a local .* HF_HUB_OFFLINE is set"):
+    with pytest.raises(UserError, match="'JetLM/nothing'.* HF_HUB_OFFLINE"):
         load_model("JetLM/nothing")
 
 
@@ -153,31 +151,25 @@ def test_dtype_and_attention_are_as_asked() -> None:
     model = load_model(GOLDEN / "sdar_tiny", dtype=torch.bfloat16, attention="eager")
     assert model.dtype == torch.bfloat16
     assert torch.isfinite(model.logits(torch.randint(0, 500, (1, 9)))).all()
-    with pytest.raises(UserError, match="attention is 'fast'; allowed: sdpa, eager"):
+    with pytest.raises(UserError, match="attention is 'fast'"):
         load_model(GOLDEN / "sdar_tiny", attention="fast")
 
 
 def test_what_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not exist"):
-        load_model(tmp_path / "nothing")
-    with pytest.raises(UserError, match=r"no config.json"):
-        load_model(tmp_path)
-    config = json.loads((GOLDEN / "sdar_tiny" / "config.json").read_text())
-
-    def with_config(**changes: Any) -> Path:
-        (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
-        return tmp_path
-
-    with pytest.raises(UserError, match="model_type is 'gpt2'; supported: sdar, qwen3, llada, llama"):
-        load_model(with_config(model_type="gpt2"))
+    for path, message in ((tmp_path / "nothing", "nothing"), (tmp_path, r"config\.json")):
+        with pytest.raises(UserError, match=message):
+            load_model(path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(UserError, match="only pickled weights .*convert"):
-        load_model(with_config())
-    shutil.copy(GOLDEN / "sdar_tiny" / "model.safetensors", tmp_path)
-    with pytest.raises(UserError, match="weights do not fit"):
-        load_model(with_config(num_hidden_layers=3))
-    with pytest.raises(UserError, match="mask_token_id 600 lies outside"):
-        load_model(with_config(mask_token_id=600))
+    shutil.copy(GOLDEN / "sdar_tiny" / "config.json", tmp_path)
+    with pytest.raises(UserError, match=r"pytorch_model\.bin"):
+        load_model(tmp_path)
+    for field, value, message in (
+        ("model_type", "gpt2", "model_type is 'gpt2'"),
+        ("num_hidden_layers", 3, r"missing \['model\.layers\.2"),
+        ("mask_token_id", 600, "mask_token_id 600"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_model(checkpoint(tmp_path, **{field: value}))
 
 
 def test_fresh_weights_follow_the_seed_and_leave_the_global_generator_alone() -> None:

@@ -1,4 +1,4 @@
-"""Plain Qwen3 and Llama checkpoints as a start, their rotary scaling, and the networks that are refused."""
+"""Plain Qwen3 and Llama checkpoints as starting weights, their rotary scaling, and refused networks."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def test_plain_qwen3_loads_as_a_start(tmp_path: Path) -> None:
     qwen = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
     model = load_model(checkpoint(tmp_path, drop=("block_size",), **qwen))
     assert model.family == "sdar" and model.info.block_length == 4
-    with pytest.raises(UserError, match="mask_token_id 151669 lies outside the vocabulary of 512; set mask_token_id"):
+    with pytest.raises(UserError, match="mask_token_id 151669"):
         load_model(checkpoint(tmp_path, drop=("mask_token_id",), model_type="qwen3"))
 
 
 @pytest.mark.parametrize("modern", [True, False])
 def test_the_tokenizers_mask_token_is_found(modern: bool, tmp_path: Path) -> None:
-    """Where config.json is silent; transformers 5 lists added tokens in tokenizer.json alone."""
+    """If config.json has no mask_token_id. transformers 5 lists added tokens in tokenizer.json only."""
     checkpoint(tmp_path, drop=("mask_token_id",), model_type="qwen3")
     tokens: dict[str, Any] = {"mask_token": "<|MASK|>"}
     if modern:
@@ -56,7 +56,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 def test_a_plain_llama_needs_a_mask_token_and_becomes_a_llada(tmp_path: Path) -> None:
     source = tiny_llama(tmp_path / "llama")
-    with pytest.raises(UserError, match="plain llama has none; set mask_token_id in config.json"):
+    with pytest.raises(UserError, match="mask_token_id"):
         load_model(source)
     edit_config(source, mask_token_id=49)
     model = load_model(source)
@@ -73,8 +73,8 @@ def test_a_plain_llama_needs_a_mask_token_and_becomes_a_llada(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("written", ["rope_parameters", "rope_scaling"])
-def test_llama3_rotary_scaling_is_honoured_and_stays(written: str, tmp_path: Path) -> None:
-    """LLaDA's config cannot say it: such a model is saved as the Llama it is, never as a LLaDA with other angles."""
+def test_llama3_rotary_scaling_survives_saving(written: str, tmp_path: Path) -> None:
+    """LLaDA's config cannot describe it, so such a model is saved as Llama."""
     rope = {"rope_type": "llama3", "rope_theta": 500000.0, **LLAMA3}
     source = tiny_llama(tmp_path / "llama", rope_parameters=rope, max_position_embeddings=512)
     plain = LlamaForCausalLM.from_pretrained(source)
@@ -97,7 +97,7 @@ def test_llama3_rotary_scaling_is_honoured_and_stays(written: str, tmp_path: Pat
 
 
 def test_other_shapes_of_llama_are_saved_as_llama(tmp_path: Path) -> None:
-    # 4 x 16 is not the width of 32, and LLaDA has no field for it.
+    # 4 heads of 16 are not the width of 32, and LLaDA has no field for the head width.
     model = new_model(ModelConfig(family="llada", head_dim=16, **SIZES), vocab_size=50, info=INFO, seed=3)
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llama"
@@ -117,31 +117,29 @@ def test_qwen3_rotary_scaling_is_written_as_sdar_reads_it(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("source", "changes", "message"),
+    ("source", "changes", "field"),
     [
-        ("sdar_tiny", {"model_type": "sdar_moe"}, "mixture of experts .model_type 'sdar_moe'. is not supported"),
-        ("sdar_tiny", {"num_experts": 128}, "mixture of experts .*num_experts 128"),
-        ("sdar_tiny", {"quantization_config": {"bits": 4}}, "quantization_config; use the checkpoint it was"),
-        ("sdar_tiny", {"use_sliding_window": True, "sliding_window": 64}, "sliding-window attention"),
-        ("sdar_tiny", {"layer_types": ["sliding_attention", "full_attention"]}, "sliding-window attention"),
-        ("sdar_tiny", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling is of type 'dynamic'"),
-        ("sdar_tiny", {"rope_scaling": {"type": "linear"}}, "factor is None; rotary embeddings need a number above 0"),
+        ("sdar_tiny", {"model_type": "sdar_moe"}, "model_type"),
+        ("sdar_tiny", {"num_experts": 128}, "num_experts"),
+        ("sdar_tiny", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("sdar_tiny", {"use_sliding_window": True, "sliding_window": 64}, "use_sliding_window"),
+        ("sdar_tiny", {"layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
+        ("sdar_tiny", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling .*'dynamic'"),
+        ("sdar_tiny", {"rope_scaling": {"type": "linear"}}, "factor is None"),
         ("sdar_tiny", {"rope_theta": None}, "rope_theta is None"),
-        ("sdar_tiny", {"hidden_size": "64"}, "config.json does not describe a model: .*hidden_size"),
-        ("sdar_tiny", {"hidden_size": None}, "config.json lacks hidden_size"),
-        ("sdar_tiny", {"eos_token_id": "eos"}, "config.json's eos_token_id is 'eos'; it must be an integer >= 0"),
-        ("sdar_tiny", {"block_size": 0}, "config.json's block_size is 0; it must be an integer >= 1"),
-        ("sdar_tiny", {"pad_token_id": 512}, "pad_token_id 512 lies outside the vocabulary of 512"),
-        ("sdar_tiny", {"intermediate_size": 100}, r"is \(64, 128\), but by config.json it is \(64, 100\)"),
-        ("llada_tiny", {"block_type": "sequential"}, "block_type is 'sequential'; only \"llama\" is supported"),
-        ("llada_tiny", {"include_qkv_bias": True}, "include_qkv_bias is True; only false is supported"),
+        ("sdar_tiny", {"hidden_size": "64"}, "hidden_size"),
+        ("sdar_tiny", {"hidden_size": None}, "hidden_size"),
+        ("sdar_tiny", {"eos_token_id": "eos"}, "eos_token_id is 'eos'"),
+        ("sdar_tiny", {"block_size": 0}, "block_size is 0"),
+        ("sdar_tiny", {"pad_token_id": 512}, "pad_token_id 512"),
+        ("sdar_tiny", {"intermediate_size": 100}, r"\(64, 128\).*\(64, 100\)"),
+        ("llada_tiny", {"block_type": "sequential"}, "block_type is 'sequential'"),
+        ("llada_tiny", {"include_qkv_bias": True}, "include_qkv_bias is True"),
         ("llada_tiny", {"alibi": True}, "alibi is True"),
         ("llada_tiny", {"multi_query_attention": True}, "multi_query_attention is True"),
-        ("llada_tiny", {"model_type": "llada_moe"}, "mixture of experts"),
+        ("llada_tiny", {"model_type": "llada_moe"}, "model_type"),
     ],
 )
-def test_networks_that_would_compute_something_else_are_refused(
-    source: str, changes: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match=message):
+def test_unsupported_networks_are_refused(source: str, changes: dict[str, Any], field: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=field):
         load_model(checkpoint(tmp_path, source, **changes))

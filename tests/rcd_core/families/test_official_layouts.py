@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 from rcd_core import load_model
-from rcd_core.families import llada, sdar
+from rcd_core.families.llada import LLaDAModel
+from rcd_core.families.sdar import SDARModel
 from tests.rcd_core.checkpoints import same_weights
 
 SHARD_BYTES = 100 * 10**6
@@ -295,11 +296,11 @@ def test_llada(scratch: Path) -> None:
 )
 def test_names_and_shapes_of_the_whole_model(name: str, total_size: int | None) -> None:
     """All layers, nothing computed: the bytes that the releases' indexes state (for LLaDA twice its parameters)."""
-    family: Any = llada if name == "LLaDA" else sdar
+    family: Any = LLaDAModel if name == "LLaDA" else SDARModel
     config = LLADA_CONFIG if name == "LLaDA" else sdar_config(name)
     wanted = dict(llada_shapes(config) if name == "LLaDA" else sdar_shapes(config))
     with torch.device("meta"):
-        backbone = family.build_backbone(family.backbone_config(config, Path(name), has_head=True))
+        backbone = family.backbone_class(family.read_config(config, Path(name), has_head=True))
     found = {key: tuple(tensor.shape) for key, tensor in backbone.state_dict().items()}
     assert found == {family.backbone_name(key): shape for key, shape in wanted.items()}
     assert total_size is None or num_bytes(wanted.values()) == total_size

@@ -89,28 +89,28 @@ def test_files_that_do_not_hold_what_they_should(sharded: Path) -> None:
     assert file != other_file
 
     edit_index(sharded, **{first: other_file})
-    refused(f"{other_file}: {first} is not in it, though the index says so")
+    refused(f"{other_file}: {first} .*{INDEX}")
     edit_index(sharded, **{first: None})
-    refused(f"{file}: {first} is in it but not in {INDEX}")
+    refused(f"{file}: {first} .*{INDEX}")
     edit_index(sharded, **{first: "../model.safetensors"})
-    refused(f"{INDEX}: {first} is in '../model.safetensors'; it must be a .safetensors file of the same directory")
+    refused(f"{INDEX}: {first} is in '../model.safetensors'")
     edit_index(sharded, **{first: file})
     load_model(sharded)
 
     content = (sharded / file).read_bytes()
     (sharded / file).write_bytes(content[:-100])
-    refused(f"{file} is damaged or not whole .*download or write it again")
+    refused(f"{file} is damaged")
     (sharded / file).write_bytes(b"")
     refused(f"{file} is damaged")
     (sharded / file).unlink()
-    refused(f"missing: {file}")
+    refused(file)
     (sharded / file).write_bytes(content)
     save_file({**load_file(sharded / other_file), first: torch.zeros(64)}, sharded / other_file)
-    refused(f"{first} is in .* as well; remove the file")
+    refused(f"{other_file}: {first} .*{file}|{file}: {first} .*{other_file}")
     (sharded / INDEX).write_text("{}")
-    refused("has no weight_map")
+    refused(f"{INDEX} .*weight_map")
     (sharded / INDEX).write_text("{")
-    refused(f"{INDEX} cannot be read")
+    refused(INDEX)
 
 
 def test_dtypes(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_dtypes(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert same_weights(load_model(tmp_path / "saved"), model)
     save_file({**mixed, "lm_head.weight": whole["lm_head.weight"].to(torch.float8_e4m3fn)}, file)
-    with pytest.raises(UserError, match="lm_head.weight is F8_E4M3; supported: F64, F32, F16, BF16"):
+    with pytest.raises(UserError, match="lm_head.weight is F8_E4M3"):
         load_model(tmp_path)
 
 
@@ -156,5 +156,5 @@ def test_tables_that_are_no_weights_are_left_aside_and_doubles_are_not(tmp_path:
     save_file({**whole, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, file)
     assert same_weights(load_model(tmp_path), load_model(GOLDEN / "llada_tiny"))
     save_file({**whole, "model.norm.weight": whole["model.transformer.ln_f.weight"].clone()}, file)
-    with pytest.raises(UserError, match=r"ln_f.weight is the same weight as .*norm.weight|norm.weight is the same"):
+    with pytest.raises(UserError, match=r"ln_f\.weight .*norm\.weight|norm\.weight .*ln_f\.weight"):
         load_model(tmp_path)
