@@ -1,9 +1,9 @@
-"""Writes the lock files of the image: every package with its version and the hash of the one file that is installed.
+"""Writes the lock files of the image: every package with its version and the hash of its wheel.
 
-    .venv/bin/python cluster/lock.py      # after constraints.txt or pyproject.toml have changed; installs nothing
+    .venv/bin/python cluster/lock.py      # run after a change of constraints.txt or pyproject.toml; installs nothing
 
-pip resolves for the machine this runs on, which must be like the image: Linux x86_64 and the image's Python. It looks
-into every file, gigabytes of CUDA libraries among them. flash-attn, which exists as source only, has a lock of its own.
+pip resolves for the machine it runs on, so that must match the image: Linux x86_64 and the image's Python. It downloads
+every file, gigabytes of CUDA libraries among them. flash-attn has its own lock, because it exists as source only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = "3.11"  # as in the Dockerfile
 EXTRAS = ("hub", "deepspeed")
-LAUNCHERS = ("boto3", "google-api-python-client")  # what the autoscaler of a head asks AWS and GCP with
+LAUNCHERS = ("boto3", "google-api-python-client")  # the autoscaler's clients for AWS and GCP
 
 
 def main() -> None:
@@ -35,9 +35,9 @@ def main() -> None:
 
 
 def resolve(*arguments: str) -> list[tuple[str, str, str]]:
-    """What pip would install: name, version, sha256. Exits where a file comes from this machine's own disk."""
+    """(name, version, sha256) of everything pip would install. Exits if a file comes from a local disk."""
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--report", "-"]
-    # The second one keeps flash-attn's setup from looking for a CUDA compiler when it is only asked for its name.
+    # FLASH_ATTENTION_SKIP_CUDA_BUILD: flash-attn's setup must not look for a CUDA compiler just to report its name.
     environment = {**os.environ, "FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE"}
     command += ["--constraint", str(ROOT / "constraints.txt"), *arguments]
     report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout)

@@ -12,7 +12,7 @@ import pytest
 
 pytest_plugins = ["tests.fault_table"]
 ROOT = Path(__file__).resolve().parents[1]
-# Before Ray is imported, which reads them then: no token in the user's home, no telemetry, no warning per worker.
+# Ray reads these on import: no token in the user's home, no telemetry, no warning per worker.
 os.environ |= {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -22,13 +22,13 @@ os.environ |= {
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
-    """A small Ray on this machine, started once; its address. Four logical CPUs, whatever the machine has.
+    """Address of a small local Ray cluster with four logical CPUs, started once per test process.
 
-    RAY_ADDRESS names it for as long as it lives, so that `ray.init()` and subprocesses join it and no other Ray.
+    RAY_ADDRESS is set while it runs, so that `ray.init()` and subprocesses join it and no other cluster.
     """
     import ray
 
-    # Short, because Unix sockets lie inside; own, because another Ray may run here.
+    # A short path, because it holds Unix sockets; a private one, because another Ray may run on this machine.
     temp_dir = tempfile.mkdtemp(prefix="rcd-test-", dir="/tmp")
     patch = pytest.MonkeyPatch()
     patch.delenv("RAY_ADDRESS", raising=False)
@@ -53,7 +53,7 @@ def ray_cluster() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """The directory of golden vectors; each sub-directory says where its numbers come from."""
+    """Directory of golden vectors."""
     path = ROOT / "tests" / "golden"
     if not path.is_dir():
         pytest.skip("tests/golden is not there")
@@ -61,5 +61,5 @@ def golden() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The whole jobs first: two processes share the files, and the longest should not be left for the end."""
+    """Run whole jobs first: two processes share the files, and the longest must not come last."""
     items.sort(key=lambda item: item.path.name != "test_job.py")

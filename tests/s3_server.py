@@ -1,4 +1,4 @@
-"""An S3 on this machine: moto's server on a free port of the loopback, in a process of its own."""
+"""A local S3 server: moto on a free loopback port, in its own process."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from rcd_core.io import storage
 
 @contextmanager
 def s3_server(bucket: str) -> Iterator[dict[str, str]]:
-    """Serves an empty bucket; yields the environment variables that lead there, which this process has meanwhile.
+    """Serves an empty bucket. Yields the environment variables that point to it, and sets them in this process
+    meanwhile.
 
-    pyarrow, and through it Ray, reads them when it opens an s3:// URI; nothing else says where a bucket is.
+    pyarrow, and Ray through it, reads them when it opens an s3:// URI.
     """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

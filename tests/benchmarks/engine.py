@@ -1,10 +1,10 @@
-"""The decoding engine: its own cost beside the bare forwards, batches beside one by one, RCD's passes beside SeqD's.
+"""The decoding engine: overhead over bare forwards, batched against one by one, RCD passes against SeqD passes.
 
     python -m tests.benchmarks.engine [--demo DIR] [--data FILE] [--repeats 3]
 
---demo: a finished run of the recipe `demo`; without one its model is random, or trained here in a minute where tokens
-are compared. --data: GSM8K's training questions, for that comparison. Passes at SDAR-1.7B's width have random weights.
-Free of Ray; only generated tokens up to eos are counted. On a CPU: one thread for the demo's model, all for the rest.
+--demo: a finished run of the recipe `demo`. Without it, its model is random, or trained for a minute where tokens are
+compared. --data: GSM8K's training questions, for that comparison. Passes at SDAR-1.7B's width use random weights.
+Only generated tokens up to eos count. Needs no Ray. On a CPU: one thread for the demo's model, all threads otherwise.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def transients() -> dict[str, Any]:
-    """At batch 128, block 32, V = 151,936, in processes of their own."""
+    """Transient memory at batch 128, block 32, V = 151,936, measured in separate processes."""
     found: dict[str, Any] = {}
     for name, top_k in (("sparse", 32), ("dense", 0)):
         command = [sys.executable, "-m", "tests.benchmarks.engine", "--transient", f"128,32,{VOCAB}"]
@@ -91,7 +91,7 @@ def random_model(config: ModelConfig, vocab: int) -> DiffusionModel:
 
 
 def requests(model: DiffusionModel, count: int, block_length: int, new_tokens: int) -> tuple[list[list[int]], Any]:
-    """Prompts of 16 to 47 tokens. A static schedule of two tokens a pass: every model makes the same passes."""
+    """Prompts of 16 to 47 tokens. A static schedule of two tokens a pass, so that every model makes the same passes."""
     generator = np.random.default_rng(0)
     highest = min(model.vocab_size, 260) - 1
     prompts = [generator.integers(10, highest, 16 + i % 32).tolist() for i in range(count)]
@@ -106,8 +106,7 @@ def requests(model: DiffusionModel, count: int, block_length: int, new_tokens: i
 
 
 def record_passes(engine: Engine) -> list[tuple[torch.Tensor, Shape]]:
-    """Notes what the device is asked for in each pass, so that the bare forwards can be run again without the
-    engine."""
+    """Records the input of each pass, so that the bare forwards can be repeated without the engine."""
     calls: list[tuple[torch.Tensor, Shape]] = []
     inner = engine._passes.forward.run
 
@@ -122,7 +121,7 @@ def record_passes(engine: Engine) -> list[tuple[torch.Tensor, Shape]]:
 def run_engine(
     model: DiffusionModel, prompts: Any, settings: Any, record: bool = False, infill: bool = False
 ) -> tuple[float, Any, Any]:
-    """Seconds, the engine, and the passes it made if they are recorded."""
+    """Returns seconds, the engine, and the recorded passes, if any."""
     sequences = [make_sequence(model, p, settings, infill=infill, has_reference=False) for p in prompts]
     engine = Engine(model, None, max_batch=len(prompts), max_length=max(len(s.canvas) for s in sequences))
     calls = record_passes(engine) if record else []
@@ -135,7 +134,7 @@ def run_engine(
 
 
 def boards(model: DiffusionModel, count: int) -> tuple[list[list[int]], DecodeSettings]:
-    """What the demo decodes: one block of 37 tokens, of which 20 to 28 are masked, two of them committed per pass."""
+    """Requests like the demo's: one block of 37 tokens, 20 to 28 of them masked, two committed per pass."""
     generator = np.random.default_rng(0)
     canvases = generator.integers(10, min(model.vocab_size, 260) - 1, (count, 37))
     for i, row in enumerate(canvases):
@@ -146,7 +145,7 @@ def boards(model: DiffusionModel, count: int) -> tuple[list[list[int]], DecodeSe
 
 @torch.inference_mode()
 def run_bare(model: DiffusionModel, calls: list[tuple[torch.Tensor, Shape]], engine: Engine) -> float:
-    """The same forwards with nothing to prepare, the head on as many rows as had masks, no residuals, no choices."""
+    """The same forwards with prepared inputs and the head on the masked rows, without residuals and sampling."""
     forward = Forward(model, engine.max_batch, engine.max_length)
     masks = [int((n[: s.rows * s.queries] == model.mask_token_id).sum()) for n, s in calls]
     start = time.perf_counter()
@@ -158,7 +157,7 @@ def run_bare(model: DiffusionModel, calls: list[tuple[torch.Tensor, Shape]], eng
 
 
 def against_bare_forwards(model: DiffusionModel, options: argparse.Namespace) -> dict[str, Any]:
-    """The demo's own task, and text in blocks of 8, whose passes are smaller: there the engine's share is larger."""
+    """The demo's task, and text in blocks of 8. Those passes are smaller, so the engine's share is larger."""
     found: dict[str, Any] = {}
     text, board = requests(model, options.requests, 8, 64), boards(model, options.requests)
     for task, (prompts, settings), infill in (("boards", board, True), ("blocks_of_8", text, False)):
@@ -166,7 +165,7 @@ def against_bare_forwards(model: DiffusionModel, options: argparse.Namespace) ->
         for name, s in (("seqd", settings), ("rcd", residual), ("rcd_sparse", replace(residual, residual_top_k=32))):
             _, engine, calls = run_engine(model, prompts, s, record=True, infill=infill)
             pairs = []
-            runs = -(-PASSES_PER_SAMPLE // len(calls))  # a short sample says more about the machine than about us
+            runs = -(-PASSES_PER_SAMPLE // len(calls))  # short samples are dominated by noise
             for _ in range(options.repeats + 1):
                 ours = sum(run_engine(model, prompts, s, infill=infill)[0] for _ in range(runs)) / runs
                 pairs.append((ours, sum(run_bare(model, calls, engine) for _ in range(runs)) / runs))
@@ -179,15 +178,15 @@ def against_bare_forwards(model: DiffusionModel, options: argparse.Namespace) ->
                 flush=True,
             )
             found["store_passes_saved"] = engine.statistics.merged_stores
-    # The worse of the two, so that the key does not flatter.
+    # The worse of the two.
     found["engine_vs_bare_passes"] = max(found[f"seqd_engine_vs_bare_{task}"] for task in ("boards", "blocks_of_8"))
     return found
 
 
 @torch.inference_mode()
 def authors_loop(model: DiffusionModel, prompt: list[int], s: DecodeSettings) -> list[int]:
-    """One prompt in the style of the authors' generate.py, written plainly: whole prompt blocks first, then pass after
-    pass over a block, and a pass of its own to store it."""
+    """One prompt as the authors' generate.py decodes it: prompt blocks first, then passes over each block and a
+    separate pass to store it."""
     b, steps = s.block_length or 1, s.denoising_steps or 1
     length = -(-(len(prompt) + s.max_new_tokens) // b) * b
     canvas = np.full(length, model.mask_token_id, dtype=np.int64)
@@ -238,8 +237,8 @@ def batched_against_single(model: DiffusionModel, options: argparse.Namespace) -
 def rcd_against_seqd(repeats: int) -> dict[str, Any]:
     """One block of 32 for two requests at SDAR-1.7B's width and vocabulary; one position is committed per pass.
 
-    A whole model has 28 layers and the residual's cost does not depend on them: its seconds are measured at 1 and 3
-    layers and set against a pass of 28, extrapolated from the two by a straight line. Raw times are printed.
+    The full model has 28 layers, and the residual's cost does not depend on them. Its seconds are measured at 1 and 3
+    layers and compared with a pass of 28 layers, extrapolated linearly from both. Raw times are printed.
     """
     config = ModelConfig(
         family="sdar",
@@ -289,7 +288,7 @@ def rcd_against_seqd(repeats: int) -> dict[str, Any]:
 
 
 def timed_passes(model: DiffusionModel, prompts: list[list[int]], s: DecodeSettings, passes: int) -> float:
-    """Mean seconds of the second to fifth denoising pass: the residual is in the input and in the output."""
+    """Mean seconds of the second to fifth denoising pass, where input and output both have residuals."""
     sequences = [make_sequence(model, p, s, infill=False, has_reference=False) for p in prompts]
     engine = Engine(model, None, max_batch=len(prompts), max_length=max(len(q.canvas) for q in sequences))
     for q in sequences:
@@ -303,8 +302,8 @@ def timed_passes(model: DiffusionModel, prompts: list[list[int]], s: DecodeSetti
 
 
 def transient(batch: int, block_length: int, vocab: int, top_k: int | None) -> dict[str, int]:
-    """Bytes that the passes of a full batch take beyond weights, cache and residual state, and what was planned. The
-    model has few parameters (width 64, one layer); its tiles over the vocabulary are as large as any."""
+    """Bytes that the passes of a full batch take beyond weights, cache and residual state, and the planned bytes. The
+    model is small (width 64, one layer), but its tiles over the vocabulary are full size."""
     from tests.benchmarks.attention import _peak_bytes, _reset_peak
 
     model = random_model(replace(DEMO, num_layers=1), vocab)
@@ -327,10 +326,10 @@ def transient(batch: int, block_length: int, vocab: int, top_k: int | None) -> d
         engine.add(q)
     with torch.inference_mode():
         for tensor in (*engine._passes.forward.cache.keys, *engine._passes.forward.cache.values):
-            tensor.fill_(0)  # so that its pages are there before the peak is measured
+            tensor.fill_(0)  # touch its pages before the peak is measured
         engine._passes.state.reserve(block_length)
         engine._passes.state.delta.fill_(0)
-    model.head(torch.zeros(1, model.config.hidden_size))  # and the linear library's own
+    model.head(torch.zeros(1, model.config.hidden_size))  # and the linear algebra library's buffers
     _reset_peak(model.device)
     before = _peak_bytes(model.device)
     while engine.busy:

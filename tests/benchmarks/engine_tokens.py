@@ -1,4 +1,4 @@
-"""Whether it matters to the text that delta is made of the k largest entries: the same requests decoded both ways."""
+"""Does a delta from the k largest entries change the text? Decodes the same requests both ways."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ SPARSE = (8, 32, 128)
 
 
 def compare(workload: Workload, count: int, threshold: float) -> dict[str, Any]:
-    """Shares of requests and of tokens that come out as with dense residuals, and passes relative to them. Also against
-    plain decoding, for scale."""
+    """Share of requests and tokens equal to those with dense residuals, and relative passes. Decoding without
+    residuals is included for scale."""
     model = load_model(workload.target)
     table = pq.read_table(workload.files[0]).slice(0, count)
     ids, labels = (table[name].to_pylist() for name in ("input_ids", "labels"))
@@ -54,7 +54,7 @@ def compare(workload: Workload, count: int, threshold: float) -> dict[str, Any]:
 
 
 def sparse_against_dense(demo: Path | None, data: Path | None, scratch: Path) -> dict[str, Any]:
-    """On the demo's task, and on GSM8K where its questions are at hand (trained here for a minute or two)."""
+    """On the demo's task, and on GSM8K if its questions are given (trains for a minute or two)."""
     workloads = [finished_run(demo) if demo else make(SUDOKU, scratch / "sudoku", None, 16_384)]
     if data is not None:
         workloads.append(make(GSM8K, scratch / "gsm8k", data, 4000))

@@ -1,4 +1,4 @@
-"""What every benchmark prints beside its figures: the machine, the command, and how idle the machine is."""
+"""The header that every benchmark prints: hardware, command, and how idle the machine is."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def hardware() -> str:
 
 
 def idle_probe(seconds: float = 1.0) -> dict[str, float]:
-    """A fixed piece of work (a 512 x 512 product, one thread), repeated: milliseconds, median and worst. On an idle
-    machine both are close; a worst of several medians says that something else was running."""
+    """Repeats a 512 x 512 matrix product on one thread; returns median and maximum milliseconds. On an idle machine
+    both are close. A maximum of several medians means that something else was running."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     a = torch.ones(512, 512)

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.residual_temperature ~/rcd-runs/demo target --temperatures 0.5 1 1.5
 
-Every T_res is compared with T_res = 1 in pairs (bootstrap over problems): tokens per forward at equal accuracy.
+Each T_res is compared with T_res = 1 by paired bootstrap over problems: tokens per forward at equal accuracy.
 """
 
 from __future__ import annotations

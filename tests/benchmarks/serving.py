@@ -1,12 +1,12 @@
-"""What HTTP and Ray Serve cost: the deployed graph beside the bare EngineThread, the same requests, one thread each.
+"""Measures what HTTP and Ray Serve cost: the deployed graph against the bare EngineThread, same requests, one thread
+each.
 
     python -m tests.benchmarks.serving [--rounds 3] [--requests 4]
 
-A random model whose batch of 32 takes some 30 ms a pass or more; both sides in turns. Of the time to a request's first
-text at concurrency 1: medians and their difference. At concurrency 32: tokens per second of clients that each send
---requests requests one after the other, and the ratio, for answers of 64 tokens (throughput_vs_engine) and of 256, of
-which fewer begin. "floor" is the least graph that Ray Serve can do it with (serving_floor.py), in the same turns.
-Starts a Ray of its own; minutes.
+The model is random; a pass over a batch of 32 takes 30 ms or more. The systems take turns. At concurrency 1: median
+time to the first text, and the difference. At concurrency 32: tokens per second of clients that each send --requests
+requests one after the other, and the ratio, for answers of 64 tokens (throughput_vs_engine) and of 256. "floor" is the
+smallest Ray Serve graph that streams the same text (serving_floor.py). Starts its own Ray cluster; takes minutes.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ SIZES = {"hidden_size": 256, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2,
 CLIENTS = 32
 TOKENS, LONG_TOKENS = 64, 256
 FIRST_BLOCKS = 40  # requests that are timed one by one
-# Static, and without a stop: every request makes the same passes on both sides.
+# A static schedule without stop tokens, so that every request makes the same passes on both sides.
 SETTINGS: dict[str, Any] = {"denoising_steps": 4, "policy": "low_confidence_static", "stop_token_ids": ()}
 
-Ask = Callable[[int, int], AsyncIterator[tuple[str, int]]]  # seed, length -> (text, tokens that are new) as they come
+Ask = Callable[[int, int], AsyncIterator[tuple[str, int]]]  # seed, length -> stream of (text, number of new tokens)
 
 
 def main() -> None:
@@ -124,7 +124,7 @@ async def measure(context: StageContext, rounds: int, requests: int) -> dict[str
 
 
 def mean_pass(before: dict[str, float], after: dict[str, float]) -> float:
-    """Milliseconds of a denoising pass, head and reduction included."""
+    """Milliseconds of a denoising pass, with head and reduction."""
     spent = {name: after[name] - before[name] for name in after}
     return 1e3 * (spent["denoise_seconds_total"] + spent["choose_seconds_total"]) / spent["denoise_passes_total"]
 

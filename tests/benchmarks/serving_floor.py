@@ -1,9 +1,9 @@
-"""The least that Ray Serve needs to stream an engine's text over HTTP: no checks, no settings, no retries, no figures.
+"""The smallest Ray Serve graph that streams an engine's text over HTTP: no checks, settings, retries or metrics.
 
-What it loses against the bare engine is Serve's own; beside it the served application is measured (serving.py).
+Its loss against the bare engine is Serve's share; serving.py measures the real application next to it.
 """
 
-# No `from __future__ import annotations`: FastAPI could not read them in a replica, to which `app` is pickled.
+# No `from __future__ import annotations`: `app` is pickled to a replica, where FastAPI could not resolve them.
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -54,7 +54,7 @@ class Ingress:
 
 
 def application(checkpoint: str, max_batch: int, requests: dict[int, DecodeRequest]) -> serve.Application:
-    """requests: what to decode, by its length in tokens; prompt and seed come by HTTP."""
+    """requests: request by answer length in tokens; prompt and seed come by HTTP."""
     options: dict[str, Any] = {"max_ongoing_requests": 1000}
     actor, front = ({"num_cpus": 0, "runtime_env": {"env_vars": env}} for env in (LEAN, LEAN_INGRESS))
     target = serve.deployment(ray_actor_options=actor, **options)(Target).bind(checkpoint, max_batch)

@@ -1,4 +1,4 @@
-"""The deciding experiment in small: its plan, its rows, that it goes on where it stopped, and what it reports."""
+"""The experiment at small size: its plan, its rows, that it resumes, and its report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PLAN = Path(__file__).parent / "evidence" / "plan.yaml"
 
 
 def small(tmp_path: Path) -> Plan:
-    """6x6 Sudoku with three arms, models that learn nothing in two steps."""
+    """6x6 Sudoku with three methods, whose models learn nothing in two steps."""
     raw = yaml.safe_load(PLAN.read_text())
     e = raw["experiments"]["sudoku6"]
     e |= {"num_train": 64, "num_test": 24, "thresholds": [0.2, 0.9], "replicates": [[0, 0], [1, 0]]}
@@ -86,7 +86,7 @@ def test_it_goes_on_where_it_stopped_and_reports_whole_replicates(
     before = len(said)
     for cell in todo:
         runner.run(cell)
-    assert len(said) == before  # nothing is done twice
+    assert len(said) == before  # finished cells are skipped
     late = Runner(tmp_path / "late", torch.device("cpu"), 0.0, said.append)
     late.run(todo[0])
     assert not (tmp_path / "late").exists()

@@ -1,4 +1,4 @@
-"""The shipped cluster files, and what several tests want to know of them."""
+"""The shipped cluster files, and helpers to read and change them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def kuberay(name: str) -> dict[str, Any]:
 
 
 def ray_cluster_spec(raw: dict[str, Any]) -> dict[str, Any]:
-    """The part of a KubeRay resource that describes its cluster."""
+    """The RayCluster spec inside a KubeRay resource."""
     spec: dict[str, Any] = raw["spec"]
     where = {"RayCluster": spec, "RayJob": spec.get("rayClusterSpec"), "RayService": spec.get("rayClusterConfig")}
     found: dict[str, Any] = where[raw["kind"]]
@@ -38,7 +38,7 @@ def ray_cluster_spec(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def changed(raw: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """A copy with another value at a/b/0/c; None removes what is there."""
+    """A copy with another value at path a/b/0/c; None removes the key."""
     result = copy.deepcopy(raw)
     *above, last = [int(part) if part.isdigit() else part for part in path.split("/")]
     place: Any = result
@@ -52,7 +52,7 @@ def changed(raw: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, plain value) of everything below."""
+    """(path, scalar) of every leaf."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
     if items is None:
         yield path, value
@@ -62,7 +62,7 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The commands in shell text, as words: without comments, redirections, and settings of variables before them."""
+    """Commands in shell text, split into words, without comments, redirections and leading variable assignments."""
     for line in text.replace("\\\n", " ").splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|<>")
         lexer.whitespace_split = True
@@ -73,7 +73,7 @@ def commands(text: str) -> Iterator[list[str]]:
                 yield from [plain] if plain else []
                 words = []
             elif set(word) <= set("<>"):
-                words.append("")  # the file's name follows, and is left out as well
+                words.append("")  # the next word is the file name; skip it too
             elif words and words[-1] == "":
                 words.pop()
             else:

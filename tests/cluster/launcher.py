@@ -1,4 +1,4 @@
-"""What is wrong with a file for `ray up`: the installed Ray's own check, and what that lets pass."""
+"""Checks a file for `ray up`: Ray's own schema, and mistakes that the schema accepts."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tests.cluster.files import commands
 from tests.cluster.parsers import problem
 
 SCHEMA = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
-# Ray takes any keys here and hands them to the cloud, which names an unknown one only when a node is to start.
+# Ray accepts any keys here; the cloud refuses an unknown one only when a node starts.
 NODE_CONFIG = {
     "aws": {"InstanceType", "ImageId", "IamInstanceProfile", "BlockDeviceMappings", "MetadataOptions"}
     | {"InstanceMarketOptions", "SecurityGroupIds", "SubnetIds", "KeyName", "NetworkInterfaces"},
     "gcp": {"machineType", "disks", "serviceAccounts", "scheduling", "networkInterfaces", "metadata"},
 }
-# CPUs and GPUs of the machines that the files name.
+# CPUs and GPUs of the machine types in the files.
 MACHINES = {
     "m7i.2xlarge": (8, 0),
     "m7i.4xlarge": (16, 0),
@@ -78,7 +78,7 @@ def _groups(raw: dict[str, Any], prepared: dict[str, Any], kind: str) -> Iterato
 
 
 def _starting(raw: dict[str, Any]) -> Iterator[str]:
-    """Ray's start on a node: flags that it knows, the token, nothing open to the world."""
+    """Checks the commands that start Ray on a node: known flags, the token, no public port."""
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
         starts = [words for line in raw[key] for words in commands(line) if words[:2] == ["ray", "start"]]
         if len(starts) != 1:

@@ -1,4 +1,4 @@
-"""Several nodes on this machine, in a process of their own: each test of them starts with an empty Ray."""
+"""Several simulated nodes on this machine, in a separate process, so that each test starts with an empty cluster."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @contextmanager
 def local_nodes(*nodes: dict[str, Any], **head: Any) -> Iterator[tuple[Cluster, list[Any]]]:
-    """A cluster that this process has joined: a head without CPUs, unless `head` says otherwise, and its nodes, each
-    by the arguments of Cluster.add_node."""
+    """Starts and joins a cluster. head: arguments of the head, by default no CPUs. nodes: arguments of
+    Cluster.add_node, one mapping per node."""
     import ray
 
     with tempfile.TemporaryDirectory(prefix="rcd-test-", dir="/tmp", ignore_cleanup_errors=True) as temp_dir:
         head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": temp_dir, **head}
-        # Exit hooks need the main thread, and a node that is added in another one would set them: it ends below.
+        # Exit hooks need the main thread; nodes added from another thread would set them, so they are stopped below.
         cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
         try:
-            # Nodes share their session's directory here, where each one that unpacks a job's code first removes what
-            # another has unpacked: a directory for each, as on machines of their own.
+            # Nodes on one machine share the session directory, and each one that unpacks a job's code first removes
+            # what another one unpacked. Give each its own directory, as on separate machines.
             added = [cluster.add_node(runtime_env_dir_name=f"code-{i}", **node) for i, node in enumerate(nodes)]
             ray.init(address=cluster.address, log_to_driver=False)
             yield cluster, added
@@ -39,7 +39,7 @@ def local_nodes(*nodes: dict[str, Any], **head: Any) -> Iterator[tuple[Cluster, 
 
 
 def elsewhere(function: Callable[..., Any], *arguments: str, timeout: float = 400) -> Any:
-    """What a function of a module, called in a fresh process outside the session's cluster, returns (as JSON)."""
+    """Calls a function of a module in a new process outside the shared cluster; returns its result (as JSON)."""
     with tempfile.NamedTemporaryFile(suffix=".json") as result:
         call = f"import sys, json; from {function.__module__} import {function.__name__} as function\n"
         call += f"json.dump(function(*sys.argv[1:]), open({result.name!r}, 'w'))"
@@ -57,11 +57,11 @@ def elsewhere(function: Callable[..., Any], *arguments: str, timeout: float = 40
         return json.loads(Path(result.name).read_text())
 
 
-# -- looks into a cluster that this process has joined
+# -- inspecting the joined cluster
 
 
 def actors(*, alive: bool = False) -> list[Any]:
-    """Ray's table of actors, those that have ended too; ActorTableData as Ray keeps it."""
+    """Ray's actor table (ActorTableData), dead actors included."""
     from ray._private.state import state
     from ray.core.generated import gcs_pb2
 
@@ -70,7 +70,7 @@ def actors(*, alive: bool = False) -> list[Any]:
 
 
 def resource_state(cluster: Cluster) -> Any:
-    """What an autoscaler sees: the nodes, and what is asked for."""
+    """The state that an autoscaler sees: nodes and demands."""
     from ray._raylet import GcsClient
     from ray.autoscaler.v2.sdk import get_cluster_resource_state
 

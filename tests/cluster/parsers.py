@@ -1,4 +1,4 @@
-"""Whether a command line is one that its own program would take; nothing is run."""
+"""Parses a command line with its program's own parser, without running it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ from tests.conftest import ROOT
 
 
 def problem(words: list[str]) -> str | None:
-    """What the program's own parser says against the words of a command; None where it takes them.
-
-    Programs that are not ours or Ray's are taken as they are.
-    """
+    """The parser's objection to a command, or None. Programs other than ours and Ray's are not checked."""
     program, *arguments = words
     if "--" in arguments:  # what follows is a job's command
         cut = arguments.index("--")

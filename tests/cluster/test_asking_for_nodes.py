@@ -1,4 +1,4 @@
-"""A stage that waits asks for its nodes: what an autoscaler sees of it, and nodes that come while it waits are used."""
+"""A waiting stage asks for its nodes: the autoscaler sees the demand, and new nodes are used."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def until(condition):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
-# As `ray up` and KubeRay start a head: with the name of its group.
+# The group name, as `ray up` and KubeRay set it.
 os.environ["RAY_NODE_TYPE_NAME"] = "head"
 head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": sys.argv[1]}
 cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
 try:
     ray.init(address=cluster.address, log_to_driver=False)
-    wait_for_resources(WANTED, 0, "a later stage")  # before the first stage: nothing is asked for, nothing waited for
+    wait_for_resources(WANTED, 0, "a later stage")  # before the first stage: no demand, no waiting
     assert seen() == []
     try:
         wait_for_resources(WANTED, 0.5, "stage signals", free=True, say=print)
@@ -52,7 +52,7 @@ try:
     cluster.add_node(num_cpus=2, resources={"reference_node": 1})
     waiting.join(30)
     assert not waiting.is_alive()
-    until(lambda: ray.available_resources().get("CPU") == 4)  # nothing is held after it
+    until(lambda: ray.available_resources().get("CPU") == 4)  # everything is released
 finally:
     ray.shutdown()
     cluster.shutdown()

@@ -1,4 +1,4 @@
-"""Every command that a document or a cluster file tells its reader is one that its program would take."""
+"""Every command in a document or at the top of a cluster file is accepted by its program's parser."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def name(path: Path) -> str:
 
 
 def header(path: Path) -> str:
-    """The commands in a file's opening comment: the lines that are indented there."""
+    """The commands in a file's opening comment, that is, its indented lines."""
     opening = path.read_text().split("\n\n", 1)[0].splitlines()
     return "\n".join(line[5:].strip() for line in opening if line.startswith("#     "))
 
@@ -38,7 +38,7 @@ def test_comments_at_the_top(path: Path) -> None:
     text = header(path)
     wrong = {" ".join(words): problem(words) for words in commands(text)}
     assert not {line: why for line, why in wrong.items() if why}
-    for words in commands(text):  # and name files that are there
+    for words in commands(text):  # and the files they name exist
         for word in words:
             if word.startswith("cluster/") and "*" not in word:
                 assert (ROOT / word).is_file(), word

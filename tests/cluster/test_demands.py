@@ -1,4 +1,4 @@
-"""What stages ask for against what the node groups offer, decided by Ray's own autoscaler without a cluster."""
+"""Resource demands of stages against the node groups of the cluster files, decided by Ray's own autoscaler."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def autoscaling(name: str) -> AutoscalingConfig:
 
 
 def ask(config: AutoscalingConfig, bundles: Sequence[Bundle], together: bool = False) -> SchedulingReply:
-    """together: as one placement group (PACK), all or nothing, like the workers of a training."""
+    """together: one placement group (PACK), all or nothing, like the workers of a training."""
     requests = [ResourceRequestUtil.make(dict(bundle)) for bundle in bundles]
     gang = [GangResourceRequest(requests=requests)] if together else []
     return ResourceDemandScheduler().schedule(
@@ -57,7 +57,7 @@ def started(reply: SchedulingReply) -> dict[str, int]:
 
 
 def nodes(config: AutoscalingConfig, recipe: str, *overrides: str) -> dict[str, dict[str, int]]:
-    """Stage -> the nodes that an empty cluster would start for it."""
+    """Stage -> nodes that an empty cluster would start for it."""
     asked = demands(load_recipe(recipe, overrides))
     return {
         stage: started(ask(config, bundles, together=stage.partition("-")[0] in TRAININGS))

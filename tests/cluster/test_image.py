@@ -1,4 +1,4 @@
-"""The image of the nodes: its Dockerfile and the lock files that its packages come from."""
+"""The node image: its Dockerfile and the lock files of its packages."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def instructions(text: str) -> list[tuple[str, str]]:
-    """(keyword, rest) of a Dockerfile, without comments and with continued lines joined."""
+    """(keyword, rest) of each instruction, without comments, continued lines joined."""
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     joined = re.sub(r"\s*\\\n\s*", " ", "\n".join(lines))
     return [(keyword, rest) for keyword, _, rest in (line.partition(" ") for line in joined.splitlines() if line)]
 
 
 def ignored(pattern_file: Path, path: str) -> bool:
-    """By a file that ignores everything and then names what it does not."""
+    """For an ignore file that ignores everything and lists exceptions."""
     kept = [line[1:] for line in pattern_file.read_text().splitlines() if line.startswith("!")]
     return not any(path == name or path.startswith(f"{name}/") for name in kept)
 
@@ -108,7 +108,7 @@ def test_mistakes_are_seen(old: str, new: str, says: str) -> None:
 
 
 def locked(name: str) -> dict[str, str]:
-    """Package -> version; every line has a version and exactly one hash."""
+    """Package -> version. Every line must have a version and exactly one hash."""
     found = {}
     for line in (CLUSTER / name).read_text().splitlines()[1:]:
         match = re.fullmatch(r"([a-z0-9-]+)==([\w.!]+) --hash=sha256:([0-9a-f]{64})", line)

@@ -1,4 +1,4 @@
-"""cluster/aws.yaml, gcp.yaml and onprem.yaml: what `ray up` would say, and what it would find out too late."""
+"""cluster/aws.yaml, gcp.yaml and onprem.yaml: what `ray up` checks, and what it would find out too late."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The whole job by one `ray job submit` line, on one node and on three: the same artefacts, each stage in its place, a
-stop that is quick, and nothing left at the end."""
+"""The whole job by one `ray job submit` line, on one node and on three: equal artefacts, each stage on its nodes, a
+quick stop, and nothing left after teardown."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HEAD, REFERENCE, TARGET = "head", "reference", "target"
 
 
 class Submitter:
-    """The line that a user types, for a cluster that takes jobs."""
+    """Runs the command that a user types against a cluster."""
 
     def __init__(self, head: Head, root: str) -> None:
         few = ["data.num_train=256", "data.num_test=6", "evaluate.thresholds=[0.9]", "variants={}", "calibrate=null"]
@@ -43,7 +43,7 @@ class Submitter:
         self.job += [word for setting in [*FEW, *few] for word in ("--set", setting)]
 
     def submit(self, *options: str, more: tuple[str, ...] = ()) -> str:
-        """`ray job submit` with the job's own words after its own; what it prints, which ends with the job."""
+        """Output of `ray job submit` with these arguments; returns when the job ends."""
         return self.ray("submit", "--working-dir", ".", *more, "--", *self.job, *options)
 
     def ray(self, command: str, *words: str) -> str:
@@ -57,8 +57,7 @@ class Submitter:
 
 
 def whole_job(nodes: str, root: str) -> dict[str, Any]:
-    """nodes: "1" or "3". root: the storage; what lies there decides nothing else. -> what the stages said of their
-    results, and on which nodes which actors were."""
+    """nodes: "1" or "3". root: the storage. Returns the manifests of the stages and the nodes of the actors."""
     os.environ["PATH"] = os.pathsep.join([str(BIN), os.environ["PATH"]])  # a job's `python`
     os.environ |= {"OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
     places = {"reference_node": 1, "target_node": 1}
@@ -66,7 +65,7 @@ def whole_job(nodes: str, root: str) -> dict[str, Any]:
     head: dict[str, Any] = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}
     head |= {"dashboard_agent_listen_port": agent}
     groups = []
-    if nodes == "1":  # as many CPUs as a stage has workers, and none besides
+    if nodes == "1":  # as many CPUs as a stage has workers
         head |= {"num_cpus": 2, "resources": places}
     else:
         of_each = {"num_cpus": 2, "dashboard_agent_listen_port": 0}
@@ -90,7 +89,7 @@ def whole_job(nodes: str, root: str) -> dict[str, Any]:
         }
         user.submit("--teardown")
         found["left"] = left()
-        found["stopped"] = stopped(user, root) if nodes == "3" else None  # with the nodes to itself
+        found["stopped"] = stopped(user, root) if nodes == "3" else None  # no other job runs
         return found
 
 
@@ -102,7 +101,7 @@ def results(root: str, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def places_of(names: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """(class of actors that work, node)."""
+    """(actor class, node) of working actors."""
     for actor in actors():
         replica = re.match("SERVE_REPLICA::demo#(Target|Reference)#", actor.name)
         worker = re.search("SignalActor|DecodeActor|RayTrainWorker", actor.class_name)
@@ -111,7 +110,7 @@ def places_of(names: dict[str, str]) -> Iterator[tuple[str, str]]:
 
 
 def stopped(user: Submitter, root: str) -> dict[str, Any]:
-    """`ray job stop` in the middle of a training of another run, and the same line again."""
+    """Runs `ray job stop` during a training of another run, then the same command again."""
     options = ("--set", "name=stopped", "--stages", "prepare,base")
     user.submit(*options, more=("--no-wait", "--submission-id", "first"))
     run = storage.join(root, "stopped")
@@ -128,12 +127,12 @@ def stopped(user: Submitter, root: str) -> dict[str, Any]:
     }
 
 
-RAY_DATA = {"_StatsActor", "_AutoscalingCoordinatorActor", "ActorLocationTracker"}  # one of each for all of its jobs
+RAY_DATA = {"_StatsActor", "_AutoscalingCoordinatorActor", "ActorLocationTracker"}  # one of each per cluster
 
 
 def left() -> list[str]:
-    """Actors and placement groups that live, and Serve's applications, which are actors. Not those of Ray Data that it
-    keeps in every cluster it was used in, as long as they hold nothing."""
+    """Live actors and placement groups (Serve's applications are actors). Ray Data's permanent actors are excluded as
+    long as they hold no resources."""
     from ray.util.placement_group import placement_group_table
 
     deadline = time.monotonic() + 60
@@ -149,7 +148,7 @@ def left() -> list[str]:
 @pytest.mark.drill
 @pytest.mark.timeout(1800)
 def test_one_line_on_one_node_and_on_three(tmp_path: Path) -> None:
-    """One node and a shared path against three and an S3 bucket."""
+    """One node with a shared path against three nodes with an S3 bucket."""
     found = {}
     for nodes in ("1", "3"):
         with s3_server("bucket") if nodes == "3" else nullcontext():

@@ -1,5 +1,5 @@
-"""A job that begins on a head alone: what each stage asks for is what demands() says, the nodes that come for it are
-used, and when the stage is over they are idle and can go, as an autoscaler would have it."""
+"""A job that starts on a head alone: each stage asks for what demands() predicts, new nodes are used, and they are idle
+for an autoscaler when the stage is over."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.cluster.demands import demands
 from tests.cluster.nodes import ROOT, elsewhere, local_nodes, resource_state
 
 PLACED = ("base", "reference", "signals", "target", "baseline", "evaluate", "deploy")
-STAYS_S = 4.0  # what is asked for so long is not only on its way to its place
+STAYS_S = 4.0  # a demand pending this long is not just being scheduled
 Bundle = dict[str, float]
 
 
 def settings(storage: str, port: int) -> list[str]:
-    """Every stage on nodes of its own, so that a demand says whose it is."""
+    """Every stage has its own node group, so that a demand identifies its stage."""
     from tests.pipelines.test_job import FEW
 
     places = ", ".join(f"{stage}: {{{stage}_node: 0.001}}" for stage in PLACED)
@@ -39,7 +39,7 @@ def stage_of(bundle: Bundle) -> str:
 
 
 def asked(state: Any) -> Iterator[tuple[str, list[Bundle]]]:
-    """(kind, bundles) now pending: each placement group, and all single actors and tasks of a stage together."""
+    """Pending (kind, bundles): each placement group, and all single actors and tasks of a stage together."""
     for group in state.pending_gang_resource_requests:
         (selector,) = group.bundle_selectors
         yield "together", [dict(request.resources_bundle) for request in selector.resource_requests]
@@ -52,12 +52,12 @@ def asked(state: Any) -> Iterator[tuple[str, list[Bundle]]]:
 
 
 class Provider:
-    """An autoscaler of few words: a node per bundle that stays asked for, and nodes that are idle after their stage
-    go."""
+    """A minimal autoscaler: adds a node per bundle that stays pending, and removes nodes that are idle after their
+    stage."""
 
     def __init__(self, cluster: Any, run: Path) -> None:
         self.cluster, self.run = cluster, run
-        self.found: dict[str, dict[str, list[Bundle]]] = {}  # stage -> kind -> the most that was asked for at once
+        self.found: dict[str, dict[str, list[Bundle]]] = {}  # stage -> kind -> largest simultaneous demand
         self.nodes: dict[str, list[Any]] = {}
         self.since: list[tuple[float, str, list[Bundle]]] = []
 
@@ -82,7 +82,7 @@ class Provider:
             self.nodes.setdefault(stage, []).append(self.cluster.add_node(num_cpus=1, resources=place))
 
     def remove(self, stage: str) -> None:
-        """When the state that an autoscaler goes by calls them idle: no actor, no task, no object, nothing reserved."""
+        """Removes nodes that the autoscaler's state calls idle: no actor, task, object or reservation."""
         ids = {node.node_id for node in self.nodes[stage]}
         deadline = time.monotonic() + 120
         while busy := [node for node in resource_state(self.cluster).node_states if self._busy(node, ids)]:
@@ -132,5 +132,5 @@ def test_what_is_asked_for_is_what_is_said_and_what_comes_is_used(tmp_path: Path
     signals = found.pop("signals")
     assert one == two and signals == {"together": [one], "singly": [one]}, "it begins with one, and asks for more"
     assert {stage: kinds["together"] for stage, kinds in found.items()} == said
-    for stage, kinds in found.items():  # actors that wait for their process
+    for stage, kinds in found.items():  # actors waiting for a worker process
         assert all(bundle in said[stage] for bundle in kinds.get("singly", []))

@@ -1,4 +1,4 @@
-"""resources.custom: which stage's processes ask for which of Ray's custom resources."""
+"""resources.custom: the custom resources that each stage's processes ask for."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_patterns_place_stages() -> None:
 
 
 def test_results_do_not_depend_on_it() -> None:
-    """No stage's key has the section in it: a run goes on elsewhere."""
+    """The section is in no stage's key, so a run can resume on other nodes."""
     for stage in stages_of(load_recipe("demo", PLACED)).values():
         assert not any(section.startswith("resources") for section in stage.sections)
 

@@ -1,4 +1,4 @@
-"""What `ray job submit` takes along: by Ray's own packing, with .gitignore, .rayignore and the runtime environment."""
+"""What `ray job submit` uploads: Ray's own packing with .gitignore, .rayignore and the runtime environment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One Ray everywhere, and no secret anywhere."""
+"""One Ray version everywhere, and no secret in any file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def test_one_ray() -> None:
-    """Nodes of another Ray than the head's do not join it: what is installed, tested, locked and described is one."""
+    """Nodes with another Ray version than the head do not join it."""
     versions = {"installed": ray.__version__, "constraints": pins()["ray"], "image": locked("requirements.lock")["ray"]}
     versions |= {name: ray_cluster_spec(kuberay(name))["rayVersion"] for name in KUBERAY}
     assert set(versions.values()) == {ray.__version__}, versions
@@ -27,14 +27,14 @@ def test_one_ray() -> None:
 
 
 def test_one_image() -> None:
-    """Of this package's version."""
+    """All files name the image of this package's version."""
     images = {launcher(name)["docker"]["image"] for name in LAUNCHED}
     images |= {value for name in KUBERAY for path, value in leaves(kuberay(name)) if path.endswith("/image")}
     assert images == {f"REGISTRY/rcd-ray:{PROJECT['version']}"}
     assert f"-t {images.pop()} ." in (CLUSTER / "Dockerfile").read_text()
 
 
-# What keys and tokens look like; hashes of files in the locks and digests of images are none.
+# Patterns of keys and tokens. File hashes in locks and image digests are excluded.
 SECRET = re.compile(
     r"AKIA[0-9A-Z]{16}|-----BEGIN|\bhf_\w{20,}|\bsk-[\w-]{20,}|\bgh[pous]_\w{20,}|\beyJ[\w-]{20,}"
     r"|(?<!sha256:)\b(?=[A-Za-z]*\d)[A-Za-z0-9+]{32,}={0,2}(?![\w/.-])"

@@ -1,9 +1,9 @@
-"""The experiment that decides the defaults (plan.yaml), on rcd_core alone: no Ray.
+"""Runs the experiment of plan.yaml that compares methods, on rcd_core alone, without Ray.
 
     python -m tests.benchmarks.evidence run --output DIR [--only sudoku6 stories16] [--replicates 3] [--minutes 60]
     python -m tests.benchmarks.evidence report --output DIR [--write tests/benchmarks/evidence/results]
 
-`run` goes on where it stopped; several may work on different experiments of one directory. On a GPU where there is one.
+`run` resumes. Several processes may work on different experiments of one directory. Uses a GPU where there is one.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Draws the table of the demo's three seeds in README.md, one panel a seed, for light and dark pages.
 
-    python -m tests.benchmarks.evidence.demo_plot      # writes results/demo.png and results/demo-dark.png
+python -m tests.benchmarks.evidence.demo_plot      # writes results/demo.png and results/demo-dark.png
 """
 
 from __future__ import annotations

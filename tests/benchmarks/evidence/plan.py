@@ -1,4 +1,4 @@
-"""The experiment as fixed in advance: plan.yaml, read strictly."""
+"""Reads plan.yaml strictly: the experiment as fixed before it was run."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from rcd_core.training.settings import TrainSettings
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One way to spend the second stage. residual None: plain masked SFT (SeqD). steps_factor: of the second stage's
-    steps. starts: how RCD's first residual of a block is made when decoding."""
+    """A method of the second stage. residual None: masked SFT (SeqD). steps_factor: multiplies the second stage's
+    steps. starts: sources of a block's first residual when decoding."""
 
     name: str
     title: str
@@ -32,8 +32,8 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """One task with its models. references: name -> (sizes, steps). replicates: (base, second-stage seed) in the order
-    in which they are run; all arms of one before the next."""
+    """A task with its models. references: name -> (sizes, training). replicates: (base, second-stage seed) in running
+    order; all methods of one before the next."""
 
     name: str
     task: str
@@ -60,7 +60,7 @@ class Plan:
 
 
 def load_plan(path: Path) -> Plan:
-    """UserError for a key that is not known or an arm that does not exist."""
+    """Raises UserError for an unknown key or method."""
     raw = yaml.safe_load(path.read_text())
     arms = {name: _arm(name, values) for name, values in raw["arms"].items()}
     experiments = {name: _experiment(name, raw["experiments"], arms) for name in raw["experiments"]}

@@ -1,7 +1,7 @@
-"""What the cells say: each arm against SeqD of the same replicate, then means over replicates. Tables, plots, JSON.
+"""Reports the cells: each method against SeqD of the same replicate, then means over replicates. Tables, plots, JSON.
 
-Tokens per pass count a reference pass by its FLOPs (evaluation.flops), as the pipeline's evaluation does. Passes of the
-model itself in training and the reference's training are not in there: `training` has them, in SeqD second stages.
+Tokens per pass count a reference pass by its FLOPs (evaluation.flops), as the pipeline's evaluation does. The cost of
+training is separate: `training`, in units of SeqD's second stage.
 
 Shapes: T thresholds, N problems, R resamples.
 """
@@ -32,7 +32,7 @@ LEVEL = 0.9
 
 @dataclass(frozen=True)
 class Loaded:
-    """One arm of one replicate, decoded from one start."""
+    """One method of one replicate, decoded from one start."""
 
     arm: Arm
     reference: str
@@ -65,7 +65,7 @@ def report(plan: Plan, names: list[str], output: Path, write: Path | None) -> No
 
 
 def load(plan: Plan, experiment: Experiment, output: Path) -> tuple[list[Loaded], list[tuple[int, int]]]:
-    """What has been decoded of an experiment's complete replicates: those whose every arm is there."""
+    """Decoded results of an experiment's complete replicates, that is, those with every method."""
     found: dict[tuple[int, int], list[Cell]] = defaultdict(list)
     for cell in cells(plan, [experiment.name], len(experiment.replicates)):
         found[cell.base, cell.seed].append(cell)
@@ -156,8 +156,8 @@ def _arm(group: list[Loaded], baselines: dict[tuple[int, int], Loaded]) -> dict[
 
 
 def _run(part: Loaded, baseline: Loaded) -> dict[str, Any]:
-    """gains: at the tokens per pass that SeqD has at each threshold. apart, behind: at that rate the 95 % intervals of
-    the two accuracies do not overlap."""
+    """gains: accuracy minus SeqD's at the tokens per pass that SeqD has at each threshold. apart, behind: the 95 %
+    intervals of the two accuracies do not overlap there."""
     found = compare(baseline.curves, part.curves, accuracy_levels=(LEVEL,))
     rates, accuracy = part.curves.rates["tokens_per_pass"], part.curves.accuracy
     base_rates, base_accuracy = baseline.curves.rates["tokens_per_pass"], baseline.curves.accuracy
@@ -193,18 +193,18 @@ def _spread(values: list[float | None]) -> dict[str, Any]:
     return {"mean": statistics.fmean(known) if known else None, "standard_error": error, "n": len(known)}
 
 
-# -- words and pictures
+# -- tables and plots
 
 
 def _table(name: str, result: dict[str, Any]) -> str:
     """Markdown."""
     count = len(result["replicates"])
-    head = ["arm", *(f"{t:g}" for t in result["thresholds"])]
+    head = ["method", *(f"{t:g}" for t in result["thresholds"])]
     head += [f"ratio at {100 * LEVEL:.0f} %", "ratio at SeqD's best", *(f"gain at {t:g}" for t in result["thresholds"])]
     head += ["ahead / behind"]
     lines = [
         f"\n### {name}: {_count(result)}, {result['num_problems']} problems\n",
-        "accuracy % @ tokens per pass; gain: points over SeqD at the tokens per pass that SeqD has at this threshold\n",
+        "accuracy % @ tokens per pass; gain: percentage points over SeqD at the same tokens per pass\n",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
     ]

@@ -1,7 +1,7 @@
-"""Trains and decodes the cells of the plan, one after the other; what is done is on disk and not done again.
+"""Trains and decodes the cells of the plan, one after the other. Finished cells are on disk and are skipped.
 
-A cell is (experiment, base, reference, arm, second-stage seed). Its file has, for each start and threshold and each
-problem: right or wrong, tokens, target passes, reference passes. Arms are paired: the same start weights, rows, noise
+A cell is (experiment, base, reference, method, second-stage seed). Its file holds, for each start, threshold and
+problem: correct or not, tokens, target passes, reference passes. Methods are paired: same start weights, rows, noise
 and problems.
 """
 
@@ -50,7 +50,7 @@ class Cell:
 
 
 def cells(plan: Plan, names: list[str], replicates: int) -> Iterator[Cell]:
-    """In running order: a replicate has all its arms before the next one begins."""
+    """In running order: all methods of a replicate before the next replicate."""
     for name in names:
         experiment = plan.experiments[name]
         for base, seed in experiment.replicates[:replicates]:
@@ -60,7 +60,7 @@ def cells(plan: Plan, names: list[str], replicates: int) -> Iterator[Cell]:
 
 
 class Runner:
-    """output: where bases, references and cells lie. deadline: monotonic time after which no cell is begun."""
+    """output: directory of bases, references and cells. deadline: monotonic time after which no cell starts."""
 
     def __init__(self, output: Path, device: torch.device, deadline: float, say: Callable[[str], None]) -> None:
         self.output, self.device, self.deadline, self.say = output, device, deadline, say
@@ -107,14 +107,14 @@ class Runner:
         return self._plain(world, f"base{base}", e.target, e.base_train, 10_000 + base)
 
     def _reference(self, world: World, which: str, base: int) -> DiffusionModel:
-        """One per base: the spread over replicates includes the reference's."""
+        """One per base, so that the spread over replicates includes the reference's."""
         config, settings = world.experiment.references[which]
         return self._plain(world, f"reference.{which}.base{base}", config, settings, 20_000 + base)
 
     def _plain(
         self, world: World, role: str, config: ModelConfig, settings: TrainSettings, seed: int
     ) -> DiffusionModel:
-        """A model trained from nothing, kept as a checkpoint."""
+        """A model trained from scratch and kept as a checkpoint."""
         directory = self.output / world.experiment.name / role
         if not (directory / "config.json").exists():
             model = world.model(config, seed, role).to(self.device)
@@ -142,7 +142,7 @@ class Runner:
     def _scaled(
         self, residual: ResidualSettings | None, rows: MemorySource, source: DiffusionModel
     ) -> ResidualSettings | None:
-        """h of the calibrated rule: the quantile of the entropies of what supplies the residuals in training."""
+        """Sets h of the calibrated rule: a quantile of the entropies of the model that supplies the residuals."""
         if residual is None or residual.alpha != "calibrated_entropy":
             return residual
         histogram = 0
@@ -166,7 +166,7 @@ class Runner:
         residual: ResidualSettings | None,
         start: str,
     ) -> dict[str, np.ndarray]:
-        """(T thresholds, N problems) each."""
+        """Arrays of shape (T thresholds, N problems)."""
         e, tests = world.experiment, world.tests
         feeds = residual is not None and residual.feeds_back
         decoder = Decoder(model, reference if start == "reference" else None, max_batch=256)
@@ -190,7 +190,7 @@ class Runner:
             found["correct"].append(
                 [float(world.task.grade(t.prompt, text, t.answer)) for t, text in zip(tests, texts, strict=True)]
             )
-            # The stop token was decoded too; what follows it in its block was not asked for.
+            # Counts the stop token, but not what follows it in its block.
             found["tokens"].append([len(o.token_ids) + (o.finish_reason == "stop") for o in outputs])
             for kind in ("denoise", "reference"):
                 found[kind].append([asdict(o.num_forwards)[kind] for o in outputs])

@@ -1,6 +1,6 @@
-"""A task as the experiment needs it: tokenizer, training rows in memory, test prompts, and fresh models.
+"""The task of an experiment: tokenizer, training rows in memory, test prompts and new models.
 
-Everything is a pure function of the plan; no files, no Ray, no pyarrow, so that torch and transformers are enough.
+Everything is a pure function of the plan. Needs torch and transformers only: no files, Ray or pyarrow.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SEED_BITS = (1 << 31) - 1
 
 @dataclass(frozen=True)
 class Examples:
-    """Training examples, one behind the other, in the order of their content hashes."""
+    """Training examples, concatenated in the order of their content hashes."""
 
     example_ids: list[str]
     input_ids: np.ndarray
@@ -36,7 +36,7 @@ class Examples:
 
 
 class MemorySource:
-    """Training rows of examples in memory, in the order and under the noise that the pipeline's files would give."""
+    """Training rows from memory, with the same order and noise as the pipeline's files give."""
 
     def __init__(self, examples: Examples, noise: NoiseSettings) -> None:
         self.examples, self.noise = examples, noise
@@ -90,7 +90,7 @@ class World:
 
     @cached_property
     def tests(self) -> list[PromptExample]:
-        """Distinct problems of the test split, none of which is in the training split."""
+        """Distinct problems of the test split; none is in the training split."""
         encoder, found, index = self._encoder, {}, 0
         while len(found) < self.experiment.num_test:
             problem = self.task.problem(self.task.synthetic(index, "test", DATA_SEED))
