@@ -23,7 +23,7 @@ from rcd_core.families.base import DiffusionModel
 from rcd_core.noise import NoiseSettings
 from rcd_core.residual import ResidualSettings
 from rcd_core.signals import ReferenceSignals
-from rcd_core.training.data.batches import Collator, MicroBatch, prefetched
+from rcd_core.training.data.batches import Collator, MicroBatch, prefetch
 from rcd_core.training.data.rows import RowSource
 from rcd_core.training.loss_module import LossModule
 from rcd_core.training.meter import Meter
@@ -97,7 +97,7 @@ def train(
     if residual.runs_model and noise is None:
         raise UserError(f"residual.source is {residual.source!r}, which needs the noise of the rows; none was given")
     device = device or model.device
-    maker = Collator(
+    collator = Collator(
         settings=settings,
         residual=residual,
         mask_token_id=model.mask_token_id,
@@ -123,7 +123,7 @@ def train(
     meter.last_step = last_checkpoint = first
     skipped = 0
     waiting = time.perf_counter()
-    for step, micro_batches in prefetched(source, maker, rank, world, first):
+    for step, micro_batches in prefetch(source, collator, rank, world, first):
         meter.waited += time.perf_counter() - waiting
         rate = learning_rate(step, settings)
         norm = run.step(micro_batches, rate, meter)
@@ -148,7 +148,7 @@ def train(
                 **meter.flush(done),
             }
             if validation and validates:
-                line["validation_loss"] = run.validate(validation, maker, rank)
+                line["validation_loss"] = run.validate(validation, collator, rank)
             callbacks.log(line)
         if done % settings.checkpoint_every == 0 and done < settings.steps:
             callbacks.checkpoint(done, lambda directory, done=done: _save(strategy, directory, done, settings, rank))  # type: ignore[misc]
@@ -213,10 +213,10 @@ class _Run:
         return float(self.strategy.step(rate))
 
     @torch.no_grad()
-    def validate(self, validation: Validation, maker: Collator, rank: int) -> float:
+    def validate(self, validation: Validation, collator: Collator, rank: int) -> float:
         """Mean loss over the held-out rows, without dropout; collective."""
         self.model.eval()
-        maker = Collator(**{**vars(maker), "residual": maker.residual.without_dropout()})
+        collator = Collator(**{**vars(collator), "residual": collator.residual.without_dropout()})
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         size = self.settings.batch_size // self.world
         mine = [validation.source.row(g) for g in range(rank, validation.num_rows, self.world)]
@@ -224,7 +224,7 @@ class _Run:
         for start in range(0, -(-validation.num_rows // self.world), size):
             rows = mine[start : start + size] or mine[:1]
             counted = float(start < len(mine))
-            for micro in maker.micro_batches(rows):
+            for micro in collator.micro_batches(rows):
                 micro = micro.to(self.device)
                 with self.strategy.autocast():
                     loss, _ = self.strategy.module(micro, self._signals(micro))

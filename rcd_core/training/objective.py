@@ -1,9 +1,9 @@
-"""The masked-diffusion objective, plain or with residual inputs: one function for base, reference, target, baseline.
+"""The masked-diffusion objective, plain or with residual inputs, for base, reference, target and baseline.
 
 Loss = sum over masked positions of w_i * -log P(x_i | inputs), divided by a normaliser (Eq. 4; semantics.md 1.9, 2.3).
-The head runs on masked positions only, in chunks.
+The head runs on the masked positions only.
 
-Shapes: B rows, L tokens, N masked positions in row-major order, M tokens that enter the model, V, D.
+Shapes: B rows, L tokens, N masked positions in row-major order, M tokens that enter the layers, V vocabulary, D width.
 """
 
 from __future__ import annotations
@@ -34,21 +34,23 @@ LossWeight = Literal["inverse_t", "uniform"]
 class TrainingBatch:
     """Rows of one or more samples each.
 
-    input_ids (B, L) clean; labels (B, L), -100 where not trained, or prompt_lengths (B,) instead: all behind the prompt
-    is trained; noisy_ids (B, L); masked (B, L) bool; p_mask (B, L) or (B,) the probability each token was masked with.
-    sample_ids (B, L): number of the sample in its row, -1 padding; positions (B, L) from each sample's start. Both
-    default to one sample per row without padding. packed: SDAR's [noisy | clean] tokens where they are made beforehand
-    (`with_packed`), off the device and away from the step.
+    input_ids (B, L) clean; noisy_ids (B, L) with mask tokens where masked (B, L) bool is set.
+    labels (B, L): -100 where not trained. None: every token from prompt_lengths (B,) on is trained.
+    p_mask (B, L) or (B,): the probability with which each token was masked.
+    sample_ids (B, L): number of the sample in its row, -1 is padding. positions (B, L): from the sample's start. Both
+    default to one sample per row without padding.
+    packed: SDAR's [noisy | clean] tokens (`with_packed`), if computed before the step.
+    UserError: neither labels nor prompt_lengths, or block_length below 1.
     """
 
     input_ids: Tensor
-    labels: Tensor | None
+    labels: Tensor
     noisy_ids: Tensor
     masked: Tensor
     p_mask: Tensor
     block_length: int
-    sample_ids: Tensor | None = None
-    positions: Tensor | None = None
+    sample_ids: Tensor = None  # type: ignore[assignment]  # __post_init__ fills it, and positions and labels
+    positions: Tensor = None  # type: ignore[assignment]
     prompt_lengths: Tensor | None = None
     packed: PackedTokens | None = None
 
@@ -73,23 +75,26 @@ class TrainingBatch:
         return replace(self, **moved)
 
     def with_packed(self) -> TrainingBatch:
-        assert self.sample_ids is not None and self.positions is not None
         return replace(self, packed=block_diffusion(self.masked, self.sample_ids, self.positions, self.block_length))
+
+    def remasked(self, masked: Tensor, mask_token_id: int) -> TrainingBatch:
+        """The same tokens under another mask (B, L)."""
+        noisy = torch.where(masked, mask_token_id, self.input_ids)
+        return replace(self, masked=masked, noisy_ids=noisy, packed=None)
 
 
 def masked_hidden(model: DiffusionModel, batch: TrainingBatch, residual: Residual | None) -> Tensor:
-    """(N, D) final hidden states at the masked positions, with residual inputs there if given."""
-    assert batch.sample_ids is not None and batch.positions is not None
+    """(N, D) final hidden states at the masked positions; with a residual their inputs are those of Eq. 2."""
     if model.attention_block(batch.block_length) is None:
         ids, masked, positions = batch.noisy_ids, batch.masked, batch.positions
         layout = bidirectional(batch.sample_ids)
     else:
-        packed = (batch if batch.packed is not None else batch.with_packed()).packed
+        packed = batch.packed or batch.with_packed().packed
         assert packed is not None
-        pick, layout = packed.source, packed.layout
-        ids = torch.where(packed.noisy, batch.noisy_ids.gather(1, pick), batch.input_ids.gather(1, pick))
-        masked = batch.masked.gather(1, pick) & packed.noisy & packed.valid
-        positions = batch.positions.gather(1, pick)
+        source, layout = packed.source, packed.layout
+        ids = torch.where(packed.noisy, batch.noisy_ids.gather(1, source), batch.input_ids.gather(1, source))
+        masked = batch.masked.gather(1, source) & packed.noisy & packed.valid
+        positions = batch.positions.gather(1, source)
     if isinstance(residual, SparseResidual):
         embeds = residual_embedding(ids, masked, model.embedding.weight, residual)
     else:
@@ -111,10 +116,10 @@ def reference_signals(
     alpha_temperature: float = 1.0,
     delta_temperature: float = 1.0,
 ) -> ReferenceSignals:
-    """The frozen reference's signals at the batch's masked positions: the same function in the cache and online."""
-    hidden = masked_hidden(reference, batch, None)
+    """(N) signals of the frozen reference at the masked positions, both for the cache and online. Arguments as in
+    SignalRule."""
     return ReferenceSignals.from_hidden(
-        hidden,
+        masked_hidden(reference, batch, None),
         reference.lm_head_weight,
         top_k,
         keep_mass,
@@ -124,27 +129,24 @@ def reference_signals(
 
 
 def masked_blocks(model: DiffusionModel, batch: TrainingBatch) -> Tensor:
-    """(N,) numbers that are equal where masked positions are of one block; of one sample where the model's attention
-    knows no blocks."""
-    assert batch.positions is not None
+    """(N,) group numbers: equal for masked positions of the same block (of the same sample where the model's attention
+    has no blocks)."""
     within = batch.positions[batch.masked]
     if model.attention_block(batch.block_length) is not None:
         within = within % batch.block_length
-    return batch.masked.flatten().nonzero()[:, 0] - within  # where in the batch the block begins
+    return batch.masked.flatten().nonzero()[:, 0] - within  # index of the block's first token in the batch
 
 
 def normalizer(batch: TrainingBatch, family: str, weight: LossWeight) -> Tensor:
-    """What the weighted sum is divided by, over a batch; it adds up over the batches of one optimiser step.
+    """Scalar divisor of the loss sum; the divisors of a step's batches add up.
 
-    inverse_t: the labelled tokens (SDAR) or, for LLaDA where each sample is first divided by its own labelled tokens,
-    the samples. uniform: the masked tokens.
+    uniform: masked tokens. inverse_t: labelled tokens (SDAR) or samples (LLaDA, which first divides each sample by its
+    own labelled tokens).
     """
     if weight == "uniform":
         return batch.masked.sum()
     if family == "llada":
-        assert batch.sample_ids is not None
         return (batch.sample_ids.amax(1) + 1).sum()
-    assert batch.labels is not None
     return (batch.labels != IGNORED).sum()
 
 
@@ -154,26 +156,25 @@ def loss_sum(
     residual: Residual | None = None,
     weight: LossWeight = "inverse_t",
 ) -> Tensor:
-    """The weighted sum over the batch's masked positions, not yet normalised. Scalar."""
+    """Scalar: the weighted sum over the masked positions, not normalised."""
     return loss_parts(model, batch, residual, weight)[0]
 
 
 def loss_parts(
     model: DiffusionModel, batch: TrainingBatch, residual: Residual | None, weight: LossWeight
 ) -> tuple[Tensor, Tensor]:
-    """(loss_sum, cross entropy of each masked position (N,), unweighted and without gradient)."""
+    """(`loss_sum`, cross entropies (N,) in nats, unweighted and without gradient)."""
     hidden = masked_hidden(model, batch, residual)
     weights = loss_weights(model.family, batch, weight)
     return weighted_cross_entropy(hidden, model.lm_head_weight, batch.input_ids[batch.masked], weights)
 
 
 def loss_weights(family: str, batch: TrainingBatch, weight: LossWeight) -> Tensor:
-    """(N,) what each masked position's cross entropy is multiplied by."""
+    """(N,) w_i of each masked position's cross entropy."""
     weights = 1.0 / batch.p_mask[batch.masked]
     if weight == "uniform":
         return torch.ones_like(weights)
     if family == "llada":
-        assert batch.labels is not None and batch.sample_ids is not None
         samples = batch.sample_ids + 1
         labelled = torch.zeros(len(samples), int(samples.max()) + 1, device=samples.device)
         labelled.scatter_add_(1, samples, (batch.labels != IGNORED).float())
@@ -190,11 +191,11 @@ def training_loss(
     alpha: AlphaRule = "normalized_entropy",
     alpha_scale: float | None = None,
 ) -> Tensor:
-    """The loss of one batch as the family's authors normalise it.
+    """Scalar: one batch's loss, normalised as the family's authors do.
 
-    batch: a TrainingBatch, or a mapping with its fields. residual: None for plain masked SFT, (alpha (N,),
-    delta (N, D)) as they are, or the reference's signals at the masked positions, from which alpha follows by rule and
-    delta by the model's live embedding table.
+    batch: a TrainingBatch or a mapping with its fields. residual: None for plain masked SFT; (alpha (N,),
+    delta (N, D)); or the reference's signals (N), from which the rule `alpha` and the model's embedding table make
+    them. UserError: masked covers a token whose label is -100.
     """
     if not isinstance(batch, TrainingBatch):
         batch = TrainingBatch(**{"labels": None, **batch})

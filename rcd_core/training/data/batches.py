@@ -1,6 +1,6 @@
-"""From training rows to micro-batches: packing, padding, residual dropout; the next step is prepared meanwhile.
+"""Collation: packs training rows, pads them, draws residual dropout, and prepares the next step in a thread.
 
-Shapes: B packed rows, L tokens, N masked positions in row-major order, C noisier versions.
+Shapes: B packed rows, L tokens, N masked positions in row-major order, P self-residual passes.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -18,55 +19,55 @@ from torch import Tensor
 from rcd_core.noise import NoiseSettings, hash_key, nested_masks, uniforms
 from rcd_core.residual import ResidualSettings
 from rcd_core.signals import ReferenceSignals
+from rcd_core.training.controls import same_masks
 from rcd_core.training.data.rows import RowSource, TrainingRow
 from rcd_core.training.objective import IGNORED, TrainingBatch
 from rcd_core.training.settings import TrainSettings
 
-# Previous passes of a row trained on the model's own residuals, and how much noisier each is (the small trials behind
-# the source "self" drew 1 or 2 passes and gaps from this range).
-MAX_PASSES = 2
-GAP = (0.03, 0.3)
+MAX_PASSES = 2  # self-residual passes before the trained one: 1 or 2 per row, drawn uniformly
+GAP = (0.03, 0.3)  # each earlier pass adds this much to the row's masking probability, drawn uniformly
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """keep (N,): 0 where residual dropout strikes. chain (C, B, L) bool, noisiest first, and depth (B, L), the previous
-    passes of each token's row: only for sources that run the model itself."""
+    """keep (N,): 0 where residual dropout strikes, else 1. For sources that run the model itself: noisier_masks
+    (P, B, L) bool, inputs of the earlier passes, noisiest first; num_passes (B, L), how many of them each row uses."""
 
     rows: list[TrainingRow]
     batch: TrainingBatch
     signals: ReferenceSignals | None
     keep: Tensor
-    chain: Tensor | None = None
-    depth: Tensor | None = None
+    noisier_masks: Tensor | None = None
+    num_passes: Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
-        kinds = Tensor | TrainingBatch | ReferenceSignals
-        moved: dict[str, Any] = {n: v.to(device) for n, v in vars(self).items() if isinstance(v, kinds)}
+        movable = Tensor | TrainingBatch | ReferenceSignals
+        moved: dict[str, Any] = {n: v.to(device) for n, v in vars(self).items() if isinstance(v, movable)}
         return replace(self, **moved)
 
 
 def pack(rows: Sequence[TrainingRow], pack_length: int | None) -> list[list[TrainingRow]]:
-    """Rows put one after another into packed rows of at most pack_length tokens, first fit in order; a longer row
-    stands alone. None: one each."""
+    """First fit, in order: rows share a packed row of at most pack_length tokens; a longer row gets its own. None: no
+    packing."""
     bins: list[list[TrainingRow]] = []
     sizes: list[int] = []
     for row in rows:
         size = len(row.input_ids)
-        at = next((i for i, n in enumerate(sizes) if pack_length is not None and n + size <= pack_length), None)
-        if at is None:
+        fitting = (i for i, used in enumerate(sizes) if pack_length is not None and used + size <= pack_length)
+        index = next(fitting, None)
+        if index is None:
             bins.append([row])
             sizes.append(size)
         else:
-            bins[at].append(row)
-            sizes[at] += size
+            bins[index].append(row)
+            sizes[index] += size
     return bins
 
 
 def collate(
     rows: Sequence[TrainingRow], *, mask_token_id: int, pad_token_id: int, block_length: int
 ) -> tuple[TrainingBatch, ReferenceSignals | None]:
-    """Rows side by side, none of them packed."""
+    """`collate_packed` with one row in each packed row."""
     ids = {"mask_token_id": mask_token_id, "pad_token_id": pad_token_id, "block_length": block_length}
     return collate_packed([[row] for row in rows], **ids)
 
@@ -74,21 +75,19 @@ def collate(
 def collate_packed(
     bins: Sequence[Sequence[TrainingRow]], *, mask_token_id: int, pad_token_id: int, block_length: int
 ) -> tuple[TrainingBatch, ReferenceSignals | None]:
-    """Packed rows side by side, padded at the end; signals joined in row-major order of the masked positions.
+    """(B, L) batch, padded on the right, and the rows' signals (N) in row-major order of the masked positions.
 
-    A row without tokens leaves nothing behind; a batch of such rows is padding from end to end.
+    Rejected rows have no tokens and leave no trace; a batch of rejected rows is all padding.
     """
     shape = (len(bins), max([block_length, *(sum(len(r.input_ids) for r in rows) for rows in bins)]))
     ids, labels = np.full(shape, pad_token_id), np.full(shape, IGNORED)
     masked, samples = np.zeros(shape, dtype=bool), np.full(shape, -1)
     positions, p = np.zeros(shape, dtype=np.int64), np.ones(shape, dtype=np.float32)
     for i, rows in enumerate(bins):
-        at = 0
-        for number, row in enumerate(r for r in rows if len(r.input_ids)):
-            part = (i, slice(at, at + len(row.input_ids)))
-            ids[part], labels[part], masked[part], samples[part] = row.input_ids, row.labels, row.masked, number
+        for sample, (row, tokens) in enumerate(_placed(rows)):
+            part = (i, tokens)
+            ids[part], labels[part], masked[part], samples[part] = row.input_ids, row.labels, row.masked, sample
             positions[part], p[part] = np.arange(len(row.input_ids)), row.p
-            at += len(row.input_ids)
     batch = TrainingBatch(
         input_ids=torch.from_numpy(ids),
         labels=torch.from_numpy(labels),
@@ -99,13 +98,21 @@ def collate_packed(
         sample_ids=torch.from_numpy(samples),
         positions=torch.from_numpy(positions),
     )
-    cached = [r.signals for rows in bins for r in rows if r.signals is not None]
-    return batch, ReferenceSignals.cat(cached) if cached else None
+    signals = [r.signals for rows in bins for r in rows if r.signals is not None]
+    return batch, ReferenceSignals.cat(signals) if signals else None
+
+
+def _placed(rows: Sequence[TrainingRow]) -> list[tuple[TrainingRow, slice]]:
+    """The rows that have tokens, each with its place in the packed row."""
+    ends = accumulate(len(row.input_ids) for row in rows)
+    placed = [(row, slice(end - len(row.input_ids), end)) for row, end in zip(rows, ends, strict=True)]
+    return [(row, tokens) for row, tokens in placed if len(row.input_ids)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Collator:
-    """What turns a step's rows into micro-batches. noise: that of the rows, for sources that need noisier versions."""
+    """Turns one worker's rows of a step into micro-batches. noise: how the rows were masked; only sources that need
+    noisier versions of the rows use it."""
 
     settings: TrainSettings
     residual: ResidualSettings
@@ -125,12 +132,12 @@ class Collator:
             bins, mask_token_id=self.mask_token_id, pad_token_id=self.pad_token_id, block_length=self.block_length
         )
         batch = batch.with_packed() if self.block_diffusion else batch
-        rows = [row for part in bins for row in part]
+        rows = [row for packed_row in bins for row in packed_row]
         micro = MicroBatch(rows, batch, signals, self._keep(rows))
-        return self._with_chain(micro, bins) if self.residual.runs_model else micro
+        return self._with_noisier_masks(micro, bins) if self.residual.runs_model else micro
 
     def _keep(self, rows: list[TrainingRow]) -> Tensor:
-        """(N,) by hash of the row's place in training."""
+        """(N,) residual dropout, drawn per row by a hash of its index."""
         counts = [int(row.masked.sum()) for row in rows]
         if not self.residual.dropout:
             return torch.ones(sum(counts))
@@ -140,44 +147,42 @@ class Collator:
     def _uniforms(self, purpose: str, row: TrainingRow, count: int) -> NDArray[np.float64]:
         return uniforms(hash_key(purpose, self.settings.seed, row.index), count)
 
-    def _with_chain(self, micro: MicroBatch, bins: list[list[TrainingRow]]) -> MicroBatch:
-        """Masks of the noisier inputs that the model's own previous passes see."""
+    def _with_noisier_masks(self, micro: MicroBatch, bins: list[list[TrainingRow]]) -> MicroBatch:
         shape = tuple(micro.batch.masked.shape)
-        chain, depth = np.zeros((MAX_PASSES, *shape), dtype=bool), np.zeros(shape, dtype=np.int64)
+        masks, num_passes = np.zeros((MAX_PASSES, *shape), dtype=bool), np.zeros(shape, dtype=np.int64)
         for i, rows in enumerate(bins):
-            at = 0
-            for row in (r for r in rows if len(r.input_ids)):
-                part = slice(at, at + len(row.input_ids))
+            for row, tokens in _placed(rows):
                 u = self._uniforms("previous_passes", row, 1 + MAX_PASSES)
-                passes = 1 + int(u[0] * MAX_PASSES)
-                nearest_first = self._noisier(row, u[1:])[:passes]
-                nearest_first += nearest_first[-1:] * (MAX_PASSES - passes)
-                chain[:, i, part], depth[i, part] = np.stack(nearest_first[::-1]), passes
-                at += len(row.input_ids)
-        return replace(micro, chain=torch.from_numpy(chain), depth=torch.from_numpy(depth))
+                count = 1 + int(u[0] * MAX_PASSES)
+                nearest_first = self._noisier(row, u[1:])[:count]
+                nearest_first += nearest_first[-1:] * (MAX_PASSES - count)
+                masks[:, i, tokens], num_passes[i, tokens] = np.stack(nearest_first[::-1]), count
+        return replace(micro, noisier_masks=torch.from_numpy(masks), num_passes=torch.from_numpy(num_passes))
 
     def _noisier(self, row: TrainingRow, u: NDArray[np.float64]) -> list[NDArray[np.bool_]]:
         if self.residual.source == "self_same":
-            return [row.masked] * len(u)
+            return same_masks(row.masked, len(u))
         assert self.noise is not None
         gaps = [GAP[0] + float(x) * (GAP[1] - GAP[0]) for x in u]
         return nested_masks(row.labels != IGNORED, row.example_id, row.draw, self.noise, gaps)
 
 
-def prefetched(
-    source: RowSource, maker: Collator, rank: int, world: int, first: int
+def prefetch(
+    source: RowSource, collator: Collator, rank: int, world: int, first: int
 ) -> Iterator[tuple[int, list[MicroBatch]]]:
-    """This rank's share of the steps from `first` on, each prepared in a thread while the one before is computed."""
-    settings = maker.settings
+    """(step, this rank's micro-batches) from step `first` on; a thread prepares each step during the one before."""
+    settings = collator.settings
 
     def prepare(step: int) -> list[MicroBatch]:
-        mine = range(step * settings.batch_size + rank, (step + 1) * settings.batch_size, world)
-        return maker.micro_batches([source.row(g) for g in mine])
+        indices = range(step * settings.batch_size + rank, (step + 1) * settings.batch_size, world)
+        return collator.micro_batches([source.row(g) for g in indices])
 
+    if first >= settings.steps:
+        return
     with ThreadPoolExecutor(1, thread_name_prefix="rows") as pool:
-        following = pool.submit(prepare, first) if first < settings.steps else None
+        upcoming = pool.submit(prepare, first)
         for step in range(first, settings.steps):
-            assert following is not None
-            current = following.result()
-            following = pool.submit(prepare, step + 1) if step + 1 < settings.steps else None
+            current = upcoming.result()
+            if step + 1 < settings.steps:
+                upcoming = pool.submit(prepare, step + 1)
             yield step, current

@@ -1,0 +1,44 @@
+"""Controls of the experiments, not part of the method: residual.source "self_same" and "on_policy".
+
+self_same   self-residual from a pass over the SAME input: does a noisier earlier pass matter?
+on_policy   no residual, but masks as the model's own decoding would leave them: do the masks alone explain the gain?
+
+Shapes: B rows, L tokens.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rcd_core.families.base import DiffusionModel
+from rcd_core.training.objective import TrainingBatch, masked_hidden
+
+_TILE_BYTES = 64 << 20  # fp32 logits held at a time
+
+
+def same_masks(masked: NDArray[np.bool_], num_passes: int) -> list[NDArray[np.bool_]]:
+    """self_same: every earlier pass sees the row's own mask (L,)."""
+    return [masked] * num_passes
+
+
+@torch.no_grad()
+def on_policy_batch(model: DiffusionModel, batch: TrainingBatch, noisier: Tensor) -> TrainingBatch:
+    """on_policy: each sample keeps its number of masks, on the tokens the model is least confident of after one pass
+    over the noisier mask (B, L)."""
+    hidden = masked_hidden(model, batch.remasked(noisier, model.mask_token_id), None)
+    tile = max(1, _TILE_BYTES // (4 * model.vocab_size))
+    tops = [torch.log_softmax(model.head(h).float(), -1).amax(-1) for h in torch.split(hidden, tile)]
+    confidence = torch.full(noisier.shape, float("-inf"), device=noisier.device)
+    confidence[noisier] = torch.cat(tops) if tops else confidence[noisier]
+    masked = torch.zeros_like(noisier)
+    for row in range(noisier.shape[0]):
+        samples = batch.sample_ids[row]
+        for sample in range(int(samples.max()) + 1):
+            in_sample = samples == sample
+            count = int((batch.masked[row] & in_sample).sum())
+            scores = torch.where(noisier[row] & in_sample, -confidence[row], float("-inf"))
+            masked[row, scores.topk(count).indices] = True
+    return batch.remasked(masked, model.mask_token_id)
