@@ -1,8 +1,8 @@
-"""One training loop for base, reference, target and baseline; they differ in where the residual comes from.
+"""The training loop for base, reference, target and baseline; they differ only in the source of the residual.
 
-Runs with plain torch on one device, under torchrun, or inside a Ray Train worker: it only looks at torch.distributed.
-Step n trains on rows [n B, (n + 1) B); rank r of W takes every W-th of them from r on, and sums are normalised over the
-whole step, so the number of workers changes rounding and nothing else. Resume is a step number.
+Runs with plain torch on one device, under torchrun, or inside a Ray Train worker: it only uses torch.distributed.
+Step n trains on rows [n B, (n + 1) B). Rank r of W takes every W-th of them from the r-th on. Losses are
+normalised over the whole step, so the number of workers changes rounding only. Resuming needs just the step number.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,8 +37,8 @@ DEFAULT_RULE = SignalRule()
 
 @dataclass(frozen=True)
 class Callbacks:
-    """Called on every rank: log(metrics, summed over ranks); checkpoint(step, save), where save(directory) writes this
-    rank's part and is collective."""
+    """Called on every rank. log(metrics) gets means over all ranks. checkpoint(step, save) decides where to save;
+    save(directory) writes this rank's part and is collective."""
 
     log: Callable[[dict[str, float]], None]
     checkpoint: Callable[[int, Callable[[Path], None]], None]
@@ -45,14 +46,14 @@ class Callbacks:
 
 @dataclass(frozen=True)
 class Validation:
-    """Held-out rows [0, num_rows) of a source, with their fixed noise."""
+    """Rows [0, num_rows) of a held-out source; their noise is fixed."""
 
     source: RowSource
     num_rows: int
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
-    """Linear warm-up, then constant, cosine to 0 or linear to 0."""
+    """Of an optimiser step: linear warm-up, then constant, cosine to 0 or linear to 0."""
     warm = max(1, round(settings.warmup * settings.steps))
     if step < warm:
         return settings.learning_rate * (step + 1) / warm
@@ -76,26 +77,30 @@ def train(
     resume: Path | None = None,
     device: torch.device | None = None,
 ) -> dict[str, Tensor]:
-    """Train `model` in place for settings.steps optimiser steps, from `resume` (a checkpoint directory) if given.
+    """Train `model` in place for settings.steps optimiser steps.
 
-    residual.source "none" ignores any signals; "signals" takes the rows' cached ones; "online" asks `reference`, whose
-    weights never change, at the same noisy input and keeps of its answer what `signal_rule` says; "self", "self_same"
-    and "on_policy" run the model itself on noisier versions of the rows, drawn by `noise`, the rows' own.
-    device: where training runs, the model's by default. fsdp2 takes a model that is still on the CPU there layer by
-    layer, so that it is never whole on a device; ddp wants it there.
-    Where alpha is learned, `model.learned_alpha` is trained along, made here if the model has none.
-    Returns the backbone's weights, and learned_alpha's, on CPU on rank 0, {} on the others. UserError for what settings
-    or data rule out.
+    residual.source: "none" ignores any signals. "signals" uses those cached with the rows. "online" runs the frozen
+    `reference` on the same noisy input and keeps what `signal_rule` says. The other sources run the model itself on
+    noisier versions of the rows and need `noise`, which drew the rows' own masks.
+    resume: directory of a checkpoint to continue from.
+    device: where to train, by default the model's device. ddp expects the model there; fsdp2 takes a model on the CPU
+    and moves it layer by layer, so that no device holds all of it.
+    A model without `learned_alpha` gets one if the settings need it; it is trained along and its weights are returned.
+    Returns on rank 0 the weights of the backbone and of learned_alpha on the CPU; {} on the other ranks.
+    UserError: settings that contradict each other or the data, or more than train.max_skipped_steps steps whose loss
+    or gradient is not finite.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if settings.batch_size % world:
-        raise UserError(f"train.batch_size {settings.batch_size} is no multiple of the {world} workers; change either")
+        raise UserError(
+            f"train.batch_size {settings.batch_size} is not a multiple of the {world} workers; change either"
+        )
     if not settings.steps:
-        raise UserError("train.steps is not known yet: epochs are given; settings.resolved(number of examples) says it")
+        raise UserError("train.steps is 0 because train.epochs is set; pass settings.resolved(num_examples)")
     if residual.source == "online" and reference is None:
-        raise UserError("residual.source is 'online' but no reference model was given")
+        raise UserError("residual.source is 'online' but reference is None; pass the reference model")
     if residual.runs_model and noise is None:
-        raise UserError(f"residual.source is {residual.source!r}, which needs the noise of the rows; none was given")
+        raise UserError(f"residual.source is {residual.source!r} but noise is None; pass the noise of the rows")
     device = device or model.device
     collator = Collator(
         settings=settings,
@@ -122,9 +127,9 @@ def train(
         strategy.load(resume)
     meter.last_step = last_checkpoint = first
     skipped = 0
-    waiting = time.perf_counter()
+    wait_start = time.perf_counter()
     for step, micro_batches in prefetch(source, collator, rank, world, first):
-        meter.waited += time.perf_counter() - waiting
+        meter.waited += time.perf_counter() - wait_start
         rate = learning_rate(step, settings)
         norm = run.step(micro_batches, rate, meter)
         done = step + 1
@@ -134,50 +139,41 @@ def train(
                 ids = ", ".join(row.example_id for micro in micro_batches for row in micro.rows[:4])
                 raise UserError(
                     f"loss or gradient is not finite at step {step} (rank {rank}, rows {ids}, ...); the last good "
-                    f"checkpoint is that of step {last_checkpoint}: lower train.learning_rate, look at these rows, or "
-                    "allow some with train.max_skipped_steps"
+                    f"checkpoint is that of step {last_checkpoint}: lower train.learning_rate, inspect these rows, or "
+                    "raise train.max_skipped_steps"
                 )
         last = done == settings.steps
         validates = validation and settings.validate_every and (done % settings.validate_every == 0 or last)
         if done % settings.log_every == 0 or last or validates:
-            line = {
-                "step": done,
-                "learning_rate": rate,
-                "grad_norm": norm,
-                "skipped_steps": skipped,
-                **meter.flush(done),
-            }
+            line = {"step": done, "learning_rate": rate, "grad_norm": norm, "skipped_steps": skipped}
+            line |= meter.flush(done)
             if validation and validates:
                 line["validation_loss"] = run.validate(validation, collator, rank)
             callbacks.log(line)
-        if done % settings.checkpoint_every == 0 and done < settings.steps:
-            callbacks.checkpoint(done, lambda directory, done=done: _save(strategy, directory, done, settings, rank))  # type: ignore[misc]
+        if done % settings.checkpoint_every == 0 and not last:
+            callbacks.checkpoint(done, partial(_save, strategy, settings, rank, done))
             last_checkpoint = done
-        waiting = time.perf_counter()
+        wait_start = time.perf_counter()
     weights = {n.removeprefix("model.").removeprefix("backbone."): w for n, w in strategy.full_weights().items()}
     model.eval()
     return weights
 
 
+@dataclass
 class _Run:
-    """One optimiser step, and validation, on this rank."""
+    """Optimiser steps and validation on this rank."""
 
-    def __init__(
-        self,
-        model: DiffusionModel,
-        strategy: Strategy,
-        settings: TrainSettings,
-        residual: ResidualSettings,
-        reference: DiffusionModel | None,
-        rule: SignalRule,
-        world: int,
-        device: torch.device,
-    ) -> None:
-        self.model, self.strategy, self.settings, self.residual = model, strategy, settings, residual
-        self.reference, self.rule, self.world, self.device = reference, rule, world, device
+    model: DiffusionModel
+    strategy: Strategy
+    settings: TrainSettings
+    residual: ResidualSettings
+    reference: DiffusionModel | None
+    signal_rule: SignalRule
+    world: int
+    device: torch.device
 
     def step(self, micro_batches: list[MicroBatch], rate: float, meter: Meter) -> float:
-        """The gradient norm; not finite if there was no update."""
+        """Gradient norm before clipping; not finite if the step was skipped."""
         micro_batches = [micro.to(self.device) for micro in micro_batches]
         total, pending = self._sum_over_ranks(self._normalizers(micro_batches))
         missing = 0
@@ -187,24 +183,24 @@ class _Run:
             missing = int(most) - len(micro_batches)
         sums = []
         finite = torch.zeros((), device=self.device)
-        # Ranks whose packing gave fewer micro-batches run their last one again, for nothing.
+        # Ranks whose packing gave fewer micro-batches repeat their last one with weight 0.
         for i, micro in enumerate(micro_batches + micro_batches[-1:] * missing):
             real = i < len(micro_batches)
             with self.strategy.micro_batch(last=i + 1 == len(micro_batches) + missing):
                 with self.strategy.autocast():
                     loss, statistics = self.strategy.module(micro, self._signals(micro))
                 if pending is not None:
-                    pending.wait()  # was under way during the first forward
+                    pending.wait()  # overlaps with the first forward
                     pending = None
-                # Gradients are averaged over ranks; the step's loss is a sum over ranks by the whole normaliser.
+                # Strategies average gradients over ranks; the loss is a sum over ranks divided by the total.
                 self.strategy.backward(loss * (self.world / total if real else 0.0))
             if real:
                 sums.append((loss.detach(), statistics, micro))
                 finite += loss.detach()
         if self.strategy.updates_blindly:
-            finite, waiting = self._sum_over_ranks(finite)
-            if waiting is not None:
-                waiting.wait()
+            finite, pending = self._sum_over_ranks(finite)
+            if pending is not None:
+                pending.wait()
             if not torch.isfinite(finite):
                 self.strategy.discard()
                 return math.nan
@@ -214,16 +210,16 @@ class _Run:
 
     @torch.no_grad()
     def validate(self, validation: Validation, collator: Collator, rank: int) -> float:
-        """Mean loss over the held-out rows, without dropout; collective."""
+        """Mean loss over the held-out rows, without residual dropout. Collective."""
         self.model.eval()
-        collator = Collator(**{**vars(collator), "residual": collator.residual.without_dropout()})
+        collator = replace(collator, residual=collator.residual.without_dropout())
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         size = self.settings.batch_size // self.world
-        mine = [validation.source.row(g) for g in range(rank, validation.num_rows, self.world)]
-        # All ranks make the same number of batches of one row each at least: forwards may be collective.
+        share = [validation.source.row(g) for g in range(rank, validation.num_rows, self.world)]
+        # Forwards may be collective: all ranks run equally many batches, of at least one row.
         for start in range(0, -(-validation.num_rows // self.world), size):
-            rows = mine[start : start + size] or mine[:1]
-            counted = float(start < len(mine))
+            rows = share[start : start + size] or share[:1]
+            counted = float(start < len(share))
             for micro in collator.micro_batches(rows):
                 micro = micro.to(self.device)
                 with self.strategy.autocast():
@@ -244,18 +240,15 @@ class _Run:
     def _signals(self, micro: MicroBatch) -> ReferenceSignals | None:
         if self.residual.source == "online":
             assert self.reference is not None
-            return reference_signals(self.reference, micro.batch, **vars(self.rule))
+            return reference_signals(self.reference, micro.batch, **vars(self.signal_rule))
         if self.residual.source != "signals":
             return None
         if micro.signals is None and any(len(row.input_ids) for row in micro.rows):
-            raise UserError(
-                "residual.source is 'signals' but the rows carry none; train on the output of the stage `signals`"
-            )
+            raise UserError("residual.source is 'signals' but the rows have none; train on the signal cache")
         return micro.signals
 
 
-def _save(strategy: Strategy, directory: Path, step: int, settings: TrainSettings, rank: int) -> None:
-    """This rank's part of weights and optimiser state; a resumed run ends in the same bits."""
+def _save(strategy: Strategy, settings: TrainSettings, rank: int, step: int, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     strategy.save(directory)
     if rank == 0:

@@ -180,9 +180,9 @@ def test_an_untrained_batch_is_overfitted_with_residual_inputs(examples: str) ->
 def test_what_stops_training_says_where(examples: str) -> None:
     with pytest.raises(UserError, match=r"not finite at step \d+ .*last good"):
         run(examples, settings=TrainSettings(steps=40, batch_size=6, learning_rate=1e30, warmup=0.0))
-    with pytest.raises(UserError, match="no reference model"):
+    with pytest.raises(UserError, match="reference is None"):
         run(examples, residual=ResidualSettings(source="online"))
-    with pytest.raises(UserError, match="rows carry none"):
+    with pytest.raises(UserError, match="rows have none"):
         run(examples, residual=ResidualSettings(source="signals"))
 
 
