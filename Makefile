@@ -1,26 +1,42 @@
-# make demo    from a dataset to a served model on this machine: installs, starts a local Ray head, submits the job
-# make down    ends what `make demo` started
-# make test    the tests         make lint    ruff, mypy and the import rules         make clean    removes .venv
-# make test-faults   nodes, jobs and replicas killed, full disks: ends with a table of what happened (half an hour)
-# make drill   all slower tests, those of faults among them; installs DeepSpeed
+# make demo         install, start a local Ray head, and submit the job: from a dataset to a served model
+# make down         stop everything that `make demo` started
+# make test         run the tests
+# make lint         run ruff, mypy and the import rules
+# make test-faults  kill nodes, jobs and replicas, fill disks; prints a table of the results (half an hour)
+# make drill        run all slow tests, test-faults included; installs DeepSpeed
+# make docs         write the reference pages that are generated from the code
+# make clean        run `make down` and remove .venv
 #
-# Options: PORT=8000 (HTTP endpoint)  DASHBOARD_PORT=8265  PYTHON=python3 (3.11 or newer)
+# Options: RECIPE=demo  PORT=8000 (HTTP endpoint)  DASHBOARD_PORT=8265  PYTHON=python3 (3.11 or newer)
 
 PYTHON ?= python3
+RECIPE ?= demo
 PORT ?= 8000
 DASHBOARD_PORT ?= 8265
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+ADDRESS := http://127.0.0.1:$(DASHBOARD_PORT)
+UP := rcd up --dashboard-port $(DASHBOARD_PORT) --port $(PORT)
+SUBMIT := ray job submit --address $(ADDRESS) --working-dir . -- \
+	python pipelines/full.py --recipe $(RECIPE) --set deploy.port=$(PORT)
+# Ray's address variables would override --address, and a proxy must not be asked for a loopback address.
+LOCAL := env -u RAY_ADDRESS -u RAY_API_SERVER_ADDRESS RAY_AUTH_MODE=disabled PATH="$(CURDIR)/$(BIN):$$PATH" \
+	NO_PROXY="127.0.0.1,$$NO_PROXY" no_proxy="127.0.0.1,$$no_proxy"
+INTERRUPTED := The job goes on. To stop it: ray job stop --address $(ADDRESS) ID (Ray printed the ID above), or: make down
+
 .DELETE_ON_ERROR:
-.PHONY: demo down test test-faults drill lint clean
+.PHONY: demo down test test-faults drill lint docs clean
 
 demo: $(VENV)/.runtime
-	@$(BIN)/python -m pipelines.ray_cluster.local demo --port $(PORT) --dashboard-port $(DASHBOARD_PORT)
+	@echo '$(UP)'
+	@$(LOCAL) $(UP)
+	@echo '$(SUBMIT)'
+	@trap 'echo; echo "$(INTERRUPTED)"; exit 130' INT TERM HUP; $(LOCAL) $(SUBMIT)
 
 down:
-	@if [ -x $(BIN)/python ]; then $(BIN)/python -m pipelines.ray_cluster.local down; else echo "nothing to stop"; fi
+	@if [ -x $(BIN)/rcd ]; then $(BIN)/rcd down; else echo "nothing to stop"; fi
 
 test: $(VENV)/.dev
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -35,6 +51,9 @@ lint: $(VENV)/.dev
 	@$(BIN)/ruff check rcd_core pipelines tests cluster
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+docs: $(VENV)/.runtime
+	@$(BIN)/python -m pipelines.recipe.reference
 
 clean: down
 	rm -rf $(VENV) .rcd build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -14,6 +14,7 @@ from rcd_core.errors import UserError
 COMMANDS = {
     "calibrate": ("pipelines.cli.calibrate", "choose T_res of a checkpoint, look at its discarded predictions"),
     "chat": ("pipelines.cli.chat", "talk to a served model"),
+    "down": ("pipelines.cli.local", "stop the local Ray head and every process that it started"),
     "evaluate": ("pipelines.cli.evaluate", "evaluate checkpoints, or a served model"),
     "generate": ("pipelines.cli.generate", "generate text with a checkpoint"),
     "report": ("pipelines.cli.report", "compare the evaluations of runs"),
@@ -21,6 +22,7 @@ COMMANDS = {
     "serve": ("pipelines.cli.serve", "check a Serve config before it is deployed"),
     "signals": ("pipelines.cli.signals", "look at reference signals, or plan them"),
     "train": ("pipelines.cli.train", "plan trainings: memory, GPUs, hours"),
+    "up": ("pipelines.cli.local", "start a local Ray head, or reuse the running one"),
 }
 
 

@@ -1,138 +1,278 @@
-"""The local head behind `make demo` and `make down`, and jobs submitted to it as to any cluster.
+"""The local Ray head behind `rcd up` and `rcd down`.
 
-python -m pipelines.ray_cluster.local up      start a head, or reuse the one that runs
-python -m pipelines.ray_cluster.local demo    up, then `ray job submit` the demo recipe; Ctrl-C stops the job
-python -m pipelines.ray_cluster.local submit -- python pipelines/full.py --recipe arithmetic
-python -m pipelines.ray_cluster.local down    stop the job and end every process that the head started
+`ray stop` would stop every Ray of the user. Here each head gets a random token in its environment. All its descendants
+inherit the token, orphans too, and `stop_head` ends exactly the processes that carry it.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import json
 import os
-import re
+import secrets
 import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
-import threading
+import tempfile
 import time
-from collections.abc import Iterator
+import urllib.error
+import urllib.request
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 
 import psutil
 
-from pipelines.ray_cluster.local_head import RAY, Head, down, environment, port_is_free, stop_job, up
 from rcd_core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 STATE = ROOT / ".rcd" / "local.json"
-NOISE = re.compile(rb"(INFO|WARNING) (packaging|working_dir|dashboard_sdk|sdk)\.py:\d+ -- ")
+TOKEN = "RCD_LOCAL_HEAD"  # the environment variable that marks every process of a head
+_RAY = str(Path(sys.executable).parent / "ray")
+START_TIMEOUT_S = 90
+STOP_TIMEOUT_S = 30
+JOB_STOP_S = 10  # between SIGTERM and SIGKILL; Ray's default of 3 s is too short to close training workers
+_RAY_ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")  # set, they override --address of `ray job submit`
 
 
-def _check_endpoint_port(head: Head, port: int) -> None:
-    """UserError unless `port` is free or already held by this head (an endpoint deployed by an earlier job)."""
-    if port_is_free(port):
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """A running local head.
+
+    token: marks its processes. dashboard: the URL that takes jobs. agent: the URL of the process that runs jobs, which
+    is ready last. gcs: the address for RAY_ADDRESS.
+    """
+
+    token: str
+    dashboard: str
+    agent: str
+    gcs: str
+    temp_dir: str
+
+    @classmethod
+    def load(cls, state: Path) -> Head | None:
+        try:
+            return cls(**json.loads(state.read_text()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{state} is damaged ({error}); stop the head by hand and delete the file") from None
+
+    def save(self, state: Path) -> None:
+        partial = state.with_suffix(".tmp")
+        partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        partial.replace(state)
+
+    def processes(self) -> list[psutil.Process]:
+        """Every live process that this head started, orphans included."""
+        processes: set[psutil.Process] = set()
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(TOKEN) == self.token:
+                    processes |= {process, *process.children(recursive=True)}
+        return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE and p.pid != os.getpid()]
+
+    def answers(self) -> bool:
+        """Whether the head takes jobs."""
+        try:
+            request("GET", self.agent + "/api/local_raylet_healthz")
+            request("GET", self.dashboard + "/api/jobs/")
+        except OSError:
+            return False
+        return True
+
+
+def request(method: str, url: str, timeout_s: float = 10.0) -> bytes:
+    """Call the head's REST API (jobs, Serve). Raises OSError when there is no answer or an HTTP error."""
+    # Loopback addresses must bypass a proxy that the environment configures.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(urllib.request.Request(url, method=method), timeout=timeout_s) as response:
+        return bytes(response.read())
+
+
+def start_head(state: Path = STATE, dashboard_port: int | None = None) -> Head:
+    """Start a head and wait until it takes jobs, or return the running one.
+
+    state: file that remembers the head. dashboard_port: 8265 unless given. Raises UserError when the port is taken, the
+    running head has another port, or the head does not start.
+    """
+    if head := Head.load(state):
+        if head.answers():
+            if dashboard_port and head.dashboard != _dashboard(dashboard_port):
+                raise UserError(
+                    f"--dashboard-port is {dashboard_port}, but the local Ray head runs at {head.dashboard}; "
+                    "use its port, or stop it with `rcd down`"
+                )
+            return head
+        if head.processes():
+            raise UserError(f"the local Ray head does not answer at {head.dashboard}; run `rcd down`, then try again")
+        _forget(state, head)
+    dashboard_port = dashboard_port or 8265
+    if not _port_is_free(dashboard_port):
+        raise UserError(
+            f"--dashboard-port {dashboard_port} is in use by another program; choose another: "
+            f"rcd up --dashboard-port {dashboard_port + 1}, or make demo DASHBOARD_PORT={dashboard_port + 1}"
+        )
+    state.parent.mkdir(parents=True, exist_ok=True)
+    log = state.with_suffix(".log")
+    head = _launch(state, log, dashboard_port)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    try:
+        while not head.answers():
+            if time.monotonic() > deadline or not head.processes():
+                tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+                raise UserError(f"the local Ray head did not start; its log {log} ends with:\n{tail}")
+            time.sleep(0.2)
+    except BaseException:
+        stop_head(state)
+        raise
+    return head
+
+
+def check_endpoint_port(head: Head, port: int) -> None:
+    """Raise UserError unless `port` is free or held by this head, for an endpoint that an earlier job deployed."""
+    if _port_is_free(port):
         return
     for process in head.processes():
         with contextlib.suppress(psutil.Error):
             if any(c.laddr and c.laddr.port == port for c in process.net_connections("tcp")):
                 return
-    raise UserError(f"port {port} is taken by another program; choose another: make demo PORT={port + 1}")
+    raise UserError(f"--port {port} is in use by another program; choose another, as in make demo PORT={port + 1}")
 
 
-class _Interrupted(Exception):
-    pass
+def submit_command(head: Head, port: int | None = None) -> str:
+    """The shell command that submits the demo to this head from the current directory and environment.
 
-
-@contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
-    def handler(signum: int, frame: FrameType | None) -> None:
-        raise _Interrupted
-
-    watched = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    previous = {s: signal.signal(s, handler) for s in watched}
-    try:
-        yield
-    finally:
-        for s, old in previous.items():
-            signal.signal(s, old)
-
-
-def submit(head: Head, entrypoint: list[str]) -> int:
-    """`ray job submit` with the repository as working directory; the job's exit code, or 130 when interrupted.
-
-    An interrupt (SIGINT, SIGTERM, SIGHUP) stops the job itself and waits until it has stopped.
+    port: of the HTTP endpoint, the recipe's unless given.
     """
-    job = f"rcd-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    command = [RAY, "job", "submit", "--address", head.dashboard, "--submission-id", job, "--working-dir", "."]
-    command += ["--", *entrypoint]
-    print(f"$ {shlex.join(command)}", flush=True)
-    client = None
-    try:
-        with _signals_raise():
-            # A session of its own: it goes on streaming the job's last words while the job is being stopped.
-            client = subprocess.Popen(
-                command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, start_new_session=True
-            )
-            threading.Thread(target=_copy_without_noise, args=(client,), daemon=True).start()
-            return client.wait()
-    except _Interrupted:
-        print("\nstopping the job ...", flush=True)
-        stopped = stop_job(head, job, client)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            if client:
-                client.wait(5)
-        print("the job has stopped; the head still runs, end it with: make down" if stopped else "no job was started")
-        return 130
-    finally:
-        if client and client.poll() is None:
-            client.kill()
+    changes = [f"-u {name}" for name in _RAY_ADDRESSES if name in os.environ]
+    changes += ["NO_PROXY=127.0.0.1"] if urllib.request.getproxies().get("http") else []
+    changes += ["RAY_AUTH_MODE=disabled"] if "RAY_AUTH_MODE" in os.environ else []
+    words = ["env", *changes] if changes else []
+    words += ["ray" if shutil.which("ray") == _RAY else shlex.quote(_RAY), "job submit --address", head.dashboard]
+    words += ["--working-dir", "." if Path.cwd() == ROOT else shlex.quote(str(ROOT))]
+    words += ["-- python pipelines/full.py --recipe demo", *([f"--set deploy.port={port}"] if port else [])]
+    return " ".join(words)
 
 
-def _copy_without_noise(client: subprocess.Popen[bytes]) -> None:
-    """Pass on what `ray job submit` says on stderr, less its account of which files it packs."""
-    for line in client.stderr or ():
-        if not NOISE.search(line):
-            sys.stderr.buffer.write(line)
-            sys.stderr.flush()
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.ray_cluster.local",
-        usage="%(prog)s {up,demo,submit,down} [options] [-- COMMAND OF THE JOB]",
-        description=(__doc__ or "").split("\n")[0],
+def _launch(state: Path, log: Path, dashboard_port: int) -> Head:
+    # Not under $TMPDIR: the path of a Unix socket inside must stay below 104 characters.
+    temp_dir = tempfile.mkdtemp(prefix="rcd-", dir="/tmp")
+    token = secrets.token_hex(8)
+    names = ["port", "node-manager-port", "object-manager-port", "ray-client-server-port", "runtime-env-agent-port"]
+    names += ["dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port"]
+    ports = dict(zip(names, _free_ports(len(names)), strict=True))
+    command = [_RAY, "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
+    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}", f"--temp-dir={temp_dir}"]
+    command += ["--min-worker-port=0", "--max-worker-port=0"]  # any free ones
+    command += [f"--num-cpus={max(4, os.cpu_count() or 1)}", f"--object-store-memory={400 * 1024**2}"]
+    command += [f"--{name}={port}" for name, port in ports.items()]
+    head = Head(
+        token=token,
+        dashboard=_dashboard(dashboard_port),
+        agent=f"http://127.0.0.1:{ports['dashboard-agent-listen-port']}",
+        gcs=f"127.0.0.1:{ports['port']}",
+        temp_dir=temp_dir,
     )
-    parser.add_argument("command", choices=("up", "demo", "submit", "down"))
-    parser.add_argument("--port", type=int, default=8000, help="demo: the port of the HTTP endpoint")
-    parser.add_argument("--dashboard-port", type=int, default=8265, help="the port that jobs are submitted to")
-    parser.add_argument("--state", type=Path, default=STATE, help="where the running head is remembered")
-    words = sys.argv[1:] if argv is None else argv
-    cut = words.index("--") if "--" in words else len(words)
-    args, entrypoint = parser.parse_args(words[:cut]), words[cut + 1 :]
-    try:
-        if args.command == "down":
-            down(args.state)
-            return 0
-        head = up(args.state, args.dashboard_port)
-        if args.command == "up":
-            return 0
-        if args.command == "demo":
-            _check_endpoint_port(head, args.port)
-            script = ["python", "pipelines/full.py", "--recipe", "demo", "--set", f"deploy.port={args.port}"]
-            return submit(head, [*script, *entrypoint])
-        if not entrypoint:
-            raise UserError("submit needs a command, for example: submit -- python pipelines/full.py --recipe demo")
-        return submit(head, entrypoint)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    head.save(state)  # before it starts, so that stop_head can find it if this process is killed
+    # In its own session, so that Ctrl-C in the terminal does not reach the head.
+    with open(log, "wb") as output:
+        subprocess.Popen(
+            command,
+            env=_head_environment(token),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    return head
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _dashboard(port: int) -> str:
+    return f"http://127.0.0.1:{port}"
+
+
+def environment() -> dict[str, str]:
+    """The environment for Ray's programs that talk to the local head."""
+    env = {k: v for k, v in os.environ.items() if k not in _RAY_ADDRESSES}
+    env["NO_PROXY"] = env["no_proxy"] = ",".join(filter(None, [env.get("NO_PROXY"), "127.0.0.1", "localhost"]))
+    env["RAY_USAGE_STATS_ENABLED"] = "0"
+    env["RAY_AUTH_MODE"] = "disabled"  # the default depends on tokens in the user's home; this head is on loopback
+    return env
+
+
+def _head_environment(token: str) -> dict[str, str]:
+    env = environment()
+    # A job's `python` is this environment's.
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
+    env[TOKEN] = token
+    env["SPT_NOENV"] = "1"  # keeps setproctitle, which Ray's workers call, from overwriting the token
+    env["RAY_JOB_STOP_WAIT_TIME_S"] = str(JOB_STOP_S)
+    env["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # Ray's next default; unset, each driver prints a warning
+    # Despite its name, this makes Ray keep 127.0.0.1 instead of the outward address.
+    env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    env["PYTHONUNBUFFERED"] = "1"  # a job's output goes to a file: do not buffer it
+    return env
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:  # all open at once, so that the ports differ
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for sock in sockets:
+            sock.bind(("127.0.0.1", 0))
+        return [sock.getsockname()[1] for sock in sockets]
+
+
+def _port_is_free(port: int) -> bool:
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free
+        try:
+            sock.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def stop_job(head: Head, job: str) -> None:
+    """Stop a submitted job and wait until it has ended. Raises UserError after STOP_TIMEOUT_S."""
+    with contextlib.suppress(urllib.error.HTTPError):  # it has ended already
+        request("POST", f"{head.dashboard}/api/jobs/{job}/stop")
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if json.loads(request("GET", f"{head.dashboard}/api/jobs/{job}"))["status"] not in ("PENDING", "RUNNING"):
+            return
+        time.sleep(0.2)
+    raise UserError(f"job {job} did not stop within {STOP_TIMEOUT_S} s")
+
+
+def stop_head(state: Path = STATE) -> bool:
+    """Stop the head's jobs, then end all its processes: SIGTERM first, then SIGKILL. False when no head is known.
+
+    Raises UserError when a process cannot be ended.
+    """
+    head = Head.load(state)
+    if head is None:
+        return False
+    with contextlib.suppress(OSError, ValueError, UserError):
+        for job in json.loads(request("GET", head.dashboard + "/api/jobs/")):
+            if job["submission_id"] and job["status"] in ("PENDING", "RUNNING"):
+                stop_job(head, job["submission_id"])
+        request("DELETE", head.dashboard + "/api/serve/applications/", timeout_s=STOP_TIMEOUT_S)
+    # In rounds, because a process may start another between the listing and the signal.
+    for sig, grace_s in ((signal.SIGTERM, 8.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, 3.0), (signal.SIGKILL, 3.0)):
+        processes = head.processes()
+        for process in processes:
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(sig)  # psutil refuses when another process has got the pid
+        psutil.wait_procs(processes, timeout=grace_s)
+    if left := head.processes():
+        raise UserError(f"cannot stop processes {sorted(p.pid for p in left)} of the local Ray head; kill them by hand")
+    _forget(state, head)
+    return True
+
+
+def _forget(state: Path, head: Head) -> None:
+    shutil.rmtree(head.temp_dir, ignore_errors=True)
+    state.unlink(missing_ok=True)

@@ -60,7 +60,7 @@ def _python(arguments: list[str]) -> str | None:
     drivers = ("full", "prepare", "train", "precompute", "calibrate", "evaluate", "serve")
     if module in [f"pipelines.{name}" for name in drivers]:
         return _argparse("pipelines.run.driver", rest)
-    return _argparse(module, rest) if module == "pipelines.ray_cluster.local" else None
+    return None
 
 
 class _Parsed(BaseException):

@@ -63,7 +63,7 @@ def test_enough_is_looked_at() -> None:
         ("serve deploi x.yaml", "no command"),
         ("rcd trein plan --recipe demo", "invalid choice: 'trein'"),
         ("rcd runs --storage /x --all", "unknown: --all"),
-        ("python -m pipelines.ray_cluster.local submitt", "invalid choice: 'submitt'"),
+        ("rcd up --dashboard_port 1", "unknown: --dashboard_port"),
         ("python -m pipelines.locals up", "no module"),
         ("make domo", "no target domo"),
     ],

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.ray_cluster.local_head import Head, stop_job
+from pipelines.ray_cluster.local import Head, stop_job
 from pipelines.run.directory import RunDirectory
 from rcd_core.io import storage
 from tests.cluster.nodes import ROOT, actors, elsewhere, local_nodes

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from pipelines.cli import main as cli
-from pipelines.ray_cluster.local_head import Head, environment
+from pipelines.ray_cluster.local import Head, environment
 from pipelines.recipe.inputs import check_inputs
 from pipelines.recipe.load import load_recipe
 from pipelines.recipe.rules import reference_keys
@@ -236,16 +236,17 @@ def _write_config(path: Path) -> Path:
 @pytest.fixture(scope="module")
 def head(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     state = tmp_path_factory.mktemp("head") / "local.json"
-    local = [sys.executable, "-m", "pipelines.ray_cluster.local", "--state", str(state)]
+    rcd = [sys.executable, "-m", "pipelines.cli.main"]
     env = {**environment(), CONFIG: str(config), CACHE: str(config.parent / "cache"), "PYTHONPATH": str(ROOT)}
     try:
-        up = [*local, "--dashboard-port", str(free_port()), "up"]
+        up = [*rcd, "up", "--state", str(state), "--dashboard-port", str(free_port())]
         subprocess.run(up, cwd=ROOT, env=env, check=True, timeout=120, stdout=subprocess.DEVNULL)
         found = Head.load(state)
         assert found is not None
         yield found
     finally:
-        subprocess.run([*local, "down"], cwd=ROOT, check=True, timeout=120, stdout=subprocess.DEVNULL)
+        down = [*rcd, "down", "--state", str(state)]
+        subprocess.run(down, cwd=ROOT, check=True, timeout=120, stdout=subprocess.DEVNULL)
 
 
 def _serve(*words: str, head: Head | None = None) -> str:
