@@ -1,18 +1,13 @@
-"""Tasks by name. Each module is one task: rows, prompt, grader."""
+"""Tasks by name. A task defines rows, prompt and grader."""
 
 from __future__ import annotations
 
 from rcd_core.errors import UserError
-from rcd_core.tasks.aime import Aime24, Aime25
 from rcd_core.tasks.arithmetic import Arithmetic
 from rcd_core.tasks.base import MASK_TEXT, SPLITS, Problem, Task
-from rcd_core.tasks.gsm1k import Gsm1k
-from rcd_core.tasks.gsm8k import Gsm8k
-from rcd_core.tasks.gsm_plus import GsmPlus
+from rcd_core.tasks.boxed import Aime24, Aime25, Math, Math500, MinervaMath
+from rcd_core.tasks.gsm import Gsm1k, Gsm8k, GsmPlus
 from rcd_core.tasks.humaneval import HumanEval, check_allowed
-from rcd_core.tasks.math import Math
-from rcd_core.tasks.math500 import Math500
-from rcd_core.tasks.minerva_math import MinervaMath
 from rcd_core.tasks.qa import Qa
 from rcd_core.tasks.stories import Stories
 from rcd_core.tasks.sudoku import SUDOKU, SUDOKU9
@@ -24,23 +19,22 @@ TASKS: dict[str, Task] = {task.name: task for task in (*_SYNTHETIC, *_GRADE_SCHO
 
 
 def get_task(name: str) -> Task:
-    """The task called `name`; UserError listing the names."""
+    """The task called `name`. Raises UserError, which lists all names."""
     if name not in TASKS:
         raise UserError(f"data.task is {name!r}; allowed: {', '.join(TASKS)}")
     return TASKS[name]
 
 
 def grade(task: str, completion: str, answer: str, prompt: str = "") -> bool:
-    """Whether `completion` solves a problem of the task called `task`; answer: as `Problem.answer` has it.
+    """Whether `completion` solves a problem of a task. answer: `Problem.answer`; prompt: the canvas of an infill task.
 
-    prompt: the canvas, which an infill task needs. UserError for an unknown task, a missing canvas, and for humaneval
-    unless RCD_RUN_CODE=1.
+    Raises UserError for an unknown task, a missing canvas, and for humaneval unless RCD_RUN_CODE=1.
     """
     return get_task(task).grade(prompt, completion, answer)
 
 
 def check_gradable(task: str) -> None:
-    """UserError if completions of the task called `task` cannot be graded here. To be called before decoding them."""
+    """Raise UserError if completions of `task` cannot be graded in this environment. Call it before decoding."""
     if isinstance(get_task(task), HumanEval):
         check_allowed()
 

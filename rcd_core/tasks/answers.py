@@ -1,9 +1,9 @@
-r"""Final answers: a number behind "####", the convention of GSM8K, or anything in \boxed{}, the convention of MATH.
+r"""Final answers: a number after "####" (GSM8K's convention) or text in \boxed{} (MATH's convention).
 
-The official grader of GSM8K takes the number behind the first "####" and compares it as text without commas:
+The official grader of GSM8K compares the text of the number after the first "####", without commas:
 https://github.com/openai/grade-school-math/blob/2909d34ef28520753df82a2234c357259d254aa8/grade_school_math/dataset.py
-We ask for the same marker and compare as numbers, so that "$1,200", "1200." and "1200.00" are one answer. Models tuned
-on mathematics box their answers instead: where a completion has no such number, its last box counts.
+We compare values, so that "$1,200", "1200." and "1200.00" are equal. Models tuned on mathematics box their answers
+instead: if a completion has no number after "####", its last box counts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _BOXES = ("\\boxed{", "\\fbox{")
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number behind the first "####" that has one, or None. Units and full stops behind it are ignored."""
+    """The number after the first "####" that has one, or None. Trailing units and full stops are ignored."""
     match = _FINAL.search(text)
     if match is None or (match[4] is not None and not int(match[4])):
         return None
@@ -28,17 +28,16 @@ def final_number(text: str) -> Fraction | None:
 
 
 def same_final_number(completion: str, answer: str) -> bool:
-    """Whether a completion ends in the answer's number. An answer without a number is never matched."""
-    expected = final_number(answer)
-    found = final_number(completion)
-    if expected is None or found is not None:
-        return expected is not None and found == expected
+    """Whether a completion's final number equals the answer's. An answer without a number matches nothing."""
+    expected, number = final_number(answer), final_number(completion)
+    if expected is None or number is not None:
+        return expected is not None and number == expected
     box = last_box(completion)
     return box is not None and same_math(box, str(expected))
 
 
 def last_box(text: str) -> str | None:
-    r"""What stands in the last \boxed{...}, braces counted; None without one that is closed."""
+    r"""The content of the last \boxed{...} with balanced braces, or None."""
     start, opening = max((text.rfind(box), len(box)) for box in _BOXES)
     if start < 0:
         return None
@@ -51,9 +50,9 @@ def last_box(text: str) -> str | None:
 
 
 def final_text(text: str) -> str:
-    """The final answer as it is written: in the last box, else behind the last "####", else the whole text."""
+    """The final answer as text: the last box, else the line after the last "####", else the whole text."""
     box = last_box(text)
     if box is not None:
         return box.strip()
-    _, marker, behind = text.rpartition(MARKER)
-    return (behind.strip().partition("\n")[0] if marker else text).strip()
+    _, marker, rest = text.rpartition(MARKER)
+    return (rest.strip().partition("\n")[0] if marker else text).strip()

@@ -1,15 +1,19 @@
-"""What a task is: where its rows come from, what the model sees, and when an answer is right."""
+"""The interface of a task: where its rows come from, what the model is given, and when an answer is right."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from rcd_core.errors import UserError
+import numpy as np
+from numpy.typing import NDArray
 
-MASK_TEXT = "<|MASK|>"  # how SDAR spells its mask token; our trained tokenizer does the same
+from rcd_core.errors import UserError
+from rcd_core.noise import hash_key, uniforms
+
+MASK_TEXT = "<|MASK|>"  # SDAR's mask token; tokenizers trained here use the same text
 SPLITS = ("train", "test")
 
 
@@ -17,9 +21,9 @@ SPLITS = ("train", "test")
 class Problem:
     """One problem as text.
 
-    prompt: the user's turn; for an infill task the canvas, MASK_TEXT at each unknown place.
-    response: what is trained; for an infill task the filled canvas, as many tokens long as the prompt.
-    answer: what `Task.grade` compares with.
+    prompt: the user's turn; for an infill task the canvas, with MASK_TEXT at each unknown place.
+    response: the training target; for an infill task the filled canvas, with as many tokens as the prompt.
+    answer: the argument of `Task.grade`.
     """
 
     prompt: str
@@ -28,31 +32,41 @@ class Problem:
 
 
 class Task(Protocol):
-    """A row is a mapping of `fields` to text. `infill` tasks fill a canvas, the others continue a prompt."""
+    """A row maps `fields` to text. `infill` tasks fill a canvas; the others continue a prompt."""
 
     name: str
     infill: bool
     fields: tuple[str, ...]
 
     def synthetic(self, index: int, split: str, seed: int) -> dict[str, str]:
-        """Row `index` of a split: a pure function. UserError for a task that needs a dataset."""
+        """Row `index` of a split: a pure function. Raises UserError if the task needs a dataset."""
 
     def problem(self, row: Mapping[str, str]) -> Problem:
-        """The problem of a row. UserError saying what is wrong with the row."""
+        """The problem of a row. Raises UserError if the row is invalid."""
 
     def grade(self, prompt: str, completion: str, answer: str) -> bool:
-        """Whether `completion` solves the problem; for an infill task it is the filled canvas."""
+        """Whether `completion` solves the problem. For an infill task it is the filled canvas."""
 
 
 def no_generator(task: str, split: str, hub: str) -> UserError:
-    """The error of a task without a generator that is asked for synthetic rows. hub: where its rows can be had."""
+    """The error of `synthetic` for a task without a generator. hub: where its dataset is."""
     return UserError(
         f"data.{split} is 'synthetic' but task {task!r} has no generator; give a .jsonl or .parquet file, or {hub}"
     )
 
 
-def belongs_to(split: str, content: str) -> bool:
-    """Split synthetic problems in halves by a checksum, so that no problem is in both train and test."""
+def draw_row(
+    task: str, index: int, split: str, seed: int, num_draws: int, make: Callable[[NDArray[np.float64]], tuple[str, ...]]
+) -> dict[str, str]:
+    """Synthetic row `index` of a split.
+
+    make: (num_draws,) uniform numbers in [0, 1) -> (content, question, answer). A checksum of the content assigns a row
+    to one split, so that train and test share no problem; rows of the other split are drawn again.
+    """
     if split not in SPLITS:
         raise UserError(f"split is {split!r}; allowed: {', '.join(SPLITS)}")
-    return SPLITS[zlib.crc32(content.encode()) & 1] == split
+    for attempt in range(64):
+        content, question, answer = make(uniforms(hash_key(task, seed, split, index, attempt), num_draws))
+        if SPLITS[zlib.crc32(content.encode()) & 1] == split:
+            return {"question": question, "answer": answer}
+    raise RuntimeError(f"no {split} row in 64 draws: index {index}, seed {seed}")  # probability 2**-64

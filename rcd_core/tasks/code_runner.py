@@ -1,10 +1,10 @@
-"""Runs a program that a model wrote, in a process with limits, and tells whether it came to its end.
+"""Runs a generated program in a subprocess with limits and reports whether it ran to its end.
 
-The process (`code_worker.py`) has an empty temporary working directory, none of this process's environment or open
-files, and limits on CPU time, address space, open files, written bytes and new processes; a hook refuses sockets, new
-processes, signals, and writing or removing files. That stops accidents. It is no sandbox: such code may read what this
-user may read, and code that sets out to can get around a hook that lives in its own interpreter (with its network
-access and, as root, around the limit on processes). For models that are not trusted use a container without network.
+The subprocess (`code_worker.py`) has an empty temporary working directory, no environment or open files of this
+process, and limits on CPU time, address space, open files, written bytes and new processes. An audit hook refuses
+sockets, processes, signals, and writing or removing files. This stops accidents. It is not a sandbox: the code can read
+what this user can read, and malicious code can bypass a hook in its own interpreter (and then use the network and, as
+root, exceed the limit on processes). Run untrusted models in a container without network.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-SECONDS = 10.0  # of CPU and of wall time
+SECONDS = 10.0  # limit of CPU time and of wall time
 MEMORY_BYTES = 2 << 30  # of address space
 _WORKER = Path(__file__).with_name("code_worker.py")
 
 
 def run_program(program: str, seconds: float = SECONDS, memory_bytes: int = MEMORY_BYTES) -> bool:
-    """Whether `program` ran to its last line within the limits. False if it raised, exited, or was stopped."""
-    token = secrets.token_hex(16)  # sent back at the end only: exit(0) half-way is no success
+    """Whether `program` ran to its last line within the limits. False if it raised, exited or was killed."""
+    token = secrets.token_hex(16)  # returned only at the end, so that exit(0) is not a success
     request = json.dumps({"program": program, "token": token, "seconds": seconds, "memory_bytes": memory_bytes})
     with tempfile.TemporaryDirectory(prefix="rcd-code-") as directory:
         process = subprocess.Popen(

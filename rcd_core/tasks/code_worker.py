@@ -1,7 +1,7 @@
-"""The process behind `code_runner`: takes away what a program should not have, then runs it. Run as a script.
+"""The subprocess of `code_runner`: drops privileges, then runs the program. A script that imports nothing of rcd_core.
 
-Standard input: JSON with program, token, seconds, memory_bytes. Standard output: the token, where the program came to
-its end. It imports nothing of this project.
+Standard input: JSON with program, token, seconds, memory_bytes. Standard output: the token, if the program ran to its
+end.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 def limit(seconds: float, memory_bytes: int) -> None:
-    """Limits of this process, which it cannot raise again; a lower one that it has already stays."""
-    for kind, most in (
+    """Set limits that this process cannot raise again. Lower existing limits are kept."""
+    for kind, value in (
         (resource.RLIMIT_CPU, ceil(seconds)),
         (resource.RLIMIT_AS, memory_bytes),
         (resource.RLIMIT_FSIZE, 0),
@@ -32,12 +32,12 @@ def limit(seconds: float, memory_bytes: int) -> None:
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_NPROC, 0),
     ):
-        with suppress(ValueError, OSError):  # lower already, or unknown to this system
-            resource.setrlimit(kind, (most, most))
+        with suppress(ValueError, OSError):  # already lower, or unsupported on this system
+            resource.setrlimit(kind, (value, value))
 
 
 def refuse(event: str, arguments: tuple[Any, ...]) -> None:
-    """An audit hook (PEP 578), which Python code cannot remove."""
+    """Audit hook (PEP 578). Python code cannot remove it."""
     if event.startswith(_REFUSED):
         raise PermissionError(f"{event} is not allowed here")
     if event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITING:
@@ -47,9 +47,9 @@ def refuse(event: str, arguments: tuple[Any, ...]) -> None:
 def main() -> None:
     request = json.load(sys.stdin)
     reply = os.dup(1)
-    nothing = os.open(os.devnull, os.O_RDWR)
+    devnull = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1):
-        os.dup2(nothing, stream)
+        os.dup2(devnull, stream)
     limit(request["seconds"], request["memory_bytes"])
     sys.addaudithook(refuse)
     exec(compile(request["program"], "program", "exec"), {"__name__": "program"})

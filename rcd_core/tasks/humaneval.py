@@ -1,4 +1,4 @@
-r"""HumanEval: complete a Python function; right is what passes its hidden tests (Chen et al. 2021, arXiv 2107.03374).
+r"""HumanEval: complete a Python function so that its hidden tests pass (Chen et al. 2021, arXiv 2107.03374).
 
 A row looks like this one (made up):
 
@@ -7,9 +7,9 @@ A row looks like this one (made up):
      "canonical_solution": "    return 2 * x\n",
      "test": "def check(candidate):\n    assert candidate(3) == 6\n"}
 
-Grading runs what the model wrote. It is off unless the environment has RCD_RUN_CODE=1; `code_runner` says what the
-limits do not prevent. The program is the official one, prompt + completion + tests, except that a completion may also
-be a chat's: of its last Python code block is taken what follows the prompt or defines the function anew.
+Grading runs generated code. It is disabled unless RCD_RUN_CODE=1; `code_runner` says what its limits do not prevent.
+The program is the official one: prompt + completion + tests. Of a completion with code blocks only the last one that
+defines the function is used, else the last one.
 https://github.com/openai/human-eval/blob/463c980b59e818ace59f6f9803cd92c749ceae61/human_eval/execution.py
 """
 
@@ -39,9 +39,9 @@ class HumanEval:
         raise no_generator(self.name, split, "hf://openai/openai_humaneval:test")
 
     def problem(self, row: Mapping[str, str]) -> Problem:
-        """The answer is JSON: the prompt, the tests and the name of the function."""
+        """The answer is JSON: prompt, tests and function name."""
         if not row["entry_point"].strip().isidentifier():
-            raise UserError(f"entry_point is {row['entry_point'][:40]!r}; it must be the name of the function")
+            raise UserError(f"entry_point is {row['entry_point'][:40]!r}; it must be a function name")
         return Problem(
             prompt=INSTRUCTION + _in_block(row["prompt"]),
             response=_in_block(row["prompt"] + row["canonical_solution"]),
@@ -54,23 +54,23 @@ class HumanEval:
 
 
 def check_allowed() -> None:
-    """UserError unless the environment allows running what a model wrote."""
+    """Raise UserError unless the environment allows running generated code."""
     if os.environ.get(RUN_CODE) != "1":
         raise UserError(
-            f"task 'humaneval' runs code that a model wrote, and {RUN_CODE} is {os.environ.get(RUN_CODE)!r}; "
-            f"set {RUN_CODE}=1 where that is safe, best in a container without network"
+            f"task 'humaneval' runs generated code, and {RUN_CODE} is {os.environ.get(RUN_CODE)!r}; "
+            f"set {RUN_CODE}=1 if that is safe, e.g. in a container without network"
         )
 
 
 def program(completion: str, answer: str) -> str:
-    """What is run: the prompt, what the completion adds, the tests, and their call."""
+    """The source to run: prompt, code of the completion, tests and their call."""
     try:
         head, test, name = (json.loads(answer)[field] for field in _HIDDEN)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"answer is {answer[:40]!r}; grading humaneval needs JSON with {', '.join(_HIDDEN)}") from error
     blocks = _FENCED.findall(completion)
     code = next((block for block in reversed(blocks) if f"def {name}(" in block), blocks[-1] if blocks else completion)
-    newline = "" if head.endswith("\n") else "\n"  # a prompt ends in its docstring: already a whole function
+    newline = "" if head.endswith("\n") else "\n"  # the prompt, which ends in a docstring, is a complete function
     return f"{head}{newline}{code}\n{test}\ncheck({name})\n"
 
 

@@ -1,12 +1,10 @@
-r"""Whether two mathematical answers are the same: by math-verify, in a process of its own, with a deadline.
+r"""Compares mathematical answers by math-verify, in a worker process with a deadline.
 
-math-verify (https://github.com/huggingface/Math-Verify) reads LaTeX into sympy and compares values, sets, intervals,
-matrices and relations. Sympy can run for ever, so it runs in one worker process per grading process
-(`math_worker.py`), started when first needed and used again. The worker's own alarm ends it at the deadline: the pair
-counts as different and the next one gets a new worker. That works from any thread, which math-verify's own timeouts do
-not, and a worker whose parent is gone reads the end of its input and leaves.
-
-Texts that are equal but for spaces, and pairs of plain numbers, are decided here: most pairs never reach the worker.
+math-verify (https://github.com/huggingface/Math-Verify) parses LaTeX into sympy and compares values, sets, intervals,
+matrices and relations. Sympy may never return, so each grading process has one worker (`math_worker.py`), started on
+first use. At the deadline the worker's alarm ends it: the pair counts as different, and the next pair gets a new
+worker. Unlike math-verify's own timeouts this works from any thread. A worker whose parent has ended reads the end of
+its input and exits. Equal texts and pairs of plain numbers are decided here: most pairs never reach the worker.
 """
 
 from __future__ import annotations
@@ -25,9 +23,9 @@ from pathlib import Path
 
 from rcd_core.errors import UserError
 
-SECONDS = 10.0  # a pair that takes longer is a wrong answer; the usual one takes milliseconds
+SECONDS = 10.0  # slower pairs count as different; most take milliseconds
 _WORKER = Path(__file__).with_name("math_worker.py")
-_SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")  # not what parts digits: "1 2" is not 12
+_SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")  # keep spaces between digits: "1 2" is not 12
 _NUMBER = re.compile(
     r"(?P<mantissa>[-+]?(?:(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d*)?|\.\d+))"
     r"(?:[eE](?P<e>[-+]?\d{1,6})|\\(?:times|cdot)10\^(?:\{(?P<power>[-+]?\d{1,6})\}|(?P<digit>\d)))?"
@@ -35,14 +33,14 @@ _NUMBER = re.compile(
 _E_NOTATION = re.compile(r"(?<![\w\\.])((?:\d+\.?\d*|\.\d+))[eE]([-+]?\d+)(?![\w.])")
 
 
-def same_math(found: str, expected: str, seconds: float = SECONDS) -> bool:
-    r"""Whether `found` is the answer `expected`; both as written in a box, LaTeX or plain.
+def same_math(answer: str, expected: str, seconds: float = SECONDS) -> bool:
+    r"""Whether `answer` equals `expected`, both as written in a box, LaTeX or plain.
 
-    Not symmetric, as math-verify is not: x = 5 is right for 5. Numbers are equal exactly, or to six decimals where one
-    of them is an expression (1/3 and 0.333333); units are ignored. An empty text is never the same as anything.
+    Not symmetric, like math-verify: x = 5 is right for 5. Numbers must be equal, or to six decimals if one of them is
+    an expression (1/3 and 0.333333). Units are ignored. An empty text equals nothing.
     """
-    one, other = _bare(found), _bare(expected)
-    a, b = (_SPACE.sub("", text) for text in (one, other))
+    bare, bare_expected = _bare(answer), _bare(expected)
+    a, b = (_SPACE.sub("", text) for text in (bare, bare_expected))
     if not a or not b:
         return False
     if a == b:
@@ -50,7 +48,7 @@ def same_math(found: str, expected: str, seconds: float = SECONDS) -> bool:
     x, y = plain_number(a), plain_number(b)
     if x is not None and y is not None:
         return x == y
-    return _GRADER.verify(_for_latex(one), _for_latex(other), seconds)
+    return _GRADER.verify(_for_latex(bare), _for_latex(bare_expected), seconds)
 
 
 def plain_number(text: str) -> Decimal | None:
@@ -63,31 +61,31 @@ def plain_number(text: str) -> Decimal | None:
 
 
 def _bare(text: str) -> str:
-    """Without dollar signs and without a full stop at the end."""
+    """Strip dollar signs and a trailing full stop."""
     return text.replace("\\$", "").replace("$", "").strip().rstrip(".").strip()
 
 
 def _for_latex(text: str) -> str:
-    """4.5e33 written out: math-verify takes its e for Euler's number."""
+    """Rewrite 4.5e33 as a power of 10, because math-verify parses its e as Euler's number."""
     return _E_NOTATION.sub(r"\1\\times10^{\2}", text)
 
 
 class _Grader:
-    """The worker process and the pipe to it; threads take turns."""
+    """The worker process and its pipes, shared by all threads under a lock."""
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """Start anew without ending the worker: after a fork it is the parent's."""
+        """Forget the worker without ending it: after a fork it belongs to the parent."""
         self._lock = threading.Lock()
         self._worker: subprocess.Popen[str] | None = None
 
-    def verify(self, found: str, expected: str, seconds: float) -> bool:
-        """Ask the worker. False at the deadline, and where this pair ends the worker in another way, twice."""
-        line = json.dumps([found, expected, seconds]) + "\n"
+    def verify(self, answer: str, expected: str, seconds: float) -> bool:
+        """Ask the worker. False at the deadline, or if the worker ends twice for another reason."""
+        line = json.dumps([answer, expected, seconds]) + "\n"
         with self._lock:
-            for _ in range(2):  # an idle worker can be killed from outside, and that is nobody's answer
+            for _ in range(2):  # an idle worker may have been killed from outside
                 worker = self._worker = self._worker or _start()
                 reply = _ask(worker, line)
                 if reply:
@@ -98,7 +96,7 @@ class _Grader:
         return False
 
     def close(self) -> None:
-        """End the worker, if there is one, and wait for it."""
+        """End the worker, if any, and wait for it."""
         worker, self._worker = self._worker, None
         if worker is None:
             return
@@ -107,12 +105,12 @@ class _Grader:
             worker.kill()
         worker.wait()
         worker.stdout.close()
-        with suppress(BrokenPipeError):  # a request that it never read
+        with suppress(BrokenPipeError):  # an unread request
             worker.stdin.close()
 
 
 def _start() -> subprocess.Popen[str]:
-    # -P: next to the worker lies a module called math, which must not hide Python's.
+    # -P: modules next to the worker must not hide others of the same name.
     worker = subprocess.Popen(
         [sys.executable, "-P", str(_WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -120,14 +118,14 @@ def _start() -> subprocess.Popen[str]:
     if worker.stdout.readline() != "ready\n":
         worker.wait()
         raise UserError(
-            f"the grading process ended with code {worker.returncode} at its start; "
-            "it needs the package math-verify: pip install math-verify"
+            f"the grading process ended at its start with code {worker.returncode}; it needs the package math-verify: "
+            "pip install math-verify"
         )
     return worker
 
 
 def _ask(worker: subprocess.Popen[str], line: str) -> str:
-    """The worker's reply; empty where it has ended."""
+    """The worker's reply; empty if the worker has ended."""
     assert worker.stdin and worker.stdout
     try:
         worker.stdin.write(line)

@@ -1,7 +1,7 @@
-"""The process behind `math_grader`: reads pairs of answers, writes whether they are the same. Run as a script.
+"""The worker process of `math_grader`: compares pairs of answers. A script that imports nothing of rcd_core.
 
-A request is a line of JSON, [found, expected, seconds]; the reply is the line "same" or "different". At the deadline
-the alarm's default action ends the process, in whatever C code it is. It imports nothing of this project.
+A request is a line of JSON, [answer, expected, seconds]; the reply is the line "same" or "different". At the deadline
+the default action of SIGALRM ends the process, even inside C code.
 """
 
 from __future__ import annotations
@@ -13,48 +13,48 @@ import resource
 import signal
 import sys
 
-MEMORY_BYTES = 4 << 30  # of address space: a tower of powers ends in MemoryError
-_SMALL = 1e-3  # below this, six decimals say too little
+MEMORY_BYTES = 4 << 30  # of address space; a tower of powers then raises MemoryError
+_SMALL = 1e-3  # below this, six decimals are too few
 _RELATIVE = 1e-6
 
 
-def same(found: str, expected: str) -> bool:
-    """By math-verify, and tiny numbers by their ratio, which it rounds to six decimals and so takes for equal."""
+def same(answer: str, expected: str) -> bool:
+    """By math-verify; small numbers also by relative difference, because it rounds them to six decimals."""
     from math_verify import parse, verify
 
-    # Its timeouts need the signal that is our deadline.
-    gold, target = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (expected, found))
-    return bool(verify(gold, target, timeout_seconds=None)) and not _tiny_and_unlike(gold, target)
+    # No timeouts of its own: they need SIGALRM, which is our deadline.
+    gold, target = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (expected, answer))
+    return bool(verify(gold, target, timeout_seconds=None)) and not _small_and_different(gold, target)
 
 
-def _tiny_and_unlike(gold: list[object], target: list[object]) -> bool:
+def _small_and_different(gold: list[object], target: list[object]) -> bool:
     try:
         x, y = (float(parsed[0].doit()) for parsed in (gold, target))  # type: ignore[attr-defined]
     except (AttributeError, IndexError, TypeError, ValueError, OverflowError):
-        return False  # no real number
+        return False  # not a real number
     largest = max(abs(x), abs(y))
     return largest < _SMALL and abs(x - y) > _RELATIVE * largest
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end ends this
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent; its exit ends this process
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    limit = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # the parser's generated code prints
-    import math_verify  # noqa: F401  # seconds, which no deadline should count
+    os.dup2(2, 1)  # the parser's generated code prints to stdout
+    import math_verify  # noqa: F401  # takes seconds, which should not count towards a deadline
 
-    logging.disable(logging.CRITICAL)  # every text it cannot read is logged
+    logging.disable(logging.CRITICAL)  # it logs every text that it cannot parse
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
-        found, expected, seconds = json.loads(line)
+        answer, expected, seconds = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
-            verdict = same(found, expected)
-        except Exception:  # sympy raises of every kind; what cannot be compared is not the same
+            verdict = same(answer, expected)
+        except Exception:  # sympy raises anything; what cannot be compared is different
             verdict = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         print("same" if verdict else "different", file=replies, flush=True)

@@ -1,12 +1,12 @@
-r"""Questions and answers of any kind: every .jsonl or .parquet file with the two columns (or mapped by data.fields).
+r"""Questions and answers of any kind: .jsonl or .parquet files with the two columns (or columns mapped by data.fields).
 
 A row looks like this one (made up):
 
     {"question": "Which planet has the shortest year?", "answer": "Mercury"}
 
-The final answer, of the row as of a completion, stands in its last \boxed{}, else behind its last "####", else it is
-the whole text. There is no official grader. An answer with a digit, a backslash, "=" or "^" is taken for mathematics
-and compared by math-verify (`math_grader`); any other as text, without regard to case, spacing and a full stop.
+The final answer of a row or completion is its last \boxed{}, else the text after its last "####", else the whole text.
+There is no official grader. Answers that contain a digit, a backslash, "=" or "^" are compared by math-verify
+(`math_grader`), others as text, ignoring case, spacing and a trailing full stop.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class Qa:
         return Problem(prompt=row["question"].strip(), response=response, answer=answer)
 
     def grade(self, prompt: str, completion: str, answer: str) -> bool:
-        found, expected = final_text(completion), final_text(answer)
+        text, expected = final_text(completion), final_text(answer)
         if _MATHEMATICAL.search(expected):
-            return same_math(found, expected)
-        return bool(_normal(expected)) and _normal(found) == _normal(expected)
+            return same_math(text, expected)
+        return bool(_normal(expected)) and _normal(text) == _normal(expected)
 
 
 def _normal(text: str) -> str:

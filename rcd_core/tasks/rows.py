@@ -1,4 +1,4 @@
-"""Rows of data files: JSON Lines and Parquet, read one by one; a bad row is reported and never ends the reading."""
+"""Reads rows of JSON Lines and Parquet files one by one. Bad rows are reported and do not stop the reading."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 from rcd_core.errors import UserError
 from rcd_core.io import storage
 
-_FIRST_ROWS = 20  # looked at to learn which columns there are
-_DETAIL = 200  # characters of a bad row that are kept
-# What public data sets call their questions. A recipe that maps the field to a column gets that column and no other.
-_SAME: dict[str, tuple[str, ...]] = {"question": ("question", "problem", "prompt")}
+_FIRST_ROWS = 20  # read to find the columns of a .jsonl file
+_DETAIL = 200  # characters kept of a bad row
+# Column names that public datasets use. A column mapped by data.fields has no alternatives.
+_SPELLINGS: dict[str, tuple[str, ...]] = {"question": ("question", "problem", "prompt")}
 
 
 class BadRow(Exception):
-    """A row that cannot be used. `reason` is one of few and is counted, `detail` tells this row from others."""
+    """A row that cannot be used. `reason` is one of a few texts and is counted; `detail` identifies this row."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)
@@ -29,7 +29,7 @@ class BadRow(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a file. number: line (JSON Lines) or row (Parquet), from 1. Exactly one of values, bad is given."""
+    """One row of a file. number: line (JSON Lines) or row (Parquet), from 1. Exactly one of values and bad is set."""
 
     number: int
     values: dict[str, str] | None = None
@@ -37,10 +37,10 @@ class Row:
 
 
 def read_rows(path: str, columns: Mapping[str, str]) -> Iterator[Row]:
-    """Rows of a .jsonl or .parquet file, as texts. columns: our field -> the column it is read from.
+    """Yield the rows of a .jsonl or .parquet file as texts. columns: field -> column.
 
-    A column `question` may be called `problem` or `prompt` in the file; numbers become text. Blank lines are passed
-    over. Raises UserError where the file itself cannot be read.
+    The column `question` may be called `problem` or `prompt` in the file. Numbers become text; blank lines are skipped.
+    Raises UserError if the file cannot be read.
     """
     for number, record in _records(path, [name for column in columns.values() for name in spellings(column)]):
         try:
@@ -50,12 +50,12 @@ def read_rows(path: str, columns: Mapping[str, str]) -> Iterator[Row]:
 
 
 def spellings(column: str) -> tuple[str, ...]:
-    """The names under which a column is looked for, best first."""
-    return _SAME.get(column, (column,))
+    """Names that a column may have in a file, in order of preference."""
+    return _SPELLINGS.get(column, (column,))
 
 
 def check_columns(path: str, columns: Mapping[str, str], key: str) -> None:
-    """UserError unless the file can be read and has every column in its first rows. key: the recipe key to blame."""
+    """Raise UserError, which names the recipe key, unless the file is readable and its first rows have all columns."""
     if path.endswith(".parquet"):
         with _readable(path):
             from pyarrow import parquet
@@ -65,21 +65,21 @@ def check_columns(path: str, columns: Mapping[str, str], key: str) -> None:
     else:
         records = [record for _, record in islice(_records(path, []), _FIRST_ROWS)]
         if not records:
-            raise UserError(f"{key}: {path} holds no rows")
+            raise UserError(f"{key}: {path} has no rows")
         objects = [record for record in records if isinstance(record, dict)]
         if not objects:
-            raise UserError(f"{key}: none of the first {len(records)} lines of {path} is a JSON object; see JSON Lines")
+            raise UserError(f"{key}: none of the first {len(records)} lines of {path} is a JSON object (JSON Lines)")
         present = sorted({str(name) for record in objects for name in record})
     for field, column in columns.items():
         if not set(spellings(column)) & set(present):
             raise UserError(
                 f"{key}: {path} has no column {column!r} for our field {field!r}; it has {', '.join(present)}; "
-                f"set data.fields.{field} to the right one"
+                f"set data.fields.{field} to one of them"
             )
 
 
 def _records(path: str, columns: list[str]) -> Iterator[tuple[int, Any]]:
-    """(number, what the row holds): a mapping when all is well, a BadRow or something else when not."""
+    """Yield (number, record); the record of a bad row is a BadRow or not a mapping."""
     with _readable(path):
         if path.endswith(".parquet"):
             from pyarrow import parquet
@@ -97,7 +97,7 @@ def _records(path: str, columns: list[str]) -> Iterator[tuple[int, Any]]:
                         continue
                     try:
                         yield number, json.loads(line)
-                    except ValueError as error:  # broken UTF-8 is one, too
+                    except ValueError as error:  # including invalid UTF-8
                         yield number, BadRow("not JSON", f"{error}: {line[:80]!r}")
 
 
@@ -107,7 +107,7 @@ def _text(record: Any, column: str) -> str:
     if not isinstance(record, dict):
         raise BadRow("not a JSON object", repr(record))
     value = next((record[name] for name in spellings(column) if record.get(name) is not None), None)
-    if value is None or value != value:  # a missing number can be NaN
+    if value is None or value != value:  # a missing number may be NaN
         raise BadRow(f"missing {column!r}", repr(record))
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
@@ -125,6 +125,6 @@ def _readable(path: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise UserError(f"data file {path} does not exist; mend the path in data.train or data.test") from error
+        raise UserError(f"data file {path} does not exist; correct the path in data.train or data.test") from error
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"data file {path} cannot be read: {error}") from error

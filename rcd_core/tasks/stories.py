@@ -1,4 +1,4 @@
-"""Word problems with a worked solution in words: a text-like task whose tokenizer has one to two thousand tokens.
+"""Word problems with a worked solution in words: a text-like task with a vocabulary of one to two thousand tokens.
 
 A row looks like this:
 
@@ -6,19 +6,20 @@ A row looks like this:
                   How many lemons does Mia have now?",
      "answer": "Adding 5 to 7 gives 12 lemons. 12 without 4 is 8.\\n#### 8"}
 
-Each step of the solution is worded in one of several ways that the question does not decide, of different lengths, so
-that tokens decoded together have to agree on one, as in real text. Numbers stay within 1..20, all but the first below
-10. Train and test differ in the sums themselves: a chain such as 7+5-4 belongs to one split, whoever owns the lemons.
+Each step of the solution has one of several wordings of different lengths, which the question does not determine. So
+tokens decoded in parallel must agree on one, as in real text. Numbers stay within 1..20, all but the first below 10.
+Train and test differ in the calculations: a chain such as 7+5-4 belongs to one split, whatever the names and things.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from rcd_core.errors import UserError
-from rcd_core.noise import hash_key, uniforms
-from rcd_core.tasks.answers import final_number, same_final_number
-from rcd_core.tasks.base import Problem, belongs_to
+import numpy as np
+from numpy.typing import NDArray
+
+from rcd_core.tasks.base import draw_row
+from rcd_core.tasks.gsm import NumberTask
 
 
 def _words(text: str) -> list[str]:
@@ -76,32 +77,20 @@ _LOST = (
 _MAX_STEPS = 3
 _LARGEST = 20
 _DRAWS_PER_STEP = 6
-Step = tuple[int, int]  # +1 or -1, and by how much
+Step = tuple[int, int]  # sign (+1 or -1) and operand
 
 
-class Stories:
+class Stories(NumberTask):
     name = "stories"
-    infill = False
-    fields: tuple[str, ...] = ("question", "answer")
 
     def synthetic(self, index: int, split: str, seed: int) -> dict[str, str]:
-        for attempt in range(64):
-            key = hash_key("stories", seed, split, index, attempt)
-            draws = uniforms(key, 6 + _DRAWS_PER_STEP * _MAX_STEPS).tolist()
-            start, steps = _chain(draws)
-            if belongs_to(split, f"{start}{steps}"):
-                return _in_words(start, steps, draws)
-        raise RuntimeError(f"no {split} problem in 64 draws: index {index}, seed {seed}")  # a chance of 2**-64
+        return draw_row(self.name, index, split, seed, 6 + _DRAWS_PER_STEP * _MAX_STEPS, _make)
 
-    def problem(self, row: Mapping[str, str]) -> Problem:
-        response = row["answer"].strip()
-        number = final_number(response)
-        if number is None:
-            raise UserError("the answer does not end in '#### NUMBER'")
-        return Problem(prompt=row["question"].strip(), response=response, answer=f"#### {number}")
 
-    def grade(self, prompt: str, completion: str, answer: str) -> bool:
-        return same_final_number(completion, answer)
+def _make(uniform: NDArray[np.float64]) -> tuple[str, str, str]:
+    draws = uniform.tolist()
+    start, steps = _chain(draws)
+    return f"{start}{steps}", *_in_words(start, steps, draws)
 
 
 def _chain(draws: Sequence[float]) -> tuple[int, list[Step]]:
@@ -118,20 +107,21 @@ def _chain(draws: Sequence[float]) -> tuple[int, list[Step]]:
     return start, steps
 
 
-def _in_words(start: int, steps: Sequence[Step], draws: Sequence[float]) -> dict[str, str]:
+def _in_words(start: int, steps: Sequence[Step], draws: Sequence[float]) -> tuple[str, str]:
+    """(question, answer)."""
     who, things, place = _pick(_PEOPLE, draws[2]), _pick(_THINGS, draws[3]), _pick(_PLACES, draws[4])
-    told, working, value = [f"{who} keeps {start} {things} at the {place}."], [], start
+    sentences, working, value = [f"{who} keeps {start} {things} at the {place}."], [], start
     for i, (sign, n) in enumerate(steps):
         how, where, other, wording = draws[8 + _DRAWS_PER_STEP * i : 12 + _DRAWS_PER_STEP * i]
         words = {
             "who": who, "things": things, "n": n, "a": value, "b": value + sign * n, "place": _pick(_PLACES, where),
             "time": _pick(_TIMES, where), "other": _pick(_PEOPLE, other),
         }  # fmt: skip
-        told.append(_pick(_GAIN if sign > 0 else _LOSS, how).format(**words))
+        sentences.append(_pick(_GAIN if sign > 0 else _LOSS, how).format(**words))
         working.append(_pick(_GAINED if sign > 0 else _LOST, wording).format(**words))
         value += sign * n
-    question = " ".join([*told, f"How many {things} does {who} have now?"])
-    return {"question": question, "answer": f"{' '.join(working)}\n#### {value}"}
+    question = " ".join([*sentences, f"How many {things} does {who} have now?"])
+    return question, f"{' '.join(working)}\n#### {value}"
 
 
 def _pick(items: Sequence[str], u: float) -> str:

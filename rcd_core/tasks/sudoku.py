@@ -1,4 +1,4 @@
-"""Sudoku as infilling: givens stand in place, the other cells are masked. 6x6 (boxes of 2 rows x 3 columns, 8-16
+"""Sudoku as infilling: the givens are fixed, the other cells are masked. 6x6 (boxes of 2 rows x 3 columns, 8-16
 givens) and 9x9 (boxes of 3 x 3, 32-48 givens).
 
 A row of the 6x6 task and one of the 9x9 task look like this ("." is unknown; cells row by row):
@@ -7,8 +7,8 @@ A row of the 6x6 task and one of the 9x9 task look like this ("." is unknown; ce
     {"question": "..73.9.1.2941576..183462.97..1.3....34629.17.8...1.9.4.6...382151267..494.8.2...5",
      "answer": "657389412294157683183462597971834256346295178825716934769543821512678349438921765"}
 
-A puzzle has often more than one solution: any valid board that keeps the givens is right. The canvas starts with an
-anchor "#": rotary positions are relative, and one clean token in a fixed place tells the model which cell is which.
+A puzzle often has more than one solution: any valid board that keeps the givens is right. The canvas starts with an
+anchor "#": rotary positions are relative, and a clean token at a fixed place lets the model identify the cells.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rcd_core.errors import UserError
-from rcd_core.noise import hash_key, uniforms
-from rcd_core.tasks.base import MASK_TEXT, Problem, belongs_to
+from rcd_core.tasks.base import MASK_TEXT, Problem, draw_row
 
 ANCHOR = "#"
 
@@ -48,12 +47,12 @@ class Sudoku:
 
     def synthetic(self, index: int, split: str, seed: int) -> dict[str, str]:
         num_order = self.cells * self.size
-        for attempt in range(64):
-            draws = uniforms(hash_key(self.name, seed, split, index, attempt), num_order + self.cells + 1)
+
+        def make(draws: NDArray[np.float64]) -> tuple[str, str, str]:
             board = self._fill(draws[:num_order])
-            if belongs_to(split, board):
-                return {"question": self._hide(board, draws[num_order:]), "answer": board}
-        raise RuntimeError(f"no {split} board in 64 draws: index {index}, seed {seed}")  # a chance of 2**-64
+            return board, self._hide(board, draws[num_order:]), board
+
+        return draw_row(self.name, index, split, seed, num_order + self.cells + 1, make)
 
     def problem(self, row: Mapping[str, str]) -> Problem:
         puzzle, board = row["question"].strip().replace("0", "."), row["answer"].strip()
@@ -70,18 +69,18 @@ class Sudoku:
     def grade(self, prompt: str, completion: str, answer: str) -> bool:
         puzzle = prompt.strip().replace(MASK_TEXT, ".").removeprefix(ANCHOR)
         if len(puzzle) != self.cells:
-            raise UserError(f"prompt is {prompt[:40]!r}; grading {self.name} needs the canvas: which cells were given")
+            raise UserError(f"prompt is {prompt[:40]!r}; grading {self.name} needs the canvas with the givens")
         board = completion.strip().removeprefix(ANCHOR)
         return self.is_valid(board) and all(p in (".", b) for p, b in zip(puzzle, board, strict=True))
 
     def is_valid(self, board: str) -> bool:
-        """Whether `board` has a digit in each cell, none twice in a row, column or box."""
+        """Whether `board` has a digit in every cell and none twice in a row, column or box."""
         if len(board) != self.cells or not set(board) <= set(self.digits):
             return False
         return all(len({board[cell] for cell in unit}) == self.size for unit in self._units)
 
     def _fill(self, draws: NDArray[np.float64]) -> str:
-        """A board by backtracking, trying each cell's digits in a drawn order; draws: (cells * size,) in [0, 1)."""
+        """A board by backtracking that tries each cell's digits in random order. draws: (cells * size,) in [0, 1)."""
         order = draws.reshape(self.cells, self.size).argsort(axis=1).tolist()
         rows, columns, boxes = ([0] * self.size for _ in range(3))  # digits used, one bit each
         tried = [0] * self.cells
@@ -100,7 +99,7 @@ class Sudoku:
                     tried[cell] = position + 1
                     cell += 1
                     break
-            else:  # no digit fits: forget this cell's tries and take back the cell before
+            else:  # no digit fits: go back to the previous cell
                 tried[cell] = 0
                 cell -= 1
                 r, c, b = self._of_cell[cell]
@@ -110,7 +109,7 @@ class Sudoku:
         return "".join(str(bit.bit_length()) for bit in digit)
 
     def _hide(self, board: str, draws: NDArray[np.float64]) -> str:
-        """Keep as many cells as a draw says; draws: (cells + 1,) in [0, 1)."""
+        """Hide all but a random number of random cells. draws: (cells + 1,) in [0, 1)."""
         fewest, most = self.num_givens
         givens = set(draws[1:].argsort()[: fewest + int(draws[0] * (most - fewest + 1))].tolist())
         return "".join(digit if cell in givens else "." for cell, digit in enumerate(board))

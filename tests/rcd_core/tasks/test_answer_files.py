@@ -1,7 +1,6 @@
-"""Graders against the public answer files, where they lie beside the repository; no row of them is in it.
+"""Graders against public answer files, if they are next to the repository, which contains no row of them.
 
-Every gold answer must grade as right against itself, written as it stands, and as wrong against the next row that has
-another answer.
+Every gold answer must be right against itself and wrong against the next row with a different answer.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from rcd_core.tasks.answers import final_number
 from rcd_core.tasks.rows import check_columns, read_rows
 
 DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
-FILES = {  # file: task, rows, every how manieth row the short test takes
+FILES = {  # file: task, rows, stride of the short test
     "aime24": ("aime24", 30, 1),
     "aime25": ("aime25", 30, 1),
     "math500": ("math500", 500, 5),
@@ -42,16 +41,16 @@ def problems(file: str) -> list[Problem]:
 
 
 def value(answer: str) -> str:
-    """What two answers must differ in to be different: x = 5 and 5 are one answer, as 1,000 and 1000 are."""
+    """Normal form: x = 5 and 5 are the same answer, as are 1,000 and 1000."""
     bare = re.sub(r"^\s*\w\s*=", "", answer).replace("$", "").replace(" ", "")
     number = math_grader.plain_number(bare)
     return bare if number is None else str(number.normalize())
 
 
-def with_the_next(found: list[Problem]) -> Iterator[tuple[Problem, Problem]]:
-    """Each problem with the next one, round the end, whose answer is another."""
-    for i, problem in enumerate(found):
-        yield problem, next(p for p in islice(cycle(found), i + 1, None) if value(p.answer) != value(problem.answer))
+def with_the_next(rows: list[Problem]) -> Iterator[tuple[Problem, Problem]]:
+    """Each problem with the next one (cyclic) that has a different answer."""
+    for i, problem in enumerate(rows):
+        yield problem, next(p for p in islice(cycle(rows), i + 1, None) if value(p.answer) != value(problem.answer))
 
 
 def check(file: str, every: int) -> None:
@@ -61,17 +60,12 @@ def check(file: str, every: int) -> None:
     assert [p.answer for p, _ in pairs if not task.grade(p.prompt, p.response, p.answer)] == []
     assert [(p.answer, q.answer) for p, q in pairs if task.grade(p.prompt, p.response, q.answer)] == []
     if final_number(pairs[0][0].answer) is None:
-        # Once more without the short cut for equal texts: math-verify must read every answer of these files.
+        # Without the shortcut for equal texts: math-verify must parse every answer of these files.
         texts = [math_grader._for_latex(math_grader._bare(p.answer)) for p, _ in pairs]
         assert [text for text in texts if not math_grader._GRADER.verify(text, text, 20)] == []
 
 
+@pytest.mark.parametrize("all_rows", [False, pytest.param(True, marks=pytest.mark.drill)])
 @pytest.mark.parametrize("file", FILES)
-def test_gold_answers_are_right_and_the_next_ones_wrong(file: str) -> None:
-    check(file, FILES[file][2])
-
-
-@pytest.mark.drill
-@pytest.mark.parametrize("file", FILES)
-def test_gold_answers_of_all_rows(file: str) -> None:
-    check(file, 1)
+def test_gold_answers_are_right_and_the_next_ones_wrong(file: str, all_rows: bool) -> None:
+    check(file, 1 if all_rows else FILES[file][2])

@@ -1,4 +1,4 @@
-"""Code tasks: off unless allowed, the official program, and processes that cannot do much."""
+"""HumanEval: disabled by default, the official program, and the limits of its processes."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def allowed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("value", [None, "0", "yes"])
-def test_code_is_not_run_unless_allowed(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_runs_only_if_allowed(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RCD_RUN_CODE", raising=False)
     if value is not None:
         monkeypatch.setenv("RCD_RUN_CODE", value)
     for check in (lambda: check_gradable("humaneval"), lambda: grade("humaneval", "", ANSWER)):
-        with pytest.raises(UserError, match="set RCD_RUN_CODE=1"):
+        with pytest.raises(UserError, match="RCD_RUN_CODE=1"):
             check()
     check_gradable("gsm8k")
 
@@ -54,7 +54,7 @@ def test_code_is_not_run_unless_allowed(value: str | None, monkeypatch: pytest.M
         ("```python\ndef add(a, b):\n    return a\n```\nNo:\n```python\ndef add(a, b):\n    return a + b\n```", True),
         ("```python\ndef add(a, b):\n    return a + b\n```\n```python\ndef added(a, b):\n    return a\n```", True),
         ("```\n    return a + b\n```", True),
-        ("```python\ndef add(a, b):\n    return a + b", True),  # cut off behind the code
+        ("```python\ndef add(a, b):\n    return a + b", True),  # truncated after the code
         ("I would add them.", False),
         ("", False),
         ("    exit(0)", False),
@@ -77,7 +77,7 @@ def test_the_problem_of_a_row() -> None:
     assert task.grade(problem.prompt, problem.response, problem.answer)
     with pytest.raises(UserError, match="entry_point"):
         task.problem({**ROW, "entry_point": "add; boom"})
-    with pytest.raises(UserError, match="JSON with prompt, test, entry_point"):
+    with pytest.raises(UserError, match="prompt, test, entry_point"):
         program("", "{}")
 
 
@@ -114,7 +114,7 @@ def test_a_program_sees_an_empty_directory_and_no_environment(monkeypatch: pytes
     assert run_program("import sys\nassert sys.stdin.read() == ''\nprint('noise' * 100000)")
 
 
-def test_a_program_that_waits_is_ended_at_the_deadline_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_program_is_killed_at_the_deadline_and_leaves_no_process(tmp_path: Path) -> None:
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     started = time.monotonic()
     assert not run_program("import time; time.sleep(60)", seconds=0.5)

@@ -1,4 +1,4 @@
-"""Mathematical answers: what counts as the same, and that no answer can stop or outlive the grading process."""
+"""Mathematical answers: which are equal, and the lifetime of the grading process."""
 
 from __future__ import annotations
 
@@ -79,12 +79,12 @@ DIFFERENT = [
 
 
 @pytest.mark.parametrize(("found", "expected"), SAME)
-def test_the_same_in_other_words(found: str, expected: str) -> None:
+def test_equal_answers(found: str, expected: str) -> None:
     assert same_math(found, expected)
 
 
 @pytest.mark.parametrize(("found", "expected"), DIFFERENT)
-def test_what_only_looks_alike(found: str, expected: str) -> None:
+def test_different_answers(found: str, expected: str) -> None:
     assert not same_math(found, expected)
 
 
@@ -116,7 +116,7 @@ def test_plain_numbers(text: str, value: str | None) -> None:
         (r"\boxed{3}", True),
         (r"first \boxed{4}, then \boxed{3}", True),
         (r"first \boxed{3}, then \boxed{4}", False),
-        (r"\boxed{3} and \boxed{4", False),  # the last one is cut off
+        (r"\boxed{3} and \boxed{4", False),  # the last box is truncated
         (r"\fbox{3}", True),
         (r"\boxed{\frac{6}{2}}", True),
         (r"\boxed{{3}}", True),
@@ -133,7 +133,7 @@ def test_the_last_box_is_graded(completion: str, right: bool) -> None:
     assert grade("math500", completion, "3") is right
 
 
-def test_where_a_final_answer_stands() -> None:
+def test_final_answers_in_boxes_and_after_markers() -> None:
     assert last_box(r"\boxed{a{b}\}c") == r"a{b}\ ".strip()
     assert final_text(r"#### 1 \boxed{ 2 }") == "2"
     assert final_text("so\n#### 1\nas I said") == "1"
@@ -144,7 +144,7 @@ def test_where_a_final_answer_stands() -> None:
 
 
 def worker() -> psutil.Process:
-    """The worker as it is now, started if there is none."""
+    """The current worker, started if there is none."""
     assert same_math("x+x", "2x")
     assert math_grader._GRADER._worker is not None
     return psutil.Process(math_grader._GRADER._worker.pid)
@@ -160,15 +160,15 @@ def test_one_process_is_used_again() -> None:
     assert worker().pid == worker().pid
 
 
-def test_an_endless_comparison_costs_one_deadline_and_one_process() -> None:
+def test_a_timeout_ends_the_worker_and_the_next_answer_gets_a_new_one() -> None:
     before = worker()
     assert not same_math("100000000!", "1", seconds=0.5)
     assert not before.is_running()
-    assert same_math("y+y", "2y"), "the next answer gets a new one"
+    assert same_math("y+y", "2y")
     assert worker().pid != before.pid
 
 
-def test_a_worker_that_was_killed_costs_no_answer() -> None:
+def test_an_answer_survives_a_killed_worker() -> None:
     before = worker()
     before.kill()
     assert same_math("z+z", "2z")
@@ -187,8 +187,8 @@ def test_deep_nesting_is_a_wrong_answer() -> None:
     assert not same_math("x^{" * 300 + "}" * 300, "1", seconds=1)
 
 
-def at_work(code: str = "") -> tuple[subprocess.Popen[str], psutil.Process]:
-    """A process that grades, runs `code`, and then waits for the end of its input; and its worker."""
+def grading_process(code: str = "") -> tuple[subprocess.Popen[str], psutil.Process]:
+    """(a process that grades, runs `code` and waits for the end of its input, its worker)."""
     program = (
         f"from rcd_core.tasks import math_grader as g\nassert g.same_math('x+x', '2x')\n{code}\n"
         "print(g._GRADER._worker.pid, flush=True)\nimport sys; sys.stdin.read()"
@@ -202,7 +202,7 @@ def at_work(code: str = "") -> tuple[subprocess.Popen[str], psutil.Process]:
 
 @pytest.mark.parametrize("end", ["exit", "kill"])
 def test_no_worker_outlives_its_parent(end: str) -> None:
-    parent, child = at_work()
+    parent, child = grading_process()
     if end == "kill":
         parent.kill()
     assert parent.stdin
@@ -213,23 +213,23 @@ def test_no_worker_outlives_its_parent(end: str) -> None:
 
 def test_a_fork_gets_a_worker_of_its_own() -> None:
     code = (
-        "import os\nmine = g._GRADER._worker.pid\n"
+        "import os\nfirst = g._GRADER._worker.pid\n"
         "child = os.fork()\n"
-        "if not child:\n    os._exit(0 if g.same_math('y+y', '2y') and g._GRADER._worker.pid != mine else 1)\n"
-        "assert os.waitpid(child, 0)[1] == 0\nassert g.same_math('z+z', '2z') and g._GRADER._worker.pid == mine"
+        "if not child:\n    os._exit(0 if g.same_math('y+y', '2y') and g._GRADER._worker.pid != first else 1)\n"
+        "assert os.waitpid(child, 0)[1] == 0\nassert g.same_math('z+z', '2z') and g._GRADER._worker.pid == first"
     )
-    parent, child = at_work(code)
+    parent, child = grading_process(code)
     assert parent.stdin
     parent.stdin.close()
     assert parent.wait(20) == 0
     child.wait(20)
 
 
-def test_without_math_verify_grading_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_math_verify_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "math_verify.py").write_text("raise ImportError('not here')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     math_grader._GRADER.close()
-    with pytest.raises(UserError, match="math-verify: pip install math-verify"):
+    with pytest.raises(UserError, match="pip install math-verify"):
         same_math("x+x", "2x")
     assert math_grader._GRADER._worker is None
 

@@ -1,4 +1,4 @@
-"""Tasks: generators are pure and sound, graders accept what is right and nothing else."""
+"""Tasks: pure generators with valid rows, and graders."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ import time
 import pytest
 
 from rcd_core.errors import UserError
-from rcd_core.tasks import MASK_TEXT, TASKS, Problem, get_task, grade, math
+from rcd_core.tasks import MASK_TEXT, TASKS, Problem, get_task, grade
 from rcd_core.tasks.answers import final_number, same_final_number
+from rcd_core.tasks.boxed import INSTRUCTION
 from rcd_core.tasks.sudoku import SUDOKU
 
 GENERATORS = ("sudoku", "sudoku9", "arithmetic", "stories")
 
 
 def test_unknown_task_lists_the_names() -> None:
-    with pytest.raises(UserError, match="sudoko.*sudoku, sudoku9, arithmetic, stories, gsm8k, gsm1k"):
+    with pytest.raises(UserError, match="sudoko.*sudoku, sudoku9, arithmetic"):
         get_task("sudoko")
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_docstring_example_is_a_row_that_solves_itself(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RCD_RUN_CODE", "1")
-    doc = str(sys.modules[type(TASKS[name]).__module__].__doc__)
-    # A file with two tasks shows a row of each, in the order of their sizes.
-    examples = [m.start() for m in re.finditer(r'\{"', doc)]
-    start = examples[1 if name == "sudoku9" else 0]
+    task = type(TASKS[name])
+    docs = [str(doc) for doc in (*(base.__doc__ for base in task.__mro__), sys.modules[task.__module__].__doc__)]
+    doc = next(doc for doc in docs if '{"' in doc)
+    # sudoku.py shows a row of each size.
+    start = [m.start() for m in re.finditer(r'\{"', doc)][1 if name == "sudoku9" else 0]
     row, _ = json.JSONDecoder(strict=False).raw_decode(doc, start)
     assert set(TASKS[name].fields) <= set(row)
     problem = TASKS[name].problem(row)
@@ -96,8 +98,8 @@ def test_sudoku_accepts_any_valid_board_with_the_givens() -> None:
     assert not task.grade("#" + MASK_TEXT * 36, "#" + board[:-1] + MASK_TEXT, "#" + board)
 
 
-def test_a_box_twice_is_no_board() -> None:
-    # Rows and columns are right, boxes are not: a cyclic Latin square.
+def test_a_digit_twice_in_a_box_is_invalid() -> None:
+    # A cyclic Latin square: valid rows and columns, invalid boxes.
     latin = "".join("123456"[(r + c) % 6] for r in range(6) for c in range(6))
     assert not SUDOKU.is_valid(latin)
 
@@ -105,8 +107,8 @@ def test_a_box_twice_is_no_board() -> None:
 @pytest.mark.parametrize(
     "row", [{"question": "." * 35, "answer": "1" * 36}, {"question": "2" + "." * 35, "answer": ""}]
 )
-def test_sudoku_rejects_rows_that_are_no_puzzle(row: dict[str, str]) -> None:
-    with pytest.raises(UserError, match="6x6 board"):
+def test_sudoku_rejects_invalid_rows(row: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="6x6"):
         get_task("sudoku").problem(row)
 
 
@@ -136,8 +138,8 @@ def test_sudoku_rejects_rows_that_are_no_puzzle(row: dict[str, str]) -> None:
     ],
 )
 def test_final_number(text: str, number: float | None) -> None:
-    found = final_number(text)
-    assert found is None if number is None else float(found or 0) == number
+    value = final_number(text)
+    assert value is None if number is None else float(value or 0) == number
 
 
 def test_numbers_are_compared_as_numbers() -> None:
@@ -148,7 +150,7 @@ def test_numbers_are_compared_as_numbers() -> None:
     assert not same_final_number("#### 2/5", "#### 2") and same_final_number("#### 0.4", "#### 2/5")
 
 
-def test_a_box_counts_where_there_is_no_number_behind_a_marker() -> None:
+def test_a_box_counts_if_there_is_no_number_after_a_marker() -> None:
     assert same_final_number(r"so \boxed{\$1,200 \text{ dollars}}", "#### 1200")
     assert same_final_number(r"\boxed{\frac{2}{5}}", "#### 2/5")
     assert not same_final_number(r"\boxed{3}", "#### 4")
@@ -160,19 +162,19 @@ def test_gsm8k_drops_calculator_annotations_and_keeps_the_working() -> None:
     assert get_task("gsm8k").problem(row) == Problem("Q?", "He has 2*3=$6.\n#### 1,006", "#### 1006")
     with pytest.raises(UserError, match="####"):
         get_task("gsm8k").problem({"question": "Q", "answer": "6"})
-    with pytest.raises(UserError, match="data.train.*gsm8k.*no generator"):
+    with pytest.raises(UserError, match="data.train.*gsm8k"):
         get_task("gsm8k").synthetic(0, "train", 0)
 
 
-def test_stories_are_worded_in_ways_the_question_does_not_decide() -> None:
+def test_wordings_of_stories_do_not_depend_on_the_question() -> None:
     task = get_task("stories")
     rows = [task.synthetic(i, "train", 0) for i in range(400)]
     for row in rows:
-        told = [int(n) for n in re.findall(r"\d+", row["question"])]
+        numbers = [int(n) for n in re.findall(r"\d+", row["question"])]
         final = int(row["answer"].rsplit("#### ", 1)[1])
         gains = re.findall(r"brings (\d+)|finds (\d+)|buys (\d+)|sends (\d+)", row["question"])
-        gained = sum(int(n) for found in gains for n in found if n)
-        assert final == told[0] + gained - (sum(told[1:]) - gained)
+        gained = sum(int(n) for match in gains for n in match if n)
+        assert final == numbers[0] + gained - (sum(numbers[1:]) - gained)
     openings = {row["answer"].split()[0] for row in rows if row["question"].split()[2].isdigit()}
     assert {"So", "After", "With", "Adding", "Taking"} <= openings
 
@@ -217,10 +219,10 @@ def test_solutions_end_in_a_box_and_prompts_ask_for_one() -> None:
     task = get_task("math")
     row = {"question": "One and one?", "solution": "It is 2.", "answer": "2"}
     problem = task.problem(row)
-    assert problem.prompt == "One and one?" + math.INSTRUCTION
+    assert problem.prompt == "One and one?" + INSTRUCTION
     assert task.problem({**row, "question": problem.prompt}).prompt == problem.prompt, "asked once"
     assert problem.response.endswith(r"\boxed{2}") and task.grade("", problem.response, problem.answer)
-    with pytest.raises(UserError, match="answer is empty"):
+    with pytest.raises(UserError, match="answer"):
         task.problem({**row, "answer": " "})
-    with pytest.raises(UserError, match="no generator"):
+    with pytest.raises(UserError, match="data.test"):
         task.synthetic(0, "test", 0)
