@@ -1,10 +1,10 @@
 """Forward process: which tokens of an example are masked, as a counter-based hash.
 
-Noise is a pure function of (seed, draw, example id, position): no generator state, so a row never depends on its
-neighbours, on the worker that computes it or on the order of computation. The same function feeds training from
-examples, the reference-signal cache and validation, which is what makes "same start, same tokens" exact.
+Noise is a pure function of (seed, draw, example id, position). There is no generator state, so a row does not depend on
+its neighbours, its worker or the order of computation. Training from examples, the signal cache and validation use the
+same function, so runs that start alike see the same tokens and masks.
 
-Shapes: L sequence length.
+Shapes: L tokens of an example; R examples end to end with T tokens in all.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 from rcd_core.errors import UserError
 
 _MASK64 = (1 << 64) - 1
-_MAX_REDRAWS = 10  # as SDAR's training code: redraw an empty mask up to ten times, then force one token
+_MAX_REDRAWS = 10  # as SDAR's training code: an empty mask is drawn again, then one token is forced
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseSettings:
-    """Noise of masked diffusion training. Each token is masked with p = (1 - eps) t + eps, t ~ U[0, 1) per example.
+    """Each token is masked with probability p = (1 - eps) t + eps, t ~ U[0, 1) per example.
 
-    draws: how many different masks an example gets; epoch e uses draw e mod draws. block_length: t is drawn for each
-    block of so many tokens instead, counted from the example's first (None: one t per example, as SDAR trains).
+    draws: number of different masks per example; epoch e uses draw e mod draws. block_length: draw t for each block of
+    that many tokens, counted from the example's start. None: one t per example, as SDAR trains.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -63,28 +63,67 @@ def hash_key(*parts: int | str) -> int:
 
 def uniforms(key: int, count: int) -> NDArray[np.float64]:
     """(count,) numbers in [0, 1): the i-th depends on (key, i) only."""
-    counters = np.arange(count, dtype=np.uint64) ^ splitmix64(np.array([key & _MASK64], dtype=np.uint64))
-    return (splitmix64(counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return _uniform(np.arange(count, dtype=np.uint64) ^ splitmix64(np.array([key & _MASK64], dtype=np.uint64)))
+
+
+def _uniform(state: NDArray[np.uint64]) -> NDArray[np.float64]:
+    return (splitmix64(state) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def count_set(flags: NDArray[np.bool_], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """flags (T,), offsets (R + 1,) where lists begin -> (R,) flags set in each list."""
+    cumulative = np.concatenate([[0], np.cumsum(flags, dtype=np.int64)])
+    return np.asarray(cumulative[offsets[1:]] - cumulative[offsets[:-1]])
 
 
 def mask_example(
     maskable: NDArray[np.bool_], example_id: str, draw: int, settings: NoiseSettings
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    """Draw the masked positions of one example (semantics.md 1.9 and 2.3).
+    """Masks one example (semantics.md 1.9 and 2.3).
 
-    maskable: (L,) True where the token carries a label. Returns (masked (L,), p (L,) the masking probabilities used).
-    At least one position is masked unless none is maskable: an empty mask is redrawn, at last one token is forced.
+    maskable (L,): True where a token has a label. Returns masked (L,), at least one True, and the masking
+    probabilities p (L,). UserError if no token is maskable.
     """
     masked, p, _ = _draw(maskable, example_id, draw, settings)
+    return masked, p
+
+
+def mask_examples(
+    maskable: NDArray[np.bool_],
+    offsets: NDArray[np.int64],
+    example_ids: Sequence[str],
+    draw: int,
+    settings: NoiseSettings,
+) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """`mask_example` for many examples, vectorised and equal to the bit: maskable (T,), offsets (R + 1,) where examples
+    begin -> masked (T,), p (T,). An example without a maskable token gets an empty mask.
+
+    Calls per example would cost more than the reference's pass over a small row.
+    """
+    if settings.block_length is None:
+        keys = np.array([hash_key(settings.seed, draw, name, 0) for name in example_ids], dtype=np.uint64)
+        lengths = np.diff(offsets)
+        streams = splitmix64(keys)
+        levels = (1.0 - settings.eps) * _uniform(streams) + settings.eps  # counter 0; the tokens' counters begin at 1
+        counters = np.arange(1, len(maskable) + 1, dtype=np.int64) - np.repeat(offsets[:-1], lengths)
+        p = np.repeat(levels, lengths)
+        masked = (_uniform(counters.astype(np.uint64) ^ np.repeat(streams, lengths)) < p) & maskable
+    else:
+        masked, p = np.zeros_like(maskable), np.ones(len(maskable))
+    # Noise levels per block, and redraws of an empty mask, are drawn example by example.
+    empty = (count_set(masked, offsets) == 0) & (count_set(maskable, offsets) > 0)
+    for row in np.flatnonzero(empty).tolist():
+        tokens = slice(offsets[row], offsets[row + 1])
+        masked[tokens], p[tokens] = mask_example(maskable[tokens], example_ids[row], draw, settings)
     return masked, p
 
 
 def nested_masks(
     maskable: NDArray[np.bool_], example_id: str, draw: int, settings: NoiseSettings, gaps: Sequence[float]
 ) -> list[NDArray[np.bool_]]:
-    """(L,) masks of noisier versions of the same draw, nearest first: each holds all positions of those before it.
+    """(L,) masks of ever noisier versions of the same draw; each contains the one before and `mask_example`'s own.
 
-    gaps: what each adds to the masking probability. The tokens' random numbers are those of mask_example.
+    gaps: how much each adds to the masking probability.
     """
     masked, p, u = _draw(maskable, example_id, draw, settings)
     noisier = []
@@ -98,9 +137,9 @@ def nested_masks(
 def _draw(
     maskable: NDArray[np.bool_], example_id: str, draw: int, settings: NoiseSettings
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64], NDArray[np.float64]]:
-    """(masked (L,), p (L,), the tokens' random numbers (L,))."""
+    """(masked (L,), p (L,), the random numbers (L,) that p was compared with)."""
     if not maskable.any():
-        raise UserError(f"example {example_id!r} has no labelled token; remove it or mend its labels")
+        raise UserError(f"example {example_id!r} has no labelled token; remove it or fix its labels")
     length = maskable.shape[0]
     for attempt in range(_MAX_REDRAWS):
         u = uniforms(hash_key(settings.seed, draw, example_id, attempt), length + 1)
@@ -116,42 +155,3 @@ def _draw(
     masked = np.zeros_like(maskable)
     masked[candidates[int(u[0] * len(candidates))]] = True
     return masked, p, u[1:]
-
-
-def mask_examples(
-    maskable: NDArray[np.bool_],
-    offsets: NDArray[np.int64],
-    example_ids: Sequence[str],
-    draw: int,
-    settings: NoiseSettings,
-) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    """maskable (T,), offsets (R + 1,) where examples begin -> (masked (T,), p (T,)).
-
-    An example without a maskable token gets an empty mask, where mask_example raises.
-    """
-    possible = _counts(maskable, offsets)
-    if settings.block_length is None:
-        keys = np.array([hash_key(settings.seed, draw, name, 0) for name in example_ids], dtype=np.uint64)
-        lengths = np.diff(offsets)
-        streams = splitmix64(keys)
-        levels = (1.0 - settings.eps) * _uniform(streams) + settings.eps  # counter 0; the tokens' counters begin at 1
-        counters = np.arange(1, len(maskable) + 1, dtype=np.int64) - np.repeat(offsets[:-1], lengths)
-        p = np.repeat(levels, lengths)
-        masked = (_uniform(counters.astype(np.uint64) ^ np.repeat(streams, lengths)) < p) & maskable
-    else:  # a noise level per block is drawn example by example
-        masked, p = np.zeros_like(maskable), np.ones(len(maskable))
-    # So is an empty mask, which is drawn again.
-    for row in np.flatnonzero((_counts(masked, offsets) == 0) & (possible > 0)).tolist():
-        part = slice(offsets[row], offsets[row + 1])
-        masked[part], p[part] = mask_example(maskable[part], example_ids[row], draw, settings)
-    return masked, p
-
-
-def _uniform(state: NDArray[np.uint64]) -> NDArray[np.float64]:
-    return (splitmix64(state) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _counts(flags: NDArray[np.bool_], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(R,) true ones of each example."""
-    upto = np.concatenate([[0], np.cumsum(flags, dtype=np.int64)])
-    return np.asarray(upto[offsets[1:]] - upto[offsets[:-1]])

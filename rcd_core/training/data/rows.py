@@ -28,9 +28,9 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """One training row. input_ids, labels, masked (L,); p (L,) the probability each labelled token was masked with;
-    signals (N masked positions) only from the cache. reason: why the example cannot be trained on; such a row keeps
-    its place in the order, has no tokens and contributes nothing."""
+    """input_ids, labels, masked (L,); p (L,) the probability each token was masked with; signals (N masked positions)
+    if cached. reason: why the example cannot be trained on. Such a row has no tokens and contributes nothing; it only
+    keeps its place in the order."""
 
     index: int
     example_id: str
@@ -51,23 +51,24 @@ class TrainingRow:
 
 
 class RowSource(Protocol):
-    def row(self, index: int) -> TrainingRow: ...
+    def row(self, index: int) -> TrainingRow:
+        """Row `index` of the run, from 0 on without end."""
 
 
 class RowOrder:
-    """chunk_rows: examples in each chunk, in the order of the files."""
+    """chunk_rows (C,): examples in each chunk, in the order of the files. UserError if there are none."""
 
     def __init__(self, chunk_rows: Sequence[int] | Integers, noise: NoiseSettings) -> None:
         self.chunk_rows: Integers = np.asarray(chunk_rows, dtype=np.int64)
         self.noise = noise
         self.num_examples = int(self.chunk_rows.sum())
         if not self.num_examples:
-            raise UserError("there are no training examples; look at what the stage `prepare` has left out")
+            raise UserError("there are no training examples; look at what the stage `prepare` rejected")
         self._draw: tuple[int, Integers, Integers] | None = None
-        self._here = range(0), 0, 0, np.zeros(0, dtype=np.int64)
+        self._current = range(0), 0, 0, np.zeros(0, dtype=np.int64)
 
     def chunks(self, draw: int) -> tuple[Integers, Integers]:
-        """(C,) chunks in the order of a draw and (C + 1,) the place in the epoch at which each of them starts."""
+        """((C,) chunks in the order of a draw, (C + 1,) place in the epoch at which each of them starts)."""
         if self._draw is None or self._draw[0] != draw:
             order = _shuffled(len(self.chunk_rows), hash_key("chunks", self.noise.seed, draw))
             self._draw = (draw, order, np.concatenate([[0], np.cumsum(self.chunk_rows[order])]))
@@ -75,7 +76,7 @@ class RowOrder:
 
     def locate(self, index: int) -> tuple[int, int, int]:
         """(chunk, example in the chunk, draw) of row `index`."""
-        rows, chunk, draw, inside = self._here
+        rows, chunk, draw, order_in_chunk = self._current
         if index not in rows:  # the next row is mostly in the same chunk
             epoch, place = divmod(index, self.num_examples)
             draw = epoch % self.noise.draws
@@ -83,9 +84,9 @@ class RowOrder:
             nth = int(np.searchsorted(starts, place, side="right")) - 1
             chunk, first = int(order[nth]), index - place + int(starts[nth])
             rows = range(first, first + int(self.chunk_rows[chunk]))
-            inside = _shuffled(len(rows), hash_key("examples", self.noise.seed, draw, chunk))
-            self._here = rows, chunk, draw, inside
-        return chunk, int(inside[index - rows.start]), draw
+            order_in_chunk = _shuffled(len(rows), hash_key("examples", self.noise.seed, draw, chunk))
+            self._current = rows, chunk, draw, order_in_chunk
+        return chunk, int(order_in_chunk[index - rows.start]), draw
 
 
 def _shuffled(count: int, key: int) -> Integers:

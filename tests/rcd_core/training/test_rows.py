@@ -19,7 +19,7 @@ from rcd_core import UserError, load_model
 from rcd_core.noise import NoiseSettings, hash_key, mask_example, mask_examples, uniforms
 from rcd_core.signals import ReferenceSignals
 from rcd_core.training.data.batches import collate
-from rcd_core.training.data.examples import ChunkReader, Chunks, ExampleSource, Limits
+from rcd_core.training.data.examples import Chunks, ExampleSource, Limits
 from rcd_core.training.data.rows import RowOrder, TrainingRow
 from rcd_core.training.data.signal_cache import SignalSource, noise_record, require_match
 from rcd_core.training.data.signal_format import SCHEMA_VERSION, SignalGroup, encode, parquet_options, schema
@@ -88,7 +88,7 @@ def test_chunks_from_the_manifest_and_from_the_files_are_the_same(files: list[st
     manifest = {"file": [0, 0, 0, 0, 1, 1, 1], "rows": [16, 16, 16, 2, 16, 16, 5]}
     assert Chunks.from_manifest(manifest) == Chunks.of_files(files)
     with pytest.raises(UserError, match=r"b\.parquet: row group 2 has 5 rows, prepare's manifest says 6"):
-        ChunkReader(files, Chunks.from_manifest({**manifest, "rows": [16, 16, 16, 2, 16, 16, 6]})).chunk(6)
+        ExampleSource(files, NOISE, Chunks.from_manifest({**manifest, "rows": [16, 16, 16, 2, 16, 16, 6]}))._chunk(6)
 
 
 def test_a_reader_holds_two_chunks(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +100,7 @@ def test_a_reader_holds_two_chunks(files: list[str], monkeypatch: pytest.MonkeyP
     source = ExampleSource(files, NOISE)
     rows = [source.row(g) for g in range(87)]
     assert len(read) == 7, "read in order, each chunk is read once"
-    assert len(source._reader._held) == 2
+    assert source._chunk.cache_info().currsize == 2
     ids = {r.example_id: r.input_ids.tolist() for r in rows}
     assert ids == {example(i)["example_id"]: example(i)["input_ids"] for i in range(87)}
 
