@@ -1,4 +1,4 @@
-"""ReferenceSignals as an Arrow table and back: one row per position, ragged lists, no padding.
+"""ReferenceSignals as an Arrow table and back: one row per position, ragged lists without padding.
 
 Shapes: N positions, K kept entries at most.
 """
@@ -15,7 +15,7 @@ Columns = tuple[Tensor, Tensor, Tensor, Tensor]  # topk_ids (N, K), topk_logprob
 
 
 def to_table(columns: Columns, temperatures: tuple[float, float]) -> Any:
-    """A pyarrow Table; K and the temperatures (alpha, delta) stand in the schema's metadata."""
+    """A pyarrow Table; K and the temperatures (alpha, delta) are in the schema's metadata."""
     import pyarrow as pa
 
     topk_ids, topk_logprobs, entropy, tail_mass = (c.cpu() for c in columns)
@@ -41,14 +41,20 @@ def to_table(columns: Columns, temperatures: tuple[float, float]) -> Any:
 def from_table(table: Any) -> tuple[Columns, tuple[float, float]]:
     """The columns and temperatures that `to_table` was given."""
     metadata = table.schema.metadata or {}
-    ids, logprobs = (table[name].combine_chunks() for name in ("topk_ids", "topk_logprobs"))
-    lengths = torch.from_numpy(ids.value_lengths().to_numpy(zero_copy_only=False).copy()).long()
+    lists = [table[name].combine_chunks() for name in ("topk_ids", "topk_logprobs")]
+    lengths = torch.from_numpy(lists[0].value_lengths().to_numpy(zero_copy_only=False).copy()).long()
     width = max(int(metadata.get(b"top_k", 0)), int(lengths.max()) if len(lengths) else 0)
-    kept = torch.arange(width) < lengths[:, None]
-    topk_ids = torch.zeros(len(lengths), width, dtype=torch.int32)
-    topk_logprobs = torch.full((len(lengths), width), -math.inf, dtype=torch.float16)
-    topk_ids[kept] = torch.from_numpy(ids.flatten().to_numpy(zero_copy_only=False).copy())
-    topk_logprobs[kept] = torch.from_numpy(logprobs.flatten().to_numpy(zero_copy_only=False).copy())
+    ids, logprobs = (torch.from_numpy(values.flatten().to_numpy(zero_copy_only=False).copy()) for values in lists)
     entropy, tail_mass = (torch.from_numpy(table[name].to_numpy().copy()) for name in ("entropy", "tail_mass"))
     temperatures = (float(metadata.get(b"alpha_temperature", 1.0)), float(metadata.get(b"delta_temperature", 1.0)))
-    return (topk_ids, topk_logprobs, entropy, tail_mass), temperatures
+    return (*pad_entries(ids, logprobs, lengths, width), entropy, tail_mass), temperatures
+
+
+def pad_entries(ids: Tensor, logprobs: Tensor, lengths: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Entries end to end, lengths (N,) of them per position -> topk_ids (N, width) int32 padded with 0, topk_logprobs
+    (N, width) fp16 padded with -inf."""
+    kept = torch.arange(width) < lengths[:, None]
+    topk_ids = torch.zeros(kept.shape, dtype=torch.int32)
+    topk_logprobs = torch.full(kept.shape, -math.inf, dtype=torch.float16)
+    topk_ids[kept], topk_logprobs[kept] = ids, logprobs
+    return topk_ids, topk_logprobs

@@ -229,7 +229,7 @@ def test_repair_computes_only_damaged_shards(made: Recipe, in_process: list[int]
     ctx = context(made)
     assert precompute.repair(ctx) == summary and shards_of(ctx) == whole and in_process == [1, 3]
     assert "shard-00001.parquet is damaged: its sha256 is" in said(ctx)
-    assert "shard-00003.parquet is damaged: it is not there" in said(ctx)
+    assert "shard-00003.parquet is damaged: it is missing" in said(ctx)
 
 
 @pytest.mark.faults("a corrupted shard", "signals")

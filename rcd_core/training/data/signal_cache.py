@@ -1,13 +1,14 @@
-"""The reference-signal cache as a source of training rows.
+"""Training rows from the reference-signal cache, which the stage `signals` writes.
 
-Shards are Parquet files of consecutive rows; the manifest says at which row each begins and what its bytes hash to.
-A reader checks a shard's bytes when it first opens it, and holds two row groups: its memory does not grow with the
-cache. Every worker reads all row groups and takes its own rows out of them; each worker's reading is sequential.
+Shards are Parquet files of consecutive rows; the manifest lists where each begins and its SHA-256. A shard is verified
+when it is first opened. Two row groups are in memory, whatever the size of the cache. Every rank reads all row groups
+in order and takes its own rows from them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,33 +19,38 @@ from rcd_core.noise import NoiseSettings
 from rcd_core.training.data.rows import TrainingRow
 from rcd_core.training.data.signal_format import SCHEMA_VERSION, SignalGroup
 
-_SHARED = "reference and target must share it: name another reference.start, then run full.py --redo signals"
-REMEDIES = {
-    "schema_version": "they were made by another version of this program: run full.py --redo signals",
+_SHARED = "reference and target must share it: choose another reference.start, then run full.py --redo signals"
+_REMEDIES = {
+    "schema_version": "another version of this program wrote them: run full.py --redo signals",
     "family": _SHARED,
     "vocab_size": _SHARED,
     "mask_token_id": _SHARED,
 }
 
 
-def require_match(manifest: Mapping[str, Any], wanted: Mapping[str, Any], whose: str) -> None:
-    """Raises UserError where the signals were made for something else: field, both values, remedy."""
-    for name, value in wanted.items():
-        found = manifest.get(name)
-        if found != value:
-            remedy = REMEDIES.get(name, "restore that setting, or run full.py --redo signals")
-            raise UserError(f"the signals' {name} is {found!r} but {whose} is {value!r}; {remedy}")
+def require_match(manifest: Mapping[str, Any], expected: Mapping[str, Any], owner: str) -> None:
+    """UserError with the field, both values and the remedy if the signals were computed for something else. owner: of
+    the expected values, as "the recipe's"."""
+    for name, value in expected.items():
+        cached = manifest.get(name)
+        if cached != value:
+            remedy = _REMEDIES.get(name, "restore that setting, or run full.py --redo signals")
+            raise UserError(f"the signals' {name} is {cached!r} but {owner} is {value!r}; {remedy}")
 
 
 def noise_record(noise: NoiseSettings) -> dict[str, Any]:
-    """Everything that decides the masks, as the manifest has it."""
+    """Everything that decides the masks, as stored in the manifest."""
     unit = "example" if noise.block_length is None else f"block of {noise.block_length} tokens"
     schedule = f"p = (1 - eps) t + eps, t uniform in [0, 1) per {unit}"
     return {"seed": noise.seed, "draws": noise.draws, "eps": noise.eps, "schedule": schedule}
 
 
 class SignalSource:
-    """manifest: the summary of the stage `signals`; row g is the cache's row g mod its number of rows."""
+    """RowSource over the cache; row g is the cache's row g mod its number of rows.
+
+    manifest: the summary of the stage `signals`. UserError: the manifest is of another schema version, or a shard is
+    missing or damaged.
+    """
 
     def __init__(self, directory: str, manifest: Mapping[str, Any]) -> None:
         require_match(manifest, {"schema_version": SCHEMA_VERSION}, "this program's")
@@ -53,7 +59,7 @@ class SignalSource:
         self._temperatures = (float(manifest["alpha_temperature"]), float(manifest["delta_temperature"]))
         self._verified: set[int] = set()
         self._open: tuple[int, _Shard] | None = None
-        self._groups: dict[tuple[int, int], SignalGroup] = {}
+        self._group = lru_cache(2)(self._read_group)
 
     @property
     def num_rows(self) -> int:
@@ -62,35 +68,37 @@ class SignalSource:
     def row(self, index: int) -> TrainingRow:
         place = index % self.num_rows
         number = int(np.searchsorted(self.offsets, place, side="right")) - 1
-        if self._open is None or self._open[0] != number:
-            if self._open is not None:
-                self._open[1].close()
-            self._open = (number, self._shard(number))
-        shard = self._open[1]
-        group = shard.group_of(place - int(self.offsets[number]))
-        if (number, group) not in self._groups:
-            if len(self._groups) > 1:
-                self._groups.pop(next(iter(self._groups)))
-            self._groups[number, group] = SignalGroup(shard.read(group), self._temperatures)
-        return self._groups[number, group].row(place - int(self.offsets[number] + shard.starts[group]), index)
+        shard, place = self._shard(number), place - int(self.offsets[number])
+        group = int(np.searchsorted(shard.starts, place, side="right")) - 1
+        return self._group(number, group).row(place - int(shard.starts[group]), index)
+
+    def _read_group(self, number: int, group: int) -> SignalGroup:
+        return SignalGroup(self._shard(number).read(group), self._temperatures)
 
     def _shard(self, number: int) -> _Shard:
+        if self._open is not None and self._open[0] == number:
+            return self._open[1]
+        if self._open is not None:
+            self._open[1].close()
+            self._open = None
         path = storage.join(self.directory, self.manifest["shards"][number])
         if number not in self._verified:
             if problem := damage(path, self.manifest["shard_bytes"][number], self.manifest["shard_sha256"][number]):
                 raise _damaged(path, problem)
             self._verified.add(number)
-        return _Shard(path, int(self.offsets[number + 1] - self.offsets[number]))
+        shard = _Shard(path, int(self.offsets[number + 1] - self.offsets[number]))
+        self._open = (number, shard)
+        return shard
 
 
 def damage(path: str, num_bytes: int, sha256: str) -> str:
-    """What is wrong with a shard's file, "" where it is the one that was written."""
+    """How a shard differs from the one that was written; "" if it does not."""
     try:
-        found = storage.size(path)
+        size = storage.size(path)
     except FileNotFoundError:
-        return "it is not there"
-    if found != num_bytes:
-        return f"it has {found} bytes, {num_bytes} were written"
+        return "it is missing"
+    if size != num_bytes:
+        return f"it has {size} bytes, {num_bytes} were written"
     digest = storage.sha256(path)
     return "" if digest == sha256 else f"its sha256 is {digest[:12]}..., {sha256[:12]}... was written"
 
@@ -100,7 +108,7 @@ def _damaged(path: str, problem: object) -> UserError:
 
 
 class _Shard:
-    """One open Parquet file and where its row groups begin."""
+    """An open Parquet file. starts: the first row of each row group, and the number of rows."""
 
     def __init__(self, path: str, num_rows: int) -> None:
         import pyarrow.parquet as pq
@@ -116,9 +124,6 @@ class _Shard:
         self.starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         if self.starts[-1] != num_rows:
             raise _damaged(path, f"it has {self.starts[-1]} rows, the manifest says {num_rows}")
-
-    def group_of(self, place: int) -> int:
-        return int(np.searchsorted(self.starts, place, side="right")) - 1
 
     def read(self, group: int) -> Any:
         try:

@@ -1,16 +1,14 @@
-"""Training rows with their signals as Arrow tables: the content of one row group of a signal shard.
+"""The content of a signal shard: training rows with their signals as Arrow tables, one table per row group.
 
-One Arrow row is one training row. Lists run over its tokens (input_ids, labels, and p_mask where it is not the same for
-all: then one number), over its masked positions
-(masked_positions, entropy, tail_mass) or over their kept entries (topk_ids, topk_logprobs), position by position.
-Where k is adaptive, num_kept says how many entries each position has; otherwise all have equally many.
+One Arrow row is one training row. Its lists run over its tokens (input_ids, labels, p_mask), its masked positions
+(masked_positions, entropy, tail_mass) or the kept entries of these positions (topk_ids, topk_logprobs). p_mask has one
+number if it is the same for all tokens. num_kept, entries per position, exists only where k is adaptive.
 
-Shapes: R rows, N masked positions, K kept entries.
+Shapes: R rows, N masked positions of all rows, K kept entries.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rcd_core.noise import count_set
+from rcd_core.signal_arrow import pad_entries
 from rcd_core.signals import ReferenceSignals
 from rcd_core.training.data.examples import FlatLists
 from rcd_core.training.data.rows import TrainingRow
@@ -30,7 +30,7 @@ _FLOATS = ("p_mask", "topk_logprobs", "entropy", "tail_mass")
 
 
 def schema(adaptive: bool) -> Any:
-    """The explicit Arrow schema, plain lists only."""
+    """The Arrow schema. adaptive: with num_kept."""
     import pyarrow as pa
 
     ids = pa.list_(pa.int32())
@@ -39,7 +39,7 @@ def schema(adaptive: bool) -> Any:
             "example_id": pa.string(),
             "draw": pa.int32(),
             "p_mask": pa.list_(pa.float32()),
-            "reason": pa.string(),  # why the row cannot be trained on; such a row has empty lists
+            "reason": pa.string(),  # why the row was rejected; then its lists are empty
             "input_ids": ids,
             "labels": ids,
             "masked_positions": ids,
@@ -53,11 +53,11 @@ def schema(adaptive: bool) -> Any:
 
 
 def parquet_options(adaptive: bool) -> dict[str, Any]:
-    """How the columns are packed; the keywords of pyarrow.parquet.ParquetWriter.
+    """Keywords of pyarrow.parquet.ParquetWriter.
 
-    zstd finds little in floats as they are and more in their bytes sorted by place; ids repeat, so a dictionary packs
-    them. On the demo's signals (271 ids, k = 8): 2.1 bytes per kept entry and 10.7 for the rest per masked token,
-    against 2.4 and 14.5 with the writer's defaults.
+    Ids repeat, so a dictionary packs them; floats compress better with their bytes split by significance. On the demo's
+    signals (271 ids, k = 8) a kept entry takes 2.1 bytes (2.4 with the writer's defaults) and the rest of a masked
+    token 10.7 (14.5).
     """
     lists = [*_INTEGERS, "num_kept"] if adaptive else [*_INTEGERS]
     return {
@@ -68,19 +68,18 @@ def parquet_options(adaptive: bool) -> dict[str, Any]:
 
 
 def encode(rows: Sequence[TrainingRow], signals: ReferenceSignals, adaptive: bool) -> Any:
-    """Rows, and the signals of all their masked positions one after another, as a table of `schema(adaptive)`."""
+    """R rows and the signals (N, K) of all their masked positions -> a table of `schema(adaptive)`."""
     import pyarrow as pa
 
     lengths = np.array([len(r.input_ids) for r in rows], dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    places = np.flatnonzero(np.concatenate([r.masked for r in rows]))  # of masked positions, all rows end to end
-    counts = np.diff(np.searchsorted(places, starts))
+    positions = np.flatnonzero(np.concatenate([r.masked for r in rows]))  # of the rows end to end
+    counts = np.diff(np.searchsorted(positions, starts))
     ids, logprobs = signals.topk_ids.numpy(), signals.topk_logprobs.numpy()
     if adaptive:
         kept = np.isfinite(logprobs)
         flat_ids, flat_logprobs, num_kept = ids[kept], logprobs[kept], kept.sum(1, dtype=np.int16)
-        upto = np.concatenate([[0], np.cumsum(num_kept, dtype=np.int64)])
-        entries = np.diff(upto[np.concatenate([[0], np.cumsum(counts)])])
+        entries = count_set(kept.ravel(), np.concatenate([[0], np.cumsum(counts)]) * kept.shape[1])
     else:
         flat_ids, flat_logprobs, entries, num_kept = ids.ravel(), logprobs.ravel(), counts * ids.shape[1], None
     p = [r.p[:1] if (r.p == r.p[:1]).all() else r.p for r in rows]
@@ -97,7 +96,7 @@ def encode(rows: Sequence[TrainingRow], signals: ReferenceSignals, adaptive: boo
         "reason": pa.array([r.reason for r in rows], pa.string()),
         "input_ids": lists("input_ids", np.concatenate([r.input_ids for r in rows]), lengths),
         "labels": lists("labels", np.concatenate([r.labels for r in rows]), lengths),
-        "masked_positions": lists("masked_positions", places - np.repeat(starts[:-1], counts), counts),
+        "masked_positions": lists("masked_positions", positions - np.repeat(starts[:-1], counts), counts),
         "topk_ids": lists("topk_ids", flat_ids, entries),
         "topk_logprobs": lists("topk_logprobs", flat_logprobs, entries),
         "entropy": lists("entropy", signals.entropy.numpy(), counts),
@@ -119,7 +118,7 @@ class SignalGroup:
         self._lists = {name: FlatLists(table[name]) for name in names}
 
     def row(self, place: int, index: int) -> TrainingRow:
-        """Row `place` of the group, as row `index` of the run."""
+        """Row `place` of the group, to be row `index` of the run."""
         example_id, draw, reason = (self._plain[n][place].as_py() for n in _PLAIN)
         signals = self._signals(place)
         if reason:
@@ -132,17 +131,13 @@ class SignalGroup:
         return TrainingRow(index, example_id, draw, *ids, masked, p, signals, reason)
 
     def _signals(self, place: int) -> ReferenceSignals:
-        # Copies: a batch is made of them while the group they come from may already be gone.
+        # Copied because a prefetched batch may outlive the group.
         names = ("topk_ids", "topk_logprobs", "entropy", "tail_mass")
         ids, logprobs, entropy, tail = (torch.from_numpy(self._lists[n][place].copy()) for n in names)
         if "num_kept" in self._lists:
             num_kept = torch.from_numpy(self._lists["num_kept"][place].astype(np.int64))
-            width = int(num_kept.max()) if len(num_kept) else 1
-            kept = torch.arange(width) < num_kept[:, None]
-            all_ids = torch.zeros(kept.shape, dtype=ids.dtype)
-            all_logprobs = torch.full(kept.shape, -math.inf, dtype=logprobs.dtype)
-            all_ids[kept], all_logprobs[kept] = ids, logprobs
+            ids, logprobs = pad_entries(ids, logprobs, num_kept, int(num_kept.max()) if len(num_kept) else 1)
         else:
-            width = len(ids) // max(1, len(entropy))
-            all_ids, all_logprobs = ids.reshape(len(entropy), width), logprobs.reshape(len(entropy), width)
-        return ReferenceSignals(all_ids, all_logprobs, entropy, tail, *self.temperatures)
+            shape = (len(entropy), len(ids) // max(1, len(entropy)))
+            ids, logprobs = ids.reshape(shape), logprobs.reshape(shape)
+        return ReferenceSignals(ids, logprobs, entropy, tail, *self.temperatures)
