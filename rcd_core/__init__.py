@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from rcd_core.decode_settings import DecodeSettings
     from rcd_core.decoding.decoder import Decoder
     from rcd_core.decoding.engine import Engine
+    from rcd_core.decoding.generation import Generation
     from rcd_core.decoding.reference import LocalReference, Reference, WarmStart
-    from rcd_core.decoding.sequence import Generation
     from rcd_core.errors import UserError
     from rcd_core.families.base import DiffusionModel
     from rcd_core.families.config import ModelConfig
@@ -23,7 +23,7 @@ _HOMES = {
     "rcd_core.decoding.decoder": ("Decoder",),
     "rcd_core.decoding.engine": ("Engine",),
     "rcd_core.decoding.reference": ("LocalReference", "Reference", "WarmStart"),
-    "rcd_core.decoding.sequence": ("Generation",),
+    "rcd_core.decoding.generation": ("Generation",),
     "rcd_core.decode_settings": ("DecodeSettings",),
     "rcd_core.errors": ("UserError",),
     "rcd_core.families.base": ("DiffusionModel",),

@@ -31,19 +31,21 @@ BLOCK_RULES = ("uniform", "ramp")  # depend on more than the position's own pred
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeSettings:
-    """How one request is decoded. None means: the checkpoint's value, else the family's default.
+    """How one request is decoded. None means the checkpoint's value, else the family's default.
 
-    denoising_steps: passes a block is planned for (None = block_length); fixes the smallest commit per pass.
-    confidence_threshold: commit every masked token above it (low_confidence_dynamic), at least the planned number.
-    entropy_bound: nats; entropy_bounded commits the most certain tokens whose entropies sum to less.
-    policy "random" is LLaDA's random remasking: the planned number of masked tokens, drawn by the seed.
-    filtered_confidence: confidence after top-k and top-p, as SDAR's generate.py has it; False is before both.
-    logits_eos_inf: never predict an end of sequence; confidence_eos_eot_inf: commit ends of sequence or turn last (both
-    LLaDA's, semantics.md 2.2).
-    residual: feed discarded distributions back (RCD, Eq. 2); False is plain block decoding.
-    start: the first residual of a block (method.md 6). residual_temperature: T_res (None: the checkpoint's, else 1), on
-    alpha only, unless delta_temperature is "residual". residual_top_k: sparse delta with mean tail; None is dense.
-    compat_passes: True makes exactly the passes the authors' code makes (a separate store pass per block).
+    denoising_steps: planned passes per block (None = block_length), which sets the smallest number of commits per pass.
+    policy: which masked tokens a pass commits (decoding/policies.py). confidence_threshold: low_confidence_dynamic
+    commits every masked token above it, but at least the planned number. entropy_bound: nats; entropy_bounded commits
+    the most certain tokens whose entropies sum to less.
+    filtered_confidence: confidence after top-k and top-p, as in SDAR's generate.py, instead of before both.
+    cfg_scale, logits_eos_inf (never predict EOS), confidence_eos_eot_inf (commit EOS and end of turn last): LLaDA's.
+    residual: feed discarded distributions back (RCD, Eq. 2); False is plain block decoding. residual_source
+    "reference": the reference predicts every residual (the paper's Fig. 5), not only a block's first one.
+    start: the first residual of a block: of the reference, none, of a pass of its own, or of a random distribution.
+    residual_temperature: T_res, applied to alpha, and to delta only if delta_temperature is "residual".
+    residual_top_k: delta from the k largest entries with the tail's mass on the mean; None uses all.
+    residual_scope "all_masked": also of masks beyond the block (LLaDA).
+    compat_passes: for exact comparison with the authors' code, makes the same passes (decoding/compat.py).
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -93,7 +95,7 @@ class DecodeSettings:
         for name in ("entropy_bound", "residual_temperature", "alpha_scale"):
             self._require(name, lambda v: 0.0 < v < float("inf"), "a finite number above 0")
         if self.filtered_confidence and not self.temperature:
-            raise UserError("filtered_confidence is true but temperature is 0, where nothing is drawn; set temperature")
+            raise UserError("filtered_confidence is true but temperature is 0, which draws nothing; set temperature")
         if self.policy == "entropy_bounded" and self.entropy_bound is None:
             raise UserError("policy is 'entropy_bounded' but entropy_bound is not set; give nats, for example 0.35")
 
@@ -102,9 +104,35 @@ class DecodeSettings:
         if value not in allowed:
             raise UserError(f"{name} is {value!r}; allowed: {', '.join(str(a) for a in allowed)}")
 
-    def _require(self, name: str, holds: Any, wanted: str) -> None:
+    def _require(self, name: str, is_valid: Any, requirement: str) -> None:
         value = getattr(self, name)
         if value is None and name not in ("max_new_tokens", "confidence_threshold"):
             return
-        if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
-            raise UserError(f"{name} is {value!r}; it must be {wanted}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not is_valid(value):
+            raise UserError(f"{name} is {value!r}; it must be {requirement}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedSettings(DecodeSettings):
+    """DecodeSettings with every default filled in (decoding/request.py: resolve_settings)."""
+
+    block_length: int
+    denoising_steps: int
+    seed: int
+    stop_token_ids: tuple[int, ...]
+    cache: CacheMode
+    start: Start
+    residual_temperature: float
+    alpha: AlphaRule
+
+    @property
+    def temperatures(self) -> dict[str, float]:
+        """Algorithm 2, lines 23-25: T_res applies to alpha, and to delta only if delta_temperature is "residual"."""
+        t = self.residual_temperature
+        return {"alpha_temperature": t, "delta_temperature": t if self.delta_temperature == "residual" else 1.0}
+
+    @property
+    def is_greedy(self) -> bool:
+        """The most probable token with its probability in the whole prediction; nothing else changes the logits."""
+        changed = self.temperature or self.logits_eos_inf or self.confidence_eos_eot_inf or self.cfg_scale
+        return not changed

@@ -82,7 +82,7 @@ def canvas_text(sequence: Sequence, decode: Decode, *, coloured: bool, most: int
     def kind(position: int) -> Style | None:
         if masked[position]:
             return None
-        return COMMITTED if sequence.wanted[position] else GIVEN
+        return COMMITTED if sequence.initially_masked[position] else GIVEN
 
     for style, run in groupby(range(first, end), kind):
         positions = list(run)
@@ -123,7 +123,7 @@ def _shade(uncertainty: float) -> Style:
 
 def _counters(sequence: Sequence) -> Text:
     passes = sequence.forwards.denoise
-    filled = int((sequence.wanted & (sequence.canvas != sequence.model.mask_token_id)).sum())
+    filled = int((sequence.initially_masked & (sequence.canvas != sequence.model.mask_token_id)).sum())
     parts = [
         f"block {sequence.block_index + 1}/{len(sequence.blocks)}",
         f"step {sequence.step}",

@@ -146,7 +146,7 @@ class DecodeActor:
         ]
         begun = time.perf_counter()
         inputs = [example["prompt_ids"] for example in examples]
-        for i, output in decoder.finished(inputs, settings, infill=self.task.infill):
+        for i, output in decoder.as_completed(inputs, settings, infill=self.task.infill):
             seconds = time.perf_counter() - begun
             example, passes = examples[i], output.num_forwards
             if self.task.infill:

@@ -91,7 +91,7 @@ class RcdLM(LM):
             settings.append(replace(wanted, seed=_seed(self.seed, context, seen[context])))
             seen[context] += 1  # a task may ask several times for answers to one prompt
         texts = [""] * len(asked)
-        finished = self.decoder.finished(prompts, settings, infill=False)
+        finished = self.decoder.as_completed(prompts, settings, infill=False)
         for i, output in tqdm(finished, total=len(asked), disable=disable_tqdm, desc="rcd"):
             texts[i] = _cut(self.generator.decode(output.token_ids, special=False), _until(asked[i][1]))
             self.cache_hook.add_partial("generate_until", asked[i], texts[i])

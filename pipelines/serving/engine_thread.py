@@ -73,7 +73,7 @@ class _Client:
         if now == self._seen:
             return None
         self._seen = now
-        return _News(list(self._progress.news()), vars(s.forwards).copy())
+        return _News(list(self._progress.new_events()), vars(s.forwards).copy())
 
 
 _Letters = list[tuple[_Client, _News | EngineFailed]]

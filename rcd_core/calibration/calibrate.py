@@ -208,7 +208,7 @@ class _Loop:
         own = torch.cat([self._alpha(DenseSignals(self.target.head(h).float(), self._temperature)) for h in tiles])
         real = own
         if self.reference is not None:
-            asked = seen.questions(left, top_k=1, alpha_temperature=self.rule.alpha_temperature)
+            asked = seen.reference_requests(left, top_k=1, alpha_temperature=self.rule.alpha_temperature)
             real = torch.cat([self._alpha(signals) for signals in self.reference.signals(asked)])
         self._seen.append((own, real, seen.masked_share[left]))
 

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from rcd_core.alpha import entropy, position_rule
 from rcd_core.calibration.distance import NUM_SHARES, share_bins
-from rcd_core.decoding.feedback import temperatures
 from rcd_core.decoding.observer import Observed
 from rcd_core.decoding.reference import LocalReference
 from rcd_core.decoding.sequence import Sequence
@@ -45,7 +44,7 @@ class Discarded:
         of = ~seen.committed
         rows = seen.hidden[torch.from_numpy(of).to(seen.hidden.device)]
         if len(rows):
-            r = seen.reached
+            r = seen.masked
             self._seen.append((r.sequences, r.owner[of], r.positions[of], seen.masked_share[of], self._top(rows)))
 
     def _top(self, hidden: Tensor) -> NDArray[np.int32]:
@@ -88,19 +87,21 @@ class Agreement:
 
     def __call__(self, seen: Observed) -> None:
         logp = torch.log_softmax(self.target.head(seen.hidden).float(), -1)
-        shares, ends = seen.masked_share, seen.reached.ends.tolist()
+        shares, ends = seen.masked_share, seen.masked.ends.tolist()
         last: dict[int, tuple[NDArray[np.int64], Tensor]] = {}
-        for s, start, end in zip(seen.reached.sequences, [0, *ends[:-1]], ends, strict=True):
-            positions = seen.reached.positions[start:end]
+        for s, start, end in zip(seen.masked.sequences, [0, *ends[:-1]], ends, strict=True):
+            positions = seen.masked.positions[start:end]
             self._compare_with_last(s, positions, logp[start:end], shares[start:end])
             left = np.flatnonzero(~seen.committed[start:end])
             last[id(s)] = (positions[left], logp[start:end][torch.from_numpy(left).to(logp.device)])
         self._last = last
         of = ~seen.committed
         if self.reference is not None and of.any():
-            answers = [a.logits for a in self.reference.signals(seen.questions(of)) if isinstance(a, DenseSignals)]
+            answers = [
+                a.logits for a in self.reference.signals(seen.reference_requests(of)) if isinstance(a, DenseSignals)
+            ]
             own = logp[torch.from_numpy(of).to(logp.device)]
-            self._compare(torch.cat(answers).to(own.device), own, shares[of], seen.reached.sequences[0])
+            self._compare(torch.cat(answers).to(own.device), own, shares[of], seen.masked.sequences[0])
 
     def _compare_with_last(
         self, s: Sequence, positions: NDArray[np.int64], logp: Tensor, shares: NDArray[np.float64]
@@ -116,7 +117,7 @@ class Agreement:
 
     def _compare(self, real: Tensor, own: Tensor, shares: NDArray[np.float64], s: Sequence) -> None:
         rule, scale = position_rule(s.settings), s.settings.alpha_scale
-        t_res = temperatures(s.settings)["alpha_temperature"]
+        t_res = s.settings.residual_temperature
 
         def alpha(logits: Tensor, temperature: float) -> NDArray[Any]:
             signals = DenseSignals(logits, temperature)

@@ -1,12 +1,12 @@
-"""Key/value cache in slots, one per running request, written in place; and what old slots still hold for new prompts.
+"""Key/value cache in slots, one per running request, and reuse of prefixes that old slots still hold.
 
-A block's keys and values are written at their own positions in every pass and overwritten by the next, so there is
-nothing to crop. Slots rather than pages: the rows of a pass are then one view of the cache with static shapes, which
-attention reads without a gather; pages save memory only where lengths differ widely, and need kernels of their own.
-Positions come before heads, as flash-attn's cache kernel wants them, and as one pass's tokens are written in one copy.
+Every pass writes the block's keys and values at their own positions, over those of the pass before, so nothing has to
+be cropped. Slots instead of pages: the rows of a pass are one view of the cache with static shapes, which attention
+reads without a gather. Pages save memory only if lengths differ widely, and need their own kernels.
+Positions come before heads, as flash-attn's cache kernel expects, and so that one copy writes the tokens of a pass.
 
-Shapes: S slots, T positions (one more is the bin for padding), R rows of a pass, Q queries, K keys, G key/value heads,
-d head width.
+Shapes: S slots, T positions of a slot (and one more for padding), R rows of a pass, Q queries, K keys, G key/value
+heads, d head width.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Ids = NDArray[np.int64]
 
 
 def bytes_per_position(model: DiffusionModel) -> int:
-    """Bytes of keys and values of one position in all layers: what `max_batch` x `max_length` of an engine costs."""
+    """Bytes of keys and values of one position in all layers. An engine holds max_batch x max_length positions."""
     c = model.config
     return 2 * int(c.num_hidden_layers * c.num_key_value_heads * c.head_dim) * model.dtype.itemsize
 
@@ -37,38 +37,37 @@ class SlotCache:
         self.values = [torch.zeros_like(k) for k in self.keys]
 
     def copy(self, source: int, destination: int, length: int) -> None:
-        """Positions [0, length) of one slot into another."""
+        """Copy positions [0, length) of one slot to another."""
         for tensor in (*self.keys, *self.values):
             tensor[destination, :length] = tensor[source, :length]
 
 
 class CacheView:
-    """What transformer layers see as `past_key_values` during one pass.
+    """The `past_key_values` of transformer layers during one pass.
 
-    written (R Q,): where the tokens' keys and values go, slot x (T + 1) + position. slots: those of the rows, a slice
-    of neighbours (read as a view), (R,) numbers (copied together), or None where attention finds its slots in the whole
-    pool itself. num_keys: positions read of each.
+    index (R Q,): slot x (T + 1) + position, where the tokens' keys and values are written. slots: of the rows, as a
+    slice (read as a view), (R,) numbers (gathered), or None if attention finds them in the whole pool itself.
+    num_keys: positions to read of each slot.
     """
 
-    def __init__(self, cache: SlotCache, written: Tensor, slots: slice | Tensor | None, num_keys: int) -> None:
-        self.cache, self.written, self.slots, self.num_keys = cache, written, slots, num_keys
+    def __init__(self, cache: SlotCache, index: Tensor, slots: slice | Tensor | None, num_keys: int) -> None:
+        self.cache, self.index, self.slots, self.num_keys = cache, index, slots, num_keys
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """(R, G, Q, d) each -> all keys and values that the rows may see, (R, G, K, d); or the pools, (S, G, T + 1,
-        d)."""
-        found = []
+        """(R, G, Q, d) each -> keys and values that the rows may see, (R, G, K, d), or the pools, (S, G, T + 1, d)."""
+        visible = []
         for new, pool in ((key, self.cache.keys[layer_idx]), (value, self.cache.values[layer_idx])):
-            tokens = new.transpose(1, 2).reshape(len(self.written), -1)
-            pool.view(-1, tokens.shape[1]).index_copy_(0, self.written, tokens)
+            tokens = new.transpose(1, 2).reshape(len(self.index), -1)
+            pool.view(-1, tokens.shape[1]).index_copy_(0, self.index, tokens)
             read = pool if self.slots is None else pool[self.slots][:, : self.num_keys]
-            found.append(read.transpose(1, 2))
-        return found[0], found[1]
+            visible.append(read.transpose(1, 2))
+        return visible[0], visible[1]
 
 
 @dataclass
-class Held:
-    """A slot has the exact keys and values of ids[0:stored], computed in blocks of block_length (part of the key:
-    another block length is another attention layout)."""
+class CachedPrefix:
+    """A slot holds the exact keys and values of ids[:stored]. block_length is part of the key, because another block
+    length is another attention layout."""
 
     block_length: int
     ids: Ids
@@ -76,28 +75,28 @@ class Held:
 
 
 class Slots:
-    """Who has which slot. A released slot keeps what it holds until it is needed; the longest unused goes first."""
+    """Allocation of slots. A released slot keeps its prefix until it is taken again, least recently used first."""
 
     def __init__(self, num_slots: int) -> None:
         self.free = list(range(num_slots))  # in order of release
-        self.held: dict[int, Held] = {}
+        self.prefixes: dict[int, CachedPrefix] = {}
 
-    def take(self, ids: Ids, block_length: int, num_wanted: int) -> tuple[int, int, int]:
-        """A slot for a request with these ids -> (slot, source, reused): [0, reused) of slot `source` are already those
-        of ids[0:num_wanted], whole blocks only; source may be the slot itself. reused 0: nothing to copy."""
+    def take(self, ids: Ids, block_length: int, num_shared: int) -> tuple[int, int, int]:
+        """Take a slot for a request with these ids -> (slot, source, reused): slot `source`, which may be the same,
+        already holds ids[:reused], whole blocks of ids[:num_shared]. reused 0: nothing to copy."""
         source, reused = -1, 0
-        for slot, held in self.held.items() if num_wanted else ():
-            if held.block_length == block_length:
-                length = min(held.stored, num_wanted)
-                other = np.flatnonzero(held.ids[:length] != ids[:length])
-                length = int(other[0]) if len(other) else length
+        for slot, prefix in self.prefixes.items() if num_shared else ():
+            if prefix.block_length == block_length:
+                length = min(prefix.stored, num_shared)
+                different = np.flatnonzero(prefix.ids[:length] != ids[:length])
+                length = int(different[0]) if len(different) else length
                 length -= length % block_length
-                # Where two hold as much, the free one: it needs no copy.
+                # A free slot wins a tie, because it needs no copy.
                 if length > reused or (length == reused > 0 and slot in self.free):
                     source, reused = slot, length
         slot = source if source in self.free else self.free[0]
         self.free.remove(slot)
-        self.held[slot] = Held(block_length, ids, reused)
+        self.prefixes[slot] = CachedPrefix(block_length, ids, reused)
         return slot, source, reused
 
     def release(self, slot: int) -> None:

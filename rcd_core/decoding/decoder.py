@@ -1,4 +1,4 @@
-"""Decoder: prompts or canvases in, generations out. The batch form of the engine, for evaluation and scripts."""
+"""Decoder: prompts or canvases in, generations out. A batch interface to the engine, for evaluation and scripts."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from collections.abc import Sequence as Many
 
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.decoding.engine import Engine
+from rcd_core.decoding.generation import Generation
 from rcd_core.decoding.memory import fit_batch
 from rcd_core.decoding.observer import Observer
 from rcd_core.decoding.reference import LocalReference, Reference
 from rcd_core.decoding.request import make_sequence, uncalibrated
-from rcd_core.decoding.sequence import Generation, Sequence
+from rcd_core.decoding.sequence import Sequence
 from rcd_core.decoding.stream import Event, stream
 from rcd_core.families.base import DiffusionModel
 
 
 class Decoder:
-    """Decodes prompts or fills canvases with a target and, for warm starts, a reference (model or remote).
+    """Decodes prompts or fills canvases with a target and, for warm starts, a reference (a model or a remote one).
 
-    max_batch: requests under way at once, fewer where the memory does not suffice. observer: is shown each step.
+    max_batch: most requests at once; fewer if memory is short. observer: called after every denoising step.
     """
 
     def __init__(
@@ -39,30 +40,31 @@ class Decoder:
     def generate(
         self, prompts: Many[Many[int]], settings: DecodeSettings | Many[DecodeSettings] | None = None
     ) -> list[Generation]:
-        """Continue each prompt (token ids). One DecodeSettings for all, or one per prompt."""
+        """Continue each prompt (token ids). settings: one for all prompts, or one per prompt. Raises UserError for a
+        request that the model does not support."""
         return self._decode(prompts, settings, infill=False)
 
     def infill(
         self, canvases: Many[Many[int]], settings: DecodeSettings | Many[DecodeSettings] | None = None
     ) -> list[Generation]:
-        """Replace every mask token of each canvas, wherever it stands, and change nothing else."""
+        """Fill every mask token of each canvas (token ids), wherever it stands, and change nothing else."""
         return self._decode(canvases, settings, infill=True)
 
     def stream(
         self, prompts: Many[Many[int]], settings: DecodeSettings | Many[DecodeSettings] | None = None
     ) -> Iterator[Event]:
-        """`generate` told as it goes: BlockDone with final tokens, PassDone where settings.trace, Finished."""
+        """Like `generate`, but yields events: BlockDone with final tokens, PassDone if settings.trace, Finished."""
         sequences = self._sequences(prompts, settings, infill=False)
         return stream(self._engine(sequences), sequences)
 
     def check(self, ids: Many[int], settings: DecodeSettings, *, infill: bool = False) -> Sequence:
-        """The request as the engine would take it; raises UserError for one it would refuse."""
+        """Lay out one request as the engine does. Raises UserError for a request that it would refuse."""
         return make_sequence(self.model, list(ids), settings, infill=infill, has_reference=self.reference is not None)
 
-    def finished(
+    def as_completed(
         self, inputs: Many[Many[int]], settings: DecodeSettings | Many[DecodeSettings] | None = None, *, infill: bool
     ) -> Iterator[tuple[int, Generation]]:
-        """`generate` or `infill`, each answer as soon as it is whole, with its index among the inputs."""
+        """Like `generate` or `infill`, but yields (index of the input, generation) in the order of completion."""
         sequences = self._sequences(inputs, settings, infill=infill)
         if not sequences:
             return
@@ -76,8 +78,8 @@ class Decoder:
     def _decode(
         self, inputs: Many[Many[int]], settings: DecodeSettings | Many[DecodeSettings] | None, *, infill: bool
     ) -> list[Generation]:
-        found = dict(self.finished(inputs, settings, infill=infill))
-        return [found[i] for i in range(len(found))]
+        results = dict(self.as_completed(inputs, settings, infill=infill))
+        return [results[i] for i in range(len(results))]
 
     def _sequences(
         self, inputs: Many[Many[int]], settings: DecodeSettings | Many[DecodeSettings] | None, *, infill: bool
@@ -85,7 +87,7 @@ class Decoder:
         if settings is None or isinstance(settings, DecodeSettings):
             settings = [settings or DecodeSettings()] * len(inputs)
         if message := next(filter(None, (uncalibrated(s, self.model) for s in settings)), None):
-            warnings.warn(message, stacklevel=4)  # Python says it once
+            warnings.warn(message, stacklevel=4)  # Python shows it once
         return [self.check(ids, s, infill=infill) for ids, s in zip(inputs, settings, strict=True)]
 
     def _engine(self, sequences: list[Sequence]) -> Engine:

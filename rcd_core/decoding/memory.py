@@ -1,4 +1,4 @@
-"""What an engine needs beside the weights, known before any of it is taken: so that the first full batch cannot fail.
+"""Estimates KV cache, residual state and peak transient memory, so that the largest batch can be chosen up front.
 
 Shapes: S slots, T positions of a slot, V vocabulary, D width.
 """
@@ -11,18 +11,18 @@ from pathlib import Path
 import torch
 
 from rcd_core.decoding.cache import bytes_per_position
-from rcd_core.decoding.forward import MAX_PASS_TOKENS
-from rcd_core.decoding.prediction import TILE_BYTES
+from rcd_core.decoding.model_runner import MAX_PASS_TOKENS
+from rcd_core.decoding.sampler import TILE_BYTES
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
 
-_TILES = 10  # tiles of logits alive at once where tokens are drawn (sorting, running sums in fp64); 4 without
+_TILES = 10  # tiles of logits alive at once when tokens are drawn (sorting, running sums in fp64); 4 when greedy
 _SHARE = {"cuda": 0.9, "cpu": 0.5}  # of the free memory
 
 
 @dataclass(frozen=True)
 class EngineMemory:
-    """Bytes. cache: keys and values of all slots; state: their residuals; transient: the most a pass holds besides."""
+    """Bytes. cache: keys and values of all slots. state: their residuals. transient: the peak of a pass beyond both."""
 
     cache: int
     state: int
@@ -34,14 +34,14 @@ class EngineMemory:
 
 
 def engine_memory(model: DiffusionModel, max_batch: int, max_length: int, block_length: int) -> EngineMemory:
-    """Of an engine with max_batch slots of max_length positions, for blocks of up to block_length tokens."""
+    """Memory of an engine with max_batch slots of max_length positions, for blocks of up to block_length tokens."""
     c, item = model.config, model.dtype.itemsize
     heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
     cache = max_batch * (max_length + 1) * bytes_per_position(model)
     state = (max_batch * block_length + 2) * (c.hidden_size * item + 4)
     tokens = max(min(MAX_PASS_TOKENS, max_batch * max_length), max_length)
-    # One layer's activations, norms in fp32; the mask of a pass and what it is made of; the copy of one layer's keys
-    # and values that passes over scattered slots read from; residuals in and out.
+    # One layer's activations with norms in fp32, the mask of a pass, the gathered keys and values of one layer if the
+    # slots are scattered, and residuals in and out.
     layer = tokens * (item * (6 * c.hidden_size + 3 * c.intermediate_size + 4 * heads) + 8 * c.hidden_size)
     mask = min(max_batch, -(-tokens // block_length)) * 2 * block_length * max_length * (2 * item + 4)
     scattered = cache // c.num_hidden_layers
@@ -54,29 +54,29 @@ def fit_batch(
     model: DiffusionModel,
     max_length: int,
     block_length: int,
-    wanted: int,
+    max_batch: int,
     free: int | None = None,
     part: float = 1.0,
 ) -> int:
-    """How many requests fit at once, at most `wanted`. free: bytes, by default a share of what the device has left.
-    part: of the device, if others have theirs and have not yet taken it. UserError if not even one does."""
+    """How many requests fit at once, at most max_batch. free: bytes, by default a share of the device's free memory.
+    part: share of the device, if other processes will use the rest. Raises UserError if not even one fits."""
     if free is None:
         available = available_bytes(model.device, part)
         if available is None:
-            return wanted
+            return max_batch
         free = int(available * _SHARE.get(model.device.type, 0.5))
-    for count in range(wanted, 0, -1):
+    for count in range(max_batch, 0, -1):
         needed = engine_memory(model, count, max_length, block_length).total
         if needed <= free:
             return count
     raise UserError(
-        f"a request of {max_length} positions needs {needed / 2**30:.2f} GiB beside the weights and "
-        f"{free / 2**30:.2f} GiB are to be had; lower max_new_tokens or give a shorter prompt"
+        f"a request of {max_length} positions needs {needed / 2**30:.2f} GiB in addition to the weights and "
+        f"{free / 2**30:.2f} GiB are available; lower max_new_tokens or shorten the prompt"
     )
 
 
 def available_bytes(device: torch.device, part: float = 1.0) -> int | None:
-    """Memory of a device that can still be had; None where nobody says. part: of a GPU, that is this process's."""
+    """Free memory of a device in bytes; None if unknown. part: share of a GPU that belongs to this process."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return min(free, int(part * total) - torch.cuda.memory_reserved(device))

@@ -1,10 +1,10 @@
-"""What an engine shows to whoever looks on: the predictions of each step, before anything is committed.
+"""Observers of decoding: they see the predictions of every denoising step before anything is committed.
 
-    decoder = Decoder(model, observer=lambda seen: alphas.append(seen.alpha))
+    decoder = Decoder(model, observer=lambda step: alphas.append(step.alpha))
 
-An observer changes no token; without one nothing of this is computed.
+An observer changes no token. Without one, nothing extra is computed.
 
-Shapes: N masked positions that a step predicts, D width, b block length.
+Shapes: N masked positions that a step predicts, D width.
 """
 
 from __future__ import annotations
@@ -16,54 +16,46 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rcd_core.decoding.prediction import Reached
 from rcd_core.decoding.reference import WarmStart
-from rcd_core.decoding.sequence import Sequence
+from rcd_core.decoding.sequence import MaskedPositions, Sequence
 
 
 @dataclass(frozen=True)
 class Observed:
-    """One step. reached: whose masked positions were predicted; their canvases are still as the pass saw them.
+    """One step. masked: the predicted positions; the canvases of their requests are still as the pass saw them.
 
-    hidden (N, D): final hidden states, of which the model's head makes the logits (before guidance).
-    alpha (N,): the weights of the residuals in the pass's input, 0 where there was none. fed (N,): whether the
-    request had residuals at all. committed (N,): which predictions become tokens; the others are discarded.
+    hidden (N, D): final hidden states, before guidance; the model's head makes the logits of them.
+    alpha (N,): weights of the residuals in the pass's input, 0 where there was none. has_residual (N,): whether the
+    request had residuals at all. committed (N,): predictions that become tokens; the others are discarded.
     """
 
-    reached: Reached
+    masked: MaskedPositions
     hidden: Tensor
     alpha: NDArray[np.float32]
-    fed: NDArray[np.bool_]
+    has_residual: NDArray[np.bool_]
     committed: NDArray[np.bool_]
 
     @property
     def masked_share(self) -> NDArray[np.float64]:
-        """(N,) share of the tokens to be denoised that is still masked, where the position's pass sees them together:
-        in its block (SDAR), in the whole canvas (LLaDA). 1 - masked_share is the progress of denoising."""
-        return self.reached.per_request(masked_share)
+        """(N,) masking ratio around each position: of its block (SDAR) or of the whole canvas (LLaDA), relative to the
+        tokens to be denoised. 1 - masked_share is the progress of denoising; in training it is the masking ratio."""
+        return self.masked.per_request(_masked_share)
 
-    def questions(self, of: NDArray[np.bool_], **wanted: Any) -> list[WarmStart]:
-        """What a reference is asked to predict the positions `of` (N,) from the very input that the pass saw, but for
-        its residuals; a question per request that has any, in order. wanted: top_k, temperatures."""
-        found = []
-        for s, start, end in zip(self.reached.sequences, [0, *self.reached.ends[:-1]], self.reached.ends, strict=True):
-            positions = self.reached.positions[start:end][of[start:end]]
-            if len(positions):
-                sees = len(s.canvas) if s.model.blocks_from_prompt_end else s.block[1]
-                assert s.settings.block_length is not None
-                canvas = tuple(s.canvas[:sees].tolist())
-                found.append(WarmStart(canvas, tuple(positions.tolist()), s.settings.block_length, **wanted))
-        return found
+    def reference_requests(self, where: NDArray[np.bool_], **options: Any) -> list[WarmStart]:
+        """Requests to a reference to predict the positions `where` (N,) from the pass's input without its residuals:
+        one for each request that has such positions, in order. options: top_k and temperatures of WarmStart."""
+        parts = zip(self.masked.sequences, self.masked.slices(), strict=True)
+        pairs = [(s, self.masked.positions[part][where[part]]) for s, part in parts]
+        return [WarmStart.of(s, positions, **options) for s, positions in pairs if len(positions)]
 
 
 class Observer(Protocol):
-    """Called once a step that predicts anything, in inference mode. Tensors may be overwritten afterwards."""
+    """Called after every denoising step, in inference mode. Later steps may overwrite the tensors."""
 
-    def __call__(self, seen: Observed) -> None: ...
+    def __call__(self, step: Observed, /) -> None: ...
 
 
-def masked_share(s: Sequence) -> float:
-    """Of a request, now. See Observed.masked_share; training's masking ratio is its counterpart."""
+def _masked_share(s: Sequence) -> float:
     start, end = (0, len(s.canvas)) if s.model.blocks_from_prompt_end else s.block
     masked = int((s.canvas[start:end] == s.model.mask_token_id).sum())
-    return masked / max(1, int(s.wanted[start:end].sum()))
+    return masked / max(1, int(s.initially_masked[start:end].sum()))

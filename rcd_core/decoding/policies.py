@@ -1,9 +1,9 @@
-"""Which masked tokens a pass commits (semantics.md 1.6, 3). A policy sees a block of every request at once.
+"""Policies: which masked tokens a pass commits, as in the generate.py of SDAR, LLaDA and Fast-dLLM.
 
-Arrays: R requests, b block columns. masked (R, b) bool; confidence (R, b); entropy (R, b) nats; lot (R, b) uniform
-random numbers; quota (R,) planned commits of this pass; threshold (R,); bound (R,) nats. Each returns (R, b) bool, a
-subset of masked, at least one per request that has a mask left: so decoding always ends. A policy that revises
-committed tokens would return more.
+A policy sees the current block of every request at once and returns (R, b) bool: a subset of `masked` with at least one
+position for each request that has a mask left, so decoding always ends.
+
+Shapes: R requests, b block columns.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class BlockView:
+    """masked, confidence, entropy (nats) and random_score (uniform numbers) are (R, b); quota (commits planned for this
+    pass), threshold and bound (nats) are (R,)."""
+
     masked: Bools
     confidence: Floats
     entropy: Floats
-    lot: Floats
+    random_score: Floats
     quota: NDArray[np.int64]
     threshold: Floats
     bound: Floats
@@ -31,7 +34,7 @@ class BlockView:
 
 
 def _lowest(scores: Floats, masked: Bools, count: NDArray[np.int64]) -> Bools:
-    """The `count` masked columns of lowest score per request; ties go to the left."""
+    """The `count` (R,) masked columns with the lowest scores of each request, at least one; ties go to the left."""
     num_rows, num_columns = masked.shape
     order = np.argsort(np.where(masked, scores, np.inf), axis=1, kind="stable")
     chosen = np.zeros_like(masked)
@@ -45,12 +48,12 @@ def sequential(view: BlockView) -> Bools:
 
 
 def low_confidence_static(view: BlockView) -> Bools:
-    """The `quota` most confident."""
+    """The `quota` most confident masked columns."""
     return _lowest(-view.confidence, view.masked, view.quota)
 
 
 def low_confidence_dynamic(view: BlockView) -> Bools:
-    """All above the threshold if these are at least `quota`; else the `quota` most confident."""
+    """All masked columns above the threshold if they are at least `quota`, else the `quota` most confident."""
     threshold = view.threshold[:, None]
     above = view.confidence >= threshold if view.inclusive else view.confidence > threshold
     above &= view.masked
@@ -59,14 +62,14 @@ def low_confidence_dynamic(view: BlockView) -> Bools:
 
 
 def entropy_bounded(view: BlockView) -> Bools:
-    """The most certain ones: as many as have a running sum of entropies below the bound (JetEngine's rule)."""
+    """The most certain masked columns whose entropies sum to less than the bound (JetEngine's rule)."""
     sums = np.cumsum(np.sort(np.where(view.masked, view.entropy, np.inf), axis=1), axis=1)
     return _lowest(view.entropy, view.masked, (sums < view.bound[:, None]).sum(1))
 
 
 def random(view: BlockView) -> Bools:
-    """`quota` masked columns by lot: LLaDA's remasking "random" (semantics.md 2.2)."""
-    return _lowest(view.lot, view.masked, view.quota)
+    """`quota` random masked columns: LLaDA's remasking "random"."""
+    return _lowest(view.random_score, view.masked, view.quota)
 
 
 POLICIES: dict[str, Callable[[BlockView], Bools]] = {

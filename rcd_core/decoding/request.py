@@ -1,12 +1,11 @@
-"""From what a user asks for to a Sequence: defaults filled in, faults named, canvas and blocks laid out."""
+"""From a user's request to a Sequence: defaults are filled in, faults are reported, canvas and blocks are laid out."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
-from rcd_core.decode_settings import CONSTANT_RULES, DecodeSettings, Start
+from rcd_core.decode_settings import CONSTANT_RULES, DecodeSettings, ResolvedSettings, Start
+from rcd_core.decoding.compat import CompatSequence
 from rcd_core.decoding.sequence import Sequence
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
@@ -14,8 +13,9 @@ from rcd_core.families.base import DiffusionModel
 NUM_SEED_BITS = 31
 
 
-def resolve_settings(settings: DecodeSettings, model: DiffusionModel, has_reference: bool) -> DecodeSettings:
-    """Fill every default from the checkpoint, then the family, and refuse what this model cannot honour."""
+def resolve_settings(settings: DecodeSettings, model: DiffusionModel, has_reference: bool) -> ResolvedSettings:
+    """Fill every default from the checkpoint, then from the family. Raises UserError for a setting that the model does
+    not support."""
     rcd = model.info.rcd
     block_length = settings.block_length or model.info.block_length
     allowed_caches = ("none", "prefix", "dual") if model.blocks_from_prompt_end else ("none", "block")
@@ -42,37 +42,36 @@ def resolve_settings(settings: DecodeSettings, model: DiffusionModel, has_refere
             "alpha is 'calibrated_entropy' but the checkpoint stores no alpha_scale; set alpha_scale (nats)"
         )
     if settings.residual and alpha == "learned" and model.learned_alpha is None:
-        raise UserError("alpha is 'learned' but the checkpoint has not learned one; choose another rule")
+        raise UserError("alpha is 'learned' but the checkpoint has no learned network; choose another rule")
     stops = model.info.eos_token_ids if settings.stop_token_ids is None else settings.stop_token_ids
     seed = settings.seed
     if seed is None:
         seed = int(np.random.SeedSequence().generate_state(1)[0] & ((1 << NUM_SEED_BITS) - 1))
-    return replace(
-        settings,
-        block_length=block_length,
-        denoising_steps=steps,
-        cache=cache,
-        start=start,
-        residual_temperature=settings.residual_temperature or rcd.get("residual_temperature") or 1.0,
-        alpha=alpha,
-        alpha_scale=alpha_scale,
-        stop_token_ids=tuple(stops),
-        seed=seed,
-    )
+    resolved = {
+        "block_length": block_length,
+        "denoising_steps": steps,
+        "cache": cache,
+        "start": start,
+        "residual_temperature": settings.residual_temperature or rcd.get("residual_temperature") or 1.0,
+        "alpha": alpha,
+        "alpha_scale": alpha_scale,
+        "stop_token_ids": tuple(stops),
+        "seed": seed,
+    }
+    return ResolvedSettings(**{**vars(settings), **resolved})
 
 
 def uncalibrated(settings: DecodeSettings, model: DiffusionModel) -> str | None:
-    """What to warn of where residuals from the model's own predictions are weighed at a T_res that nobody chose."""
+    """A warning if the model's own predictions become residuals at a T_res that was never calibrated or chosen."""
     chosen = settings.residual_temperature or model.info.rcd.get("calibration")
     chosen = chosen or (settings.alpha or model.info.rcd.get("alpha")) in CONSTANT_RULES
-    # Training writes 1 into every checkpoint; another value somebody has chosen.
+    # Training writes 1 into every checkpoint; another value was chosen by someone.
+    chosen = chosen or model.info.rcd.get("residual_temperature") not in (None, 1.0)
     if not settings.residual or settings.residual_source != "self" or chosen:
         return None
-    if model.info.rcd.get("residual_temperature") not in (None, 1.0):
-        return None
     return (
-        "T_res was never calibrated for this checkpoint: 1 is used; run `rcd calibrate` (see its --help), or set "
-        "residual_temperature"
+        "residual_temperature (T_res) was never calibrated for this checkpoint, so 1 is used; run `rcd calibrate`, or "
+        "set residual_temperature"
     )
 
 
@@ -87,8 +86,8 @@ def make_sequence(
 ) -> Sequence:
     """Check one request and lay out its canvas and blocks. Raises UserError naming the field.
 
-    committed: the new tokens of blocks that are finished, to go on with a request that was begun elsewhere; with the
-    seed it was given it ends as it would have there. An infill is begun anew.
+    committed: new tokens of finished blocks, to resume a request that another engine began. With the same seed it ends
+    with the same tokens. Ignored for infill, which starts again.
     """
     name = "canvas" if infill else "prompt"
     resolved = resolve_settings(settings, model, has_reference)
@@ -104,7 +103,6 @@ def make_sequence(
     if not infill and holds_mask:
         raise UserError(f"the prompt holds the mask token (id {model.mask_token_id}); use infill to fill it")
     b = resolved.block_length
-    assert b is not None
     origin = 0
     if model.blocks_from_prompt_end:
         origin = int(np.argmax(given == model.mask_token_id)) if infill else len(given)
@@ -123,5 +121,6 @@ def make_sequence(
     starts = range(origin, len(canvas), b)
     blocks = [(s, min(s + b, len(canvas))) for s in starts if (canvas[s : s + b] == model.mask_token_id).any()]
     if not blocks:
-        raise UserError(f"committed holds {len(committed or ())} tokens, which is all of them; nothing is left to do")
-    return Sequence(model, resolved, canvas, len(canvas) if infill else len(given), infill, blocks)
+        raise UserError(f"committed holds {len(committed or ())} tokens, so no masked token is left to decode")
+    kind = CompatSequence if resolved.compat_passes else Sequence
+    return kind(model, resolved, canvas, len(canvas) if infill else len(given), infill, blocks)

@@ -1,246 +1,262 @@
-"""One request in the engine: its canvas, its blocks, and which pass it needs next.
+"""One request in the engine: its canvas, its blocks, and the pass it needs next.
 
-Shapes: T canvas length, b block length.
+Shapes: T canvas length, N masked positions, q tokens of a row.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rcd_core.decode_settings import DecodeSettings
-from rcd_core.decoding.feedback import feedback_of, is_greedy
-from rcd_core.decoding.reference import WarmStart
+from rcd_core.alpha import position_rule
+from rcd_core.decode_settings import ResolvedSettings
+from rcd_core.decoding.generation import Forwards, Generation, Step
 from rcd_core.families.base import DiffusionModel
 from rcd_core.ops.reduce import Feedback
-from rcd_core.signals import Signals
 
 PassKind = Literal["prefill", "denoise", "store"]
+Positions = NDArray[np.int64]
 
 
-class Pass(NamedTuple):
-    """One forward over canvas positions [start, end) that sees keys [0, num_keys). `cached`: through the slot."""
+class PassRow(NamedTuple):
+    """A request's row of a batched pass: token_ids (q,) at positions [start, start + q), which see keys [0, num_keys).
 
-    kind: PassKind
+    slot: cache slot to read and write; None: no cache, the row starts at 0 and sees itself.
+    residual: (slot, start, end): masked tokens at positions [start, end) take in this slot's residual state.
+    """
+
+    token_ids: Positions
     start: int
-    end: int
     num_keys: int
-    cached: bool
-
-
-@dataclass
-class Forwards:
-    """Target passes by kind, a guidance pair being one; reference = one per warm-started block, context included."""
-
-    prefill: int = 0
-    denoise: int = 0
-    store: int = 0
-    reference: int = 0
+    block_length: int
+    slot: int | None
+    residual: tuple[int, int, int] | None = None
+    kind: PassKind = "denoise"
 
     @property
-    def total(self) -> int:
-        """Target passes of every kind."""
-        return self.prefill + self.denoise + self.store
-
-
-@dataclass(frozen=True)
-class Step:
-    """One denoising pass, absolute positions. Aligned with masked: argmax, confidence, entropy (nats) of this pass's
-    predictions; alpha, the weights used in its input."""
-
-    masked: list[int]
-    argmax: list[int]
-    confidence: list[float]
-    entropy: list[float]
-    committed: list[int]
-    alpha: list[float]
-
-
-@dataclass(frozen=True)
-class Generation:
-    """token_ids: new tokens before the stop token and within max_new_tokens (infill: the filled tokens, in order).
-    canvas_ids: prompt and every decoded block, uncut. settings: what was in effect, every default filled in.
-    reference_failures: blocks that started from zero because the reference could not answer."""
-
-    token_ids: list[int]
-    canvas_ids: list[int]
-    num_forwards: Forwards
-    finish_reason: Literal["stop", "length", "filled"]
-    settings: DecodeSettings
-    steps: list[Step]
-    reference_failures: int = 0
-
-    @property
-    def tokens_per_forward(self) -> float:
-        """The paper's measure: generated tokens over denoising passes."""
-        return len(self.token_ids) / max(1, self.num_forwards.denoise)
-
-    def tokens_per_pass(self, reference_cost: float) -> float:
-        """Generated tokens over all passes, a reference pass counted as `reference_cost` of a target's (ratio of
-        FLOPs)."""
-        passes = self.num_forwards.total + reference_cost * self.num_forwards.reference
-        return len(self.token_ids) / max(1.0, passes)
+    def end(self) -> int:
+        return self.start + len(self.token_ids)
 
 
 @dataclass(eq=False)
 class Sequence:
-    """The state of one request. `stored`: canvas positions [0, stored) have exact keys and values in the slot."""
+    """The state of one request. Between two passes a block is in one of three states: its prompt is not yet prefilled,
+    it has masks, or it is done and `advance` moves on."""
 
     model: DiffusionModel
-    settings: DecodeSettings  # resolved: nothing left to default
-    canvas: NDArray[np.int64]
+    settings: ResolvedSettings
+    canvas: NDArray[np.int64]  # (T,)
     num_prompt: int  # tokens before the first new one; the whole canvas for infill
     infill: bool
-    blocks: list[tuple[int, int]]
+    blocks: list[tuple[int, int]]  # [start, end) of the blocks that have masks
     block_index: int = 0
-    step: int = 0
-    stored: int = 0
+    step: int = 0  # denoising passes of this block so far
+    stored: int = 0  # positions [0, stored) have exact keys and values in the slot
     slot: int = -1
-    started: bool = False  # the block's start (first residual) is in place
+    started: bool = False  # the block's first residual is in place
+    has_residual: bool = False  # its rows of the residual state are filled
     finished: bool = False
-    stopped: bool = False
-    empty_pass_due: bool = False
-    fed: bool = False  # its places in the residual state are filled
-    awaited: tuple[WarmStart, Future[Signals | None]] | None = None  # asked of a remote reference
+    stopped: bool = False  # at a stop token
     reference_failures: int = 0
     forwards: Forwards = field(default_factory=Forwards)
     steps: list[Step] = field(default_factory=list)
     block: tuple[int, int] = field(init=False)  # blocks[block_index]
-    wanted: NDArray[np.bool_] = field(init=False)  # positions that were masked at the beginning
-    open: NDArray[np.int64] = field(init=False)  # masked positions from the block's start to scope_end
+    initially_masked: NDArray[np.bool_] = field(init=False)  # (T,)
+    masked_positions: Positions = field(init=False)  # (N,) from the block's start to scope_end
     feedback: Feedback | None = field(init=False)  # how its own predictions become residuals
-    greedy: bool = field(init=False)
-    looks_at_entropy: bool = field(init=False)
-    wide: bool = field(init=False)  # its residuals reach beyond the block
+    needs_entropy: bool = field(init=False)
+    wide: bool = field(init=False)  # residuals reach beyond the block (residual_scope "all_masked")
     _schedule: tuple[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.wanted = self.canvas == self.model.mask_token_id
-        self.feedback, self.greedy = feedback_of(self.settings), is_greedy(self.settings)
-        self.looks_at_entropy = self.settings.trace or self.settings.policy == "entropy_bounded"
-        self.wide = self.settings.residual and self.settings.residual_scope == "all_masked"
-        self._open()
+        s = self.settings
+        self.initially_masked = self.canvas == self.model.mask_token_id
+        self.feedback = None
+        if s.residual and s.residual_source == "self":
+            self.feedback = Feedback(
+                rule=position_rule(s), alpha_scale=s.alpha_scale, top_k=s.residual_top_k, **s.temperatures
+            )
+        self.needs_entropy = s.trace or s.policy == "entropy_bounded"
+        self.wide = s.residual and s.residual_scope == "all_masked"
+        self._enter_block()
 
-    def _open(self) -> None:
+    def _enter_block(self) -> None:
         self.block = self.blocks[self.block_index]
         start = self.block[0]
-        self.open = (self.canvas[start : self.scope_end] == self.model.mask_token_id).nonzero()[0] + start
-        self._schedule = self._planned()
+        self.masked_positions = np.flatnonzero(self.canvas[start : self.scope_end] == self.model.mask_token_id) + start
+        self._schedule = self._planned_commits()
 
-    # -- where we are
     @property
     def scope_end(self) -> int:
-        """Residuals and predictions reach to here: the block's end, or the canvas' for scope all_masked."""
+        """Residuals and predictions reach this far: the block's end, or the canvas's end for a wide scope."""
         return len(self.canvas) if self.wide else self.block[1]
 
     @property
+    def visible_end(self) -> int:
+        """How far a pass over the block sees: SDAR to the block's end, LLaDA to the canvas's end."""
+        return len(self.canvas) if self.model.blocks_from_prompt_end else self.block[1]
+
+    @property
     def widest_scope(self) -> int:
-        """Positions that the residual state has to hold at most."""
+        """Most positions of the residual state that a block of this request needs."""
         first = self.blocks[0][0]
         return len(self.canvas) - first if self.wide else max(end - start for start, end in self.blocks)
 
-    def masked_positions(self) -> NDArray[np.int64]:
-        """Of the block."""
-        return self.open[self.open < self.block[1]]
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether its prompt blocks may come from another request's slot. LLaDA's caches are approximations that hold
+        for their own request only."""
+        return self.settings.cache == "block"
 
     @property
     def block_done(self) -> bool:
-        return not len(self.open) or self.wide and bool(self.open[0] >= self.block[1])
+        masked = self.masked_positions
+        return not len(masked) or self.wide and bool(masked[0] >= self.block[1])
 
-    def commit(self, positions: NDArray[np.int64], tokens: NDArray[np.int64], rest: NDArray[np.int64]) -> None:
-        """Write tokens at some of the open positions; rest: the others."""
-        self.canvas[positions] = tokens
-        self.open = rest
+    @property
+    def is_start_pass(self) -> bool:
+        """Start "self": the block's first pass commits nothing, it only supplies the first residual."""
+        return self.settings.residual and not self.started
 
     def quota(self) -> int:
         """Commits planned for this pass."""
         each, extra = self._schedule
         return each + (self.step < extra)
 
-    def _planned(self) -> tuple[int, int]:
-        """Commits of every pass of the block, and how many passes make one more. SDAR: the block length over the
-        steps, whatever is masked (semantics.md 1.6); LLaDA: the masks present at the block's start, and one under a
-        threshold (semantics.md 2.2, 3)."""
+    def _planned_commits(self) -> tuple[int, int]:
+        """(commits of every pass of the block, passes that commit one more). SDAR divides the block length by the
+        steps; LLaDA divides the masks at the block's start, and Fast-dLLM plans one commit under a threshold."""
         s = self.settings
-        assert s.denoising_steps is not None
-        start, end = self.block
         if not self.model.blocks_from_prompt_end:
-            return divmod(s.block_length or end - start, s.denoising_steps)
+            return divmod(s.block_length, s.denoising_steps)
         if s.policy == "low_confidence_dynamic":
             return 1, 0
-        return divmod(int(self.wanted[start:end].sum()), s.denoising_steps)
-
-    # -- what comes next
-    def next_pass(self, prefill_chunk: int) -> Pass:
-        """prefill_chunk: prompt tokens a pass takes at most, rounded down to whole blocks but at least one."""
         start, end = self.block
-        length = len(self.canvas)
+        return divmod(int(self.initially_masked[start:end].sum()), s.denoising_steps)
+
+    # -- passes
+    def next_pass(self, prefill_chunk: int) -> PassRow:
+        """prefill_chunk: most prompt tokens in one pass, rounded down to whole blocks but at least one block."""
+        start, end = self.block
+        length, cache = len(self.canvas), self.settings.cache
         if self.model.blocks_from_prompt_end:
-            if self.settings.cache == "none":
-                return Pass("denoise", 0, length, length, False)
-            if self.step == 0:
-                return Pass("denoise", 0, length, length, True)
-            return Pass("denoise", start, length if self.settings.cache == "prefix" else end, length, True)
-        if self.settings.cache == "none":
-            return Pass("denoise", 0, end, end, False)
-        if self.block_done:  # compat_passes only: the authors store a finished block at once
-            return Pass("store", start, end, end, True)
-        first = self.block_index == 0
-        if self.stored < start and (first or self.settings.compat_passes):
-            if not self.settings.compat_passes:
-                assert self.settings.block_length is not None
-                b = self.settings.block_length
-                start = min(start, self.stored + max(b, prefill_chunk - prefill_chunk % b))
-            return Pass("prefill" if first else "store", self.stored, start, start, True)
-        # Finished blocks that are not stored yet ride along with this block's first pass.
-        return Pass("denoise", self.stored, end, end, cached=self.stored > 0 or start > 0)
+            if cache == "none" or self.step == 0:
+                return self._row("denoise", 0, length, length, cached=cache != "none")
+            return self._row("denoise", start, length if cache == "prefix" else end, length)
+        if cache == "none":
+            return self._row("denoise", 0, end, end, cached=False)
+        if self.block_index == 0 and self.stored < start:
+            b = self.settings.block_length
+            chunk_end = min(start, self.stored + max(b, prefill_chunk - prefill_chunk % b))
+            return self._row("prefill", self.stored, chunk_end, chunk_end)
+        # Finished blocks that are not stored yet join this block's first pass, which saves a store pass per block.
+        return self._row("denoise", self.stored, end, end, cached=start > 0)
+
+    def _row(self, kind: PassKind, start: int, end: int, num_keys: int, cached: bool = True) -> PassRow:
+        takes_residual = kind == "denoise" and self.has_residual
+        return PassRow(
+            token_ids=self.canvas[start:end],
+            start=start,
+            num_keys=num_keys,
+            block_length=self.settings.block_length,
+            slot=self.slot if cached else None,
+            residual=(self.slot, self.block[0], self.scope_end) if takes_residual else None,
+            kind=kind,
+        )
+
+    def pass_done(self, row: PassRow) -> None:
+        """Count a pass, and note what it stored in the slot. LLaDA's caches never hold exact keys and values."""
+        setattr(self.forwards, row.kind, getattr(self.forwards, row.kind) + 1)
+        if row.kind != "denoise":
+            self.stored = row.end
+        elif row.slot is not None and self.settings.cache == "block":
+            self.stored = self.block[0]
+
+    def predicted(self, positions: Positions, tokens: Positions, still_masked: Positions, step: Step | None) -> None:
+        """After a denoising pass: write `tokens` at `positions`, and go on to the next block if this one is done."""
+        if self.feedback is not None:
+            self.has_residual = True
+        if self.is_start_pass:
+            self.started = True
+            return
+        if step is not None:
+            self.steps.append(step)
+        self.canvas[positions] = tokens
+        self.masked_positions = still_masked
+        self.step += 1
+        if self.block_done:
+            self._block_finished()
+
+    def _block_finished(self) -> None:
+        self.advance()
 
     def advance(self) -> None:
-        """Called when the current block holds no mask and nothing is due for it: on to the next block or the end."""
-        self.fed, self.started, self.step = False, False, 0
-        early = not self.infill and (not self.settings.compat_passes or not self.model.blocks_from_prompt_end)
-        start, end = self.block
-        stops = self.settings.stop_token_ids if early else None
-        if stops and not set(stops).isdisjoint(self.canvas[max(self.num_prompt, start) : end].tolist()):
+        """Go on from a finished block to the next one, or finish the request."""
+        self.has_residual, self.started, self.step = False, False, 0
+        if self._holds_stop_token():
             self.finished = self.stopped = True
         elif self.block_index + 1 == len(self.blocks):
             self.finished = True
         else:
             self.block_index += 1
-            self._open()
+            self._enter_block()
 
-    # -- what came out
+    def _holds_stop_token(self) -> bool:
+        start, end = self.block
+        new = self.canvas[max(self.num_prompt, start) : end]
+        return not self.infill and not set(self.settings.stop_token_ids).isdisjoint(new.tolist())
+
+    # -- results
     def final_ids(self) -> list[int]:
-        """New tokens that can no longer change: all of finished blocks, cut like the output. Infill: none before the
-        end."""
+        """New tokens that can no longer change, cut like the output. Infill: none before the end."""
         if self.finished:
             return self.output().token_ids
-        if self.infill:
-            return []
-        new = self.canvas[self.num_prompt : max(self.num_prompt, self.block[0])][: self.settings.max_new_tokens]
-        stops = np.flatnonzero(np.isin(new, self.settings.stop_token_ids or ()))
-        return [int(t) for t in (new[: stops[0]] if len(stops) else new)]
+        return [] if self.infill else self._new_tokens(max(self.num_prompt, self.block[0]))[0]
+
+    def _new_tokens(self, end: int) -> tuple[list[int], bool]:
+        """(new tokens before `end`, cut at the first stop token and at max_new_tokens; whether there was a stop)."""
+        new: list[int] = self.canvas[self.num_prompt : end][: self.settings.max_new_tokens].tolist()
+        stop = next((i for i, token in enumerate(new) if token in self.settings.stop_token_ids), None)
+        return new[:stop], stop is not None
 
     def output(self) -> Generation:
         end = self.block[1]
-        canvas = (
-            self.canvas if self.infill or self.model.blocks_from_prompt_end and not self.stopped else self.canvas[:end]
-        )
+        reason: Literal["stop", "length", "filled"] = "filled"
         if self.infill:
-            return self._generation(self.canvas[self.wanted], canvas, "filled")
-        new = self.canvas[self.num_prompt : end][: self.settings.max_new_tokens]
-        stops = np.flatnonzero(np.isin(new, self.settings.stop_token_ids or ()))
-        if len(stops):
-            return self._generation(new[: stops[0]], canvas, "stop")
-        return self._generation(new, canvas, "length")
+            tokens = self.canvas[self.initially_masked].tolist()
+        else:
+            tokens, stopped = self._new_tokens(end)
+            reason = "stop" if stopped else "length"
+        whole = self.infill or self.model.blocks_from_prompt_end and not self.stopped
+        canvas = (self.canvas if whole else self.canvas[:end]).tolist()
+        return Generation(tokens, canvas, self.forwards, reason, self.settings, self.steps, self.reference_failures)
 
-    def _generation(
-        self, tokens: NDArray[np.int64], canvas: NDArray[np.int64], reason: Literal["stop", "length", "filled"]
-    ) -> Generation:
-        return Generation(
-            tokens.tolist(), canvas.tolist(), self.forwards, reason, self.settings, self.steps, self.reference_failures
-        )
+
+@dataclass(frozen=True)
+class MaskedPositions:
+    """The masked positions that one step predicts, request by request: positions (N,) in the canvas, owner (N,) index
+    into sequences, ends (one per request) where its positions end."""
+
+    sequences: list[Sequence]
+    positions: Positions
+    owner: Positions
+    ends: Positions
+
+    @classmethod
+    def of(cls, sequences: list[Sequence]) -> MaskedPositions:
+        counts = [len(s.masked_positions) for s in sequences]
+        positions = np.concatenate([np.zeros(0, dtype=np.int64), *(s.masked_positions for s in sequences)])
+        return cls(sequences, positions, np.repeat(np.arange(len(sequences)), counts), np.cumsum(counts))
+
+    def slices(self) -> list[slice]:
+        """Where each request's positions lie."""
+        ends = self.ends.tolist()
+        return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+    def per_request(self, value: Callable[[Sequence], float]) -> NDArray[np.float64]:
+        """(N,) a property of each position's request."""
+        return np.array([value(s) for s in self.sequences], dtype=np.float64)[self.owner]

@@ -1,21 +1,22 @@
-"""What an engine has done: passes and their time, what the cache has saved, tokens per forward."""
+"""Counters of an engine: passes and their time, passes that the cache saved, tokens per forward."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rcd_core.decoding.sequence import Generation
+from rcd_core.decoding.generation import Generation
 
 
 @dataclass
 class Statistics:
-    """Since the engine was made.
+    """Totals since the engine was created.
 
-    passes, rows, seconds by kind of batched pass, "reference" too; one with rows of several kinds counts as the most
-    frequent. seconds "choose": head and reduction of all passes of a step, and on a GPU the wait for them.
-    Saved passes, of single requests: reused_prefills and reused_tokens, prompt blocks found in the cache;
-    merged_stores, finished blocks that were stored along with the next one's first pass.
-    requests, tokens (up to the end of each answer), forwards (passes of each request by kind): of what is finished.
+    passes, rows and seconds are of batched passes by kind, "reference" included; a pass with rows of several kinds
+    counts as the most frequent kind. seconds["choose"] is sampling: head and reduction of all passes of a step, on a
+    GPU including the wait for them (the key is part of a metric's name).
+    reused_tokens, reused_prefills: prompt tokens found in the cache, and the prefill passes of single requests this
+    saved. merged_stores: store passes saved because a finished block joined the next block's first pass.
+    requests, tokens and forwards (passes of single requests by kind) are of finished requests.
     """
 
     passes: dict[str, int] = field(default_factory=dict)
@@ -53,7 +54,6 @@ class Statistics:
         return self.tokens / max(1, self.forwards.get("denoise", 0))
 
     def tokens_per_pass(self, reference_cost: float) -> float:
-        """Generated tokens over passes of every kind, a reference pass counted as `reference_cost` of a target's (ratio
-        of FLOPs)."""
-        own = sum(count for kind, count in self.forwards.items() if kind != "reference")
-        return self.tokens / max(1.0, own + reference_cost * self.forwards.get("reference", 0))
+        """Generated tokens over passes of every kind. reference_cost: FLOPs of a reference pass over a target's."""
+        target = sum(count for kind, count in self.forwards.items() if kind != "reference")
+        return self.tokens / max(1.0, target + reference_cost * self.forwards.get("reference", 0))

@@ -1,4 +1,4 @@
-"""Decoding as a stream of events: what is final is said as soon as it is final, and never taken back."""
+"""Decoding as a stream of events. An event reports what is final, and is never taken back."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rcd_core.decoding.engine import Engine
-from rcd_core.decoding.sequence import Generation, Step
+from rcd_core.decoding.generation import Generation, Step
 from rcd_core.decoding.sequence import Sequence as Request
 
 
 @dataclass(frozen=True)
 class PassDone:
-    """A denoising pass of request `index`, with its trace; only where the settings ask for one."""
+    """A denoising pass of request `index` with its trace; only with DecodeSettings.trace."""
 
     index: int
     step: Step
@@ -20,7 +20,7 @@ class PassDone:
 
 @dataclass(frozen=True)
 class BlockDone:
-    """New tokens of request `index` that can no longer change. Together they are the generation's token_ids."""
+    """New tokens of request `index` that can no longer change. Concatenated they are the generation's token_ids."""
 
     index: int
     token_ids: list[int]
@@ -36,13 +36,13 @@ Event = PassDone | BlockDone | Finished
 
 
 class Progress:
-    """What of one request has been told already. After each step of the engine `news` says the rest."""
+    """Turns one request's state into events. Call `new_events` after each step of the engine."""
 
     def __init__(self, request: Request, index: int = 0) -> None:
         self.request, self.index = request, index
         self._steps, self._tokens = 0, 0
 
-    def news(self) -> Iterator[Event]:
+    def new_events(self) -> Iterator[Event]:
         r = self.request
         for step in r.steps[self._steps :]:
             yield PassDone(self.index, step)
@@ -56,8 +56,8 @@ class Progress:
 
 
 def stream(engine: Engine, requests: Sequence[Request]) -> Iterator[Event]:
-    """Run the requests to their end, told in the order in which things happen. Closing the iterator cancels the
-    rest."""
+    """Run the requests to their end and yield events as they happen. Closing the iterator cancels unfinished
+    requests."""
     running = [Progress(r, i) for i, r in enumerate(requests)]
     for request in requests:
         engine.add(request)
@@ -65,7 +65,7 @@ def stream(engine: Engine, requests: Sequence[Request]) -> Iterator[Event]:
         while running:
             engine.step()
             for progress in running:
-                yield from progress.news()
+                yield from progress.new_events()
             running = [p for p in running if not p.request.finished]
     finally:
         for progress in running:
@@ -73,50 +73,50 @@ def stream(engine: Engine, requests: Sequence[Request]) -> Iterator[Event]:
 
 
 class TextStream:
-    """Token ids in, text out, as it becomes certain: half a UTF-8 character, or what may be the beginning of a stop
-    string, is held back. The pieces together are the text of all ids, cut before the first stop string.
+    """Turns token ids into pieces of text. Part of a UTF-8 character, or of a possible stop string, is held back until
+    it is complete. Concatenated, the pieces are the text of all ids up to the first stop string.
 
-    decode: ids to text, as the tokenizer does it. stopped: a stop string has been found, nothing more will come.
+    decode: the tokenizer's ids -> text. stopped: a stop string was found, so no more text follows.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()) -> None:
         self.decode, self.stop = decode, [s for s in stop if s]
         self.stopped = False
         self._ids: list[int] = []
-        self._window, self._told = 0, 0  # ids from _window on are decoded again; those before _told are in the text
-        self._held = ""
+        self._window, self._emitted = 0, 0  # ids from _window on are decoded again; those before _emitted are out
+        self._held_back = ""
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """The text that is certain now and was not before."""
+        """The text that became certain with these ids."""
         self._ids += token_ids
         return self._emit(self._new_text(final=False), final=False)
 
     def finish(self) -> str:
-        """What was held back, when no more ids come."""
+        """The text that was held back, when no more ids follow."""
         return self._emit(self._new_text(final=True), final=True)
 
     def _new_text(self, final: bool) -> str:
-        # A token's text can depend on the ones before it (spaces): decode with some that are out already.
-        before = self.decode(self._ids[self._window : self._told])
+        # A token's text can depend on the tokens before it (spaces), so some of those are decoded again.
+        before = self.decode(self._ids[self._window : self._emitted])
         now = self.decode(self._ids[self._window :])
         if not final and now.endswith("\ufffd"):
             return ""
-        self._window, self._told = self._told, len(self._ids)
+        self._window, self._emitted = self._emitted, len(self._ids)
         return now[len(before) :]
 
     def _emit(self, text: str, final: bool) -> str:
         if self.stopped:
             return ""
-        text = self._held + text
+        text = self._held_back + text
         cuts = [at for s in self.stop if (at := text.find(s)) >= 0]
         if cuts:
-            self.stopped, self._held = True, ""
+            self.stopped, self._held_back = True, ""
             return text[: min(cuts)]
         keep = 0 if final else max((_overlap(text, s) for s in self.stop), default=0)
-        self._held = text[len(text) - keep :]
+        self._held_back = text[len(text) - keep :]
         return text[: len(text) - keep]
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of text that is a beginning of stop."""
+    """Length of the longest suffix of text that is a proper prefix of stop."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -14,7 +14,8 @@ H query heads, G key/value heads, d head width, V vocabulary, p denoising passes
 
 from __future__ import annotations
 
-from rcd_core.decoding.sequence import Generation, Sequence
+from rcd_core.decoding.generation import Generation
+from rcd_core.decoding.sequence import Sequence
 from rcd_core.families.base import DiffusionModel
 from rcd_core.training.plan import ModelShape
 
@@ -44,7 +45,7 @@ def reference_weight(request: Sequence, done: Generation, reference: ModelShape)
     p = max(1.0, done.num_forwards.denoise / len(blocks))
     own = asked = 0.0
     for start, end in blocks:
-        masked = float(request.wanted[start : length if request.wide else end].sum())
+        masked = float(request.initially_masked[start : length if request.wide else end].sum())
         predicted = masked * (p + 1) / (2 * p)
         if settings.residual_source == "reference":  # asked before each pass, of what is masked then
             masked = predicted

@@ -25,8 +25,8 @@ import torch
 
 from rcd_core import Decoder, DecodeSettings, load_model
 from rcd_core.decoding.engine import Engine
-from rcd_core.decoding.forward import Forward, Shape, Work
 from rcd_core.decoding.memory import engine_memory
+from rcd_core.decoding.model_runner import BatchedForward, PassRow, PassShape
 from rcd_core.decoding.request import make_sequence
 from rcd_core.families.base import CheckpointInfo, DiffusionModel
 from rcd_core.families.config import ModelConfig
@@ -105,16 +105,16 @@ def requests(model: DiffusionModel, count: int, block_length: int, new_tokens: i
     return prompts, settings
 
 
-def record_passes(engine: Engine) -> list[tuple[torch.Tensor, Shape]]:
+def record_passes(engine: Engine) -> list[tuple[torch.Tensor, PassShape]]:
     """Records the input of each pass, so that the bare forwards can be repeated without the engine."""
-    calls: list[tuple[torch.Tensor, Shape]] = []
-    inner = engine._passes.forward.run
+    calls: list[tuple[torch.Tensor, PassShape]] = []
+    inner = engine._runner.forward.run
 
-    def run(numbers: torch.Tensor, shape: Shape) -> torch.Tensor:
-        calls.append((numbers.clone(), replace(shape, fed=False)))
+    def run(numbers: torch.Tensor, shape: PassShape) -> torch.Tensor:
+        calls.append((numbers.clone(), replace(shape, has_residual=False)))
         return inner(numbers, shape)
 
-    engine._passes.forward.run = run  # type: ignore[method-assign]
+    engine._runner.forward.run = run  # type: ignore[method-assign]
     return calls
 
 
@@ -144,9 +144,9 @@ def boards(model: DiffusionModel, count: int) -> tuple[list[list[int]], DecodeSe
 
 
 @torch.inference_mode()
-def run_bare(model: DiffusionModel, calls: list[tuple[torch.Tensor, Shape]], engine: Engine) -> float:
+def run_bare(model: DiffusionModel, calls: list[tuple[torch.Tensor, PassShape]], engine: Engine) -> float:
     """The same forwards with prepared inputs and the head on the masked rows, without residuals and sampling."""
-    forward = Forward(model, engine.max_batch, engine.max_length)
+    forward = BatchedForward(model, engine.max_batch, engine.max_length)
     masks = [int((n[: s.rows * s.queries] == model.mask_token_id).sum()) for n, s in calls]
     start = time.perf_counter()
     for (numbers, shape), count in zip(calls, masks, strict=True):
@@ -191,24 +191,24 @@ def authors_loop(model: DiffusionModel, prompt: list[int], s: DecodeSettings) ->
     length = -(-(len(prompt) + s.max_new_tokens) // b) * b
     canvas = np.full(length, model.mask_token_id, dtype=np.int64)
     canvas[: len(prompt)] = prompt
-    forward = Forward(model, 1, length)
+    forward = BatchedForward(model, 1, length)
     first = len(prompt) // b * b
     if first:
-        forward.hidden([Work(canvas[:first], 0, first, b, 0)])
+        forward.hidden([PassRow(canvas[:first], 0, first, b, 0)])
     for start in range(first, length, b):
         block = slice(start, start + b)
         for step in range(steps):
             masked = torch.from_numpy(canvas[block] == model.mask_token_id)
             if not masked.any():
                 break
-            hidden = forward.hidden([Work(canvas[block], start, start + b, b, 0)])
+            hidden = forward.hidden([PassRow(canvas[block], start, start + b, b, 0)])
             logits = model.head(hidden[0])
             logits[:, model.mask_token_id] = float("-inf")
             confidence, tokens = torch.softmax(logits, -1).max(-1)
             quota = min(b // steps + (step < b % steps), int(masked.sum()))
             chosen = torch.where(masked, confidence, -1.0).topk(quota).indices
             canvas[start + chosen.numpy()] = tokens[chosen].numpy()
-        forward.hidden([Work(canvas[block], start, start + b, b, 0)])
+        forward.hidden([PassRow(canvas[block], start, start + b, b, 0)])
     return canvas[len(prompt) :][: s.max_new_tokens].tolist()
 
 
@@ -325,10 +325,10 @@ def transient(batch: int, block_length: int, vocab: int, top_k: int | None) -> d
     for q in sequences:
         engine.add(q)
     with torch.inference_mode():
-        for tensor in (*engine._passes.forward.cache.keys, *engine._passes.forward.cache.values):
+        for tensor in (*engine._runner.forward.cache.keys, *engine._runner.forward.cache.values):
             tensor.fill_(0)  # touch its pages before the peak is measured
-        engine._passes.state.reserve(block_length)
-        engine._passes.state.delta.fill_(0)
+        engine._runner.state.reserve(block_length)
+        engine._runner.state.delta.fill_(0)
     model.head(torch.zeros(1, model.config.hidden_size))  # and the linear algebra library's buffers
     _reset_peak(model.device)
     before = _peak_bytes(model.device)

@@ -355,7 +355,7 @@ def test_the_drawing_holds_given_committed_and_masked_tokens(checkpoints: Path) 
     engine.add(sequence)
     assert canvas_text(sequence, tokenizer.decode, coloured=True, most=99).plain == "漢·the··"
     engine.step()
-    step, left = sequence.steps[-1], sequence.masked_positions().tolist()
+    step, left = sequence.steps[-1], sequence.masked_positions.tolist()
     assert left and set(left) == set(step.masked) - set(step.committed)
     guesses = {p: printable(tokenizer.decode([i]), "↵") for p, i in zip(step.masked, step.argmax, strict=True)}
     text = canvas_text(sequence, tokenizer.decode, coloured=True, most=99)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from rcd_core import Decoder, DecodeSettings, LocalReference, ReferenceSignals, WarmStart, load_model
 from rcd_core.decoding.policies import POLICIES, BlockView
-from rcd_core.decoding.sampling import SamplingColumns, SpecialTokens, choose_tokens, filtered_probabilities
+from rcd_core.decoding.sampler import SamplingColumns, SpecialTokens, choose_tokens, filtered_probabilities
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 MASK = {"sdar": 511, "llada": 505}

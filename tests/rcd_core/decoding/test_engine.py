@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from rcd_core import Decoder, DecodeSettings, LocalReference, UserError, WarmStart
 from rcd_core.decoding.cache import SlotCache
 from rcd_core.decoding.engine import Engine, QueueFull
-from rcd_core.decoding.forward import MAX_PASS_TOKENS, Work, groups
 from rcd_core.decoding.memory import available_bytes, engine_memory, fit_batch
+from rcd_core.decoding.model_runner import MAX_PASS_TOKENS, PassRow, group_rows
 from rcd_core.decoding.request import make_sequence
 from rcd_core.decoding.stream import BlockDone, PassDone, TextStream, stream
 from tests.rcd_core.decoding.test_decoding import FAMILIES, any_settings, decoder, many, model, prompts
@@ -217,7 +217,7 @@ def test_the_reference_keeps_its_contexts() -> None:
     kept, seen = LocalReference(ref), []
     canvas = torch.randint(0, 490, (24,), generator=torch.Generator().manual_seed(0)).tolist()
     inner = kept._forward.hidden
-    kept._forward.hidden = lambda works: (seen.append([len(w.ids) for w in works]), inner(works))[1]  # type: ignore[method-assign]
+    kept._forward.hidden = lambda rows: (seen.append([len(r.token_ids) for r in rows]), inner(rows))[1]  # type: ignore[method-assign]
     for end in (8, 12, 16, 24):
         asked = [WarmStart((*canvas[: end - 4], *[511] * 4), tuple(range(end - 4, end)), 4, top_k=8)]
         fresh = LocalReference(ref).signals(asked)[0]
@@ -311,8 +311,8 @@ def test_a_request_goes_on_elsewhere_from_its_finished_blocks(family: str, data:
 
 def test_passes_are_no_larger_than_their_memory_was_planned_for() -> None:
     sizes = [2048] * 9 + [8] * 40
-    works = [Work(np.zeros(n, dtype=np.int64), 0, n, 4, i) for i, n in enumerate(sizes)]
-    found = groups(works, spare=100)
+    rows = [PassRow(np.zeros(n, dtype=np.int64), 0, n, 4, i) for i, n in enumerate(sizes)]
+    found = group_rows(rows, spare_tokens=100)
     assert sorted(i for group in found for i in group) == list(range(49))
     assert all(max(sizes[i] for i in group) * len(group) <= MAX_PASS_TOKENS for group in found)
     assert [len(g) for g in found] == [40, 4, 4, 1]
@@ -322,10 +322,10 @@ def test_as_many_requests_as_fit() -> None:
     m = model("sdar")
     needed = [engine_memory(m, n, 64, 4) for n in range(1, 9)]
     assert all(a.total < b.total and a.cache < b.cache for a, b in zip(needed, needed[1:], strict=False))
-    assert fit_batch(m, 64, 4, wanted=8, free=needed[4].total) == 5
-    assert fit_batch(m, 64, 4, wanted=3, free=needed[4].total) == 3
-    with pytest.raises(UserError, match=r"64 positions needs .* GiB beside the weights .* lower max_new_tokens"):
-        fit_batch(m, 64, 4, wanted=8, free=1000)
+    assert fit_batch(m, 64, 4, max_batch=8, free=needed[4].total) == 5
+    assert fit_batch(m, 64, 4, max_batch=3, free=needed[4].total) == 3
+    with pytest.raises(UserError, match="max_new_tokens"):
+        fit_batch(m, 64, 4, max_batch=8, free=1000)
     cache = SlotCache(m, 3, 64)
     assert engine_memory(m, 3, 64, 4).cache == sum(t.nbytes for t in (*cache.keys, *cache.values))
 

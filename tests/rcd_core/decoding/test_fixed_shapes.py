@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from rcd_core import DecodeSettings, LocalReference
+from rcd_core.decoding.cuda_graphs import GraphCache
 from rcd_core.decoding.engine import Engine
-from rcd_core.decoding.replays import Replays
 from rcd_core.decoding.request import make_sequence
 from rcd_core.ops import encode, top_k
 from tests.rcd_core.decoding.test_decoding import FAMILIES, any_settings, decoder, many, model, prompts
@@ -48,19 +48,19 @@ def test_fixed_shapes_change_no_token(family: str, data: st.DataObject) -> None:
         assert out.token_ids == alone.token_ids and out.num_forwards.denoise == alone.num_forwards.denoise
 
 
-class Recorded(Replays):
-    """Notes the keys, and runs the rehearsal first, as a capture does: it must change nothing."""
+class Recorded(GraphCache):
+    """Notes the keys, and runs the warmup first, as a capture does: it must change nothing."""
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
         self.keys: list[Any] = []
 
-    def __call__(self, key: Any, numbers: Any, rehearsal: Any, run: Any) -> torch.Tensor:
+    def __call__(self, key: Any, numbers: Any, warmup_inputs: Any, run: Any) -> torch.Tensor:
         if key not in self.keys:
             for _ in range(2):
-                run(torch.from_numpy(rehearsal))
+                run(torch.from_numpy(warmup_inputs))
         self.keys.append(key)
-        return super().__call__(key, numbers, rehearsal, run)
+        return super().__call__(key, numbers, warmup_inputs, run)
 
 
 GREEDY = DecodeSettings(block_length=4, max_new_tokens=24, stop_token_ids=(), policy="low_confidence_static")
@@ -68,10 +68,10 @@ RESIDUAL = replace(GREEDY, residual=True, start="zero")
 
 
 @pytest.mark.parametrize("s", [GREEDY, RESIDUAL, replace(RESIDUAL, residual_top_k=8)], ids=["seqd", "dense", "sparse"])
-def test_few_shapes_occur_and_a_rehearsal_changes_nothing(s: DecodeSettings) -> None:
+def test_few_shapes_occur_and_a_warmup_changes_nothing(s: DecodeSettings) -> None:
     several = [(list(range(3, 3 + n)), replace(s, max_new_tokens=8 + n)) for n in (4, 9, 17, 22, 27)]
     e = engine("sdar")
-    e._passes.replays = recorded = Recorded()
+    e._runner.graphs = recorded = Recorded()
     found = run("sdar", several, e)
     assert len(recorded.keys) > 3 * len(set(recorded.keys)), "passes of one key come again and again"
     for (prompt, settings), out in zip(several, found, strict=True):
@@ -85,18 +85,18 @@ def test_a_pass_never_waits_for_a_value(s: DecodeSettings, monkeypatch: pytest.M
     monkeypatch.setattr(top_k, "_SORTED_VOCAB", 0)
     monkeypatch.setattr(encode, "left_out_plain", encode.left_out_fused)
 
-    class Checked(Replays):
+    class Checked(GraphCache):
         checked = 0
 
-        def __call__(self, key: Any, numbers: Any, rehearsal: Any, run: Any) -> torch.Tensor:
+        def __call__(self, key: Any, numbers: Any, warmup_inputs: Any, run: Any) -> torch.Tensor:
             with FakeTensorMode(allow_non_fake_inputs=True) as mode:
                 run(mode.from_tensor(torch.from_numpy(numbers)))
             self.checked += 1
-            return super().__call__(key, numbers, rehearsal, run)
+            return super().__call__(key, numbers, warmup_inputs, run)
 
     e = engine("sdar")
-    e._passes.replays = checked = Checked(torch.device("cpu"))
-    assert e._passes.forward.cache and e._passes.predictor.table.sum is not None, "made once, outside of passes"
+    e._runner.graphs = checked = Checked(torch.device("cpu"))
+    assert e._runner.forward.cache and e._runner.sampler.table.sum is not None, "made once, outside of passes"
     out = run("sdar", [([3, 4, 5, 6], s)], e)[0]
     assert checked.checked == out.num_forwards.denoise
 

@@ -26,17 +26,17 @@ class Seen:
 
     def __call__(self, seen: Observed) -> None:
         logits = model(self.family).head(seen.hidden)
-        assert len(logits) == len(seen.alpha) == len(seen.committed) == len(seen.fed) == len(seen.masked_share)
-        for i, s in enumerate(seen.reached.sequences):
-            mine = seen.reached.owner == i
-            positions = seen.reached.positions[mine]
+        assert len(logits) == len(seen.alpha) == len(seen.committed) == len(seen.has_residual) == len(seen.masked_share)
+        for i, s in enumerate(seen.masked.sequences):
+            mine = seen.masked.owner == i
+            positions = seen.masked.positions[mine]
             assert (s.canvas[positions] == s.model.mask_token_id).all(), "the canvas is as the pass saw it"
             self.steps.setdefault(id(s), []).append(
                 {
                     "masked": positions.tolist(),
                     "logits": logits[torch.from_numpy(mine)].clone(),
                     "alpha": seen.alpha[mine].tolist(),
-                    "fed": seen.fed[mine].tolist(),
+                    "fed": seen.has_residual[mine].tolist(),
                     "committed": positions[seen.committed[mine]].tolist(),
                     "share": seen.masked_share[mine],
                 }

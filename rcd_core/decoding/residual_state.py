@@ -1,0 +1,122 @@
+"""The residual state of all requests: alpha and delta of the masked positions of each request's current block.
+
+The state is kept in place, by slot: a pass reads and writes rows of two tensors by index, whichever requests take part,
+so no tensors are made per request and shapes stay the same from pass to pass.
+
+Shapes: S slots, P positions per slot (from the block's start), N positions, R rows of a pass, Q queries, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from rcd_core.alpha import block_alpha, position_rule, ramp_weight
+from rcd_core.decode_settings import BLOCK_RULES
+from rcd_core.decoding.sequence import MaskedPositions, Positions, Sequence
+from rcd_core.families.base import DiffusionModel
+from rcd_core.noise import hash_key, uniforms
+from rcd_core.signals import DenseSignals, ReferenceSignals, Signals, residual_state
+
+
+class ResidualState:
+    """alpha (S P + 2,) fp32 and delta (S P + 2, D) in the model's dtype. The two extra rows serve passes of fixed
+    shape: zero_row always has alpha 0, for tokens without a residual; discard_row takes results of padding."""
+
+    def __init__(self, model: DiffusionModel, num_slots: int) -> None:
+        self.model, self.num_slots = model, num_slots
+        self.positions_per_slot = 0
+        self.alpha, self.delta = self._zeros(0)
+
+    def _zeros(self, positions_per_slot: int) -> tuple[Tensor, Tensor]:
+        num_rows, width = self.num_slots * positions_per_slot + 2, self.model.embedding.weight.shape[1]
+        alpha = torch.zeros(num_rows, device=self.model.device)
+        return alpha, torch.zeros(num_rows, width, dtype=self.model.dtype, device=self.model.device)
+
+    @property
+    def zero_row(self) -> int:
+        return self.num_slots * self.positions_per_slot
+
+    @property
+    def discard_row(self) -> int:
+        return self.zero_row + 1
+
+    def reserve(self, positions_per_slot: int) -> bool:
+        """Make room for so many positions of each slot, and keep the content. Returns whether the tensors moved."""
+        before = self.positions_per_slot
+        if positions_per_slot <= before:
+            return False
+        tensors = self._zeros(positions_per_slot)
+        for new, old in zip(tensors, (self.alpha, self.delta), strict=True):
+            shape = (self.num_slots, positions_per_slot, *new.shape[1:])
+            new[:-2].view(shape)[:, :before] = old[:-2].view(self.num_slots, before, *old.shape[1:])
+        (self.alpha, self.delta), self.positions_per_slot = tensors, positions_per_slot
+        return True
+
+    def rows_of(self, masked: MaskedPositions) -> Positions:
+        """(N,) rows of the state."""
+        firsts = [s.slot * self.positions_per_slot - s.block[0] for s in masked.sequences]
+        return masked.positions + np.array(firsts, np.int64)[masked.owner]
+
+    def blend(self, embeds: Tensor, rows: Tensor) -> Tensor:
+        """Eq. 2: (R, Q, D) token embeddings, (R, Q) rows of the state -> (R, Q, D) inputs. Where alpha is 0 they are
+        the embeddings, bit for bit."""
+        alpha = self.alpha[rows].to(embeds.dtype).unsqueeze(-1)
+        return torch.lerp(embeds, F.embedding(rows, self.delta), alpha)
+
+    def write(self, rows: Tensor, alpha: Tensor, delta: Tensor) -> None:
+        """rows (N,), alpha (N,), delta (N, D)."""
+        self.alpha.index_copy_(0, rows, alpha.to(self.alpha.dtype))
+        self.delta.index_copy_(0, rows, delta.to(self.delta.dtype))
+
+    def start_block(self, s: Sequence, positions: Positions, signals: Signals) -> None:
+        """Fill the residual of (N,) positions from signals: a reference's, or a random distribution's."""
+        if isinstance(signals, ReferenceSignals):
+            signals = signals.to(self.model.device)
+        alpha, delta = residual_state(
+            signals,
+            self.model.embedding.weight,
+            position_rule(s.settings),
+            s.settings.alpha_scale,
+            learned=self.model.learned_alpha,
+        )
+        rows = s.slot * self.positions_per_slot + positions - s.block[0]
+        self.write(torch.from_numpy(rows).to(self.model.device), alpha, delta)
+        s.has_residual = True
+        self.apply_block_rules([s])
+
+    def apply_block_rules(self, sequences: Many[Sequence]) -> None:
+        """Replace alpha where the rule is "uniform" or "ramp". Called when the pass has committed its tokens, so that
+        the mean of "uniform" is over the positions that stay masked, as in training."""
+        affected = [s for s in sequences if s.has_residual and s.settings.residual and s.settings.alpha in BLOCK_RULES]
+        if not affected:
+            return
+        masked = MaskedPositions.of(affected)
+        rows, owner = (torch.from_numpy(n).to(self.model.device) for n in (self.rows_of(masked), masked.owner))
+        ramp = masked.per_request(lambda s: ramp_weight(s.step) if s.settings.alpha == "ramp" else -1.0)
+        alpha = block_alpha(self.alpha[rows], owner, torch.from_numpy(ramp).to(self.alpha))
+        self.alpha.index_copy_(0, rows, alpha)
+
+    def input_alpha(self, masked: MaskedPositions, observed: bool) -> NDArray[np.float32]:
+        """(N,) alpha in the input of the coming pass; zeros for requests without a trace unless observed."""
+        alpha = np.zeros(len(masked.positions), dtype=np.float32)
+        needed = [s.has_residual and (observed or s.settings.trace) for s in masked.sequences]
+        if any(needed):
+            where = np.array(needed)[masked.owner]
+            rows = torch.from_numpy(self.rows_of(masked)[where]).to(self.model.device)
+            alpha[where] = self.alpha[rows].cpu().numpy()
+        return alpha
+
+
+def dirichlet_signals(s: Sequence) -> DenseSignals:
+    """Start "dirichlet": p ~ Dirichlet(1, ..., 1) at each masked position, as normalised exponentials that are keyed by
+    seed and position."""
+    draws = [uniforms(hash_key("dirichlet", s.settings.seed, int(p)), s.model.vocab_size) for p in s.masked_positions]
+    exponentials = -np.log1p(-np.stack(draws))
+    logits = torch.from_numpy(np.log(np.maximum(exponentials, 1e-30))).float().to(s.model.device)
+    return DenseSignals(logits, **s.settings.temperatures)
