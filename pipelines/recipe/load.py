@@ -34,7 +34,7 @@ def parse_recipe(raw: dict[str, Any], label: str = "") -> Recipe:
     """A Recipe from the plain mapping that a YAML file holds."""
     raw = dict(raw)
     if raw.get("storage") is None:
-        raw["storage"] = "~/rcd-runs"
+        raw["storage"] = Recipe.model_fields["storage"].default
     if isinstance(raw["storage"], str):
         raw["storage"] = os.path.expanduser(raw["storage"])
     apply_settings(raw)

@@ -1,4 +1,4 @@
-"""The recipe: one strict, typed description of a whole run. Its sections are the settings classes of rcd_core."""
+"""The recipe: one strict, typed description of a whole run. Settings classes of rcd_core are sections as they are."""
 
 from __future__ import annotations
 
@@ -6,8 +6,19 @@ from dataclasses import dataclass, fields
 from fnmatch import fnmatch
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import Field
 
+from pipelines.recipe.types import (
+    Baseline,
+    Count,
+    DataSource,
+    EntryName,
+    ModelSource,
+    Positive,
+    Section,
+    Share,
+    Workers,
+)
 from rcd_core.calibration.distance import Match
 from rcd_core.decode_settings import DecodeSettings, Start
 from rcd_core.errors import UserError
@@ -17,186 +28,241 @@ from rcd_core.noise import NoiseSettings
 from rcd_core.residual import ResidualSettings
 from rcd_core.training.settings import SignalRule, TrainSettings
 
-# A checkpoint (path, URI or hub id) or the sizes of a model to make. The tags keep pydantic's complaints to one line.
-ModelSource = Annotated[
-    Annotated[str, Tag("<checkpoint>")] | Annotated[ModelConfig, Tag("<config>")],
-    Discriminator(lambda value: "<checkpoint>" if isinstance(value, str) else "<config>"),
-]
-DataSource = Annotated[
-    Annotated[str, Tag("<one>")] | Annotated[tuple[str, ...], Tag("<many>"), Field(min_length=1)],
-    Discriminator(lambda value: "<many>" if isinstance(value, list | tuple) else "<one>"),
-]
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-# A number of workers, or the fewest and the most that a training may go on with.
-Workers = Annotated[
-    Annotated[Count, Tag("<fixed>")] | Annotated[tuple[Count, Count], Tag("<elastic>")],
-    Discriminator(lambda value: "<elastic>" if isinstance(value, list | tuple) else "<fixed>"),
-]
-Positive = Annotated[float, Field(gt=0)]
-EntryName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
-# Whether to train a baseline, or the checkpoint that is one.
-Baseline = Annotated[
-    Annotated[str, Tag("<checkpoint>")] | Annotated[bool, Tag("<switch>")],
-    Discriminator(lambda value: "<checkpoint>" if isinstance(value, str) else "<switch>"),
-]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
 
 class DataSettings(Section):
-    """What is learned and tested on; comments on every key stand in recipes/demo.yaml."""
+    """Training and test examples."""
 
     task: str
+    """Task that defines prompts and grading, for example `sudoku`, `gsm8k` or `math`."""
     test_task: str | None = None
+    """Task of the test examples, when it differs from `task`."""
     train: DataSource | None
+    """`synthetic`, absolute paths or URIs of .jsonl or .parquet files, or `hf://owner/name[@config][:split]`; null to
+    train nothing."""
     test: DataSource
+    """Test examples, given like `train`."""
     num_train: Count | None = None
+    """Examples to generate or to read at most; null reads all."""
     num_test: Count | None = None
+    """The same for the test examples."""
     num_validation: Annotated[int, Field(ge=0, le=4096)] = 0
+    """Training examples held out for `train.validate_every` and for `calibrate`."""
     fields: dict[str, str] = {}
+    """Field of the task -> column of the data set, where the names differ."""
     test_fields: dict[str, str] | None = None
+    """The same for the test examples; null uses `fields`, or the task's own names with a `test_task`."""
     max_length: Count = 256
+    """Tokens of prompt, response and padding; longer examples count as bad."""
     min_length: Count | None = None
+    """Shorter examples are dropped."""
     pad_multiple: Count | None = None
+    """Examples are padded to a multiple of this; null: `block_length`."""
     max_bad_rows: Share = 0.01
+    """Share of unusable rows that is tolerated; more of them stop the run."""
 
     def task_of(self, split: str) -> str:
-        """The task of a split's rows: what is tested and graded can be another one than what is trained."""
+        """The task of a split's examples."""
         return self.test_task if split == "test" and self.test_task is not None else self.task
 
 
 class TokenizerSettings(Section):
+    """The tokenizer."""
+
     path: str | None = None
+    """Directory, URI or hub id of a tokenizer; null trains one on the training texts."""
     vocab_size: Annotated[int, Field(ge=260)] = 512  # 256 bytes and four special tokens must fit
+    """Size of the tokenizer to train."""
 
 
 class BaseStage(Section):
+    """A plain diffusion model that target and baseline start from; null where `target.start` is given."""
+
     start: ModelSource
+    """A checkpoint (directory, URI or hub id), or the sizes of a new model."""
     train: TrainSettings
+    """Its training."""
 
 
 class ReferenceStage(Section):
+    """The model whose predictions are the residuals in training."""
+
     start: ModelSource
+    """A checkpoint, or the sizes of a new model."""
     train: TrainSettings | None = None
+    """Its training; null uses the checkpoint unchanged."""
 
 
 class SignalSettings(Section):
+    """The reference's predictions, stored sparsely."""
+
     top_k: Annotated[int, Field(ge=1, le=32767)] = 32  # num_kept is stored in 16 bits
+    """Token ids stored per masked position; the mean embedding stands for the rest."""
     keep_mass: Annotated[float, Field(gt=0, le=1)] | None = 0.99  # with 32: measured, tests/benchmarks/README.md
+    """Of these, only as many as reach this probability; null stores all."""
     alpha_temperature: Positive = 1.0
+    """Softmax temperature of the entropy behind alpha."""
     delta_temperature: Positive = 1.0
+    """Softmax temperature of the stored probabilities."""
     shard_mb: Annotated[float, Field(gt=0, le=1024)] = 128  # Arrow counts a list's entries in 31 bits
+    """Largest size of a shard in MB; a lost actor loses at most one shard."""
     batch_tokens: Count = 16384
+    """Tokens per forward pass, padding included."""
     max_bad_rows: Share = 0.01
+    """Share of rows that the reference cannot read (too long, unknown ids) that is tolerated."""
 
     @property
     def rule(self) -> SignalRule:
-        """The part of the section that the online path needs as well."""
+        """The keys that online residuals use as well."""
         return SignalRule(**{f.name: getattr(self, f.name) for f in fields(SignalRule)})
 
 
 class TargetStage(Section):
+    """The RCD model."""
+
     start: ModelSource | None = None
+    """A checkpoint, or null for the model of stage base."""
     train: TrainSettings | None
+    """Its training; null uses the checkpoint unchanged."""
     residual: ResidualSettings = ResidualSettings()
+    """Residuals in its training."""
 
 
 class ExtraArm(Section):
-    """One more way to decode a model of the run, beside those that every model gets. decode: what differs from
-    evaluate.decode; the threshold is swept, as everywhere."""
+    """One more decoding method for a model of the run. The threshold is swept as everywhere."""
 
     model: str
+    """`target`, `target-<variant>`, `baseline`, `baseline-<name>` or `base`."""
     title: str | None = None
+    """Name in reports."""
     decode: DecodeSettings = DecodeSettings()
+    """What differs from `evaluate.decode`."""
 
 
 class EvaluateSettings(Section):
+    """Accuracy against tokens per forward pass."""
+
     settings: str | None = None
+    """A shipped file that fills in this section, for example `paper-sdar-b64`."""
     num_examples: Count | None = None
+    """Test examples to use; null uses all."""
     samples: Count = 1
+    """Answers per problem, for pass@1 at a temperature above 0."""
     batch_size: Count = 256
+    """Requests decoded at once."""
     decode: DecodeSettings = DecodeSettings()
+    """Decoding settings of all methods."""
     thresholds: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
+    """Confidence thresholds to sweep; 1.0 commits one token per pass."""
     block_lengths: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
+    """Block lengths to sweep; null uses the recipe's."""
     accuracy_levels: tuple[Share, ...] = (0.9,)
+    """Accuracies at which speeds are compared, in addition to the baseline's best."""
     starts: Annotated[tuple[Start, ...], Field(min_length=1)] = ("zero", "reference")
+    """How the first residual of a block is made; each start is one method."""
     arms: dict[EntryName, ExtraArm] = {}
+    """Further decoding methods by name."""
     run_code: bool = False
+    """Let `humaneval` run generated code, in limited processes that are no sandbox."""
 
 
 class CalibrateSettings(Section):
+    """The choice of T_res, the temperature that matches the target's alpha to the reference's; null: T_res is 1."""
+
     num_examples: Count = 256
+    """Held-out training examples to use."""
     match: Match = "decoding"
+    """Inputs on which target and reference are compared: those that decoding visits, or those of training."""
     decode: DecodeSettings = DecodeSettings()
+    """Decoding settings; the confidence threshold decides which inputs decoding visits."""
 
 
 class DeployedModel(Section):
-    """A checkpoint from outside the run, served beside the target; `decode`: its default settings."""
+    """A checkpoint from outside the run, served next to the target."""
 
     checkpoint: str
+    """Directory, URI or hub id."""
     decode: DecodeSettings = DecodeSettings()
+    """Default decoding settings of its requests."""
 
 
 class DeploySettings(Section):
+    """The HTTP endpoint."""
+
     host: str = "127.0.0.1"
+    """Address to listen on."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    """Port to listen on."""
     model_id: str = "rcd"
+    """The name that requests give as `model`."""
     start: Start = "reference"
+    """Default `start` of requests; `reference` deploys the reference, too."""
     decode: DecodeSettings = DecodeSettings()
+    """Default decoding settings of requests."""
     baseline: bool = False
+    """Also serve the baseline, as `<model_id>-baseline`."""
     models: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], DeployedModel] = {}
+    """Further models by id."""
     max_batch: Count = 32
+    """Requests that a replica decodes at once; fewer when memory is short."""
     max_queue: Annotated[int, Field(ge=0)] = 128
+    """Requests that may wait per replica; further ones get status 429."""
     max_length: Count | None = None
+    """Most tokens of prompt and answer; null: the model's limit, at most 4096."""
     min_replicas: Count = 1
+    """Fewest replicas of target and reference each."""
     max_replicas: Count = 1
+    """Most replicas of target and reference each; their number follows the load."""
     target_ongoing_requests: Positive | None = None
+    """Ongoing requests per target replica above which a replica is added; null: `max_batch`."""
 
 
 class Resources(Section):
-    """What the stages ask of the cluster. Never part of a stage's key: results do not depend on it."""
+    """What stages request from the cluster. Results do not depend on it."""
 
     num_workers: Workers = 1
+    """Training workers; `[2, 8]` trains with as many as fit, also after a restart."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    """CPUs per worker or actor."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    """GPUs per worker or actor."""
     max_failures: Annotated[int, Field(ge=0)] = 3
+    """Lost workers after which a training resumes; exceptions are never retried."""
     signal_actors: Count = 1
+    """Most actors of stage signals."""
     evaluate_actors: Count = 1
+    """Most actors of stages calibrate and evaluate."""
     timeout_s: Annotated[float, Field(ge=0)] = 600
+    """Seconds to wait for resources."""
     no_progress_timeout_s: Positive | None = None
+    """Fail stage signals when no shard finishes for this many seconds; null waits and reports."""
     custom: dict[str, dict[str, Positive]] = {}
+    """Stage or pattern -> custom Ray resources of its workers, to place stages on nodes that offer them."""
 
     @property
     def worker_counts(self) -> range:
-        """All numbers of workers that a training may find itself with."""
-        one = self.num_workers
-        return range(one, one + 1) if isinstance(one, int) else range(one[0], one[1] + 1)
+        """Every number of workers that a training may have."""
+        workers = self.num_workers
+        return range(workers, workers + 1) if isinstance(workers, int) else range(workers[0], workers[1] + 1)
 
     @property
     def elastic(self) -> bool:
+        """Whether the number of workers may change."""
         return not isinstance(self.num_workers, int)
 
     def custom_resources(self, stage: str) -> dict[str, float]:
-        """Ray's custom resources that each worker of a stage asks for: those of all patterns that fit its name."""
-        return {
-            name: amount
-            for pattern, asked in self.custom.items()
-            if fnmatch(stage, pattern)
-            for name, amount in asked.items()
-        }
+        """Custom Ray resources of each worker of a stage, from all patterns that match its name."""
+        matching = (amounts for pattern, amounts in self.custom.items() if fnmatch(stage, pattern))
+        return {name: amount for amounts in matching for name, amount in amounts.items()}
 
     def worker_bundle(self, stage: str) -> dict[str, float]:
-        """All that one worker of a stage asks of the node it runs on."""
-        asked = {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker, **self.custom_resources(stage)}
-        return {name: amount for name, amount in asked.items() if amount}
+        """All resources that one worker of a stage needs on its node."""
+        bundle = {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker, **self.custom_resources(stage)}
+        return {name: amount for name, amount in bundle.items() if amount}
 
 
 @dataclass(frozen=True)
 class Training:
-    """What one training stage does. start None: the checkpoint of the base stage. residual None: plain masked SFT."""
+    """The work of one training stage. start None: the checkpoint of stage base. residual None: plain masked SFT."""
 
     start: str | ModelConfig | None
     train: TrainSettings
@@ -204,11 +270,18 @@ class Training:
 
 
 class Recipe(Section):
+    """Top-level keys."""
+
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    storage: str
+    """Name of the run; its directory is `<storage>/<name>`."""
+    storage: str = "~/rcd-runs"  # load.parse_recipe expands the user's home
+    """Absolute directory or URI (`s3://`, `gs://`) that every node can access."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of synthetic data, new weights and dropout."""
     block_length: Count
+    """Tokens that are decoded together."""
     noise: NoiseSettings = NoiseSettings()
+    """How training examples are masked."""
     data: DataSettings
     tokenizer: TokenizerSettings = TokenizerSettings()
     base: BaseStage | None = None
@@ -216,8 +289,11 @@ class Recipe(Section):
     signals: SignalSettings = SignalSettings()
     target: TargetStage
     variants: dict[EntryName, ResidualSettings] = {}
+    """Further targets `target-<name>`, each with what differs from `target.residual`."""
     baseline: Baseline = True
+    """Train SeqD, the target's training without residuals; or a checkpoint to use instead."""
     baselines: dict[EntryName, TrainSettings] = {}
+    """Further baselines `baseline-<name>`, each with what differs from `target.train`."""
     calibrate: CalibrateSettings | None = None
     evaluate: EvaluateSettings = EvaluateSettings()
     deploy: DeploySettings = DeploySettings()
@@ -228,31 +304,34 @@ class Recipe(Section):
         return storage.join(self.storage, self.name)
 
     def residuals(self) -> dict[str, ResidualSettings]:
-        """How each target is trained with residuals, by the recipe's section for it; none for one taken as it is."""
+        """Recipe key -> residual settings of every target that is trained."""
         if self.target.train is None:
             return {}
         return {"target.residual": self.target.residual} | {f"variants.{n}": r for n, r in self.variants.items()}
 
     def residual(self, stage: str) -> ResidualSettings | None:
-        """How the model of a stage was trained with residuals; None for one without, or from outside the run."""
+        """How a stage's model was trained with residuals; None: without them, or a checkpoint from outside."""
         sections = {"target": "target.residual"} | {f"target-{name}": f"variants.{name}" for name in self.variants}
         if self.checkpoint(stage) and stage == "target" and not self.target.residual.feeds_back:
-            return self.target.residual  # all that a recipe can say of a checkpoint: that it feeds nothing back
+            return self.target.residual  # a recipe can only say that a checkpoint uses no residuals
         return self.residuals().get(sections.get(stage, ""))
 
     def checkpoint(self, stage: str) -> str | None:
-        """The checkpoint that is taken as it is for a stage's model; None where a model is trained."""
-        found: str | ModelConfig | bool | None = None
+        """The existing checkpoint that a stage uses unchanged; None where a model is trained."""
+        source: str | ModelConfig | bool | None = None
         if stage == "target" and self.target.train is None:
-            found = self.target.start
+            source = self.target.start
         elif stage == "baseline":
-            found = self.baseline
+            source = self.baseline
         elif stage == "reference" and self.reference and self.reference.train is None:
-            found = self.reference.start
-        return found if isinstance(found, str) else None
+            source = self.reference.start
+        return source if isinstance(source, str) else None
 
     def training(self, stage: str) -> Training:
-        """The work of a training stage: base, reference, target, target-<variant>, baseline or baseline-<name>."""
+        """The work of stage base, reference, target, target-<variant>, baseline or baseline-<name>.
+
+        Raises UserError for a stage that trains nothing.
+        """
         if stage == "base" and self.base:
             return Training(self.base.start, self.base.train, None)
         if stage == "reference" and self.reference and self.reference.train:

@@ -12,8 +12,9 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from pipelines.recipe.files import explain, problems_error
-from pipelines.recipe.model import Count, Positive, Recipe, Section
+from pipelines.recipe.model import Recipe
 from pipelines.recipe.rules import checkpoint_problems, needs_reference
+from pipelines.recipe.types import Count, Positive, Section
 from rcd_core.decode_settings import DecodeSettings
 
 REFERENCE, INGRESS = "Reference", "Ingress"  # deployments

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from pipelines.data.sources import columns_of
-from pipelines.recipe.files import parse_yaml, read_recipe, recipe_names
+from pipelines.recipe.files import parse_yaml, recipe_names
 from pipelines.recipe.inputs import check_inputs
 from pipelines.recipe.load import dump_recipe, load_recipe, parse_recipe
-from pipelines.recipe.model import Recipe
+from pipelines.recipe.reference import PAGE, recipe_page, write_or_check
 from pipelines.recipe.rules import is_hub_id
 from pipelines.run.stages import stages_of
 from rcd_core.errors import UserError
@@ -30,15 +30,10 @@ def test_packaged_recipes_load_and_their_dump_loads_to_the_same(name: str) -> No
     assert parse_recipe(parse_yaml(dump_recipe(recipe), name)) == recipe
 
 
-def test_demo_comments_every_key() -> None:
-    """demo.yaml is the reference of the recipe: whatever key there is must be written there."""
-    raw = read_recipe("demo")
-    for name, section in (("", Recipe), *((n, f.annotation) for n, f in Recipe.model_fields.items())):
-        fields = getattr(section, "model_fields", None) or getattr(section, "__dataclass_fields__", {})
-        if fields:
-            assert set(fields) == set(raw[name] if name else raw), name or "top level"
-    assert set(raw["base"]["train"]) == set(type(load_recipe("demo").target.train).__dataclass_fields__)
-    assert set(raw["target"]["residual"]) == set(type(load_recipe("demo").target.residual).__dataclass_fields__)
+def test_the_generated_reference_is_current_and_describes_every_key() -> None:
+    page = recipe_page()
+    assert write_or_check(PAGE, page, ["--check"]) == 0, "stale: run `make docs`"
+    assert not [line for line in page.splitlines() if line.startswith("| `") and line.endswith("|  |")]
 
 
 def test_overrides_are_yaml_values_and_make_missing_sections() -> None:
@@ -59,64 +54,78 @@ def test_variants_change_only_what_they_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "named"),
     [
         ("target.train.lerning_rate=1", "target.train.lerning_rate: unknown key; did you mean 'learning_rate'?"),
         ("evaluat.batch_size=1", "evaluat: unknown key; did you mean 'evaluate'?"),
         ("reference.start.hiden_size=4", "reference.start.hiden_size: unknown key; did you mean 'hidden_size'?"),
         ("variants.x={alfa: one}", "variants.x.alfa: unknown key; did you mean 'alpha'?"),
         ("data.max_length=long", "data.max_length is 'long'; it should be a valid integer"),
-        ("seed=true", "seed is True; it should be a valid integer"),
-        ("target.train.steps=0", "target.train.steps is 0; it must be at least 1"),
-        ("variants.x={dropout: 3}", "variants.x.dropout is 3.0; it must lie in [0, 1]"),
+        ("seed=true", "seed is True"),
+        ("target.train.steps=0", "target.train.steps is 0"),
+        ("variants.x={dropout: 3}", "variants.x.dropout is 3.0"),
+        ("variants.x={alpha: ramp}", "variants.x.alpha is 'ramp'"),
         ("evaluate.decode.policy=entropy_bounded", "evaluate.decode.policy is 'entropy_bounded' but entropy_bound"),
         ("evaluate.starts=[zer]", "evaluate.starts.0 is 'zer'; it should be 'reference', 'zero'"),
         ("resources=null", "resources is null; it should be a mapping of keys"),
         ("target.start=5", "target.start is 5; it should be a mapping of keys, or a path, URI or hub id"),
-        ("name=../up", "name is '../up'; it should match"),
-        ("deploy.min_replicas=2", "deploy.max_replicas is 1 but deploy.min_replicas is 2; it must be at least"),
-        ("data.task=soduko", "data.task is 'soduko'; known tasks: aime24, aime25, arithmetic, gsm1k, gsm8k"),
-        ("data.task=humaneval", "data.task is 'humaneval', which runs code that a model wrote, but evaluate.run_code"),
-        ("data.test_task=soduko", "data.test_task is 'soduko'; known tasks: aime24"),
-        ("data.test_task=humaneval", "data.test_task is 'humaneval', which runs code that a model wrote"),
-        ("data.train=null", "data.train is null but base.train is not; name the examples to train on"),
-        ("target.train=null", "target.train is null but target.start is no checkpoint; describe its training"),
-        ("target.train=null", "variants.paper_alpha is a target to train; drop it"),
-        ("baseline=5", "baseline is 5; it should be a valid boolean"),
-        ("data.train=rows.jsonl", "data.train is 'rows.jsonl', a relative path; a job's working directory"),
-        ("data.train=/abs/rows.csv", "its name must end in .jsonl or .parquet"),
-        ("data.test=hf://gsm8k", "data.test is 'hf://gsm8k'; a hub data set is written hf://owner/name"),
-        ("data.num_train=null", "data.num_train is null but data.train is synthetic"),
-        ("data.pad_multiple=40", "data.pad_multiple is 40; it must be a multiple of block_length 37"),
+        ("name=../up", "name is '../up'"),
+        ("deploy.min_replicas=2", "deploy.max_replicas is 1 but deploy.min_replicas is 2"),
+        ("data.task=soduko", "data.task is 'soduko'"),
+        ("data.task=humaneval", "evaluate.run_code"),
+        ("data.test_task=soduko", "data.test_task is 'soduko'"),
+        ("data.test_task=humaneval", "evaluate.run_code"),
+        ("data.train=null", "data.train is null but base.train is not"),
+        ("target.train=null", "target.train is null but target.start"),
+        ("target.train=null", "variants.paper_alpha"),
+        ("baseline=5", "baseline is 5"),
+        ("data.train=rows.jsonl", "data.train is 'rows.jsonl', a relative path"),
+        ("data.train=/abs/rows.csv", ".jsonl or .parquet"),
+        ("data.test=hf://gsm8k", "data.test is 'hf://gsm8k'"),
+        ("data.num_train=null", "data.num_train is null"),
+        ("data.pad_multiple=40", "data.pad_multiple is 40"),
         ("storage=runs", "storage is 'runs', a relative path"),
         ("reference.start=./model", "reference.start is './model', a relative path"),
-        ("reference.start=owner/name", "tokenizer.path is null but reference.start is a checkpoint"),
+        ("reference.start=owner/name", "tokenizer.path is null but reference.start"),
         ("base=null", "target.start and base are both null"),
-        ("reference.train=null", "reference.train is null but reference.start is no checkpoint"),
+        ("reference.train=null", "reference.train is null but reference.start"),
         ("target.residual={source: online, alpha: calibrated_entropy}", "target.residual.alpha_scale is null"),
-        ("target.residual.alpha_scale=null", "alpha_scale is null; with source 'self' there are no signals"),
-        ("reference=null", "variants.paper_alpha.source asks for the reference but reference is null"),
-        ("target.train.epochs=2", "target.train.epochs is 2.0 and train.steps 500; set epochs null or steps 0"),
-        ("target.train={batch_size: 8}", "target.train.steps is 0; it must be at least 1, or give train.epochs"),
+        ("target.residual.alpha_scale=null", "target.residual.alpha_scale is null"),
+        ("reference=null", "variants.paper_alpha.source"),
+        ("target.train.epochs=2", "target.train.epochs is 2.0 and train.steps 500"),
+        ("target.train={batch_size: 8}", "target.train.steps is 0"),
         ("target.train.validate_every=5", "target.train.validate_every is 5 but data.num_validation is 0"),
-        ("target.train.deepspeed={wall_clock_breakdown: true}", "target.train.deepspeed is given but target"),
-        ("resources.num_workers=[2, 3]", "64, no multiple of resources.num_workers [2, 3], which can be 3"),
-        ("resources.num_workers=[4, 2]", "resources.num_workers is [4, 2]; the fewest come first"),
-        ("resources={num_workers: [1, 2], max_failures: 0}", "resources.max_failures is 0 but resources.num"),
-        ("name.x=1", "--set 'name.x=1': name is 'demo', no section"),
-        ("seed", "--set 'seed' must have the form KEY=VALUE"),
-        ("seed={", "--set 'seed={' is no valid YAML"),
+        ("target.train.deepspeed={wall_clock_breakdown: true}", "target.train.deepspeed"),
+        ("target.train.strategy=deepspeed", "target.train.strategy is deepspeed"),
+        ("resources.num_workers=[2, 3]", "target.train.batch_size is 64"),
+        ("resources.num_workers=[4, 2]", "resources.num_workers is [4, 2]"),
+        ("resources={num_workers: [1, 2], max_failures: 0}", "resources.max_failures is 0"),
+        ("evaluate.arms.x={model: targt}", "evaluate.arms.x.model is 'targt'"),
+        ("evaluate.arms.seqd={model: base}", "evaluate.arms.seqd"),
+        ("evaluate.arms.x={model: base, decode: {alfa: one}}", "evaluate.arms.x.decode.alfa: unknown key"),
+        ("evaluate.arms.x={model: base, decode: {block_length: 8}}", "evaluate.arms.x.decode.block_length is 8"),
+        ("evaluate.arms.x={model: base, decode: 3}", "evaluate.arms.x.decode is 3"),
+        ("evaluate.arms=3", "evaluate.arms is 3"),
+        (
+            "evaluate.arms.x={model: baseline, decode: {residual: true, alpha: calibrated_entropy}}",
+            "evaluate.arms.x.decode.alpha_scale is null",
+        ),
+        (
+            "evaluate.arms.x={model: target, decode: {residual: true, alpha: learned}}",
+            "evaluate.arms.x.decode.alpha is 'learned'",
+        ),
+        ("baselines.x={stepz: 3}", "baselines.x.stepz: unknown key; did you mean 'steps'?"),
+        ("baselines.x={batch_size: 63}", "baselines.x.batch_size is 63"),
+        ("name.x=1", "--set 'name.x=1': name is 'demo'"),
+        ("seed", "--set 'seed'"),
+        ("seed={", "--set 'seed={'"),
     ],
 )
-def test_mistakes_are_named(override: str, says: str) -> None:
-    message = complaint(override)
-    assert says in message
+def test_mistakes_are_named(override: str, named: str) -> None:
+    more = ["resources.num_workers=[1, 2]"] if "=deepspeed" in override else []
+    message = complaint(override, *more)
+    assert named in message
     assert "\n" not in message or "has problems" in message
-
-
-def test_deepspeed_takes_one_number_of_workers() -> None:
-    message = complaint("target.train.strategy=deepspeed", "resources.num_workers=[1, 2]")
-    assert "target.train.strategy is deepspeed, whose checkpoints belong to one number of workers" in message
 
 
 def test_epochs_become_steps_once_the_examples_are_counted() -> None:
@@ -136,14 +145,14 @@ def test_all_mistakes_come_in_one_message() -> None:
 
 def test_recipes_are_found_by_name_or_path(tmp_path: Path) -> None:
     assert "did you mean 'demo'?" in complaint(recipe="demoo")
-    assert "exists nowhere" in complaint(recipe=str(tmp_path / "none.yaml"))
-    path = tmp_path / "mine.yaml"
-    path.write_text(dump_recipe(load_recipe("demo", ["name=mine"])))
-    assert load_recipe(str(path)).name == "mine"
+    assert str(tmp_path / "none.yaml") in complaint(recipe=str(tmp_path / "none.yaml"))
+    path = tmp_path / "other.yaml"
+    path.write_text(dump_recipe(load_recipe("demo", ["name=other"])))
+    assert load_recipe(str(path)).name == "other"
     path.write_text("name: a\nseed: 1\nseed: 2\n")
-    assert "key 'seed' is given twice" in complaint(recipe=str(path))
+    assert "'seed'" in complaint(recipe=str(path))
     path.write_text("- a list")
-    assert "must be a mapping" in complaint(recipe=str(path))
+    assert str(path) in complaint(recipe=str(path))
 
 
 # A run that trains nothing: checkpoints from outside, and problems to test them on.
@@ -161,13 +170,13 @@ def test_checkpoints_are_taken_as_they_are() -> None:
             stages[name].function == "pipelines.run.directory:use_checkpoint" and path in stages[name].outside.values()
         )
         assert recipe.checkpoint(name) == path and recipe.residual(name) is None
-        with pytest.raises(UserError, match="trains nothing"):
+        with pytest.raises(UserError, match=name):
             recipe.training(name)
     assert stages["target"].inputs == () and stages["evaluate"].inputs == ("prepare", "target", "baseline", "reference")
     demo = load_recipe("demo")
     assert {demo.checkpoint(name) for name in ("reference", "target", "baseline")} == {None}
-    assert "baseline is true; it would be trained" in complaint(*NO_TRAINING, "baseline=true")
-    assert "data.train is null and tokenizer.path, too" in complaint(*AS_THEY_ARE, "data.train=null")
+    assert "baseline is true" in complaint(*NO_TRAINING, "baseline=true")
+    assert "tokenizer.path" in complaint(*AS_THEY_ARE, "data.train=null")
 
 
 def test_another_task_is_tested_than_trained() -> None:
@@ -201,16 +210,16 @@ def inputs_complaint(*overrides: str) -> str:
 def test_what_a_recipe_names_must_be_there(tmp_path: Path) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.touch()
-    assert f"data.train: {tmp_path}/none.jsonl does not exist" in inputs_complaint(f"data.train={tmp_path}/none.jsonl")
-    assert f"data.test: {empty} is no file with content" in inputs_complaint(f"data.test=[{empty}]")
+    assert f"data.train: {tmp_path}/none.jsonl" in inputs_complaint(f"data.train={tmp_path}/none.jsonl")
+    assert f"data.test: {empty}" in inputs_complaint(f"data.test=[{empty}]")
     good = checkpoint(tmp_path / "good", 100)
     tokenizer = f"tokenizer.path={good}"
     missing = inputs_complaint(tokenizer, f"reference.start={tmp_path}/none")
-    assert f"reference.start: {tmp_path}/none does not exist" in missing
+    assert f"reference.start: {tmp_path}/none" in missing
     (good / "model.safetensors").rename(good / "pytorch_model.bin")
-    assert "has no *.safetensors" in inputs_complaint(tokenizer, f"reference.start={good}")
+    assert "*.safetensors" in inputs_complaint(tokenizer, f"reference.start={good}")
     (good / "config.json").unlink()
-    assert "has no config.json" in inputs_complaint(tokenizer, f"reference.start={good}")
+    assert "config.json" in inputs_complaint(tokenizer, f"reference.start={good}")
     (good / "tokenizer_config.json").unlink()
     assert "tokenizer.path" in inputs_complaint(tokenizer)
 
@@ -221,13 +230,13 @@ def test_reference_and_target_must_share_a_vocabulary(tmp_path: Path) -> None:
     swapped = checkpoint(tmp_path / "swapped", 100, {"a": 1, "b": 0})
     sets = ["base=null", f"target.start={target}", f"tokenizer.path={target}"]
     message = inputs_complaint(*sets, f"reference.start={other}")
-    assert "a vocabulary of 90 tokens" in message and "one of 100" in message and "reference.start" in message
-    assert "number their tokens apart" in inputs_complaint(*sets, f"reference.start={swapped}")
+    assert "90" in message and "100" in message and "reference.start" in message
+    assert f"reference.start {swapped}" in inputs_complaint(*sets, f"reference.start={swapped}")
     as_they_are = [
         f"target={{start: {target}, train: null}}",
         "calibrate=null",
         "variants={}",
         f"reference.start={target}",
     ]
-    assert f"baseline {other} has a vocabulary of 90" in inputs_complaint(*sets, *as_they_are, f"baseline={other}")
+    assert f"baseline {other}" in inputs_complaint(*sets, *as_they_are, f"baseline={other}")
     check_inputs(load_recipe("demo", [*sets, f"reference.start={target}"]))
