@@ -268,7 +268,7 @@ def test_broken_logits_are_refused(logits: torch.Tensor, table: torch.Tensor) ->
         for bad in (math.nan, math.inf):
             broken = rows.clone()
             broken[2, 3] = bad
-            with pytest.raises(ValueError, match="row 2 of the logits holds NaN or"):
+            with pytest.raises(ValueError, match="row 2 of the logits has NaN or"):
                 ReferenceSignals.from_logits(broken, k=8)
         nothing = rows.clone()
         nothing[1] = -math.inf

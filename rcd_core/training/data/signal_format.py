@@ -112,7 +112,6 @@ class SignalGroup:
 
     def __init__(self, table: Any, temperatures: tuple[float, float]) -> None:
         self.temperatures = temperatures
-        self.num_rows = len(table)
         self._plain = {name: table[name].combine_chunks() for name in _PLAIN}
         names = [*_INTEGERS, *_FLOATS, *(["num_kept"] if "num_kept" in table.column_names else [])]
         self._lists = {name: FlatLists(table[name]) for name in names}
