@@ -1,18 +1,16 @@
-"""signals: the frozen reference's predictions for every masked token of the training rows, in sharded Parquet.
+"""Stage `signals`: the frozen reference's predictions at every masked position of the training rows.
 
     python pipelines/precompute.py --recipe demo
     python pipelines/precompute.py --recipe demo --repair     # check every shard's bytes, compute damaged ones again
 
-Planned before anything is computed (signal_plan.py): a shard is a fixed list of rows in training order, cut into fixed
-batches, so the numbers do not depend on how many actors there are. Ray Data maps a pool of reference actors
-(signal_actor.py) over the shards' numbers; the rows go from an actor straight to storage (signal_files.py). What has a
-valid sidecar is not computed again.
+Reads the examples of the stage `prepare` and the checkpoint of `reference`. Writes <run>/signals/shard-*.parquet, a
+JSON sidecar per shard, and bad_rows.parquet. Shards are planned before anything is computed (signals/plan.py); Ray Data
+maps a pool of reference actors (signals/actor.py) over their numbers. A shard with a valid sidecar is skipped.
 """
 
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,45 +18,46 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
+import ray.data
+from ray.data import ActorPoolStrategy
+from ray.data.exceptions import ExecutionTimeoutError
 
 from pipelines.ray_cluster.resources import describe_bundles
 from pipelines.ray_cluster.waiting import Waiting
 from pipelines.run.directory import StageContext
-from pipelines.signals import files as signal_files
-from pipelines.signals.actor import SignalActor, SignalJob
-from pipelines.signals.plan import plan_shards
+from pipelines.signals.actor import SignalActor
+from pipelines.signals.files import remove_leftovers, remove_shard, sidecar_path
+from pipelines.signals.plan import SignalJob, make_job
+from pipelines.signals.summary import SignalSummary
 from rcd_core.errors import UserError
 from rcd_core.io import storage
-from rcd_core.training.data.examples import Chunks
-from rcd_core.training.data.signal_cache import damage, noise_record
-from rcd_core.training.data.signal_format import SCHEMA_VERSION
+from rcd_core.training.data.signal_cache import damage
 
 
 def run(ctx: StageContext) -> dict[str, Any]:
-    """Compute the missing shards. Summary: what the rows are and how to read them; the trainer checks it."""
+    """Compute the missing shards. Summary: what the rows are and how to read them; the training checks it."""
     job = make_job(ctx)
-    signal_files.remove_leftovers(job.directory)
-    found = Found(ctx, job)
-    todo = [shard for shard in range(job.num_shards) if not found.add(shard)]
-    if len(todo) < job.num_shards:
-        ctx.console.print(f"  signals: {job.num_shards - len(todo)} of {job.num_shards} shards are already there")
-    for done, shard in enumerate(_compute(ctx, job, todo), start=1):
-        if not found.add(shard):
-            raise UserError(f"{signal_files.sidecar_path(job.directory, shard)} does not describe its shard; run again")
-        if done % max(1, len(todo) // 10) == 0:
-            ctx.console.print(f"  signals: {job.num_shards - len(todo) + done} of {job.num_shards} shards")
-    signal_files.remove_leftovers(job.directory)
-    return found.summary()
+    remove_leftovers(job.directory)
+    summary = SignalSummary(ctx, job)
+    missing = [shard for shard in range(job.num_shards) if not summary.add(shard)]
+    num_done = job.num_shards - len(missing)
+    if num_done:
+        ctx.console.print(f"  signals: {num_done} of {job.num_shards} shards exist already")
+    for count, shard in enumerate(_compute(ctx, job, missing), start=1):
+        if not summary.add(shard):
+            raise UserError(f"{sidecar_path(job.directory, shard)} does not describe its shard; run again")
+        if count % max(1, len(missing) // 10) == 0:
+            ctx.console.print(f"  signals: {num_done + count} of {job.num_shards} shards")
+    remove_leftovers(job.directory)
+    return summary.manifest()
 
 
 def repair(ctx: StageContext) -> dict[str, Any] | None:
-    """Check the bytes of every shard of a finished stage; the new summary where some had to be computed again."""
+    """Check the bytes of every shard of a finished stage. Returns the new summary if any had to be computed again."""
     job, manifest = make_job(ctx), ctx.run.manifest(ctx.stage)
     if manifest is None:
-        raise UserError(f"--repair mends finished signals, but {job.directory} has no manifest; run without --repair")
-    old = manifest["summary"]
-    damaged = []
+        raise UserError(f"--repair: {job.directory} has no manifest, so the stage is not done; run without --repair")
+    old, num_damaged = manifest["summary"], 0
     for shard, name in enumerate(old["shards"]):
         path = storage.join(job.directory, name)
         problem = damage(path, old["shard_bytes"][shard], old["shard_sha256"][shard])
@@ -66,40 +65,19 @@ def repair(ctx: StageContext) -> dict[str, Any] | None:
             problem = "its sidecar is missing or describes other rows"
         if problem:
             ctx.console.print(f"  signals: {name} is damaged: {problem}", markup=False, soft_wrap=True)
-            signal_files.forget(job.directory, shard)
-            damaged.append(name)
-    ctx.console.print(f"  signals: {len(old['shards'])} shards checked, {len(damaged)} to compute again")
-    return run(ctx) if damaged else None
-
-
-def make_job(ctx: StageContext) -> SignalJob:
-    """The plan: a pure function of the recipe and the examples' manifest."""
-    recipe, prepare = ctx.recipe, ctx.input("prepare")["summary"]
-    return SignalJob(
-        directory=ctx.directory,
-        reference=ctx.checkpoint("reference"),
-        examples=tuple(storage.join(ctx.input_dir("prepare"), "train", name) for name in prepare["train"]),
-        chunks=Chunks.from_manifest(prepare["chunks"]),
-        noise=recipe.noise,
-        block_length=recipe.block_length,
-        rule=recipe.signals.rule,
-        row_offsets=tuple(plan_shards(recipe, prepare)),
-        batch_tokens=recipe.signals.batch_tokens,
-        threads=max(1, int(recipe.resources.cpus_per_worker)),
-    )
+            remove_shard(job.directory, shard)
+            num_damaged += 1
+    ctx.console.print(f"  signals: {len(old['shards'])} shards checked, {num_damaged} to compute again")
+    return run(ctx) if num_damaged else None
 
 
 def _compute(ctx: StageContext, job: SignalJob, shards: list[int]) -> Iterator[int]:
-    """Yields each shard when it is on storage, in whatever order they are done.
+    """Yields each shard once it is stored, in any order.
 
-    Ray computes a shard again whose actor or node was lost; an error in the code ends the job at once.
+    Ray computes a shard again if its actor or node was lost; an error in the code ends the job at once.
     """
     if not shards:
         return
-    import ray.data
-    from ray.data import ActorPoolStrategy
-    from ray.data.exceptions import ExecutionTimeoutError
-
     resources = ctx.recipe.resources
     actors, timeout_s = min(resources.signal_actors, len(shards)), resources.no_progress_timeout_s
     numbers = ray.data.from_items([{"shard": s} for s in shards], override_num_blocks=len(shards))
@@ -112,8 +90,8 @@ def _compute(ctx: StageContext, job: SignalJob, shards: list[int]) -> Iterator[i
         num_gpus=resources.gpus_per_worker,
         resources=resources.custom_resources("signals"),
     )
-    # Ray ends a job that moves no block for half an hour, which one shard of a slow model, or a node on its way, can
-    # take. Ours to decide: the recipe says when to give up, and until then the waiting is announced.
+    # Ray ends a job that moves no block for half an hour. One shard of a slow model can take longer, and so can a new
+    # node. The recipe decides instead, and meanwhile a line says what the job waits for.
     data.context.execution_no_progress_timeout_s = timeout_s or -1
     pool = describe_bundles([resources.worker_bundle("signals")] * actors)
     with Waiting(ctx.console, f"signals: waiting for a shard, of up to {pool},", len(shards)) as waiting:
@@ -126,84 +104,6 @@ def _compute(ctx: StageContext, job: SignalJob, shards: list[int]) -> Iterator[i
                 f"signals: no shard was finished for {timeout_s:g} s, resources.no_progress_timeout_s; raise it, set "
                 "it to null to wait for ever, or lower signals.shard_mb; the finished shards are kept"
             ) from error
-
-
-class Found:
-    """What the sidecars say together; of each only a few numbers are kept."""
-
-    def __init__(self, ctx: StageContext, job: SignalJob) -> None:
-        self.ctx, self.job = ctx, job
-        self.shards: dict[int, dict[str, Any]] = {}
-        self.histogram = np.zeros(0, dtype=np.int64)
-        self.reasons: Counter[str] = Counter()
-
-    def add(self, shard: int) -> bool:
-        """Take note of a shard; False where it has no valid sidecar. UserError once too many rows are bad."""
-        sidecar = self.job.valid_sidecar(shard)
-        if sidecar is None:
-            return False
-        histogram = np.asarray(sidecar.pop("entropy_histogram"), dtype=np.int64)
-        self.histogram = self.histogram + histogram if len(self.histogram) else histogram
-        bad = sidecar.pop("bad_rows")
-        self.shards[shard] = sidecar | {"num_bad": len(bad)}
-        self.reasons.update(row["reason"] for row in bad)
-        limit = self.ctx.recipe.signals.max_bad_rows
-        if sum(self.reasons.values()) > limit * self.job.num_rows:
-            path = self._side_table()
-            raise UserError(
-                f"signals: {sum(self.reasons.values())} of {self.job.num_rows} rows cannot be used, more than "
-                f"signals.max_bad_rows ({limit:g}) allows: {self._counted()}; they are listed in {path}: mend the "
-                "examples, or raise signals.max_bad_rows to go on without them"
-            )
-        return True
-
-    def summary(self) -> dict[str, Any]:
-        """The manifest of the stage: everything that must agree with whoever trains on it."""
-        job, recipe, prepare = self.job, self.ctx.recipe, self.ctx.input("prepare")["summary"]
-        path = self._side_table()
-        if self.reasons:
-            self.ctx.console.print(f"  signals: bad rows: {self._counted()}; listed in {path}", soft_wrap=True)
-        ordered = [self.shards[shard] for shard in range(job.num_shards)]
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "shards": [signal_files.shard_name(shard) for shard in range(job.num_shards)],
-            "row_offsets": list(job.row_offsets),
-            "shard_bytes": [s["bytes"] for s in ordered],
-            "shard_sha256": [s["sha256"] for s in ordered],
-            "rows": job.num_rows,
-            **{n: sum(s[n] for s in ordered) for n in ("tokens", "masked_tokens", "kept_entries", "bytes")},
-            "bad_rows": dict(sorted(self.reasons.items())),
-            **{n: self._common(n) for n in ("family", "vocab_size", "mask_token_id", "reference", "compute_dtype")},
-            "reference_checkpoint": job.reference,
-            "block_length": job.block_length,
-            "pad_multiple": recipe.data.pad_multiple or recipe.block_length,
-            "tokenizer_sha256": prepare["tokenizer_sha256"],
-            "noise": noise_record(job.noise),
-            **vars(job.rule),
-            "dtypes": {"topk_ids": "int32", "topk_logprobs": "float16", "entropy": "float32", "tail_mass": "float32"},
-            "entropy_histogram": self.histogram.tolist(),
-            "fingerprint": [s["sha256"] for s in ordered],
-        }
-
-    def _common(self, name: str) -> Any:
-        """A fact on which all shards must agree: a hub checkpoint may have moved on between two runs."""
-        first = self.shards[0][name]
-        for shard, sidecar in self.shards.items():
-            if sidecar[name] != first:
-                raise UserError(
-                    f"signals: {signal_files.shard_name(0)} was made with {name} {first!r}, "
-                    f"{signal_files.shard_name(shard)} with {sidecar[name]!r}; run full.py --redo signals"
-                )
-        return first
-
-    def _counted(self) -> str:
-        return ", ".join(f"{n} x {reason}" for reason, n in sorted(self.reasons.items()))
-
-    def _side_table(self) -> str:
-        """Written again from the sidecars, so that it names each row once whatever was interrupted."""
-        found = (s for s, kept in sorted(self.shards.items()) if kept["num_bad"])
-        sidecars = ((s, storage.read_json(signal_files.sidecar_path(self.job.directory, s))) for s in found)
-        return signal_files.write_bad_rows(self.job.directory, sidecars)
 
 
 if __name__ == "__main__":

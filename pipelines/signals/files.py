@@ -1,8 +1,8 @@
 """The files of the stage `signals`, and the order in which they are written.
 
-A shard is written whole under a temporary name and renamed; then, the same way, its sidecar, which says how many rows
-it has and what its bytes hash to. A shard without a valid sidecar does not exist for whoever comes next, so a process
-may die between any two of these steps, and two may even write the same shard: the bytes are the same.
+A shard is written under a temporary name and renamed; then its sidecar is written the same way, with the number of rows
+and the hash of the shard's bytes. Readers ignore a shard without a valid sidecar, so a process may die between any two
+of these steps. Two processes may even write the same shard: the bytes are the same.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow import fs
 
 from rcd_core.errors import UserError
 from rcd_core.io import storage
@@ -34,28 +35,26 @@ def sidecar_path(directory: str, shard: int) -> str:
 
 
 def valid_sidecar(directory: str, shard: int, first_row: int, rows: int) -> dict[str, Any] | None:
-    """The sidecar of a shard that is there with these rows and of the size it was written with; else None."""
+    """The sidecar of a shard that exists with these rows and the size that was written; otherwise None."""
     try:
-        found: dict[str, Any] = storage.read_json(sidecar_path(directory, shard))
-        wanted = {"schema_version": SCHEMA_VERSION, "first_row": first_row, "rows": rows}
-        if any(found.get(name) != value for name, value in wanted.items()):
+        sidecar: dict[str, Any] = storage.read_json(sidecar_path(directory, shard))
+        expected = {"schema_version": SCHEMA_VERSION, "first_row": first_row, "rows": rows}
+        if any(sidecar.get(name) != value for name, value in expected.items()):
             return None
-        whole = storage.size(storage.join(directory, shard_name(shard))) == found["bytes"]
+        complete = storage.size(storage.join(directory, shard_name(shard))) == sidecar["bytes"]
     except (FileNotFoundError, UserError, AttributeError):
         return None
-    return found if whole else None
+    return sidecar if complete else None
 
 
-def forget(directory: str, shard: int) -> None:
-    """Remove a shard, its sidecar first: what a kill leaves half removed must not look whole."""
+def remove_shard(directory: str, shard: int) -> None:
+    """Remove the sidecar first: a shard that is half removed must not look complete."""
     storage.remove(sidecar_path(directory, shard))
     storage.remove(storage.join(directory, shard_name(shard)))
 
 
 def remove_leftovers(directory: str) -> None:
-    """Remove what killed writers have left under temporary names."""
-    from pyarrow import fs
-
+    """Remove the temporary files of killed writers."""
     files, inner = storage.filesystem(directory)
     for info in files.get_file_info(fs.FileSelector(inner, allow_not_found=True)):
         if info.is_file and info.base_name.startswith(".") and info.base_name.endswith(".tmp"):
@@ -63,18 +62,17 @@ def remove_leftovers(directory: str) -> None:
                 files.delete_file(info.path)
 
 
-class _Hashing:
-    """A file to write to, with the sha256 and the number of the bytes that went through."""
+class _HashingStream:
+    """A file to write to that counts and hashes (sha256) the bytes written."""
 
     def __init__(self, stream: Any) -> None:
         self._stream, self._digest, self.num_bytes, self.closed = stream, hashlib.sha256(), 0, False
 
     def write(self, data: Any) -> int:
-        if self.closed:
-            return len(data)
-        self._digest.update(data)
-        self._stream.write(data)
-        self.num_bytes += len(data)
+        if not self.closed:
+            self._digest.update(data)
+            self._stream.write(data)
+            self.num_bytes += len(data)
         return len(data)
 
     def tell(self) -> int:
@@ -91,32 +89,32 @@ class _Hashing:
 
 
 class ShardWriter:
-    """Row groups of one shard, as they come; rows and hash for the sidecar."""
+    """Writes the row groups of one shard; counts rows and bytes for the sidecar."""
 
     def __init__(self, stream: Any, adaptive: bool) -> None:
-        self._sink = _Hashing(stream)
+        self._sink = _HashingStream(stream)
         self._parquet = pq.ParquetWriter(self._sink, schema(adaptive), **parquet_options(adaptive))
         self.rows = 0
 
-    def write(self, table: Any) -> None:
+    def write(self, table: pa.Table) -> None:
         self._parquet.write_table(table, row_group_size=len(table))
         self.rows += len(table)
 
     def abandon(self) -> None:
-        """Let go of a shard that will not be finished: the Parquet writer closes itself once more when it is freed."""
+        """Give up a shard. Without this the Parquet writer would write a footer when it is freed."""
         self._sink.closed = True
         with suppress(Exception):
             self._parquet.close()
 
     def close(self) -> dict[str, Any]:
-        """The part of the sidecar that describes the file."""
+        """Finish the file. Returns the part of the sidecar that describes it."""
         self._parquet.close()
         return {"rows": self.rows, "bytes": self._sink.num_bytes, "sha256": self._sink.sha256()}
 
 
 @contextmanager
 def shard_writer(directory: str, shard: int, adaptive: bool) -> Iterator[ShardWriter]:
-    """Appears under its name when the block ends well; close() the writer in the block."""
+    """The shard appears under its name when the block ends without an error; close() the writer in the block."""
     with storage.open_output(storage.join(directory, shard_name(shard))) as stream:
         writer = ShardWriter(stream, adaptive)
         try:
@@ -131,7 +129,7 @@ def write_sidecar(directory: str, shard: int, content: Mapping[str, Any]) -> Non
 
 
 def write_bad_rows(directory: str, sidecars: Iterable[tuple[int, Mapping[str, Any]]]) -> str:
-    """The side table of rows that could not be computed, from the sidecars, shard by shard; its path."""
+    """Write the table of rows that could not be used, shard by shard, from (shard, sidecar). Returns its path."""
     path = storage.join(directory, BAD_ROWS)
     with storage.open_output(path) as stream, pq.ParquetWriter(stream, _BAD_ROWS, compression="zstd") as writer:
         for shard, sidecar in sidecars:

@@ -1,19 +1,22 @@
-"""What is in a directory of reference signals: sizes by column, entries kept, entropies, fidelity; as a PNG, too."""
+"""Inspects a directory of reference signals: sizes by column, kept entries, entropies, fidelity, and a plot of them."""
 
 from __future__ import annotations
 
 import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from matplotlib.figure import Figure
 
 from rcd_core.calibration.distance import MAX_NATS, NUM_BINS
 from rcd_core.errors import UserError
 from rcd_core.evaluation.signal_fidelity import Report, Rule, kinds_up_to, measure
+from rcd_core.families.loading import load_model
 from rcd_core.io import storage
 from rcd_core.signals import ReferenceSignals
 from rcd_core.training.data.batches import collate
@@ -26,7 +29,7 @@ BATCH_ROWS = 32
 
 @dataclass(frozen=True)
 class Sizes:
-    """Compressed bytes by column, and of the files around them (headers, footers, sidecars are not counted)."""
+    """Compressed bytes by column, without headers, footers and sidecars. masked: positions. kept: entries."""
 
     columns: Mapping[str, int]
     rows: int
@@ -39,12 +42,12 @@ class Sizes:
 
     @property
     def rest_per_token(self) -> float:
-        """Bytes per masked token of everything but the kept entries."""
+        """Bytes per masked token of all other columns."""
         return sum(n for name, n in self.columns.items() if name not in ENTRY_COLUMNS) / max(1, self.masked)
 
 
 def read_manifest(directory: str) -> dict[str, Any]:
-    """The summary in the manifest of a finished stage `signals`."""
+    """The summary in the manifest of a finished stage `signals`. Raises UserError if there is none."""
     path = storage.join(directory, "manifest.json")
     try:
         manifest = storage.read_json(path)
@@ -62,7 +65,7 @@ def measure_sizes(directory: str, shards: Sequence[str], masked: int) -> Sizes:
     columns: Counter[str] = Counter()
     rows = kept = 0
     for name in shards:
-        with _opened(storage.join(directory, name)) as file:
+        with _open_shard(storage.join(directory, name)) as file:
             metadata = file.metadata
             rows += metadata.num_rows
             for g in range(metadata.num_row_groups):
@@ -77,26 +80,26 @@ def measure_sizes(directory: str, shards: Sequence[str], masked: int) -> Sizes:
 
 
 def kept_histogram(directory: str, shards: Sequence[str], sizes: Sizes) -> dict[int, int]:
-    """Entries kept -> number of positions. Reads one narrow column where k is adaptive, nothing otherwise."""
+    """Kept entries -> number of positions. Reads one narrow column if k is adaptive, otherwise nothing."""
     if "num_kept" not in sizes.columns:
         return {sizes.kept // max(1, sizes.masked): sizes.masked}
     counts: Counter[int] = Counter()
     for name in shards:
-        with _opened(storage.join(directory, name)) as file:
+        with _open_shard(storage.join(directory, name)) as file:
             for g in range(file.metadata.num_row_groups):
                 values = file.read_row_group(g, columns=["num_kept"])["num_kept"].combine_chunks().flatten()
-                ks, found = np.unique(values.to_numpy(zero_copy_only=False), return_counts=True)
-                counts.update({int(k): int(n) for k, n in zip(ks, found, strict=True)})
+                unique, numbers = np.unique(values.to_numpy(zero_copy_only=False), return_counts=True)
+                counts.update(dict(zip(unique.tolist(), numbers.tolist(), strict=True)))
     return dict(sorted(counts.items()))
 
 
 def measure_fidelity(
     directory: str, manifest: Mapping[str, Any], reference: str, target: str, positions: int
 ) -> tuple[Report, Rule]:
-    """The stored signals, and every kind, against the dense predictions at the first `positions` masked positions;
-    training order is shuffled, so the first are as good as any. The alpha rule is the target's own."""
-    from rcd_core.families.loading import load_model
+    """Compares the stored signals, and every other kind, with dense predictions at the first `positions` masked ones.
 
+    Training order is shuffled, so the first positions are a random sample. The alpha rule is the target's own.
+    """
     models = load_model(reference), load_model(target)
     for model, whose in zip(models, ("the reference's", "the target's"), strict=True):
         require_match(manifest, {"vocab_size": model.vocab_size, "mask_token_id": model.mask_token_id}, whose)
@@ -115,8 +118,8 @@ def measure_fidelity(
 def _batches(
     source: SignalSource, manifest: Mapping[str, Any], pad_token_id: int, positions: int
 ) -> Iterator[tuple[TrainingBatch, ReferenceSignals | None]]:
-    found, index = 0, 0
-    while found < positions and index < source.num_rows:
+    num_masked, index = 0, 0
+    while num_masked < positions and index < source.num_rows:
         rows = [source.row(g) for g in range(index, min(index + BATCH_ROWS, source.num_rows))]
         index += len(rows)
         rows = [row for row in rows if not row.reason]
@@ -127,12 +130,12 @@ def _batches(
                 pad_token_id=pad_token_id,
                 block_length=int(manifest["block_length"]),
             )
-            found += int(batch.masked.sum())
+            num_masked += int(batch.masked.sum())
             yield batch, signals
 
 
 def report_lines(report: Report) -> list[str]:
-    """The table of fidelity as text, a line per kind; errors in percent, by decile from the lowest entropy up."""
+    """The fidelity table as text, one line per kind; errors in percent, by decile of entropy, lowest first."""
     deciles = " ".join(f"{e:6.2f}" for e in report.entropy_by_decile)
     lines = [
         f"{report.positions:,} positions; loss {report.loss_dense:.4f} with dense residuals, "
@@ -154,9 +157,7 @@ def report_lines(report: Report) -> list[str]:
 
 
 def picture(histogram: Sequence[int], report: Report | None) -> bytes:
-    """PNG: the entropies, and beside them the input's relative error by decile of entropy."""
-    from matplotlib.figure import Figure
-
+    """A PNG: the histogram of entropies and, with a report, the relative error of the input by decile of entropy."""
     figure = Figure(figsize=(11 if report else 5.5, 4), layout="constrained")
     axes = figure.subplots(1, 2 if report else 1, squeeze=False)[0]
     counts = np.asarray(histogram).reshape(-1, 16).sum(1)  # an eighth of a nat each
@@ -181,20 +182,15 @@ def picture(histogram: Sequence[int], report: Report | None) -> bytes:
     return buffer.getvalue()
 
 
-class _opened:  # noqa: N801 - used as a function
-    """A shard for the length of a block; what goes wrong becomes a UserError that names it."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __enter__(self) -> pq.ParquetFile:
-        try:
-            self.stream = storage.open_input(self.path)
-            return pq.ParquetFile(self.stream)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"signal shard {self.path} cannot be read ({error}); run pipelines/precompute.py --repair"
-            ) from error
-
-    def __exit__(self, *_: object) -> None:
-        self.stream.close()
+@contextmanager
+def _open_shard(path: str) -> Iterator[pq.ParquetFile]:
+    """Raises UserError with the path if the file cannot be opened."""
+    try:
+        stream = storage.open_input(path)
+        file = pq.ParquetFile(stream)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"signal shard {path} cannot be read ({error}); run pipelines/precompute.py --repair"
+        ) from error
+    with stream:
+        yield file

@@ -1,8 +1,8 @@
-"""The plan of the stage `signals`, made before anything is computed: which rows each shard holds, and what it weighs.
+"""Plans the stage `signals` before anything is computed: which rows each shard holds, and how large it will be.
 
-A shard is a range of rows in training order, a group a range of rows inside a shard, a batch some rows of a group. All
-three are pure functions of the recipe and of the examples' manifest (a batch: of its rows' lengths), so the numbers
-depend neither on the number of actors nor on what was interrupted when.
+A shard is a range of rows in training order, a group is a range of rows inside a shard, and a batch is some rows of a
+group. All three are pure functions of the recipe and the examples' manifest (a batch: of its rows' lengths), so the
+results depend neither on the number of actors nor on interruptions.
 
 Shapes: C chunks of examples, K kept entries, V vocabulary.
 """
@@ -10,92 +10,153 @@ Shapes: C chunks of examples, K kept entries, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from pipelines.recipe.model import Recipe
+from pipelines.run.directory import StageContext
+from pipelines.signals import files
+from rcd_core.io import storage
 from rcd_core.noise import NoiseSettings
+from rcd_core.training.data.examples import Chunks
 from rcd_core.training.data.rows import Integers, RowOrder, TrainingRow
+from rcd_core.training.settings import SignalRule
 
 MB = 1_000_000
-GROUP_BATCHES = 8  # batches' worth of tokens in a group: enough rows to sort by length, little enough to hold
+GROUP_BATCHES = 8  # a group holds the tokens of 8 batches: enough rows to sort by length, few enough for memory
 
 
-def wanted_rows(recipe: Recipe, num_examples: int) -> int:
-    """As many rows as the targets train on, but never the same (example, draw) twice."""
+@dataclass(frozen=True, kw_only=True)
+class SignalJob:
+    """What an actor needs to compute any shard. row_offsets: [0, ..., rows], the first row of each shard."""
+
+    directory: str
+    reference: str
+    examples: tuple[str, ...]
+    chunks: Chunks
+    noise: NoiseSettings
+    block_length: int
+    rule: SignalRule
+    row_offsets: tuple[int, ...]
+    batch_tokens: int
+    threads: int
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.row_offsets) - 1
+
+    @property
+    def num_rows(self) -> int:
+        return self.row_offsets[-1]
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the number of kept entries differs between positions."""
+        return self.rule.keep_mass is not None
+
+    def rows_of(self, shard: int) -> range:
+        return range(self.row_offsets[shard], self.row_offsets[shard + 1])
+
+    def valid_sidecar(self, shard: int) -> dict[str, Any] | None:
+        """The sidecar of a shard that is complete, otherwise None."""
+        rows = self.rows_of(shard)
+        return files.valid_sidecar(self.directory, shard, rows.start, len(rows))
+
+
+def make_job(ctx: StageContext) -> SignalJob:
+    """The whole plan: a pure function of the recipe and the manifests of the stages before."""
+    recipe, prepare = ctx.recipe, ctx.input("prepare")["summary"]
+    return SignalJob(
+        directory=ctx.directory,
+        reference=ctx.checkpoint("reference"),
+        examples=tuple(storage.join(ctx.input_dir("prepare"), "train", name) for name in prepare["train"]),
+        chunks=Chunks.from_manifest(prepare["chunks"]),
+        noise=recipe.noise,
+        block_length=recipe.block_length,
+        rule=recipe.signals.rule,
+        row_offsets=tuple(plan_shards(recipe, prepare)),
+        batch_tokens=recipe.signals.batch_tokens,
+        threads=max(1, int(recipe.resources.cpus_per_worker)),
+    )
+
+
+def planned_rows(recipe: Recipe, num_examples: int) -> int:
+    """As many rows as the longest target training reads, but each (example, draw) once at most."""
     stages = ("target", *(f"target-{name}" for name in recipe.variants))
     steps = [recipe.training(s).train.resolved(num_examples) for s in stages]
     return min(max(t.steps * t.batch_size for t in steps), num_examples * recipe.noise.draws)
 
 
 def predicted_bytes(rows: Any, tokens: Any, labelled: Any, *, vocab_size: int, top_k: int) -> Any:
-    """Bytes on disk of so many rows with so many tokens, of which half of the labelled ones are masked; whole numbers,
-    or arrays of them.
+    """Bytes on disk of rows with these numbers of tokens, half of the labelled ones masked. Integers or arrays of them.
 
-    An id packs into the bits of V, a log-probability into 13 bits, position, entropy and tail into 8 bytes, a row's
-    own columns into 8 (measured: signal_format.parquet_options). Adaptive k keeps less than the top_k counted here.
+    An id packs into the bits of V and a log-probability into 13 bits; position, entropy and tail take 8 bytes, a row's
+    own columns 8 (measured: signal_format.parquet_options). Adaptive k keeps less than the top_k counted here.
     """
     id_bits = (vocab_size - 1).bit_length()
     per_masked = 64 + min(top_k, vocab_size) * (13 + id_bits)
     return (64 * rows + 2 * id_bits * tokens + labelled // 2 * per_masked) // 8
 
 
-def chunk_bytes(recipe: Recipe, prepare: Mapping[str, Any]) -> Integers:
-    """(C,) predicted bytes of one draw of each chunk. prepare: the summary of that stage."""
-    rows, tokens, labelled = (np.asarray(prepare["chunks"][n], dtype=np.int64) for n in ("rows", "tokens", "labelled"))
-    found = predicted_bytes(rows, tokens, labelled, vocab_size=prepare["vocab_size"], top_k=recipe.signals.top_k)
-    return np.asarray(found, dtype=np.int64)
-
-
 def plan_shards(recipe: Recipe, prepare: Mapping[str, Any]) -> list[int]:
-    """Row offsets [0, ..., rows] of the shards: equal in predicted bytes, each at most about signals.shard_mb."""
+    """Row offsets [0, ..., rows] of shards of equal predicted size, each about signals.shard_mb at most.
+
+    prepare: the summary of that stage.
+    """
     order = RowOrder(prepare["chunks"]["rows"], recipe.noise)
-    rows = wanted_rows(recipe, order.num_examples)
-    ends, sizes = _chunks_in_order(order, rows, recipe.noise, chunk_bytes(recipe, prepare))
-    heights = np.concatenate([[0], np.cumsum(sizes)])
-    starts = np.concatenate([[0], ends])
-    total = int(_at(rows, starts, heights))
+    rows = planned_rows(recipe, order.num_examples)
+    ends, sizes = _chunks_in_order(order, rows, recipe.noise, _chunk_bytes(recipe, prepare))
+    starts, offsets = np.concatenate([[0], ends]), np.concatenate([[0], np.cumsum(sizes)])
+    total = int(_bytes_before(rows, starts, offsets))
     shards = max(1, -(-total // max(1, round(recipe.signals.shard_mb * MB))))
-    cuts = [_row_at(total * s // shards, starts, heights) for s in range(1, shards)]
+    cuts = [_row_at(total * s // shards, starts, offsets) for s in range(1, shards)]
     return sorted({0, *(min(c, rows - 1) for c in cuts if c > 0), rows})
 
 
-def _chunks_in_order(order: RowOrder, rows: int, noise: NoiseSettings, weights: Integers) -> tuple[Integers, Integers]:
-    """For the chunks that the first `rows` rows visit: the row after each one's last, and its predicted bytes."""
+def _chunk_bytes(recipe: Recipe, prepare: Mapping[str, Any]) -> Integers:
+    """(C,) predicted bytes of one draw of each chunk."""
+    rows, tokens, labelled = (np.asarray(prepare["chunks"][n], dtype=np.int64) for n in ("rows", "tokens", "labelled"))
+    sizes = predicted_bytes(rows, tokens, labelled, vocab_size=prepare["vocab_size"], top_k=recipe.signals.top_k)
+    return np.asarray(sizes, dtype=np.int64)
+
+
+def _chunks_in_order(order: RowOrder, rows: int, noise: NoiseSettings, sizes: Integers) -> tuple[Integers, Integers]:
+    """For the chunks that the first `rows` rows visit: the row after each chunk's last, and its predicted bytes."""
     draws = range(min(noise.draws, -(-rows // order.num_examples)))
     ends = np.concatenate([order.chunks(d)[1][1:] + d * order.num_examples for d in draws])
-    return ends, np.concatenate([weights[order.chunks(d)[0]] for d in draws])
+    return ends, np.concatenate([sizes[order.chunks(d)[0]] for d in draws])
 
 
-def _at(row: int, starts: Integers, heights: Integers) -> int:
-    """Bytes before a row: inside a chunk all rows weigh the same."""
+def _bytes_before(row: int, starts: Integers, offsets: Integers) -> int:
+    """Predicted bytes before a row; all rows of a chunk count the same."""
     i = int(np.searchsorted(starts, row, side="right")) - 1
     if i + 1 == len(starts):
-        return int(heights[-1])
-    span, rise = int(starts[i + 1] - starts[i]), int(heights[i + 1] - heights[i])
-    return int(heights[i]) + rise * (row - int(starts[i])) // span
+        return int(offsets[-1])
+    rows, size = int(starts[i + 1] - starts[i]), int(offsets[i + 1] - offsets[i])
+    return int(offsets[i]) + size * (row - int(starts[i])) // rows
 
 
-def _row_at(height: int, starts: Integers, heights: Integers) -> int:
-    """The inverse of _at."""
-    i = min(int(np.searchsorted(heights, height, side="right")) - 1, len(starts) - 2)
-    span, rise = int(starts[i + 1] - starts[i]), max(1, int(heights[i + 1] - heights[i]))
-    return int(starts[i]) + span * (height - int(heights[i])) // rise
+def _row_at(offset: int, starts: Integers, offsets: Integers) -> int:
+    """The inverse of _bytes_before."""
+    i = min(int(np.searchsorted(offsets, offset, side="right")) - 1, len(starts) - 2)
+    rows, size = int(starts[i + 1] - starts[i]), max(1, int(offsets[i + 1] - offsets[i]))
+    return int(starts[i]) + rows * (offset - int(offsets[i])) // size
 
 
 def groups(rows: Iterable[TrainingRow], batch_tokens: int) -> Iterator[list[TrainingRow]]:
     """Consecutive rows of up to GROUP_BATCHES * batch_tokens tokens: what an actor holds, and one row group on disk."""
-    held: list[TrainingRow] = []
+    group: list[TrainingRow] = []
     tokens = 0
     for row in rows:
-        if held and tokens + len(row.input_ids) > GROUP_BATCHES * batch_tokens:
-            yield held
-            held, tokens = [], 0
-        held.append(row)
+        if group and tokens + len(row.input_ids) > GROUP_BATCHES * batch_tokens:
+            yield group
+            group, tokens = [], 0
+        group.append(row)
         tokens += max(1, len(row.input_ids))
-    if held:
-        yield held
+    if group:
+        yield group
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

@@ -1,9 +1,9 @@
-"""Checkpoints of a training under Ray Train: written by every rank, uploaded in the background, read only when whole.
+"""Checkpoints of a training under Ray Train: written by every rank, uploaded in the background, read if complete.
 
-Each rank writes its part into a directory of its own on its node's disk and hands it to ray.train.report, which is a
-barrier: a checkpoint is registered when all ranks have uploaded theirs, so one that a crash has cut short is never
-offered again. Directories are named by the step: what a crash leaves behind is written over when the step comes again,
-and all of it goes when the stage is done.
+Each rank writes its part to its node's disk and passes it to ray.train.report, which is a barrier. A checkpoint is
+registered once all ranks have uploaded their parts, so an incomplete upload is never offered for resuming. Directories
+are named by the step: the leftovers of a crash are overwritten when that step runs again, and all checkpoints are
+removed when the stage is done.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from pipelines.training.faults import disk_full, no_space
 from rcd_core.noise import hash_key
 from rcd_core.training.strategies import PROGRESS
 
-NUM_TO_KEEP = 2  # the last one, and the one before in case it turns out damaged
+NUM_TO_KEEP = 2  # the last one, and the one before in case the last is damaged
 
 
 class Checkpoints:
-    """This rank's side of the checkpoints of one stage. A context manager: its scratch directory goes with it."""
+    """This rank's part of the checkpoints of one stage. A context manager, which removes its scratch directory."""
 
     def __init__(self, stage: str, directory: str) -> None:
         self.stage = stage
         rank = ray_train.get_context().get_world_rank()
-        # One place per run, stage and rank, so that a killed worker's leftovers are found by the next one.
+        # The same path for each run, stage and rank, so that the next worker removes a killed one's leftovers.
         self.scratch = Path(tempfile.gettempdir()) / f"rcd-{hash_key(directory, rank):016x}"
         self.suffix = ""
         self.uploading: Path | None = None
@@ -49,29 +49,30 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         self._stack.close()
-        if kind is None:  # otherwise an upload may never end; the next worker clears what is left
+        if kind is None:  # after an error an upload may never end; the next worker removes the directory
             self._wait_for_upload()
             shutil.rmtree(self.scratch, ignore_errors=True)
 
     def resume(self) -> tuple[Path | None, int]:
-        """(local directory of the last whole checkpoint or None, its finished steps). The same on all ranks.
+        """(local directory of the last complete checkpoint or None, its finished steps). The same on all ranks.
 
-        From a local disk it is read where it lies; one from a URI is downloaded once per node.
+        A checkpoint at a URI is downloaded once per node.
         """
         for checkpoint in _newest_first():
             step = finished_steps(checkpoint)
             if step is not None:
                 return Path(self._stack.enter_context(checkpoint.as_directory())), step
-            # The step comes again, and Ray must not take its new checkpoint for the damaged one.
+            # This step runs again, and its new checkpoint must not have the name of the damaged one.
             self.suffix = f"-{uuid.uuid4().hex[:8]}"
         return None, 0
 
     def write(self, step: int, save: Callable[[Path], None]) -> None:
-        """Collective. One upload is under way at a time, so the disk holds at most two checkpoints of this rank."""
+        """Save on all ranks, then upload in the background. One upload at a time, so that the local disk holds at most
+        two checkpoints of this rank. Raises UserError for a full disk."""
         directory = self.scratch / f"{step:08d}"
         try:
             save(directory)
-        except CheckpointException as error:  # no Exception, so that nothing would take it for an error of the run
+        except CheckpointException as error:  # a BaseException, which Ray would not handle as an error of the run
             cause = next(iter(error.failures.values()))[0]
             raise (no_space(self.stage, cause) if disk_full(error) else RuntimeError(str(error))) from cause
         except (OSError, RuntimeError) as error:
@@ -87,13 +88,13 @@ class Checkpoints:
         )
 
     def _wait_for_upload(self) -> None:
-        """Ray deletes the directory when it is uploaded; where that fails it ends this worker."""
+        """Ray deletes the directory after the upload; if the upload fails, Ray ends this worker."""
         while self.uploading is not None and self.uploading.exists():
             time.sleep(0.02)
 
 
 def _newest_first() -> Iterator[Checkpoint]:
-    """The controller is only asked for the others where the last one will not do."""
+    """Asks the controller for older checkpoints only if the last one is damaged."""
     latest = ray_train.get_checkpoint()
     if latest is not None:
         yield latest
@@ -102,8 +103,8 @@ def _newest_first() -> Iterator[Checkpoint]:
 
 
 def finished_steps(checkpoint: Checkpoint) -> int | None:
-    """Of a checkpoint that is whole; None where files are missing: rank 0 writes progress.json when its part is done,
-    and DCP and DeepSpeed an index or a directory."""
+    """Steps of a complete checkpoint, None if a file is missing. Rank 0 writes progress.json when its part is done;
+    torch.distributed.checkpoint writes an index, DeepSpeed a directory."""
     files: Any = checkpoint.filesystem
     with contextlib.suppress(OSError, ValueError, KeyError):
         with files.open_input_stream(f"{checkpoint.path}/{PROGRESS}") as stream:

@@ -1,8 +1,7 @@
-"""What happens to a training when a worker fails: lost ones are replaced, errors end it at once.
+"""Failures of training workers: lost workers are replaced, errors end the training at once.
 
-Ray Train retries both alike (FailureConfig.max_failures). Its UserCallback is asked after every failure, in the
-controller, and what it raises ends the run without another attempt; so that is where the two are told apart. Restarts
-are written to <stage>/restarts.jsonl, where the driver finds them.
+Ray Train retries both (FailureConfig.max_failures). It calls a UserCallback in the controller after every failure, and
+an exception raised there ends the run without a retry. Restarts are recorded in <stage>/restarts.jsonl for the driver.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ from rcd_core.io import storage
 
 LOST = (RayActorError, WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError)
 WAITING = (InitializingState, RestartingState, ReschedulingState, SchedulingState)
-# What torch says on the surviving workers when the other end of a collective is gone; there is no class for it.
+# Messages of torch on the surviving workers when a peer of a collective is gone; there is no exception class for it.
 _PEER_GONE = ("by peer", "Broken pipe", "gloo/transport", "Socket", "NCCL error", "TCPStore", "Connection refused")
 
 
 class RetryLostWorkersOnly(UserCallback):
-    """Raises what must not be tried again: a UserError, a full disk, an error in the code."""
+    """Raises failures that must not be retried: a UserError, a full disk, an error in the code."""
 
     def __init__(self, stage: str, directory: str) -> None:
         self.stage, self.path = stage, storage.join(directory, "restarts.jsonl")
@@ -51,8 +50,8 @@ class RetryLostWorkersOnly(UserCallback):
         for error in errors:
             if disk_full(error):
                 raise no_space(self.stage, error)
-        # Beside a lost worker the others may fail in any way; without one, only if a collective broke off: then the
-        # death of the other end has yet to be seen.
+        # If a worker was lost, the others may fail in any way. A broken collective also counts as a loss: the death of
+        # the peer may not have been noticed yet.
         if not any(is_loss(error) for error in errors):
             raise errors[0] if isinstance(errors[0], Exception) else RuntimeError(str(errors[0]))
         lost = {rank: first_line(error) for rank, error in worker_exceptions.items()}
@@ -62,11 +61,11 @@ class RetryLostWorkersOnly(UserCallback):
 
 
 class Deadline(ControllerCallback):
-    """Ends a run whose workers cannot be placed for timeout_s; Ray Train would wait for ever, at the start and after
-    every loss. A deadline is looked at when the controller moves on, which it does at least every `attempt_s`."""
+    """Ends a run whose workers cannot be placed within timeout_s. Ray Train would wait for ever, at the start and after
+    every loss. Checked on every state update of the controller, which comes at least every `attempt_s` seconds."""
 
-    def __init__(self, stage: str, wanted: str, timeout_s: float) -> None:
-        self.stage, self.wanted, self.timeout_s = stage, wanted, timeout_s
+    def __init__(self, stage: str, workers: str, timeout_s: float) -> None:
+        self.stage, self.workers, self.timeout_s = stage, workers, timeout_s
         self.since: float | None = None
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
@@ -77,38 +76,38 @@ class Deadline(ControllerCallback):
         if time.monotonic() - self.since > self.timeout_s:
             raise UserError(
                 f"{self.stage}: no room for the training's workers within {self.timeout_s:g} s (resources.timeout_s), "
-                f"wanted {self.wanted}; add nodes, lower resources.num_workers, or raise resources.timeout_s; the same "
-                "command goes on from the last checkpoint"
+                f"which need {self.workers}; add nodes, lower resources.num_workers, or raise resources.timeout_s; the "
+                "same command resumes from the last checkpoint"
             )
-        if current_state is previous_state:  # too few resources for an elastic run: Ray asks again without a pause
+        if current_state is previous_state:  # too few resources for an elastic run: Ray retries without a pause
             time.sleep(0.5)
 
 
 def attempt_s(timeout_s: float) -> float:
-    """How long one attempt to place the workers may take, in seconds."""
+    """Seconds that one attempt to place the workers may take."""
     return min(60.0, max(1.0, timeout_s))
 
 
 def is_loss(error: BaseException) -> bool:
-    """A worker's process or node is gone, or a collective failed because of that."""
+    """Whether a worker's process or node is gone, or a collective failed because of that."""
     return isinstance(error, LOST) or any(text in str(error) for text in _PEER_GONE)
 
 
 def disk_full(error: BaseException) -> bool:
-    """Whether no space was left, on whatever file system, behind the wrappers of torch and pyarrow."""
+    """Whether a full disk is the cause, also behind the wrappers of torch and pyarrow."""
     return any(is_full_disk(cause) for cause in causes(error, contexts=True))
 
 
 def no_space(stage: str, error: BaseException) -> UserError:
     return UserError(
-        f"{stage}: no space left while a checkpoint was written ({first_line(error)}); make room where the run and the "
-        "workers' temporary directories (TMPDIR) lie, or raise train.checkpoint_every; the same command goes on from "
-        "the last whole checkpoint"
+        f"{stage}: no space left while a checkpoint was written ({first_line(error)}); free space where the run and "
+        "the workers' temporary directories (TMPDIR) are, or raise train.checkpoint_every; the same command resumes "
+        "from the last complete checkpoint"
     )
 
 
-def explained(error: BaseException, stage: str, max_failures: int) -> BaseException:
-    """What fit() raised, as the user should read it: a UserError where they can do something about it."""
+def user_error(error: BaseException, stage: str, max_failures: int) -> BaseException:
+    """The UserError for what fit() raised if the user can fix it; otherwise the error of the controller."""
     chain = list(causes(error, contexts=True))
     for cause in chain:
         if isinstance(cause, UserError):
@@ -119,13 +118,13 @@ def explained(error: BaseException, stage: str, max_failures: int) -> BaseExcept
     for cause in chain:
         if is_loss(cause) and not isinstance(cause, TrainingFailedError):
             return UserError(
-                f"{stage}: training workers were lost more often than resources.max_failures {max_failures} allows, at "
-                f"last: {first_line(cause)}; look at the nodes' memory and logs; the same command goes on from the "
-                "last checkpoint"
+                f"{stage}: training workers were lost more often than resources.max_failures {max_failures} allows "
+                f"(last error: {first_line(cause)}); check the nodes' memory and logs; the same command resumes from "
+                "the last checkpoint"
             )
     return getattr(error, "controller_failure", None) or error
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's own text."""
+    """The first line of an error's message."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

@@ -18,7 +18,7 @@ from pipelines.data.ordering import BYTES_AT_ONCE
 from pipelines.recipe.load import load_recipe
 from pipelines.recipe.model import Recipe
 from pipelines.signals.costs import PASSES, Volume, column_bytes, costs
-from pipelines.signals.plan import GROUP_BATCHES, plan_shards, wanted_rows
+from pipelines.signals.plan import GROUP_BATCHES, plan_shards, planned_rows
 from rcd_core.io import storage
 from rcd_core.training.plan import ModelShape, peak, training_cost
 
@@ -66,7 +66,7 @@ class Scaling:
         counted = [n * tokens for n in rows]
         chunks = {"rows": rows, "tokens": counted, "labelled": counted}
         self.shards = len(plan_shards(self.recipe, {"vocab_size": TARGET.vocab_size, "chunks": chunks})) - 1
-        self.rows = wanted_rows(self.recipe, examples)
+        self.rows = planned_rows(self.recipe, examples)
         trained = self.train.resolved(examples).steps * self.train.batch_size * tokens
         cached = self.rows * tokens
         self.volume = Volume(examples, self.rows, cached, cached // 2, trained, TARGET.vocab_size, False)

@@ -26,8 +26,8 @@ from unittest import mock
 import torch
 
 from pipelines.recipe.model import Resources
-from pipelines.signals.actor import SignalActor, SignalJob
-from pipelines.signals.plan import groups, plan_batches
+from pipelines.signals.actor import SignalActor
+from pipelines.signals.plan import SignalJob, groups, plan_batches
 from rcd_core.io import storage
 from rcd_core.training.data.batches import collate
 from rcd_core.training.data.examples import Chunks

@@ -10,7 +10,8 @@ import pytest
 from pipelines import precompute
 from pipelines.recipe.model import Recipe
 from pipelines.run.directory import StageContext
-from pipelines.signals.actor import SignalActor, SignalJob
+from pipelines.signals.actor import SignalActor
+from pipelines.signals.plan import SignalJob
 from tests.pipelines.signal_run import Result, context, prepared, recipe, shards_of
 
 

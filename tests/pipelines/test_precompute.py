@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from pipelines import precompute
-from pipelines import train as train_stage
 from pipelines.recipe.load import dump_recipe, load_recipe
 from pipelines.recipe.model import Recipe
 from pipelines.run.directory import RunDirectory, key_material
@@ -20,14 +19,25 @@ from pipelines.run.driver import main
 from pipelines.run.stages import stages_of
 from pipelines.signals import files as signal_files
 from pipelines.signals.actor import SignalActor
-from pipelines.signals.plan import GROUP_BATCHES, groups, plan_batches, plan_shards, predicted_bytes, wanted_rows
+from pipelines.signals.plan import (
+    GROUP_BATCHES,
+    groups,
+    make_job,
+    plan_batches,
+    plan_shards,
+    planned_rows,
+    predicted_bytes,
+)
+from pipelines.signals.summary import SignalSummary
+from pipelines.training.job import check_signals
 from rcd_core.errors import UserError
 from rcd_core.families.loading import load_model
 from rcd_core.io import storage
 from rcd_core.residual import ResidualSettings
 from rcd_core.training.data.examples import Chunks, ExampleSource
 from rcd_core.training.data.rows import RowOrder, TrainingRow
-from rcd_core.training.data.signal_cache import SignalSource
+from rcd_core.training.data.signal_cache import SignalSource, noise_record
+from rcd_core.training.data.signal_format import SCHEMA_VERSION
 from rcd_core.training.loop import Callbacks, train
 from rcd_core.training.settings import TrainSettings
 from tests.fault_table import FaultTable
@@ -46,7 +56,7 @@ def test_the_plan_is_made_of_the_recipe_and_the_manifest_alone(tmp_path: Path) -
     for shard_mb in (1, 7.5, 1000):
         sized = made.model_copy(update={"signals": made.signals.model_copy(update={"shard_mb": shard_mb})})
         offsets = plan_shards(sized, prepare)
-        assert offsets[0] == 0 and offsets[-1] == 4000 == wanted_rows(made, sum(rows))
+        assert offsets[0] == 0 and offsets[-1] == 4000 == planned_rows(made, sum(rows))
         sizes = np.diff(offsets)
         assert len(sizes) == -(-4000 * one // int(shard_mb * 1e6)), "as few as the size allows"
         assert sizes.min() >= sizes.max() - 1
@@ -68,8 +78,8 @@ def test_shards_of_uneven_chunks_weigh_the_same(tmp_path: Path) -> None:
 
 def test_draws_are_independent_of_epochs(tmp_path: Path) -> None:
     """Never more rows than examples x draws, however long the targets train; a variant does not add any."""
-    assert wanted_rows(recipe(tmp_path, train={"steps": 1000}), 60) == 3 * 60
-    assert wanted_rows(recipe(tmp_path, train={"steps": 10}, variants={"other": {}}), 60) == 40
+    assert planned_rows(recipe(tmp_path, train={"steps": 1000}), 60) == 3 * 60
+    assert planned_rows(recipe(tmp_path, train={"steps": 10}, variants={"other": {}}), 60) == 40
 
 
 def test_batches_keep_to_their_budget_and_sort_by_length() -> None:
@@ -133,13 +143,13 @@ def test_only_what_has_no_valid_sidecar_is_computed(undisturbed: Result, made: R
     ctx = context(made)
     assert precompute.run(ctx) == undisturbed.summary
     assert in_process == [0, 1, 2]
-    assert f"{len(undisturbed.shards) - 3} of {len(undisturbed.shards)} shards are already there" in said(ctx)
+    assert f"{len(undisturbed.shards) - 3} of {len(undisturbed.shards)} shards exist already" in said(ctx)
     assert shards_of(ctx) == undisturbed.shards and not list(directory.glob(".*"))
 
 
 def test_a_row_does_not_depend_on_its_neighbours(made: Recipe, tmp_path: Path) -> None:
     """Alone in its batch or among longer ones: the same numbers up to rounding."""
-    job = precompute.make_job(context(made))
+    job = make_job(context(made))
     torch.set_num_threads(1)
     actor = SignalActor(job)
     rows = [actor.source.row(g) for g in range(12)]
@@ -153,7 +163,7 @@ def test_a_row_does_not_depend_on_its_neighbours(made: Recipe, tmp_path: Path) -
 
 
 def test_an_actor_gets_and_gives_numbers_and_holds_a_group_of_rows(made: Recipe) -> None:
-    actor = SignalActor(precompute.make_job(context(made)))
+    actor = SignalActor(make_job(context(made)))
     answer = actor({"shard": np.array([1])})
     assert answer == {"shard": np.array([1])}
     held = [len(rows) for rows, _ in actor.tables(range(120))]
@@ -213,7 +223,7 @@ def test_too_much_poison_fails_and_says_so(tmp_path: Path, in_process: list[int]
 
 def test_repair_computes_only_damaged_shards(made: Recipe, in_process: list[int]) -> None:
     ctx = context(made)
-    with pytest.raises(UserError, match="--repair mends finished signals"):
+    with pytest.raises(UserError, match="--repair: .* has no manifest"):
         precompute.repair(ctx)
     summary = precompute.run(ctx)
     whole = shards_of(ctx)
@@ -269,14 +279,14 @@ def test_cached_signals_train_as_the_online_ones(keep_mass: float | None, tmp_pa
     made = recipe(tmp_path, signals={"keep_mass": keep_mass, "alpha_temperature": 0.8, "delta_temperature": 1.1})
     prepared(made)
     ctx = context(made)
-    job = precompute.make_job(ctx)
+    job = make_job(ctx)
     torch.set_num_threads(1)
     actor = SignalActor(job)
-    found = precompute.Found(ctx, job)
+    found = SignalSummary(ctx, job)
     for shard in range(job.num_shards):
         actor.compute(shard)
         assert found.add(shard)
-    cached = SignalSource(ctx.directory, found.summary())
+    cached = SignalSource(ctx.directory, found.manifest())
     online = ExampleSource(job.examples, job.noise, job.chunks)
     settings = TrainSettings(steps=1, batch_size=40, learning_rate=1e-3, log_every=1, clip_norm=1e9)
     gradients, losses = [], []
@@ -308,18 +318,18 @@ def test_cached_signals_train_as_the_online_ones(keep_mass: float | None, tmp_pa
 )
 def test_the_trainer_refuses_signals_of_another_kind(field: str, value: Any, made: Recipe) -> None:
     ctx = context(made, "target")
-    job = precompute.make_job(context(made))
+    job = make_job(context(made))
     summary = {
-        "schema_version": precompute.SCHEMA_VERSION,
+        "schema_version": SCHEMA_VERSION,
         "block_length": BLOCK,
         "pad_multiple": BLOCK,
         "mask_token_id": 511,
         "tokenizer_sha256": "0" * 64,
-        "noise": precompute.noise_record(job.noise),
+        "noise": noise_record(job.noise),
     }
-    train_stage._check_signals(ctx, summary)
+    check_signals(ctx, summary)
     with pytest.raises(UserError) as caught:
-        train_stage._check_signals(ctx, {**summary, field: value})
+        check_signals(ctx, {**summary, field: value})
     assert f"the signals' {field} is {value!r} but" in str(caught.value) and "--redo signals" in str(caught.value)
 
 

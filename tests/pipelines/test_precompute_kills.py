@@ -134,7 +134,7 @@ from pipelines.ray_cluster.connection import connect
 made, shard = t.recipe(Path(sys.argv[1])), int(sys.argv[2])
 t.kills(made, {shard: sys.argv[3]}, os.getpid())
 connect()
-signal_files.forget(made.run_directory + "/signals", shard)  # an actor that outlived its driver may have finished it
+signal_files.remove_shard(made.run_directory + "/signals", shard)  # an actor of a killed driver may finish it
 precompute.SignalActor = t.KillingActor
 precompute.run(t.context(made))
 """

@@ -37,7 +37,8 @@ from pipelines.recipe.model import Recipe
 from pipelines.run.directory import RunDirectory, StageContext, key_material
 from pipelines.run.stages import stages_of
 from pipelines.training.checkpoints import finished_steps
-from pipelines.training.faults import RetryLostWorkersOnly, disk_full, explained
+from pipelines.training.faults import RetryLostWorkersOnly, disk_full, user_error
+from pipelines.training.job import make_job
 from pipelines.training.metrics import MetricsLog, read_metrics
 from pipelines.training.worker import start_model, validation
 from rcd_core import load_model
@@ -137,7 +138,7 @@ def metrics(ctx: StageContext) -> list[dict[str, float]]:
 
 def alone(ctx: StageContext) -> dict[str, torch.Tensor]:
     """What the job comes to in one process without Ray."""
-    job = train_stage.make_job(ctx)
+    job = make_job(ctx)
     torch.set_num_threads(1)
     model = start_model(job).requires_grad_(True)
     source = ExampleSource(job.examples, job.noise, job.chunks)
@@ -237,7 +238,7 @@ def test_workers_that_find_no_room_are_not_waited_for_for_ever(
 ) -> None:
     wanted = {"num_workers": num_workers, "cpus_per_worker": 3, "timeout_s": 2}
     ctx = context(recipe(tmp_path, "roomy", train={"batch_size": 12}, resources=wanted))
-    with pytest.raises(UserError, match=r"no room .* within 2 s .* wanted 2 x \(CPU 3\)"):
+    with pytest.raises(UserError, match=r"no room .* within 2 s .* need 2 x \(CPU 3\)"):
         train_stage.run(ctx)
 
 
@@ -272,9 +273,9 @@ def test_what_the_user_reads_of_a_failure() -> None:
     from ray.train import ControllerError, WorkerGroupError
 
     bug = TypeError("a bug")
-    assert explained(ControllerError(bug), "target", 3) is bug
-    assert str(explained(ControllerError(UserError("mend it")), "target", 3)) == "mend it"
-    lost = explained(WorkerGroupError("long\ntext", {1: RayActorError(error_msg="it died")}), "target", 3)
+    assert user_error(ControllerError(bug), "target", 3) is bug
+    assert str(user_error(ControllerError(UserError("mend it")), "target", 3)) == "mend it"
+    lost = user_error(WorkerGroupError("long\ntext", {1: RayActorError(error_msg="it died")}), "target", 3)
     assert isinstance(lost, UserError) and "resources.max_failures 3" in str(lost) and "it died" in str(lost)
 
 
@@ -306,9 +307,9 @@ def test_held_out_rows_get_the_signals_that_training_has(tmp_path: Path) -> None
     """Each rank its own rows, alone or beside others the same signals."""
     ctx = context(recipe(tmp_path, "held", train={"validate_every": 8}, data={"num_validation": 6}))
     reference = str(GOLDEN / "rcd" / "sdar_ref_tiny")
-    job = replace(train_stage.make_job(ctx), signals={"reference_checkpoint": reference})
+    job = replace(make_job(ctx), signals={"reference_checkpoint": reference})
     model = start_model(job)
-    found = validation(job, model, rank=1, world=2, dtype=None)
+    found = validation(job, model, rank=1, world_size=2, dtype=None, device=model.device)
     assert found.num_rows == 6 and sorted(found.source.rows) == [1, 3, 5]
     rows = [found.source.row(g) for g in (1, 3, 5)]
     batch, mine = collate_packed([[row] for row in rows], mask_token_id=511, pad_token_id=0, block_length=BLOCK)

@@ -19,9 +19,10 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipelines.run.directory import RunDirectory, StageContext
-from pipelines.training import metrics as train_metrics
+from pipelines.training import progress
 from pipelines.training.checkpoints import NUM_TO_KEEP
-from pipelines.training.metrics import LiveEvents, MetricsLog, Progress, read_metrics, write_events
+from pipelines.training.metrics import MetricsLog, read_metrics
+from pipelines.training.progress import LiveEvents, Progress, write_events
 from rcd_core import load_model
 from rcd_core.io import storage
 from tests.pipelines.test_job import FEW, ROOT
@@ -146,7 +147,7 @@ def test_an_open_tensorboard_follows_a_run(directory: str) -> None:
 
 
 def test_a_running_stage_brings_its_board_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_metrics, "PROGRESS_EVERY_S", 0.02)
+    monkeypatch.setattr(progress, "INTERVAL_S", 0.02)
     made = recipe(tmp_path, "board")
     console = Console(file=io.StringIO())
     run = RunDirectory(made.run_directory)

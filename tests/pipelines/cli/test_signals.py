@@ -15,10 +15,10 @@ import pytest
 
 from pipelines.cli import signals as cli_signals
 from pipelines.recipe.load import load_recipe
-from pipelines.signals.actor import SignalActor, SignalJob
+from pipelines.signals.actor import SignalActor
 from pipelines.signals.costs import Volume, column_bytes, costs, parameters, volume
 from pipelines.signals.inspect import kept_histogram, measure_fidelity, measure_sizes, read_manifest
-from pipelines.signals.plan import predicted_bytes
+from pipelines.signals.plan import SignalJob, predicted_bytes
 from rcd_core.errors import UserError
 from rcd_core.families.config import ModelConfig
 from rcd_core.families.loading import load_model, new_model

@@ -1,0 +1,97 @@
+"""One training as its workers get it, made from the recipe and the manifests of the stages before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipelines.run.directory import StageContext
+from rcd_core.calibration.distance import entropy_quantile
+from rcd_core.decode_settings import SCALED_RULES
+from rcd_core.families.config import ModelConfig
+from rcd_core.io import storage
+from rcd_core.noise import NoiseSettings, hash_key
+from rcd_core.residual import ResidualSettings
+from rcd_core.training.data.examples import Chunks
+from rcd_core.training.data.signal_cache import noise_record, require_match
+from rcd_core.training.data.signal_format import SCHEMA_VERSION
+from rcd_core.training.settings import SignalRule, TrainSettings
+
+SEED_BITS = (1 << 31) - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """All that a worker needs. Serializable, without references to the driver."""
+
+    run: str
+    stage: str
+    directory: str
+    start: str | ModelConfig  # a checkpoint, or the sizes of a new model
+    tokenizer: str
+    examples: tuple[str, ...]
+    chunks: Chunks
+    validation: tuple[str, ...]  # files of the held-out examples; empty without validation
+    signals: dict[str, Any] | None  # summary of the stage `signals`, with its directory
+    reference: str | None  # only if the reference runs online
+    signal_rule: SignalRule
+    noise: NoiseSettings
+    block_length: int
+    settings: TrainSettings
+    residual: ResidualSettings
+    threads: int
+
+
+def make_job(ctx: StageContext) -> TrainJob:
+    """Raises UserError if the signals were computed for other tokens, blocks or noise."""
+    recipe, training = ctx.recipe, ctx.recipe.training(ctx.stage)
+    prepare, prepared = ctx.input("prepare")["summary"], ctx.input_dir("prepare")
+    chunks = Chunks.from_manifest(prepare["chunks"])
+    residual = training.residual or ResidualSettings(source="none", dropout=0.0)
+    noise, signals, reference = recipe.noise, None, None
+    if ctx.stage in ("base", "reference"):
+        # Masks of its own, so that the next stage does not see the masks that its start was trained on.
+        noise = replace(noise, seed=hash_key(noise.seed, ctx.stage) & SEED_BITS)
+    if residual.source == "signals":
+        signals = {**ctx.input("signals")["summary"], "directory": ctx.input_dir("signals")}
+        if residual.alpha in SCALED_RULES and residual.alpha_scale is None:
+            # h of the calibrated rules, from the reference signals of the training rows.
+            quantile = entropy_quantile(signals["entropy_histogram"], residual.alpha_quantile)
+            residual = replace(residual, alpha_scale=round(quantile, 6))
+        check_signals(ctx, signals)
+    elif residual.source == "online":
+        reference = ctx.checkpoint("reference")
+    settings = training.train.resolved(sum(chunks.rows))
+    validation = prepare["validation"] if settings.validate_every else ()
+    return TrainJob(
+        run=recipe.name,
+        stage=ctx.stage,
+        directory=ctx.directory,
+        start=training.start if training.start is not None else ctx.checkpoint("base"),
+        tokenizer=storage.join(prepared, "tokenizer"),
+        examples=tuple(storage.join(prepared, "train", name) for name in prepare["train"]),
+        chunks=chunks,
+        validation=tuple(storage.join(prepared, "validation", name) for name in validation),
+        signals=signals,
+        reference=reference,
+        signal_rule=recipe.signals.rule,
+        noise=noise,
+        block_length=recipe.block_length,
+        settings=replace(settings, seed=hash_key(recipe.seed, settings.seed, "train") & SEED_BITS),
+        residual=residual,
+        threads=max(1, int(recipe.resources.cpus_per_worker)),
+    )
+
+
+def check_signals(ctx: StageContext, signals: dict[str, Any]) -> None:
+    """Raises UserError if the signals were computed for something else, which would train wrongly without an error."""
+    recipe, prepare = ctx.recipe, ctx.input("prepare")["summary"]
+    expected = {
+        "schema_version": SCHEMA_VERSION,
+        "block_length": recipe.block_length,
+        "pad_multiple": recipe.data.pad_multiple or recipe.block_length,
+        "mask_token_id": prepare["mask_token_id"],
+        "tokenizer_sha256": prepare["tokenizer_sha256"],
+        "noise": noise_record(recipe.noise),
+    }
+    require_match(signals, expected, "the recipe's")

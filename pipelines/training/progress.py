@@ -1,0 +1,122 @@
+"""What the driver shows while Ray Train runs: lines on the console, and TensorBoard events made from metrics.jsonl."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from contextlib import ExitStack, suppress
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from pipelines.run.directory import StageContext
+from pipelines.training.metrics import read_metrics
+from rcd_core.io import storage
+
+INTERVAL_S = 15.0
+
+
+class Progress:
+    """While the block runs: every INTERVAL_S seconds a line on the console and an update of TensorBoard, from what
+    rank 0 has logged; also a line for every restart."""
+
+    def __init__(self, ctx: StageContext, steps: int) -> None:
+        self.ctx, self.steps = ctx, steps
+        self.events = LiveEvents(storage.join(ctx.directory, "tensorboard"))
+        self.restarts = storage.join(ctx.directory, "restarts.jsonl")
+        self.num_restarts = self._count_restarts()
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="progress", daemon=True)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_: Any) -> None:
+        self.stop.set()
+        self.thread.join()  # it must not write after this block
+        self.events.close()
+
+    def _watch(self) -> None:
+        first: tuple[float, int] | None = None
+        step = -1
+        while not self.stop.wait(INTERVAL_S):
+            self._report_restarts()
+            try:
+                lines = read_metrics(self.ctx.directory)
+                last = lines[-1]
+            except (OSError, ValueError, IndexError):
+                continue
+            with suppress(OSError):
+                self.events.update(lines)
+            if step == last["step"]:
+                continue
+            now, step = time.monotonic(), int(last["step"])
+            first = first or (now, step)
+            rate = (step - first[1]) / (now - first[0]) if now > first[0] else 0.0
+            left = f", {rate:.1f} steps/s, {(self.steps - step) / rate:.0f} s left" if rate > 0 else ""
+            self.ctx.console.print(f"  {self.ctx.stage}: step {step} of {self.steps}, loss {last['loss']:.4f}{left}")
+
+    def _count_restarts(self) -> int:
+        try:
+            return len(storage.read_bytes(self.restarts).splitlines())
+        except OSError:
+            return 0
+
+    def _report_restarts(self) -> None:
+        count = self._count_restarts()
+        if count > self.num_restarts:
+            text = f"  {self.ctx.stage}: lost a worker, resumes from the last checkpoint ({self.restarts})"
+            self.ctx.console.print(text, markup=False, soft_wrap=True)
+            self.num_restarts = count
+
+
+class LiveEvents:
+    """TensorBoard events of a running training in one file that only grows, so that an open TensorBoard keeps reading.
+
+    Object stores cannot append, so there the whole file is uploaded again after each update.
+    """
+
+    def __init__(self, board: str) -> None:
+        self.board, self.step = board, 0
+        self.writer: Any = None
+        self._stack = ExitStack()
+
+    def update(self, lines: list[dict[str, float]]) -> None:
+        """Add the lines after the last update. Steps that a restart runs again are not added twice."""
+        new = [line for line in lines if line["step"] > self.step]
+        if not new:
+            return
+        if self.writer is None:
+            self.writer = self._open()
+        _add_scalars(self.writer, new)
+        self.writer.flush()
+        self.step = int(new[-1]["step"])
+        if self.writer.log_dir != self.board:
+            storage.upload_dir(self.writer.log_dir, self.board)
+
+    def close(self) -> None:
+        with suppress(OSError):  # the training reports a full disk itself
+            self._stack.close()
+
+    def _open(self) -> Any:
+        storage.remove(self.board)  # of an interrupted job
+        remote = storage.is_uri(self.board)
+        directory = self._stack.enter_context(tempfile.TemporaryDirectory()) if remote else self.board
+        return self._stack.enter_context(SummaryWriter(directory))
+
+
+def write_events(board: str, lines: list[dict[str, float]]) -> None:
+    """Replace the TensorBoard events by ones made from all metrics, once the training is done."""
+    with tempfile.TemporaryDirectory() as directory:
+        with SummaryWriter(directory) as writer:
+            _add_scalars(writer, lines)
+        storage.remove(board)
+        storage.upload_dir(directory, board)
+
+
+def _add_scalars(writer: Any, lines: list[dict[str, float]]) -> None:
+    for line in lines:
+        for name, value in line.items():
+            if name != "step":
+                writer.add_scalar(f"train/{name}", value, int(line["step"]))
