@@ -1,9 +1,8 @@
-"""Checkpoints from object stores, downloaded once per node: processes that start there later find them on its disk.
+"""A cache of checkpoints from object stores on each node's disk, shared by all processes of the node.
 
-A copy's name is made of the URI and of the names, sizes and times of its files, so that what has changed behind the
-URI is fetched anew. Downloads go to a temporary name that is renamed when all is there; one process at a time does so,
-and the others wait for it. Nothing is ever removed: $RCD_CACHE, by default ~/.cache/rcd, may be emptied at any time
-between two loads.
+The key of a copy is a hash of the URI and of the names, sizes and times of its files, so that a changed checkpoint is
+downloaded again. One process downloads at a time, into a directory that is renamed when complete; the others wait.
+Copies are never removed. $RCD_CACHE (default ~/.cache/rcd) may be emptied at any time between two loads.
 """
 
 from __future__ import annotations
@@ -20,25 +19,27 @@ from rcd_core.errors import UserError
 from rcd_core.io import storage
 
 CACHE = "RCD_CACHE"
-_Files = dict[str, tuple[int, int]]  # path below the checkpoint -> bytes, time of the last change in ns
+_Files = dict[str, tuple[int, int]]  # relative path -> bytes, modification time in ns
 
 
 def node_copy(checkpoint: str) -> str:
-    """A local directory with the files behind a URI; paths come back as they are, and so do hub ids, for which the
-    hub's client has a cache of its own. Raises UserError where the URI holds no files."""
+    """A local directory with the files of a URI. Raises UserError if there are none.
+
+    Paths are returned unchanged, and so are hub ids, which the hub's client caches.
+    """
     if not storage.is_uri(checkpoint) or checkpoint.startswith("file://"):
         return checkpoint.removeprefix("file://")
     root = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "rcd").expanduser() / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
-    with _alone(root / f"{_digest(checkpoint)}.lock"):
+    with _locked(root / f"{_digest(checkpoint)}.lock"):
         while True:
             files = _list(checkpoint)
             copy = root / _digest(checkpoint, sorted(files.items())) / storage.basename(checkpoint)
             if _complete(copy, files):
                 return str(copy)
-            partial = root / f"{_digest(checkpoint)}.partial"  # one name: what a killed process has left goes too
+            partial = root / f"{_digest(checkpoint)}.partial"  # a fixed name: replaces what a killed process left
             _download(checkpoint, partial / copy.name)
-            if _list(checkpoint) == files:  # else somebody has written there meanwhile: of two versions each a part
+            if _list(checkpoint) == files:  # else it changed meanwhile and the copy mixes two versions: retry
                 shutil.rmtree(copy.parent, ignore_errors=True)
                 partial.rename(copy.parent)
 
@@ -48,12 +49,12 @@ def _list(checkpoint: str) -> _Files:
 
     files, inner = storage.filesystem(checkpoint)
     try:
-        found = files.get_file_info(fs.FileSelector(inner, allow_not_found=True, recursive=True))
+        entries = files.get_file_info(fs.FileSelector(inner, allow_not_found=True, recursive=True))
     except OSError as error:
         raise UserError(f"checkpoint {checkpoint} cannot be read ({error}); check credentials") from error
-    listed = {str(i.path)[len(inner) :].lstrip("/"): (int(i.size), int(i.mtime_ns or 0)) for i in found if i.is_file}
+    listed = {str(i.path)[len(inner) :].lstrip("/"): (int(i.size), int(i.mtime_ns or 0)) for i in entries if i.is_file}
     if not listed:
-        raise UserError(f"checkpoint {checkpoint} holds no files; name the directory of a checkpoint")
+        raise UserError(f"checkpoint {checkpoint} has no files; give the directory of a checkpoint")
     return listed
 
 
@@ -67,14 +68,14 @@ def _download(checkpoint: str, destination: Path) -> None:
 
 
 def _complete(copy: Path, files: _Files) -> bool:
-    """Whether every file is there in its length: a machine that loses power can keep a name and lose the bytes."""
+    """Whether every file exists with its size: after a power failure a file may have lost its content."""
     return all((copy / name).is_file() and (copy / name).stat().st_size == size for name, (size, _) in files.items())
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[None]:
+def _locked(lock: Path) -> Iterator[None]:
     with lock.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)  # the kernel gives it back when the process ends, however it ends
+        fcntl.flock(stream, fcntl.LOCK_EX)  # the kernel releases it whenever the process ends
         yield
 
 

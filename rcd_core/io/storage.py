@@ -1,11 +1,10 @@
-"""Files of a run by one kind of name: an absolute local path or a URI (s3://, gs://, file://, ...), through pyarrow.
+"""Files on local disks and object stores, named by absolute paths or URIs (s3://, gs://, file://, ...), by pyarrow.
 
-Every write is atomic: the bytes go to a temporary name beside the destination, which is renamed when they are complete,
-so that a reader, or a job that comes after a killed one, never meets half a file. Temporary names start with a dot and
-`list_files` does not show them.
+Every write is atomic: bytes go to a temporary name in the same directory, which is renamed when they are complete, so
+that readers never see a partial file. Temporary names start with a dot, and `list_files` skips them.
 
-Who one is in an object store, and where it is if not the cloud's own (MinIO, say), is the environment's to tell: for S3
-AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION, AWS_ENDPOINT_URL, on every node.
+Credentials and endpoints come from the environment of every node, for S3 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
+AWS_DEFAULT_REGION and AWS_ENDPOINT_URL.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from typing import Any, BinaryIO
 
 from rcd_core.errors import UserError
 
-_CHUNK = 16 << 20  # each a request to an object store, one after another
+_CHUNK = 16 << 20  # bytes per request to an object store
 
 
 def is_uri(path: str) -> bool:
@@ -31,12 +30,12 @@ def is_uri(path: str) -> bool:
 
 
 def is_absolute(path: str) -> bool:
-    """True for a path that means the same file in every process of a job: an absolute one or a URI."""
+    """True for an absolute path or a URI, which name the same file in every process of a job."""
     return is_uri(path) or os.path.isabs(path)
 
 
 def join(base: str, *parts: str) -> str:
-    """`base` and `parts` with single slashes between; works on paths and URIs alike."""
+    """Join parts of a path or URI with single slashes."""
     return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
@@ -53,21 +52,21 @@ def _root(root: str) -> Any:
     try:
         return fs.FileSystem.from_uri(root + "/")[0]
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{root}: no such storage ({error}); use an absolute path, file://, s3:// or gs://") from error
+        raise UserError(f"{root}: cannot be opened ({error}); use an absolute path, file://, s3:// or gs://") from error
 
 
 def filesystem(path: str) -> tuple[Any, str]:
     """(pyarrow FileSystem, the path inside it). Raises UserError for a relative path or an unknown scheme."""
     path = path.removeprefix("file://")
     if not is_absolute(path):
-        raise UserError(f"path {path!r} is relative, and a job runs in a temporary directory; give an absolute one")
+        raise UserError(f"path {path!r} is relative, but jobs run in temporary directories; give an absolute path")
     if not is_uri(path):
         return _root("file://"), path
     scheme, rest = path.split("://", 1)
     if scheme == "hf":
-        raise UserError(f"{path}: hf:// names something on the hub, not a file; use an absolute path, s3:// or gs://")
+        raise UserError(f"{path}: hf:// is not a file system; use an absolute path, s3:// or gs://")
     host = rest.split("/", 1)[0]
-    # A bucket is the first part of the path inside an object store; the host of hdfs:// is not part of its paths.
+    # pyarrow's paths in object stores start with the bucket; those in HDFS do not contain the host.
     inner = rest.removeprefix(host) if scheme == "hdfs" else rest.strip("/")
     return _root(f"{scheme}://{host}"), inner
 
@@ -77,12 +76,12 @@ def _info(path: str) -> Any:
     return files.get_file_info(inner)
 
 
-def _children(directory: str, recursive: bool = False) -> list[Any]:
+def _children(directory: str) -> list[Any]:
     from pyarrow import fs
 
     files, inner = filesystem(directory)
-    found = files.get_file_info(fs.FileSelector(inner, allow_not_found=True, recursive=recursive))
-    return sorted(found, key=lambda info: str(info.path))
+    entries = files.get_file_info(fs.FileSelector(inner, allow_not_found=True))
+    return sorted(entries, key=lambda info: str(info.path))
 
 
 def exists(path: str) -> bool:
@@ -100,29 +99,29 @@ def is_directory(path: str) -> bool:
 
 def size(path: str) -> int:
     """Bytes of a file. Raises FileNotFoundError."""
-    found = _info(path).size
-    if found is None:
+    num_bytes = _info(path).size
+    if num_bytes is None:
         raise FileNotFoundError(path)
-    return int(found)
+    return int(num_bytes)
 
 
 def modified(path: str) -> int:
-    """Time of the last change in nanoseconds, 0 where the storage does not say. Raises FileNotFoundError."""
+    """Modification time in nanoseconds, 0 if the storage has none. Raises FileNotFoundError."""
     size(path)
     return int(_info(path).mtime_ns or 0)
 
 
 def list_files(directory: str, suffix: str = "") -> list[str]:
-    """Full names of the files directly in `directory` that end in `suffix`, sorted; [] when there is no directory."""
-    return [join(directory, i.base_name) for i in _children(directory) if i.is_file and _shown(i.base_name, suffix)]
+    """Full names of the files directly in `directory` that end in `suffix`, sorted; [] if it does not exist."""
+    return [join(directory, i.base_name) for i in _children(directory) if i.is_file and _visible(i.base_name, suffix)]
 
 
 def list_directories(directory: str) -> list[str]:
-    """Full names of the directories directly in `directory`, sorted; [] when there is none."""
-    return [join(directory, i.base_name) for i in _children(directory) if not i.is_file and _shown(i.base_name)]
+    """Full names of the directories directly in `directory`, sorted; [] if it does not exist."""
+    return [join(directory, i.base_name) for i in _children(directory) if not i.is_file and _visible(i.base_name)]
 
 
-def _shown(name: str, suffix: str = "") -> bool:
+def _visible(name: str, suffix: str = "") -> bool:
     return not name.startswith(".") and name.endswith(suffix)
 
 
@@ -134,7 +133,7 @@ def open_input(path: str) -> Any:
 
 @contextmanager
 def open_output(path: str) -> Iterator[BinaryIO]:
-    """A binary file to write that appears under `path` when the block ends well, and not at all when it raises."""
+    """A binary file to write. It appears at `path` when the block ends, and not at all if the block raises."""
     files, inner = filesystem(path)
     parent, _, name = inner.rpartition("/")
     _make_directory(files, parent)
@@ -155,12 +154,12 @@ def open_output(path: str) -> Iterator[BinaryIO]:
 
 
 def _make_directory(files: Any, inner: str) -> None:
-    if inner and files.type_name not in ("s3", "gcs", "abfs"):  # object stores have names only
+    if inner and files.type_name not in ("s3", "gcs", "abfs"):  # object stores have no directories
         files.create_dir(inner, recursive=True)
 
 
 def _sync(local: str) -> None:
-    """Bytes before name: without it a power cut can leave the new name on an empty file."""
+    """Flush before the rename: otherwise a power failure may leave the new name on an empty file."""
     descriptor = os.open(local, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -183,15 +182,15 @@ def write_json(path: str, value: Any) -> None:
 
 
 def read_json(path: str) -> Any:
-    """Raises FileNotFoundError, or UserError when the file holds no JSON."""
+    """Raises FileNotFoundError, or UserError if the file is not JSON."""
     try:
         return json.loads(read_bytes(path))
     except ValueError as error:
-        raise UserError(f"{path} is no valid JSON ({error}); mend or remove the file") from error
+        raise UserError(f"{path} is no valid JSON ({error}); fix or remove the file") from error
 
 
 def remove(path: str) -> None:
-    """Remove a file or a directory with all in it; nothing happens when there is none."""
+    """Remove a file or a directory tree, if it exists."""
     from pyarrow import fs
 
     files, inner = filesystem(path)
@@ -203,7 +202,7 @@ def remove(path: str) -> None:
 
 
 def rename(source: str, destination: str) -> None:
-    """Move a file, or on a local disk a directory, within one file system; an existing file is replaced."""
+    """Move a file (on local disks also a directory) within one file system. Replaces an existing file."""
     files, inner = filesystem(source)
     other, target = filesystem(destination)
     if not files.equals(other):
@@ -213,7 +212,7 @@ def rename(source: str, destination: str) -> None:
 
 
 def upload_dir(local_dir: str | Path, destination: str) -> None:
-    """Copy the files of a local directory, in depth, to `destination`: each file atomically, in sorted order."""
+    """Copy a local directory tree to `destination`: file by file in sorted order, each file atomically."""
     root = Path(local_dir)
     for source in sorted(p for p in root.rglob("*") if p.is_file()):
         with source.open("rb") as stream, open_output(join(destination, source.relative_to(root).as_posix())) as out:
@@ -221,7 +220,7 @@ def upload_dir(local_dir: str | Path, destination: str) -> None:
 
 
 def sha256(path: str) -> str:
-    """Hex digest of a file's bytes, read in pieces."""
+    """Hex digest of a file's bytes, read in chunks."""
     digest = hashlib.sha256()
     with open_input(path) as stream:
         while chunk := stream.read(_CHUNK):

@@ -1,7 +1,7 @@
-"""From a problem to token ids: prompt, labels and padding (semantics of SDAR's and LLaDA's fine-tuning).
+"""Encodes problems as token ids, labels and padding, as in the fine-tuning of SDAR and LLaDA.
 
-Labels are -100 on the prompt (infill: on the anchor and the given cells), the token elsewhere. The end of the turn and
-the padding to whole blocks are labelled too: both families learn to fill an answer's last block with padding.
+Labels are -100 on the prompt (infill: on the anchor and the given cells) and the token elsewhere. The end of the turn
+and the padding to whole blocks are labelled too: both families learn to fill an answer's last block with padding.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 UNLABELLED = -100
-TOO_SHORT = "below data.min_length"  # asked for by the recipe, so not a fault of the row
+TOO_SHORT = "below data.min_length"  # the recipe's choice, not a fault of the row
 
 
 @dataclass(frozen=True, slots=True)
 class TrainExample:
-    """input_ids, labels: as long as each other, a multiple of pad_multiple. prompt_length: tokens before any label."""
+    """input_ids and labels have equal lengths, a multiple of pad_multiple. prompt_length: before any label."""
 
     input_ids: list[int]
     labels: list[int]
@@ -34,7 +34,7 @@ class TrainExample:
 
 @dataclass(frozen=True, slots=True)
 class PromptExample:
-    """prompt_ids: what the model is given; for an infill task the canvas with mask ids."""
+    """prompt_ids: the model's input; for an infill task the canvas with mask ids."""
 
     prompt_ids: list[int]
     prompt: str
@@ -42,7 +42,7 @@ class PromptExample:
 
 
 class Encoder:
-    """Encodes the rows of one task with one tokenizer. Its methods raise BadRow for a row that cannot be used."""
+    """Encodes rows of one task with one tokenizer. Methods raise BadRow for rows that cannot be used."""
 
     def __init__(
         self,
@@ -67,10 +67,10 @@ class Encoder:
             raise BadRow("not a problem of this task", str(error)) from error
 
     def train(self, problem: Problem) -> TrainExample:
-        """Prompt, response and padding with their labels."""
+        """Encode prompt, response and padding with their labels."""
         prompt, ids = self._ids(problem)
         if self.task.infill:
-            labels = [token if given == self.mask_id else UNLABELLED for given, token in zip(prompt, ids, strict=True)]
+            labels = [token if p == self.mask_id else UNLABELLED for p, token in zip(prompt, ids, strict=True)]
         else:
             labels = [UNLABELLED] * len(prompt) + ids
             ids = prompt + ids
@@ -83,19 +83,19 @@ class Encoder:
         return TrainExample(ids + padding, labels + padding, prompt_length)
 
     def test(self, problem: Problem) -> PromptExample:
-        """The prompt alone: a problem is not left out for the length of its answer, nor for being short."""
+        """Encode the prompt only: neither a long answer nor data.min_length excludes a test problem."""
         prompt, _ = self._ids(problem)
         self._check_length(len(prompt), "the prompt")
         return PromptExample(prompt, problem.prompt, problem.answer)
 
     def _ids(self, problem: Problem) -> tuple[list[int], list[int]]:
-        """(prompt, response) ids, checked: the mask token stands on an infill canvas and nowhere else."""
+        """(prompt, response) ids. Raises BadRow for a mask token anywhere but on an infill canvas."""
         if self.task.infill:
             mask_text = self.tokenizer.convert_ids_to_tokens(self.mask_id)
-            given, wanted = problem.prompt.replace(MASK_TEXT, str(mask_text)), problem.response
+            texts = problem.prompt.replace(MASK_TEXT, str(mask_text)), problem.response
         else:
-            given, wanted = chat_texts(self.tokenizer, problem.prompt, problem.response)
-        prompt, response = self._tokenize(given), self._tokenize(wanted)
+            texts = chat_texts(self.tokenizer, problem.prompt, problem.response)
+        prompt, response = (self._tokenize(text) for text in texts)
         if self.mask_id in response or (not self.task.infill and self.mask_id in prompt):
             raise BadRow("mask token in the text", problem.prompt)
         if self.task.infill:
@@ -117,5 +117,5 @@ class Encoder:
 
 
 def content_id(problem: Problem) -> str:
-    """16 hex digits of the problem's text: the same example has the same id wherever it stands."""
+    """16 hex digits of a hash of the problem's text: the same example has the same id in every dataset."""
     return hashlib.sha256(f"{problem.prompt}\0{problem.response}".encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
-"""Train a small tokenizer, and the few questions the pipeline asks of any tokenizer.
+"""Training and loading tokenizers, special ids and chat templates.
 
-`train_tokenizer` gives a byte-level BPE as an ordinary fast tokenizer of transformers: special tokens and chat format
-as SDAR's (Qwen's ChatML), so that what works with the small model works with the released checkpoints.
+`train_tokenizer` returns a byte-level BPE as a fast tokenizer of transformers, with SDAR's special tokens and chat
+format (Qwen's ChatML), so that small models are handled like released checkpoints.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rcd_core.tasks.base import MASK_TEXT
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-EOS_TEXT = "<|endoftext|>"  # also the padding, as in SDAR
+EOS_TEXT = "<|endoftext|>"  # also the padding token, as in SDAR
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (EOS_TEXT, TURN_START, TURN_END, MASK_TEXT)
 NUM_BYTES = 256
@@ -29,16 +29,16 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-_ROLES = ("user", "assistant")  # every chat prompt carries them: worth a token each
-# Mask tokens of checkpoints whose tokenizer does not declare one (LLaDA).
+_ROLES = ("user", "assistant")  # in every chat prompt, so each should be one token
+# For checkpoints whose tokenizer does not declare its mask token (LLaDA).
 _KNOWN_MASKS = (MASK_TEXT, "<|mdm_mask|>")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE of at most `vocab_size` tokens, digits one by one, on any number of texts.
+    """Train a byte-level BPE of at most `vocab_size` tokens. Each digit is a token.
 
-    Every byte has a token, so any text comes back as it went in. Texts with little in common give fewer tokens than
-    asked for: take the size from the result. UserError where vocab_size has no room for bytes and special tokens.
+    Every byte has a token, so encoding is lossless. Small or varied text may give fewer tokens than vocab_size; use the
+    size of the result. Raises UserError if vocab_size is too small for bytes and special tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -69,12 +69,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a directory, a URI or a hub id; no code of the checkpoint is run."""
+    """Load a tokenizer from a directory, a URI or a hub id. No code of the checkpoint is executed. Raises UserError."""
     loader: Any
     local = Path(node_copy(str(path)))
     try:
         if (local / "tokenizer.json").exists():
-            # Complete in itself, and this class does not import torch, which takes a worker seconds.
+            # This class does not import torch, which takes seconds per worker.
             from transformers import PreTrainedTokenizerFast as loader
         else:
             from transformers import AutoTokenizer as loader
@@ -85,7 +85,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the mask token; UserError where the tokenizer has none."""
+    """The id of the mask token. Raises UserError if there is none."""
     vocabulary = tokenizer.get_vocab()
     for text in (tokenizer.mask_token, *_KNOWN_MASKS):
         if text in vocabulary:
@@ -97,33 +97,34 @@ def mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Ids that end an answer: eos, and the end of a chat turn where there is one."""
+    """Ids that end an answer: eos and, if the vocabulary has it, the end of a chat turn."""
     vocabulary = tokenizer.get_vocab()
     texts = dict.fromkeys((tokenizer.eos_token, TURN_END))
     return tuple(int(vocabulary[text]) for text in texts if text in vocabulary)
 
 
 def chat_texts(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> tuple[str, str]:
-    """One exchange by the tokenizer's chat template -> (what the model is given, what it learns to write).
+    """Apply the chat template to one exchange -> (model input, training target).
 
-    The second part is what the template puts behind the first, end of turn included (SDAR: "...<|im_end|>\\n").
+    The target is everything that the template appends to the input, end of turn included (SDAR: "...<|im_end|>\\n").
+    Raises UserError if there is no template, or if an answer changes the text before it.
     """
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer {tokenizer.name_or_path!r} has no chat template; set chat_template in it")
-    asked = [{"role": "user", "content": prompt}]
-    given = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
-    answered = [*asked, {"role": "assistant", "content": response}]
-    whole = str(tokenizer.apply_chat_template(answered, tokenize=False))
-    if not whole.startswith(given):
+    messages = [{"role": "user", "content": prompt}]
+    model_input = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    messages.append({"role": "assistant", "content": response})
+    exchange = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    if not exchange.startswith(model_input):
         raise UserError(
-            f"the chat template of {tokenizer.name_or_path!r} changes the prompt once an answer follows; "
+            f"the chat template of {tokenizer.name_or_path!r} changes the prompt when an answer follows; "
             "use one whose generation prompt opens the assistant's turn"
         )
-    return given, whole[len(given) :]
+    return model_input, exchange[len(model_input) :]
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A digest of what decides token ids and prompts: vocabulary, merges, normalisation, chat template."""
+    """Digest of what determines token ids and prompts: vocabulary, merges, normalisation, chat template."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     content = {
         "backend": json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab(),

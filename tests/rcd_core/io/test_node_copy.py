@@ -1,4 +1,4 @@
-"""Checkpoints behind an S3, one copy per node: one download for all, never half of one, never an old one."""
+"""The node's cache of checkpoints in S3: one download for all processes, never partial, never outdated."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.s3_server import s3_server
 
 URI = "s3://bucket/runs/sdar_tiny"
 TINY = ROOT / "tests" / "golden" / "sdar_tiny"
-# A process that writes a line when it downloads, which then takes long enough for another to come too.
+# A process that logs its download, which is slow enough for a second process to arrive.
 SLOW = """
 import sys, time
 from rcd_core.io import node_copy as c
@@ -34,7 +34,7 @@ def slowly(checkpoint, destination):
 c._download = slowly
 print(c.node_copy(sys.argv[1]))
 """
-# One that is killed when the first file is there.
+# A process that is killed after the first file.
 KILLED = """
 import os, signal, sys
 import pyarrow.fs as fs
@@ -69,15 +69,15 @@ def process(code: str, *words: str) -> subprocess.Popen[str]:
 
 
 def same(copy: str) -> bool:
-    """Whether it is the checkpoint in the bucket, no file more or less."""
-    found = {path.name: path.read_bytes() for path in Path(copy).iterdir()}
-    return found == {storage.basename(f): storage.read_bytes(f) for f in storage.list_files(URI)}
+    """Whether the copy equals the checkpoint in the bucket, file by file."""
+    content = {path.name: path.read_bytes() for path in Path(copy).iterdir()}
+    return content == {storage.basename(f): storage.read_bytes(f) for f in storage.list_files(URI)}
 
 
-def test_a_copy_is_the_checkpoint_and_local_ones_stay_where_they_are(cache: Path) -> None:
+def test_uris_are_copied_and_local_paths_are_returned(cache: Path) -> None:
     copy = node_copy(URI)
     assert same(copy) and load_model(copy).info == load_model(TINY).info
-    assert Path(copy).name == "sdar_tiny", "by its name a released checkpoint is known"
+    assert Path(copy).name == "sdar_tiny", "the name defines the block length of releases"
     assert [node_copy(s) for s in (str(TINY), f"file://{TINY}", "owner/name")] == [str(TINY), str(TINY), "owner/name"]
 
 
@@ -90,13 +90,13 @@ def test_two_processes_at_once_download_once(cache: Path, tmp_path: Path) -> Non
     assert log.read_text() == "download\n"
 
 
-def test_what_has_changed_is_fetched_anew(cache: Path) -> None:
+def test_a_changed_checkpoint_is_downloaded_again(cache: Path) -> None:
     before = node_copy(URI)
     storage.write_bytes(f"{URI}/config.json", (TINY / "config.json").read_bytes() + b"\n")
     storage.write_bytes(f"{URI}/added.json", b"{}")
     after = node_copy(URI)
     assert after != before and same(after)
-    assert not (Path(before) / "added.json").exists(), "who reads the old copy is not disturbed"
+    assert not (Path(before) / "added.json").exists(), "readers of the old copy are not disturbed"
     storage.remove(f"{URI}/added.json")
     assert same(node_copy(URI))
 
@@ -122,9 +122,9 @@ def test_a_killed_download_is_never_used(cache: Path) -> None:
     killed.communicate(timeout=60)
     assert killed.returncode == -signal.SIGKILL
     left = [path for path in cache.rglob("*") if path.is_file() and path.stat().st_size]
-    assert [path.name for path in left] == ["added.json"], "it was killed in the middle"
+    assert [path.name for path in left] == ["added.json"], "it was killed during the download"
     storage.remove(f"{URI}/added.json")
-    assert same(node_copy(URI)) and not left[0].exists(), "what it has left is no part of the next copy"
+    assert same(node_copy(URI)) and not left[0].exists(), "its remains are not in the next copy"
 
 
 def test_a_copy_that_has_lost_bytes_is_replaced(cache: Path) -> None:
@@ -133,12 +133,7 @@ def test_a_copy_that_has_lost_bytes_is_replaced(cache: Path) -> None:
     assert node_copy(URI) == str(copy) and same(str(copy))
 
 
-@pytest.mark.parametrize("uri", ["s3://bucket/runs/nothing", "s3://bucket/runs/sdar_tiny/config.json"])
-def test_where_there_is_no_checkpoint_it_is_said(cache: Path, uri: str) -> None:
-    with pytest.raises(UserError, match=f"checkpoint {uri} holds no files; name the directory"):
+@pytest.mark.parametrize("uri", ["s3://bucket/runs/nothing", f"{URI}/config.json", "s3://elsewhere/x"])
+def test_missing_and_unreadable_checkpoints_are_named(cache: Path, uri: str) -> None:
+    with pytest.raises(UserError, match=f"checkpoint {uri}"):
         node_copy(uri)
-
-
-def test_who_may_not_read_is_told_so(cache: Path, bucket: dict[str, str]) -> None:
-    with pytest.raises(UserError, match="checkpoint s3://elsewhere/x"):
-        node_copy("s3://elsewhere/x")

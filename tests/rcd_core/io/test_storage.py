@@ -1,4 +1,4 @@
-"""Storage on a real directory, by file://, on an S3 and on another of pyarrow's file systems."""
+"""Storage in a directory, by file://, on an S3 server and on pyarrow's mock file system."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pyarrow import fs
 
 from rcd_core.errors import UserError
 from rcd_core.io import storage
@@ -47,7 +48,7 @@ def test_json_files_and_directories(base: str) -> None:
     storage.rename(path, storage.join(base, "elsewhere", "moved.json"))
     assert not storage.exists(path) and storage.read_json(storage.join(base, "elsewhere/moved.json")) == {"b": None}
     storage.remove(base)
-    storage.remove(base)  # what is not there is no error
+    storage.remove(base)  # a second time: no error
     assert not storage.exists(base)
 
 
@@ -59,8 +60,6 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(base: str) -> N
         raise RuntimeError
     assert storage.read_bytes(path) == b"old"
     files, inner = storage.filesystem(base)
-    from pyarrow import fs
-
     assert [info.base_name for info in files.get_file_info(fs.FileSelector(inner))] == ["x.bin"]
 
 
@@ -85,15 +84,14 @@ def test_join_keeps_schemes_and_roots() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "says"),
-    [("runs/demo", "relative"), ("./x", "relative"), ("nowhere://x/y", "no such storage"), ("hf://owner/name", "hub")],
+    ("path", "named"), [("runs/demo", "runs/demo"), ("nowhere://x/y", "nowhere://x"), ("hf://owner/name", "hf://owner")]
 )
-def test_bad_paths_are_named(path: str, says: str) -> None:
-    with pytest.raises(UserError, match=says):
+def test_bad_paths_are_named(path: str, named: str) -> None:
+    with pytest.raises(UserError, match=named):
         storage.exists(path)
 
 
 def test_broken_json_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"half')
-    with pytest.raises(UserError, match=r"manifest\.json is no valid JSON"):
+    with pytest.raises(UserError, match=r"manifest\.json"):
         storage.read_json(str(tmp_path / "manifest.json"))

