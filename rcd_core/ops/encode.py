@@ -1,16 +1,16 @@
-"""Logits to what is kept of them: the k largest, the entropy, and the mass that is left out.
+"""Logits to sparse signals: the k largest entries, the entropy, and the mass of the tail.
 
-All of it follows from three sums over x = (z - max z) / T, each taken over the entries that are NOT kept; the kept ones
-are few and added apart. Nothing is a difference of nearly equal numbers, so a tail of 1e-8 and an entropy of 1e-8 come
-out with fp32's relative accuracy:
+Everything follows from sums over x = (z - max z) / T, each taken over the entries that are NOT kept; the few kept ones
+are added separately. No difference of nearly equal numbers occurs, so a tail or an entropy of 1e-8 keeps fp32's
+relative accuracy:
 
     Z = 1 + rest,   rest = sum over all but the largest of e^x      ln Z = log1p(rest)
     H = ln Z - (sum of x e^x) / Z                                   both terms are >= 0
     tail = (sum over what is not kept of e^x) / Z                   = exp(logsumexp(not kept) - logsumexp(all))
 
-`left_out_plain` is the reference implementation; `left_out_fused` says the same without a scatter, so that
-torch.compile makes one pass over the logits of it. On CUDA the compiled one runs (TORCH_COMPILE_DISABLE=1 turns that
-off), elsewhere the plain one, on pieces that stay in a core's cache.
+`tail_sums_plain` is the reference implementation. `tail_sums_fused` computes the same without a scatter, which
+torch.compile turns into one pass over the logits. CUDA runs the compiled one (TORCH_COMPILE_DISABLE=1 turns it off),
+other devices the plain one, on pieces that fit a core's cache.
 
 Shapes: N positions, K kept entries, V vocabulary.
 """
@@ -26,16 +26,16 @@ from torch import Tensor
 
 from rcd_core.ops.top_k import top_k
 
-LOWEST = -104.0  # e^-104 is 0 in fp32: x below it may be raised to it, which keeps 0 * -inf out of the sums
-_PIECE_BYTES = 2 << 20  # fp32 logits reduced at once on a CPU: its second-level cache
+LOWEST = -104.0  # e^-104 is 0 in fp32: clamping x to it keeps 0 * -inf out of the sums
+_PIECE_BYTES = 2 << 20  # fp32 logits reduced at once on a CPU, about a second-level cache
 
-LeftOut = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+TailSums = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
 class Encoded(NamedTuple):
     """ids (N, K) int64 and log-probabilities (N, K) fp32 in descending order, from the full softmax at the delta
     temperature; tail (N,) the mass of all other ids; entropy (N,) in nats at the alpha temperature; peak (N,) the
-    largest logit, as it was: NaN where a row holds NaN."""
+    largest logit, NaN if the row holds NaN."""
 
     ids: Tensor
     logprobs: Tensor
@@ -45,26 +45,26 @@ class Encoded(NamedTuple):
 
 
 def encode(
-    logits: Tensor, k: int, alpha_temperature: float, delta_temperature: float, left_out: LeftOut | None = None
+    logits: Tensor, k: int, alpha_temperature: float, delta_temperature: float, tail_sums: TailSums | None = None
 ) -> Encoded:
-    """(N, V) logits of any float dtype, N >= 1; they are not changed. k <= V. `left_out` overrides the choice by
-    device. Rows without a finite peak give NaN: the caller looks at `peak`."""
+    """(N, V) logits of any float dtype, N >= 1; they are not changed. k <= V. `tail_sums` overrides the choice by
+    device. Rows without a finite peak give NaN, which the caller detects by `peak`."""
     rows = logits.shape[0] if logits.is_cuda else max(1, _PIECE_BYTES // (4 * logits.shape[1]))
-    chosen = left_out or (_compiled() if logits.is_cuda else left_out_plain)
+    chosen = tail_sums or (_compiled() if logits.is_cuda else tail_sums_plain)
     parts = [_encode(z, k, alpha_temperature, delta_temperature, chosen) for z in torch.split(logits, rows)]
     return parts[0] if len(parts) == 1 else Encoded(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _encode(z: Tensor, k: int, alpha_temperature: float, delta_temperature: float, left_out: LeftOut) -> Encoded:
+def _encode(z: Tensor, k: int, alpha_temperature: float, delta_temperature: float, tail_sums: TailSums) -> Encoded:
     if not z.is_cuda:
-        z = z.float()  # on CUDA the compiled sums read bf16 as it is
+        z = z.float()  # on CUDA the compiled sums read bf16 directly
     top, ids = top_k(z, k)
     top = top.float()
-    tail, dot = left_out(z, top, ids, delta_temperature)
+    tail, dot = tail_sums(z, top, ids, delta_temperature)
     x, z_sum, log_sum = _kept(top, tail, delta_temperature)
     logprobs, tail_mass = x - log_sum[:, None], tail / z_sum
     if alpha_temperature != delta_temperature:
-        tail, dot = left_out(z, top, ids, alpha_temperature)
+        tail, dot = tail_sums(z, top, ids, alpha_temperature)
         x, z_sum, log_sum = _kept(top, tail, alpha_temperature)
     x = x.clamp(min=LOWEST)
     entropy = log_sum - (dot + (x * x.exp()).sum(1)) / z_sum
@@ -78,20 +78,20 @@ def _kept(top: Tensor, tail: Tensor, temperature: float) -> tuple[Tensor, Tensor
     return x, 1.0 + rest, torch.log1p(rest)
 
 
-def left_out_plain(z: Tensor, top: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def tail_sums_plain(z: Tensor, top: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Sums of e^x and of x e^x over the entries that are not kept: 2 x (N,) fp32."""
     x = z.float() - top[:, :1]
     if temperature != 1.0:
         x /= temperature
     e = x.exp().scatter_(1, ids, 0.0)
     tail, dot = e.sum(1), e.mul_(x).sum(1)
-    if dot.isnan().any():  # -inf logits, as of padded vocabularies; rare enough not to clamp every time
+    if dot.isnan().any():  # -inf logits, for example of padded vocabularies; too rare to clamp always
         dot = x.clamp_(min=LOWEST).exp().scatter_(1, ids, 0.0).mul_(x).sum(1)
     return tail, dot
 
 
-def left_out_fused(z: Tensor, top: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The same: not kept is what lies below the smallest kept entry, and those of its equals that found no place."""
+def tail_sums_fused(z: Tensor, top: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The same sums. Not kept are the entries below the smallest kept one, and those of its equals beyond the k."""
     del ids
     peak, least = top[:, :1], top[:, -1:]
     z = z.float()
@@ -104,6 +104,6 @@ def left_out_fused(z: Tensor, top: Tensor, ids: Tensor, temperature: float) -> t
 
 
 @cache
-def _compiled() -> LeftOut:
-    compiled: LeftOut = torch.compile(left_out_fused)
+def _compiled() -> TailSums:
+    compiled: TailSums = torch.compile(tail_sums_fused)
     return compiled

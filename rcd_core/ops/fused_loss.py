@@ -1,8 +1,8 @@
-"""Linear head and cross entropy in one, in chunks, gradients included: (N, V) never exists, and no product is repeated.
+"""Linear head and cross entropy fused, in chunks: no (N, V) tensor is held, and no product is computed twice.
 
-The weights of the positions are known beforehand, and what comes back in the backward pass is one number; so the
-gradients can be made in the forward pass, chunk by chunk, while the logits are at hand: three products per chunk where
-recomputation costs four.
+The weights of the positions are known beforehand, and the backward pass receives a single number. So the forward pass
+computes the gradients too, chunk by chunk, while it has the logits: three products per chunk, where recomputation needs
+four.
 
 Shapes: N masked positions, D width, V vocabulary.
 """
@@ -22,17 +22,17 @@ def weighted_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """(sum_i weights_i * loss_i, loss (N,)) with loss_i = -log softmax(hidden_i W^T)[labels_i], both fp32.
 
-    The sum is differentiable in hidden and head_weight, the losses are for looking at. hidden (N, D), head_weight
-    (V, D), labels (N,) int64, weights (N,). Products run in hidden's dtype (under autocast: its dtype), reductions in
-    fp32. N = 0 gives 0. chunk_rows: rows per chunk, by default CHUNK_BYTES of logits.
+    The sum is differentiable in hidden and head_weight; the losses are not. hidden (N, D), head_weight (V, D), labels
+    (N,) int64, weights (N,). Products run in hidden's dtype or autocast's, reductions in fp32. N = 0 gives 0.
+    chunk_rows: rows per chunk, by default CHUNK_BYTES of logits.
     """
     rows = chunk_rows or max(1, CHUNK_BYTES // (4 * head_weight.shape[0]))
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    found: tuple[Tensor, Tensor] = _WeightedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, Tensor] = _WeightedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden, head_weight, labels, weights.float(), rows, dtype
     )
-    return found
+    return result
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
@@ -43,7 +43,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         head = head_weight.to(dtype)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        # Summed over the chunks in fp32, so that many chunks lose nothing in bf16.
+        # Accumulated in fp32, so that many chunks lose no precision in bf16.
         grad_head = torch.zeros_like(head_weight, dtype=torch.float32) if needs_head else None
         losses = torch.empty(hidden.shape[0], device=hidden.device)
         for start in range(0, hidden.shape[0], rows):
@@ -54,7 +54,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             losses[part] = norm - logits.gather(1, y)[:, 0]
             if grad_hidden is None and grad_head is None:
                 continue
-            # d loss / d logits = w (softmax - onehot), in place of the logits.
+            # d loss / d logits = w (softmax - onehot), in place.
             grad = logits.sub_(norm[:, None]).exp_()
             grad.scatter_add_(1, y, torch.full_like(y, -1, dtype=grad.dtype))
             grad = grad.mul_(w[:, None]).to(dtype)

@@ -1,7 +1,7 @@
-"""A tile of logits to what decoding takes from it: tokens, confidence, entropy and the next residual, in few passes.
+"""A tile of logits to tokens, confidence, entropy and the next residual, in few passes over the logits.
 
-Everything greedy decoding needs follows from ln p = log_softmax(z): the token is its argmax beside the mask's column,
-the confidence its largest entry there, H = -sum p ln p, delta = p E.
+Greedy decoding needs only ln p = log_softmax(z): token and confidence are its largest entry outside the mask's column,
+H = -sum p ln p (Eq. 3), delta = p E (Eq. 1).
 
 Shapes: N masked positions of the tile, V vocabulary, K kept entries, D width. E: (V, D) input embeddings.
 """
@@ -22,9 +22,8 @@ from rcd_core.ops.encode import LOWEST, encode
 
 @dataclass(frozen=True)
 class Feedback:
-    """How the residual follows from a prediction; requests alike in this share one reduction. rule: one that looks at
-    the position alone. top_k None: delta over the whole vocabulary, else over the top_k largest with the rest on the
-    mean of the others."""
+    """How a prediction becomes a residual; requests with equal Feedback share one reduction. rule: one that depends on
+    the position only. top_k: delta from so many entries, with the tail's mass on the mean of the others; None: all."""
 
     rule: AlphaRule
     alpha_scale: float | None
@@ -34,8 +33,8 @@ class Feedback:
 
 
 class Reduced(NamedTuple):
-    """tokens (N,) int64, never the mask; confidence (N,), the token's probability; entropy (N,) in nats, both of the
-    whole prediction, the latter 0 where nobody asked; alpha (N,) and delta (N, D) where there is feedback."""
+    """tokens (N,) int64, never the mask. confidence (N,), the token's probability, and entropy (N,) in nats (0 if not
+    requested), both of the whole prediction. alpha (N,) and delta (N, D) if there is feedback."""
 
     tokens: Tensor
     confidence: Tensor
@@ -47,17 +46,17 @@ class Reduced(NamedTuple):
 def reduce_greedy(
     logits: Tensor, mask_token_id: int, feedback: Feedback | None, table: Table, with_entropy: bool = True
 ) -> Reduced:
-    """(N, V) fp32 logits. No host synchronisation."""
+    """(N, V) fp32 logits -> Reduced. No host synchronisation."""
     if feedback is None:
         return _plain(logits, mask_token_id, with_entropy)
     if feedback.top_k is not None and feedback.rule != "top1":
-        return _sparse(logits, mask_token_id, feedback, table)
+        return _sparse(logits, feedback.top_k, mask_token_id, feedback, table)
     return _dense(logits, mask_token_id, feedback, table)
 
 
 class Table:
-    """The weights that residuals are made with: the embedding table, the network of a learned alpha, and the sum of the
-    table's rows, which is made once: weights do not change while decoding."""
+    """The weights that make residuals: the embedding table, the sum of its rows, which is computed once because weights
+    do not change while decoding, and the network of a learned alpha."""
 
     def __init__(self, weight: Tensor, learned: LearnedAlpha | None = None) -> None:
         self.weight, self.learned = weight, learned
@@ -77,7 +76,7 @@ def _plain(z: Tensor, mask_token_id: int, with_entropy: bool) -> Reduced:
 
 
 def _best(logp: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
-    """The token beside the mask with the largest log-probability, and its probability. The mask's column is lost."""
+    """The most probable token other than the mask, and its probability. Overwrites the mask's column."""
     logp.select(1, mask_token_id).fill_(float("-inf"))
     best, tokens = logp.max(-1)
     return tokens, best.exp()
@@ -87,45 +86,44 @@ def _dense(z: Tensor, mask_token_id: int, feedback: Feedback, table: Table) -> R
     logp = torch.log_softmax(z, -1)
     p = logp.exp()
     entropy = _entropy(p, logp)
-    warm, own_entropy = p, entropy
+    tempered, tempered_entropy = p, entropy
     if feedback.alpha_temperature != 1.0:
-        log_warm = torch.log_softmax(logp / feedback.alpha_temperature, -1)
-        warm = log_warm.exp()
-        own_entropy = _entropy(warm, log_warm)
+        log_tempered = torch.log_softmax(logp / feedback.alpha_temperature, -1)
+        tempered = log_tempered.exp()
+        tempered_entropy = _entropy(tempered, log_tempered)
     alpha = alpha_from_statistics(
-        feedback.rule, own_entropy, warm.amax(-1), z.shape[1], feedback.alpha_scale, learned=table.learned
+        feedback.rule, tempered_entropy, tempered.amax(-1), z.shape[1], feedback.alpha_scale, learned=table.learned
     )
     if feedback.rule == "top1":
         delta = table.weight[p.argmax(-1)]
     else:
         if feedback.delta_temperature != 1.0:
             same = feedback.delta_temperature == feedback.alpha_temperature
-            p = warm if same else torch.softmax(logp / feedback.delta_temperature, -1)
+            p = tempered if same else torch.softmax(logp / feedback.delta_temperature, -1)
         delta = p.to(table.weight.dtype) @ table.weight
     return Reduced(*_best(logp, mask_token_id), entropy, alpha, delta)
 
 
 def _entropy(p: Tensor, logp: Tensor) -> Tensor:
-    """0 ln 0 is 0: what is below e^-104, 0 in fp32, is raised to it. `logp` is changed there."""
-    found: Tensor = -torch.linalg.vecdot(p, logp.clamp_(min=LOWEST))
-    return found
+    """Clamps `logp` in place to e^-104, which is 0 in fp32, so that 0 ln 0 is 0."""
+    entropy: Tensor = -torch.linalg.vecdot(p, logp.clamp_(min=LOWEST))
+    return entropy
 
 
-def _sparse(z: Tensor, mask_token_id: int, feedback: Feedback, table: Table) -> Reduced:
-    assert feedback.top_k is not None
-    k = min(feedback.top_k, z.shape[1])
-    found = encode(z, k, feedback.alpha_temperature, feedback.delta_temperature)
-    p = found.logprobs.exp()
+def _sparse(z: Tensor, k: int, mask_token_id: int, feedback: Feedback, table: Table) -> Reduced:
+    k = min(k, z.shape[1])
+    encoded = encode(z, k, feedback.alpha_temperature, feedback.delta_temperature)
+    p = encoded.logprobs.exp()
     if k > 1 and feedback.alpha_temperature == feedback.delta_temperature == 1.0:
-        other = found.ids[:, 0] == mask_token_id  # then the second largest is the largest that may be chosen
-        tokens, confidence = (torch.where(other, c[:, 1], c[:, 0]) for c in (found.ids, p))
-        reduced = Reduced(tokens, confidence, found.entropy)
+        mask_first = encoded.ids[:, 0] == mask_token_id  # then the second largest is the largest that may be chosen
+        tokens, confidence = (torch.where(mask_first, c[:, 1], c[:, 0]) for c in (encoded.ids, p))
+        reduced = Reduced(tokens, confidence, encoded.entropy)
     else:
         reduced = _plain(z, mask_token_id, True)
     alpha = alpha_from_statistics(
-        feedback.rule, found.entropy, p[:, 0], z.shape[1], feedback.alpha_scale, learned=table.learned
+        feedback.rule, encoded.entropy, p[:, 0], z.shape[1], feedback.alpha_scale, learned=table.learned
     )
-    share = found.tail / max(1, z.shape[1] - k)
+    share = encoded.tail / max(1, z.shape[1] - k)
     weights = (p - share[:, None]).to(table.weight.dtype)
-    delta = F.embedding_bag(found.ids, table.weight, per_sample_weights=weights, mode="sum").float()
+    delta = F.embedding_bag(encoded.ids, table.weight, per_sample_weights=weights, mode="sum").float()
     return Reduced(*reduced[:3], alpha, delta + share[:, None] * table.sum)

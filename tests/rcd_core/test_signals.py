@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rcd_core import ReferenceSignals, UserError
 from rcd_core.alpha import entropy
-from rcd_core.ops.encode import LeftOut, encode, left_out_fused, left_out_plain
+from rcd_core.ops.encode import TailSums, encode, tail_sums_fused, tail_sums_plain
 from rcd_core.ops.top_k import top_k
 from rcd_core.signals import DenseSignals, residual_state
 
@@ -191,9 +191,9 @@ def hard_logits() -> torch.Tensor:
     return z
 
 
-def sums_agree(fused: LeftOut, z: torch.Tensor, k: int, temperature: float) -> None:
+def sums_agree(fused: TailSums, z: torch.Tensor, k: int, temperature: float) -> None:
     top, ids = top_k(z.float(), k)
-    for a, b in zip(fused(z, top, ids, temperature), left_out_plain(z, top, ids, temperature), strict=True):
+    for a, b in zip(fused(z, top, ids, temperature), tail_sums_plain(z, top, ids, temperature), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-30)
 
 
@@ -212,8 +212,8 @@ def test_fused_sums_equal_plain_ones(dtype: torch.dtype) -> None:
     """What is compiled for CUDA, here on CPU."""
     z = hard_logits().to(dtype)
     for k, temperature in ((1, 1.0), (8, 1.0), (300, 1.0), (8, 0.7)):
-        sums_agree(left_out_fused, z, k, temperature)
-        a, b = (encode(z, k, 1.0, temperature, way) for way in (left_out_fused, left_out_plain))
+        sums_agree(tail_sums_fused, z, k, temperature)
+        a, b = (encode(z, k, 1.0, temperature, way) for way in (tail_sums_fused, tail_sums_plain))
         torch.testing.assert_close(a.entropy, b.entropy)
         torch.testing.assert_close(a.tail, b.tail)
 
@@ -221,7 +221,7 @@ def test_fused_sums_equal_plain_ones(dtype: torch.dtype) -> None:
 def test_compiled_sums_equal_plain_ones() -> None:
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("torch.compile needs a C++ compiler on CPU")
-    sums_agree(torch.compile(left_out_fused), hard_logits(), 8, 1.0)
+    sums_agree(torch.compile(tail_sums_fused), hard_logits(), 8, 1.0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -83,7 +83,7 @@ def test_a_pass_never_waits_for_a_value(s: DecodeSettings, monkeypatch: pytest.M
     """With tensors that have a shape but no content, whatever needs a value fails; a capture would fail there too."""
     # What GPUs use: no sorting by numpy, sums that torch.compile fuses.
     monkeypatch.setattr(top_k, "_SORTED_VOCAB", 0)
-    monkeypatch.setattr(encode, "left_out_plain", encode.left_out_fused)
+    monkeypatch.setattr(encode, "tail_sums_plain", encode.tail_sums_fused)
 
     class Checked(GraphCache):
         checked = 0
