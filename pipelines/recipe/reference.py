@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from pipelines.recipe.files import RECIPES, recipe_names
+from pipelines.recipe.files import RECIPES
 from pipelines.recipe.model import Recipe
-from pipelines.recipe.settings_files import read_settings, settings_names
+from pipelines.recipe.settings_files import SETTINGS
 
 Schema = Mapping[str, Any]
 PAGE = RECIPES / "README.md"
@@ -177,9 +177,13 @@ def recipe_page() -> str:
     schema = Recipe.model_json_schema()
     definitions = {name: _with_meanings(name, one) for name, one in schema["$defs"].items()}
     sections = dict(_sections(schema, definitions, ""))
-    parts = [_INTRODUCTION, "## Shipped recipes\n", table(["name", "about"], map(_recipe_row, recipe_names()))]
+    parts = [
+        _INTRODUCTION,
+        "## Shipped recipes\n",
+        table(["name", "about"], map(_about, sorted(RECIPES.glob("*.yaml")))),
+    ]
     parts += ["Evaluation settings of papers, for `evaluate.settings` and `rcd evaluate --settings`:\n"]
-    parts += [table(["name", "source"], ([f"`{name}`", read_settings(name).source] for name in settings_names()))]
+    parts += [table(["name", "about"], map(_about, sorted(SETTINGS.glob("*.yaml"))))]
     head = ["key", "type", "default", "meaning"]
     parts += ["## Keys\n", table(head, field_rows(schema, definitions))]
     for name, paths in sections.items():
@@ -237,11 +241,10 @@ def _link(reference: str) -> str:
     return f"[{name}](#{name.lower()})"
 
 
-def _recipe_row(name: str) -> list[str]:
-    """The first sentence of the comment that opens the file."""
-    lines = takewhile(lambda line: line.startswith("#"), (RECIPES / f"{name}.yaml").read_text().splitlines())
-    comment = " ".join(line[1:].strip() for line in lines)
-    return [f"[{name}]({name}.yaml)", comment.partition(". ")[0].removesuffix(".") + "."]
+def _about(path: Path) -> list[str]:
+    """Link to a shipped file, and the comment in its first line."""
+    with path.open() as lines:
+        return [f"[{path.stem}]({os.path.relpath(path, RECIPES)})", next(lines).removeprefix("#").strip()]
 
 
 if __name__ == "__main__":

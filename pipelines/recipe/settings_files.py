@@ -21,7 +21,7 @@ from pipelines.recipe.files import merged, parse_yaml, suggestion
 from pipelines.recipe.model import Recipe
 from rcd_core.errors import UserError
 
-DIRECTORY = Path(__file__).parents[1] / "settings"
+SETTINGS = Path(__file__).parents[1] / "settings"
 _KEYS = {"source", "unpublished", "block_length", "evaluate", "tasks"}
 
 
@@ -45,12 +45,12 @@ class EvaluationSettings:
 
 
 def settings_names() -> list[str]:
-    return sorted(path.stem for path in DIRECTORY.glob("*.yaml"))
+    return sorted(path.stem for path in SETTINGS.glob("*.yaml"))
 
 
 def read_settings(name: str) -> EvaluationSettings:
     """A shipped file by its name. UserError with the nearest name, or for a file that is none."""
-    path = DIRECTORY / f"{name}.yaml"
+    path = SETTINGS / f"{name}.yaml"
     if not re.fullmatch(r"[\w-][\w.-]*", name) or not path.exists():
         known = settings_names()
         raise UserError(
