@@ -1,19 +1,21 @@
-"""The attention backends that transformer layers call with a Layout in place of a mask. None is full attention.
+"""Attention backends: what transformer layers call with a Layout in place of a mask; no layout is full attention.
 
-sdpa    PyTorch's scaled dot product; small passes with one boolean mask for all layers, large ones in tiles of queries
-        that each take only the keys some query of the tile sees: extra memory grows linearly with the length.
-eager   plain matrix products: the reference that the others are checked against.
-flex    FlexAttention with a BlockMask built from the extents of 128-token tiles, compiled on GPUs.
-flash   flash-attn (an extra) where queries see a whole prefix: LLaDA, and SDAR's passes over one block, that is all of
-        decoding but prefill; it has no block-shaped masks, so other layouts take the sdpa way.
+sdpa    PyTorch's scaled dot product. Small passes use one mask for all layers. Large ones go in tiles of queries that
+        each read only the keys that some query of the tile sees, so that extra memory grows linearly with the length.
+eager   plain matrix products: the reference for the others.
+flex    FlexAttention with a BlockMask made from the extents of 128-token tiles; compiled on GPUs.
+flash   flash-attn (an extra) where all queries of a row see the same prefix: LLaDA, and SDAR's passes over one block,
+        which is all decoding except prefill. Other layouts use sdpa, because flash-attn has no block-shaped masks.
 
 Shapes: B rows, H query heads, G key/value heads, Q queries, K keys, d head width.
+Each backend maps query (B, H, Q, d), key and value (B, G, K, d) to (B, Q, H, d).
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -25,126 +27,104 @@ from transformers import AttentionInterface
 from rcd_core.attention.layouts import Layout
 from rcd_core.errors import UserError
 
-# Pairs of query and key (rows included) up to which one mask serves a whole pass.
-DENSE_PAIRS = 1 << 20
-TILE = 256  # queries of a tile beyond that
+DENSE_PAIRS = 1 << 20  # pairs of query and key, rows included, up to which one mask serves a whole pass
+TILE = 256  # queries of a tile above that
 FLEX_TILE = 128
 
 _attend = nn.functional.scaled_dot_product_attention
 
 
-def sdpa_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Layout | None,
-    scaling: float,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """(B, H, Q, d) x (B, G, K, d) -> (B, Q, H, d). Without a layout attention is full, never causal."""
-    grouped = query.shape[1] != key.shape[1]
-    if attention_mask is not None and query.shape[2] > TILE and math.prod(attention_mask.shape) > DENSE_PAIRS:
-        out = _tiled(query, key, value, attention_mask, scaling)
+def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout | None, scaling: float) -> Tensor:
+    if layout is not None and query.shape[2] > TILE and math.prod(layout.shape) > DENSE_PAIRS:
+        out = _tiled(query, key, value, layout, scaling)
     else:
-        bias = None if attention_mask is None else _bias(attention_mask, query.dtype)
-        out = _attend(query, key, value, attn_mask=bias, scale=scaling, enable_gqa=grouped)
-    return out.transpose(1, 2).contiguous(), None
+        bias = None if layout is None else _bias(layout, query.dtype)
+        out = _attend(query, key, value, attn_mask=bias, scale=scaling, enable_gqa=_grouped(query, key))
+    return out.transpose(1, 2).contiguous()
 
 
-def eager_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Layout | None,
-    scaling: float,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """The same in plain matrix products, with the whole mask."""
+def eager_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout | None, scaling: float) -> Tensor:
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores + _bias(attention_mask, query.dtype)
+    if layout is not None:
+        scores = scores + _bias(layout, query.dtype)
     weights = torch.softmax(scores.float(), dim=-1).to(query.dtype)
-    return (weights @ value).transpose(1, 2).contiguous(), None
+    return (weights @ value).transpose(1, 2).contiguous()
 
 
-def flex_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Layout | None,
-    scaling: float,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """FlexAttention; on CPUs it runs uncompiled and only forward (PyTorch has no backward there)."""
+def flex_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout | None, scaling: float) -> Tensor:
+    """On CPUs not compiled and only forward. UserError if gradients are needed there (PyTorch has no backward)."""
     on_gpu = query.device.type == "cuda"
     if not on_gpu and torch.is_grad_enabled() and query.requires_grad:
         raise UserError("attention is 'flex', which PyTorch cannot train on a CPU; use 'sdpa'")
-    grouped = query.shape[1] != key.shape[1]
-    block_mask = None if attention_mask is None else _block_mask(attention_mask)
-    function = _flex(on_gpu)
-    out = function(query, key, value, block_mask=block_mask, scale=scaling, enable_gqa=grouped)
-    return out.transpose(1, 2).contiguous(), None
+    block_mask = None if layout is None else _block_mask(layout)
+    out = _flex(on_gpu)(query, key, value, block_mask=block_mask, scale=scaling, enable_gqa=_grouped(query, key))
+    return out.transpose(1, 2).contiguous()  # type: ignore[no-any-return]
 
 
-def flash_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Layout | None,
-    scaling: float,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """flash-attn where the layout allows it, else the sdpa way. Keys behind a row's length are left out, not masked; of
-    cache pools each row reads its own slot, without a copy and without a shape that depends on a length."""
-    if attention_mask is not None and attention_mask.lengths is None:
-        return sdpa_attention(module, query, key, value, attention_mask, scaling)
+def flash_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout | None, scaling: float) -> Tensor:
+    """Keys beyond a row's length are left out instead of masked. From cache pools each row reads its own slot, without
+    a copy and without a shape that depends on a length."""
+    lengths = None if layout is None else layout.lengths
+    if layout is not None and lengths is None:
+        return sdpa_attention(query, key, value, layout, scaling)
     from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 
+    options = {"softmax_scale": scaling, "causal": False}
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))  # (B, Q, H, d)
-    if attention_mask is None:
-        return flash_attn_func(q, k, v, softmax_scale=scaling, causal=False), None
-    if attention_mask.slots is not None:
-        assert attention_mask.lengths is not None
-        sizes, slots = attention_mask.lengths.int(), attention_mask.slots.int()
-        options = {"cache_seqlens": sizes, "cache_batch_idx": slots, "softmax_scale": scaling, "causal": False}
-        return flash_attn_with_kvcache(q, k, v, **options), None
-    num_rows, num_queries, num_keys = attention_mask.shape
-    lengths = attention_mask.lengths
-    assert lengths is not None
+    if layout is None or lengths is None:
+        return flash_attn_func(q, k, v, **options)  # type: ignore[no-any-return]
+    if layout.slots is not None:
+        rows = {"cache_seqlens": lengths.int(), "cache_batch_idx": layout.slots.int()}
+        return flash_attn_with_kvcache(q, k, v, **rows, **options)  # type: ignore[no-any-return]
+    num_rows, num_queries, num_keys = layout.shape
     present = torch.arange(num_keys, device=lengths.device) < lengths[:, None]
-    ends = nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    key_starts = nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
     starts = torch.arange(0, (num_rows + 1) * num_queries, num_queries, device=lengths.device, dtype=torch.int32)
     flat = q.reshape(num_rows * num_queries, *q.shape[2:])
-    out = flash_attn_varlen_func(
-        flat, k[present], v[present], starts, ends, num_queries, num_keys, softmax_scale=scaling, causal=False
-    )
-    return out.view(q.shape), None
+    out = flash_attn_varlen_func(flat, k[present], v[present], starts, key_starts, num_queries, num_keys, **options)
+    return out.view(q.shape)  # type: ignore[no-any-return]
 
 
-_FUNCTIONS = {
+Backend = Callable[[Tensor, Tensor, Tensor, Layout | None, float], Tensor]
+FUNCTIONS: dict[str, Backend] = {
     "sdpa": sdpa_attention,
     "eager": eager_attention,
     "flex": flex_attention,
     "flash": flash_attention,
 }
-BACKENDS = {name: f"rcd_{name}" for name in _FUNCTIONS}  # our name -> transformers' registry
-for _name, _function in _FUNCTIONS.items():
-    AttentionInterface.register(BACKENDS[_name], _function)
+BACKENDS = {name: f"rcd_{name}" for name in FUNCTIONS}  # our name -> key in transformers' registry
 
 
-def reads_pools(backend: str) -> bool:
-    """Whether the backend (its registry key) finds a row's slot in whole cache pools, for layouts with lengths."""
-    return backend == BACKENDS["flash"]
+def _register(name: str, backend: Backend) -> None:
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Layout | None,
+        scaling: float,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """transformers' calling convention."""
+        return backend(query, key, value, attention_mask, scaling), None
+
+    AttentionInterface.register(BACKENDS[name], attention)
+
+
+for _name, _backend in FUNCTIONS.items():
+    _register(_name, _backend)
+
+
+def reads_pools(key: str) -> bool:
+    """Whether the backend with this registry key reads a row's slot from whole cache pools, for layouts with
+    lengths."""
+    return key == BACKENDS["flash"]
 
 
 def backend_key(attention: str, device: torch.device | str = "cpu") -> str:
-    """The registry's key of a backend; UserError for one that is unknown or cannot run here."""
+    """The registry key of a backend; UserError if it is unknown or cannot run on this device."""
     if attention not in BACKENDS:
         raise UserError(f"attention is {attention!r}; allowed: {', '.join(BACKENDS)}")
     if attention == "flash":
@@ -157,11 +137,16 @@ def backend_key(attention: str, device: torch.device | str = "cpu") -> str:
     return BACKENDS[attention]
 
 
+def _grouped(query: Tensor, key: Tensor) -> bool:
+    """Grouped-query attention: fewer key heads than query heads."""
+    return query.shape[1] != key.shape[1]
+
+
 # -- sdpa
 
 
 def _bias(layout: Layout, dtype: torch.dtype) -> Tensor:
-    """(B, 1, Q, K), 0 or -inf, made once for all layers; from a boolean mask sdpa would make one in each."""
+    """(B, 1, Q, K), 0 or -inf, made once for all layers. From a boolean mask sdpa would make it in each layer."""
     if dtype not in layout.memo:
         visible = layout.visible()
         layout.memo[dtype] = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, float("-inf"))
@@ -170,8 +155,8 @@ def _bias(layout: Layout, dtype: torch.dtype) -> Tensor:
 
 
 def _tiled(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float) -> Tensor:
-    """(B, H, Q, d), a tile of queries at a time; with gradients each tile is computed anew in the backward pass, so
-    that no mask outlives its tile."""
+    """(B, H, Q, d), tile by tile. With gradients the backward pass computes each tile again, so that no mask outlives
+    its tile."""
     num_queries = query.shape[2]
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     parts = []
@@ -185,9 +170,9 @@ def _tiled(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: f
 def _tile(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rows: slice, scaling: float) -> Tensor:
     mask = layout.visible(rows)
     seen = mask.any(2).any(0).flatten().nonzero().flatten()  # keys that some query of some row sees
-    grouped = query.shape[1] != key.shape[1]
+    grouped, mask = _grouped(query, key), mask.index_select(3, seen)
     key, value = key.index_select(2, seen), value.index_select(2, seen)
-    return _attend(query, key, value, attn_mask=mask.index_select(3, seen), scale=scaling, enable_gqa=grouped)
+    return _attend(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped)
 
 
 # -- flex
@@ -201,8 +186,8 @@ def _flex(compiled: bool) -> Any:
 
 
 def _block_mask(layout: Layout) -> Any:
-    """A BlockMask of 128 x 128 tiles, made once for all layers. A tile is computed where the extents of its codes allow
-    a visible pair, and without a mask where they prove all pairs visible: (Q K / 128^2) work, never Q x K."""
+    """A BlockMask of 128 x 128 tiles, made once for all layers. A tile is computed if the extents of its codes allow a
+    visible pair, and needs no mask if they prove all pairs visible: Q K / 128^2 operations instead of Q K."""
     if "flex" in layout.memo:
         return layout.memo["flex"]
     from torch.nn.attention.flex_attention import BlockMask
@@ -219,7 +204,7 @@ def _block_mask(layout: Layout) -> Any:
 
     some = meet((low[0], high[1]), code) | meet(own, code)
     every = (low[1][:, :, None] <= code[0][:, None, :]) & (code[1][:, None, :] <= high[0][:, :, None])
-    # A tile that reaches over the end is never "every": its missing tokens are the mask's business.
+    # A tile that reaches beyond the end always needs the mask, which hides the missing tokens.
     every[:, -1] &= num_queries % FLEX_TILE == 0
     every[:, :, -1] &= num_keys % FLEX_TILE == 0
 

@@ -1,14 +1,14 @@
-"""Attention layouts: which query may see which key, as numbers per token instead of a matrix.
+"""Attention layouts: which query may see which key, as integers per token instead of a Q x K matrix.
 
-Every layout of both families is one rule over codes: a query sees the keys whose code lies in its range [low, high],
-and those whose code equals its `own`.
+One rule covers every layout of both families: each key has a code; a query sees the keys whose code is in its range
+[low, high], and those whose code equals its `own`.
 
-    bidirectional with padding   one code for all that is not padding                              (semantics.md 2.1)
-    block-causal                 key code = block number, high = the query's block                 (semantics.md 1.4)
-    block diffusion              clean keys in order of (sample, block): a noisy query reaches up to the block before
-                                 its own and sees its own noisy block by `own`                     (semantics.md 1.9)
+    bidirectional     one code per sample, another for padding                                     (semantics.md 2.1)
+    block_causal      key code = block number, high = the query's block                            (semantics.md 1.4)
+    block_diffusion   [noisy | clean]: clean keys are ordered by (sample, block); a noisy query sees those up to the
+                      block before its own, and its own noisy block by `own`                       (semantics.md 1.9)
 
-So a layout of Q queries and K keys holds 3 Q + K integers; backends make of it what they need (attention.py).
+A layout of Q queries and K keys holds 3 Q + K integers per row; backends.py derives masks from them.
 
 Shapes: B rows, Q queries, K keys, L tokens of a row, M tokens of a packed training row, b block length.
 """
@@ -21,16 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NOTHING = -1  # no key has this code
+NO_KEY = -1  # no key has this code
 PADDING = -2  # the code of keys that no real query sees
 
 
 @dataclass(eq=False)
 class Layout:
-    """low, high, own (B, Q); code (B, K); int32. lengths (B,): set where every query sees exactly the keys [0, length).
-    slots (B,): set where keys and values are whole cache pools and row i's lie in slot slots[i].
+    """low, high, own (B, Q) and code (B, K), int32.
 
-    `memo` is the backends': masks they derive once and use in every layer of a pass.
+    lengths (B,): set if every query sees exactly the keys [0, length). slots (B,): set if keys and values are whole
+    cache pools, of which row i uses slot slots[i]. memo: masks that a backend derives once for all layers of a pass.
     """
 
     low: Tensor
@@ -61,10 +61,10 @@ class Layout:
 def block_causal(
     query_positions: Tensor, key_lengths: Tensor, num_keys: int, block_length: Tensor | None, one_block: bool = False
 ) -> Layout:
-    """Decoding: query i sees key j iff j // b <= i // b and j < its row's key length.
+    """Decoding: query i sees key j if j // b <= i // b and j is below its row's key length.
 
-    query_positions (B, Q) absolute; key_lengths (B,); block_length (B,), None is LLaDA: every key below the length.
-    one_block: the caller knows that each row's queries lie in its last block, so that they see every key.
+    query_positions (B, Q), absolute; key_lengths (B,); block_length (B,), None for LLaDA, which sees all keys below the
+    length. one_block: all queries of a row are in its last block, so they see every key below the length.
     """
     keys = torch.arange(num_keys, device=query_positions.device)
     code = keys if block_length is None else keys // block_length[:, None]
@@ -72,14 +72,14 @@ def block_causal(
     low = torch.zeros_like(query_positions, dtype=torch.int32)
     high = torch.full_like(low, num_keys) if block_length is None else (query_positions // block_length[:, None]).int()
     lengths = key_lengths if block_length is None or one_block else None
-    return Layout(low, high, torch.full_like(low, NOTHING), code, lengths)
+    return Layout(low, high, torch.full_like(low, NO_KEY), code, lengths)
 
 
 def bidirectional(sample_ids: Tensor) -> Layout | None:
-    """LLaDA: each token sees its whole sample. sample_ids (B, L), -1 = padding; None where all is one sample."""
+    """LLaDA: a token sees its whole sample. sample_ids (B, L), -1 is padding. None if every row is one sample."""
     if bool((sample_ids == 0).all()):
         return None
-    # Padding is a sample of its own, so that no softmax row is empty.
+    # Padding sees padding, so that no softmax row is empty.
     code = torch.where(sample_ids < 0, PADDING, sample_ids).int()
     lengths = None
     if bool((sample_ids <= 0).all()) and bool((sample_ids[:, :-1] >= sample_ids[:, 1:]).all()):
@@ -89,13 +89,13 @@ def bidirectional(sample_ids: Tensor) -> Layout | None:
 
 @dataclass(frozen=True)
 class PackedTokens:
-    """[noisy | clean] training tokens of SDAR (semantics.md 1.9), dead ones left out.
+    """[noisy | clean] training tokens of SDAR (semantics.md 1.9) without those that affect no loss.
 
-    A noisy block without a masked token carries no loss and is seen by nobody else; a clean block is only read by
-    later noisy blocks of its sample. So it is exact to keep just the noisy blocks with a masked token, and the clean
-    blocks before the last of these: a prompt costs L tokens, not 2L, and a sample of one block half.
+    A noisy block without a masked token has no loss and no other block sees it; a clean block is read only by later
+    noisy blocks of its sample. Dropping both is exact: a prompt costs L tokens instead of 2 L, and a sample of one
+    block half.
 
-    source (B, M): index of the token in the row; noisy, valid (B, M) bool.
+    source (B, M): the token's index in the row; noisy, valid (B, M) bool.
     """
 
     source: Tensor
@@ -112,13 +112,13 @@ def block_diffusion(masked: Tensor, sample_ids: Tensor, positions: Tensor, block
     """masked (B, L) bool; sample_ids (B, L), -1 = padding; positions (B, L) counted from each sample's start."""
     num_rows, length = masked.shape
     device = masked.device
-    # One number per (sample, block), increasing along the row; padding gets its own, dropped below.
+    # One number per (sample, block), increasing along the row. Padding has its own and is dropped below.
     stride = length // block_length + 2
     block = (sample_ids + 1) * stride + positions // block_length
     num_blocks = int(block.max()) + 1
     masked_blocks = torch.zeros(num_rows, num_blocks, device=device).scatter_add_(1, block, masked.float()) > 0
     keep_noisy = masked_blocks.gather(1, block) & (sample_ids >= 0)
-    # Last masked block of each sample: clean blocks strictly before it are needed.
+    # The last masked block of each sample; only the clean blocks before it are needed.
     num_samples = int(sample_ids.max()) + 2
     last = torch.full((num_rows, num_samples), -1, device=device, dtype=torch.long)
     last.scatter_reduce_(1, sample_ids + 1, torch.where(keep_noisy, block, -1), "amax")
@@ -126,18 +126,18 @@ def block_diffusion(masked: Tensor, sample_ids: Tensor, positions: Tensor, block
 
     keep = torch.cat([keep_noisy, keep_clean], dim=1)  # (B, 2L)
     width = max(1, int(keep.sum(1).max()))
-    order = (~keep).to(torch.int8).argsort(dim=1, stable=True)[:, :width]  # kept ones first, in order
+    order = (~keep).to(torch.int8).argsort(dim=1, stable=True)[:, :width]  # kept tokens first, in order
     valid = keep.gather(1, order)
     noisy = order < length
     source = order % length
     block = block.gather(1, source)
     first = (block // stride) * stride  # the sample's first block
-    # Noisy keys are numbered behind all clean ones; padding is visible to padding only.
+    # Codes of noisy keys follow those of all clean keys; padding is visible to padding only.
     noisy_code = num_blocks + block
     layout = Layout(
         low=torch.where(valid, first, 0).int(),
-        high=torch.where(valid, block - noisy.long(), NOTHING).int(),
-        own=torch.where(valid, torch.where(noisy, noisy_code, NOTHING), PADDING).int(),
+        high=torch.where(valid, block - noisy.long(), NO_KEY).int(),
+        own=torch.where(valid, torch.where(noisy, noisy_code, NO_KEY), PADDING).int(),
         code=torch.where(valid, torch.where(noisy, noisy_code, block), PADDING).int(),
     )
     return PackedTokens(source, noisy, valid, layout)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rcd_core.attention.layouts import PackedTokens, bidirectional, block_diffusion
+from rcd_core.attention import PackedTokens, bidirectional, block_diffusion
 from rcd_core.decode_settings import AlphaRule
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
