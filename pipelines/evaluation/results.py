@@ -9,18 +9,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rcd_core.evaluation.outcomes import Measure, Outcomes, collect, curve
 from rcd_core.evaluation.statistics import (
     AUP_ALPHA,
     AUP_OFFSET,
     RESAMPLES,
     Curves,
     Estimate,
-    Measure,
-    Outcomes,
     aup,
-    collect,
     compare,
-    curve,
     estimate,
     resample,
 )

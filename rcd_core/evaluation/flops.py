@@ -1,15 +1,15 @@
-"""What a pass costs in FLOPs, so that a reference pass can be counted in passes of its target.
+"""FLOPs of a pass, to express the cost of a reference pass in target passes.
 
-    FLOPs of a pass = 2 * layers * (2 D d (H + G) + 3 D F) * Q        projections and MLP of every token that enters
-                    + 4 * layers * H d * Q * K                        scores and weighted sum of the attention
-                    + 2 * V D * N                                     head
+    FLOPs of a pass = 2 * layers * (2 D d (H + G) + 3 D F) * Q        projections and MLP of the query tokens
+                    + 4 * layers * H d * Q * K                        attention scores and weighted sums
+                    + 2 * V D * N                                     LM head
 
-A multiplication and an addition are two FLOPs; norms, softmax and embeddings are left out. Work that only fills a
-cache (the prompt, finished blocks) is in neither of the two passes that are compared, as it is in no rate of
-evaluation.py: both go over one block with its context in the cache, where the family has a cache.
+A multiply-add is two FLOPs. Norms, softmax and embeddings are omitted. Passes that only fill a cache (prompt, finished
+blocks) are not counted, as in the rates of outcomes.py: the compared passes process one block, with its prefix in the
+cache if the family has one.
 
-Shapes: Q tokens that enter, K keys they see, N positions whose tokens are predicted, D width, F intermediate width,
-H query heads, G key/value heads, d head width, V vocabulary, p denoising passes of a block.
+Shapes: Q query tokens, K visible keys, N predicted positions, D width, F intermediate width, H query heads, G key/value
+heads, d head width, V vocabulary, p denoising passes per block.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rcd_core.training.plan import ModelShape
 
 
 def pass_flops(shape: ModelShape, *, queries: float, keys: float, predicted: float) -> float:
-    """Of one row. queries, keys, predicted: Q, K, N, which may be means where the others do not vary with them."""
+    """FLOPs of a pass over one row. queries, keys, predicted: Q, K, N, or means of them."""
     projections = 2 * shape.hidden_size * shape.head_dim * (shape.num_heads + shape.num_kv_heads)
     layer = 2 * (projections + 3 * shape.hidden_size * shape.intermediate_size) * queries
     attention = 4 * shape.num_heads * shape.head_dim * queries * keys
@@ -33,28 +33,28 @@ def shape_of(model: DiffusionModel) -> ModelShape:
 
 
 def reference_weight(request: Sequence, done: Generation, reference: ModelShape) -> float:
-    """FLOPs of a reference pass over those of a denoising pass of the target, both as means over the blocks of `done`.
+    """FLOPs of a reference pass / FLOPs of a denoising pass of the target, as means over the blocks of `done`.
 
-    request: as `Decoder.check` lays it out. The reference's pass predicts all masked positions of its block; the
-    target's passes are taken to commit the block evenly, so they predict n (p + 1) / (2 p) positions of n on average. A
-    pair of passes with guidance counts as the one pass that the engine calls it.
+    request: the result of `Decoder.check`. A reference pass predicts all n masked positions of its block. The target is
+    assumed to commit a block evenly, so a pass predicts n (p + 1) / (2 p) positions on average. The two passes of
+    classifier-free guidance count as one, as in the engine.
     """
     model, settings = request.model, request.settings
     length, target = len(request.canvas), shape_of(model)
     blocks = [block for block in request.blocks if block[1] <= len(done.canvas_ids)] or request.blocks[:1]
     p = max(1.0, done.num_forwards.denoise / len(blocks))
-    own = asked = 0.0
+    target_flops = reference_flops = 0.0
     for start, end in blocks:
         masked = float(request.initially_masked[start : length if request.wide else end].sum())
         predicted = masked * (p + 1) / (2 * p)
-        if settings.residual_source == "reference":  # asked before each pass, of what is masked then
+        if settings.residual_source == "reference":  # runs before each pass, on the positions still masked
             masked = predicted
         if model.blocks_from_prompt_end:  # LLaDA: every pass sees the whole canvas
             later = {"none": length, "prefix": length - start, "dual": end - start}[settings.cache or "none"]
-            own += pass_flops(target, queries=(length + (p - 1) * later) / p, keys=length, predicted=predicted)
-            asked += pass_flops(reference, queries=length, keys=length, predicted=masked)
+            target_flops += pass_flops(target, queries=(length + (p - 1) * later) / p, keys=length, predicted=predicted)
+            reference_flops += pass_flops(reference, queries=length, keys=length, predicted=masked)
         else:
-            entering = end if settings.cache == "none" else end - start
-            own += pass_flops(target, queries=entering, keys=end, predicted=predicted)
-            asked += pass_flops(reference, queries=end - start, keys=end, predicted=masked)
-    return asked / (own * (2 if settings.cfg_scale else 1))
+            queries = end if settings.cache == "none" else end - start
+            target_flops += pass_flops(target, queries=queries, keys=end, predicted=predicted)
+            reference_flops += pass_flops(reference, queries=end - start, keys=end, predicted=masked)
+    return reference_flops / (target_flops * (2 if settings.cfg_scale else 1))

@@ -1,9 +1,9 @@
-"""What the sparse form of a reference's predictions loses: error of the target's input, change of its loss.
+"""Loss of information in sparse reference signals: error of the target's input and change of its loss.
 
     report = measure(reference, target, [(batch, None)], kinds_up_to(reference.vocab_size))
 
-The dense distributions are made again from the reference, a tile at a time. Error at a masked position, with e the
-input of Eq. 2:  ||alpha (delta_sparse - delta_dense)|| / ||e||,   e = (1 - alpha) E[M] + alpha delta_dense.
+The dense distributions are recomputed from the reference, tile by tile. Error at a masked position, with e the input of
+Eq. 2:  ||alpha (delta_sparse - delta_dense)|| / ||e||,   e = (1 - alpha) E[M] + alpha delta_dense.
 
 Shapes: N masked positions, V vocabulary, D width of the target.
 """
@@ -28,14 +28,14 @@ from rcd_core.training.objective import LossWeight, TrainingBatch, masked_blocks
 
 Treatment = Literal["drop", "renormalise", "mean_tail"]
 NUM_DECILES = 10
-_TILE_BYTES = 64 << 20  # fp32 logits held at once
+_TILE_BYTES = 64 << 20  # fp32 logits in memory at once
 _ENTRY_BYTES = 4 + 2  # int32 id, fp16 log-probability
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One sparse form: k and mass as in ReferenceSignals.from_logits, and what is done with the tail's mass: dropped,
-    given to the kept entries (renormalise), or put on the mean of the other embeddings (what RCD here does)."""
+    """A sparse form: k and mass as in ReferenceSignals.from_logits, and the treatment of the tail's probability mass:
+    drop it, renormalise the kept entries, or put it on the mean of the other embeddings (as training does)."""
 
     k: int
     mass: float | None = None
@@ -48,10 +48,10 @@ class Kind:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Of one kind, over all positions: kept entries and bytes per masked token before compression, the mean relative
-    error of the input, in all and by decile of entropy (lowest first), and (loss - dense loss) / dense loss."""
+    """One kind over all positions. kept: entries per masked token; bytes_per_token: before compression; error: mean
+    relative error of the input; error_by_decile: of entropy, lowest first; loss_change: (loss - dense) / dense."""
 
-    kind: Kind | None  # None: the signals as they are stored
+    kind: Kind | None  # None: the stored signals
     kept: float
     bytes_per_token: float
     error: float
@@ -61,8 +61,8 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Report:
-    """positions: how many were measured; entropy_by_decile: means in nats; loss_dense and, for scale, loss_without:
-    the same target on the same rows without residuals."""
+    """positions: number of masked positions; entropy_by_decile: means in nats; loss_dense: with dense signals;
+    loss_without: without residuals, for scale."""
 
     positions: int
     entropy_by_decile: tuple[float, ...]
@@ -79,7 +79,7 @@ def kinds_up_to(vocab_size: int, ks: Sequence[int] = (8, 16, 32, 64, 128), masse
 
 
 def sparse_delta(signals: ReferenceSignals, embedding_weight: Tensor, treatment: Treatment) -> Tensor:
-    """Eq. 1 from the kept entries: (N, D) with gradient to the (V, D) table."""
+    """Eq. 1 from the kept entries: (N, D), differentiable in the (V, D) table."""
     if treatment == "mean_tail":
         return signals.soft_embedding(embedding_weight)
     p = signals.topk_logprobs.float().exp()
@@ -100,21 +100,20 @@ def input_error(alpha: Tensor, delta: Tensor, dense: Tensor, mask_embedding: Ten
 
 
 def by_decile(values: Tensor, entropy: Tensor) -> tuple[float, ...]:
-    """(N,), (N,) -> the means of ten parts of equal size, by rising entropy. Empty parts are left out."""
+    """(N,), (N,) -> means of ten equal parts by rising entropy, without empty parts."""
     parts = torch.tensor_split(values[entropy.argsort(stable=True)], NUM_DECILES)
     return tuple(float(part.mean()) for part in parts if len(part))
 
 
 def bytes_per_token(signals: ReferenceSignals, treatment: Treatment = "mean_tail", ragged: bool = False) -> float:
-    """Mean bytes per position before compression: entries, entropy, the tail's mass where it is used, k if ragged."""
+    """Mean bytes per position before compression: entries, entropy, tail mass if used, k if ragged."""
     entries = _ENTRY_BYTES * float(torch.isfinite(signals.topk_logprobs).sum(1).float().mean())
     return entries + 4 + (4 if treatment == "mean_tail" else 0) + (2 if ragged else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """How signals become residuals: the alpha rule with its scale or its network, and the temperatures the signals are
-    made at."""
+    """How signals become residuals: the alpha rule with its scale or network, and the temperatures of the signals."""
 
     alpha: AlphaRule = "normalized_entropy"
     alpha_scale: float | None = None
@@ -128,7 +127,7 @@ class Rule:
 
 
 class _State(NamedTuple):
-    """Residuals of N positions: alpha (N,), delta (N, D), kept entries (N,), and bytes of all of them."""
+    """Residuals of N positions: alpha (N,), delta (N, D), kept entries (N,), total bytes."""
 
     alpha: Tensor
     delta: Tensor
@@ -137,7 +136,7 @@ class _State(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """One kind on one batch: relative errors (N,), its kept entries and bytes summed up, its loss."""
+    """One kind on one batch: relative errors (N,), sums of kept entries and bytes, loss."""
 
     errors: Tensor
     kept: float
@@ -154,14 +153,15 @@ def measure(
     rule: Rule = Rule(),  # noqa: B008 (frozen)
     weight: LossWeight = "uniform",
 ) -> Report:
-    """Every kind on the same batches; signals that come with a batch (as stored) are one more row, kind None.
+    """Measure every kind on the same batches, and stored signals, if a batch has them, as kind None.
 
-    Losses are means over batches, each normalised as training_loss does. Holds (kinds, N, D) of one batch.
+    Losses are means over batches of training_loss. Memory: (kinds, N, D) of one batch. Raises UserError if no position
+    is masked.
     """
     table = target.embedding.weight
     entropies: list[Tensor] = []
     dense_losses, plain_losses = [], []
-    found: dict[Kind | None, list[_Part]] = {}
+    parts_of: dict[Kind | None, list[_Part]] = {}
     for batch, stored in batches:
         if not batch.masked.any():
             continue
@@ -173,13 +173,13 @@ def measure(
         for kind, state in sparse.items():
             errors = input_error(dense.alpha, state.delta, dense.delta, table[target.mask_token_id])
             loss = float(training_loss(target, batch, (state.alpha, state.delta), weight=weight))
-            found.setdefault(kind, []).append(_Part(errors, float(state.kept.sum()), state.size, loss))
+            parts_of.setdefault(kind, []).append(_Part(errors, float(state.kept.sum()), state.size, loss))
     if not entropies:
-        raise UserError("there are no masked positions to measure on; give a larger sample")
+        raise UserError("no position of the sample is masked; give a larger sample")
     entropy = torch.cat(entropies)
     loss_dense = fmean(dense_losses)
     rows = []
-    for kind, parts in found.items():
+    for kind, parts in parts_of.items():
         errors = torch.cat([p.errors for p in parts])
         kept, size = (sum(values) / len(entropy) for values in ([p.kept for p in parts], [p.size for p in parts]))
         change = fmean(p.loss for p in parts) / loss_dense - 1.0
@@ -196,22 +196,22 @@ def _residuals(
     rule: Rule,
     blocks: Tensor,
 ) -> tuple[Tensor, _State, dict[Kind | None, _State]]:
-    """Entropies (N,), the dense residuals, and those of every kind, from one pass of the reference."""
+    """(entropies (N,), dense residuals, residuals of every kind) from one pass of the reference."""
     hidden = masked_hidden(reference, batch, None)
     entropies: list[Tensor] = []
     dense: list[_State] = []
     sparse: dict[Kind | None, list[_State]] = {}
     for tile in torch.split(torch.arange(len(hidden)), max(1, _TILE_BYTES // (4 * reference.vocab_size))):
         logits = reference.head(hidden[tile]).float()
-        whole = DenseSignals(logits, **rule.temperatures)
-        made: dict[Kind | None, ReferenceSignals] = {
+        dense_signals = DenseSignals(logits, **rule.temperatures)
+        signals_of: dict[Kind | None, ReferenceSignals] = {
             kind: ReferenceSignals.from_logits(logits, kind.k, kind.mass, **rule.temperatures) for kind in kinds
         }
         if stored is not None:
-            made[None] = stored[tile].to(logits.device)
+            signals_of[None] = stored[tile].to(logits.device)
         entropies.append(residual_entropy(logits / rule.alpha_temperature))
-        dense.append(_state(whole, whole.soft_embedding(table), len(table), rule, blocks[tile]))
-        for kind, signals in made.items():
+        dense.append(_state(dense_signals, dense_signals.soft_embedding(table), len(table), rule, blocks[tile]))
+        for kind, signals in signals_of.items():
             treatment: Treatment = kind.treatment if kind else "mean_tail"
             state = _state(signals, sparse_delta(signals, table, treatment), len(table), rule, blocks[tile])
             size = bytes_per_token(signals, treatment, ragged=kind is not None and kind.mass is not None) * len(tile)

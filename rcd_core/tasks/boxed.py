@@ -111,7 +111,7 @@ class Aime24(BoxedTask):
 
         {"question": "How many positive integers below $100$ are divisible by $7$ but not by $2$?", "answer": "7"}
 
-    The paper draws 16 samples at temperature 0.6 and reports pass@1 (`evaluation.pass_at_1`). lighteval's grader is
+    The paper draws 16 samples at temperature 0.6 and reports pass@1 (`pass_at_1` of outcomes.py). lighteval's grader:
     https://github.com/huggingface/Math-Verify/blob/5d148cfaaf99214c2e4ffb4bc497ab042c592a7a/src/math_verify/grader.py
     """
 

@@ -1,4 +1,4 @@
-"""The formula of FLOPs against torch's own count of what a model's forward does."""
+"""The FLOPs formula against torch's count of a forward pass."""
 
 from __future__ import annotations
 
@@ -41,9 +41,8 @@ def test_the_formula_is_what_torch_counts(family: str) -> None:
     model = model_of(replace(SIZES, family=family, **heads))
     for length, predicted in ((8, 8), (24, 5)):
         rotary = 2 * length * (shape_of(model).head_dim // 2)  # positions times frequencies, once per pass
-        found = counted(model, length, predicted)
-        wanted = pass_flops(shape_of(model), queries=length, keys=length, predicted=predicted)
-        assert wanted == pytest.approx(found, abs=rotary)
+        flops = pass_flops(shape_of(model), queries=length, keys=length, predicted=predicted)
+        assert flops == pytest.approx(counted(model, length, predicted), abs=rotary)
 
 
 def decoded(model: DiffusionModel, reference: DiffusionModel, settings: DecodeSettings, prompt: int = 8) -> float:
@@ -63,23 +62,23 @@ def test_weight_of_a_block_by_hand() -> None:
     """Two blocks of 8 behind a prompt of 8, one token a pass: 16 and 24 keys, 8 masked for the reference and on average
     (8 + 1) / 2 for the target."""
     model, reference = model_of(SIZES), model_of(SMALLER)
-    asked, own = (
+    reference_flops, target_flops = (
         sum(pass_flops(shape_of(m), queries=8, keys=keys, predicted=predicted) for keys in (16, 24))
         for m, predicted in ((reference, 8), (model, 4.5))
     )
-    assert decoded(model, reference, SETTINGS) == pytest.approx(asked / own)
+    assert decoded(model, reference, SETTINGS) == pytest.approx(reference_flops / target_flops)
 
 
-def test_the_same_model_as_its_own_reference_costs_a_pass_and_the_head_of_what_is_masked() -> None:
+def test_a_model_as_its_own_reference_costs_a_pass_and_more_of_the_head() -> None:
     model = model_of(SIZES)
-    one_pass = replace(SETTINGS, confidence_threshold=0.0)  # all 8 in one pass: the two passes are alike
+    one_pass = replace(SETTINGS, confidence_threshold=0.0)  # all 8 in one pass: both passes are equal
     assert decoded(model, model, one_pass) == pytest.approx(1.0)
     assert decoded(model, model, SETTINGS) > 1.0
     assert decoded(model, model, replace(SETTINGS, residual_source="reference")) == pytest.approx(1.0)
 
 
-def test_without_a_cache_both_see_everything() -> None:
-    """LLaDA's reference pass goes over the whole canvas; its target's later passes with a cache do not."""
+def test_without_a_cache_both_passes_see_the_whole_canvas() -> None:
+    """LLaDA's reference pass processes the whole canvas; with a cache the target's later passes do not."""
     llada = replace(SIZES, family="llada", num_kv_heads=4, head_dim=None)
     model, reference = model_of(llada), model_of(replace(llada, num_layers=1))
     weights = [decoded(model, reference, replace(SETTINGS, cache=cache)) for cache in ("none", "prefix", "dual")]

@@ -1,4 +1,4 @@
-"""Fidelity of sparse signals: the formulas by hand, and that the measure sees what it should."""
+"""Fidelity of sparse signals: formulas by hand, and the sensitivity of the measure."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_kinds_stop_at_a_quarter_of_the_vocabulary() -> None:
 
 
 def test_measure_agrees_with_the_formula_and_with_the_loss(models: tuple[DiffusionModel, DiffusionModel]) -> None:
-    """One batch, one kind, put together by hand from the model's parts."""
+    """One batch and one kind, computed by hand from the model's parts."""
     reference, target = models
     data = batch(0)
     rule = Rule(alpha="calibrated_entropy", alpha_scale=4.0)
@@ -113,8 +113,10 @@ def test_measure_agrees_with_the_formula_and_with_the_loss(models: tuple[Diffusi
     assert report.loss_without != report.loss_dense
 
 
-def test_more_is_more_faithful(models: tuple[DiffusionModel, DiffusionModel], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Error falls with k to what fp16 log-probabilities leave; adaptive k costs less than the k it stays below."""
+def test_more_entries_are_more_faithful(
+    models: tuple[DiffusionModel, DiffusionModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Error falls with k down to fp16 rounding; adaptive k keeps fewer entries than its upper limit."""
     monkeypatch.setattr("rcd_core.evaluation.signal_fidelity._TILE_BYTES", 4 * VOCAB * 7)  # several tiles
     batches = [(batch(seed), None) for seed in range(2)]
     report = measure(*models, batches, [Kind(1), Kind(6), Kind(24), Kind(VOCAB), Kind(24, 0.6)], Rule(alpha="one"))
@@ -130,22 +132,22 @@ def test_more_is_more_faithful(models: tuple[DiffusionModel, DiffusionModel], mo
 def test_stored_signals_are_one_more_row(
     models: tuple[DiffusionModel, DiffusionModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The signals of the very reference agree with those made again; those of the position before do not."""
+    """Stored signals of the same reference agree with recomputed ones; those of neighbouring positions do not."""
     monkeypatch.setattr("rcd_core.evaluation.signal_fidelity._TILE_BYTES", 4 * VOCAB * 7)  # several tiles
     reference, target = models
     data, whole = batch(0), Kind(VOCAB)
     with torch.no_grad():
         hidden = masked_hidden(reference, data, None)
         stored = ReferenceSignals.from_hidden(hidden, reference.lm_head_weight, VOCAB)
-    turned = stored[torch.arange(len(stored)).roll(1)]
-    same, other = (measure(reference, target, [(data, s)], [whole]).rows for s in (stored, turned))
+    shifted = stored[torch.arange(len(stored)).roll(1)]
+    same, other = (measure(reference, target, [(data, s)], [whole]).rows for s in (stored, shifted))
     assert [row.kind for row in same] == [whole, None]
     assert replace(same[1], kind=whole) == same[0]
     assert other[1].error > 0.05 > 1e-3 > same[1].error
 
 
-def test_nothing_to_measure_is_said(models: tuple[DiffusionModel, DiffusionModel]) -> None:
+def test_a_sample_without_masked_positions_is_refused(models: tuple[DiffusionModel, DiffusionModel]) -> None:
     data = batch(0)
     data.masked = torch.zeros_like(data.masked)
-    with pytest.raises(UserError, match="no masked positions"):
+    with pytest.raises(UserError, match="masked"):
         measure(*models, [(data, None)], [Kind(8)])

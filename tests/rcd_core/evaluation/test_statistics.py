@@ -1,4 +1,4 @@
-"""Statistics against closed forms and cases worked by hand."""
+"""Paired comparisons against closed forms and hand calculations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from rcd_core.errors import UserError
-from rcd_core.evaluation.statistics import Comparison, Outcomes, aup, compare, crossing, resample
+from rcd_core.evaluation.outcomes import Outcomes
+from rcd_core.evaluation.statistics import Comparison, aup, compare, crossing, resample
 
 
 def outcomes(correct: Any, tokens: Any, denoise: Any, reference: Any = 0.0, weight: float = 0.0) -> Outcomes:
@@ -32,9 +33,9 @@ def outcomes(correct: Any, tokens: Any, denoise: Any, reference: Any = 0.0, weig
 
 
 def compared(
-    base: Outcomes, arm: Outcomes, level: float = 0.9, resamples: int = 2000, seed: int = 0, **options: Any
+    base: Outcomes, other: Outcomes, level: float = 0.9, resamples: int = 2000, seed: int = 0, **options: Any
 ) -> Comparison:
-    curves = [resample(one, resamples, seed) for one in (base, arm)]
+    curves = [resample(one, resamples, seed) for one in (base, other)]
     return compare(*curves, accuracy_levels=(level,), **options)
 
 
@@ -62,21 +63,21 @@ def test_crossing_works_row_by_row_and_with_a_level_for_each() -> None:
 
 
 def test_aup_of_known_curves() -> None:
-    # One point: a rectangle. Constant accuracy at the best: a rectangle up to the fastest rate.
+    # One point: a rectangle. Constant best accuracy: a rectangle up to the highest rate.
     assert aup(np.array([3.0]), np.array([0.8]), 0.8) == pytest.approx(240)
-    assert aup(np.array([8.0, 2.0, 4.0]), np.full(3, 0.8), 0.8) == pytest.approx(640), "whatever the order of points"
+    assert aup(np.array([8.0, 2.0, 4.0]), np.full(3, 0.8), 0.8) == pytest.approx(640), "points in any order"
     # alpha = 0 is the plain area: 2 x 90 and a trapezoid.
     assert aup(np.array([2.0, 4.0]), np.array([0.9, 0.86]), 0.9, alpha=0.0) == pytest.approx(180 + 2 * 88)
     # By the formula: 2 x 90 + 1/2 (4 - 2) (86 exp(-3 (1 - 86/90)) + 90).
-    wanted = 180 + 86 * math.exp(-3 * (1 - 86 / 90)) + 90
-    assert aup(np.array([2.0, 4.0]), np.array([0.9, 0.86]), 0.9) == pytest.approx(wanted)
-    # Against a better arm's best accuracy every weight is below 1, but the first rectangle has none.
+    expected = 180 + 86 * math.exp(-3 * (1 - 86 / 90)) + 90
+    assert aup(np.array([2.0, 4.0]), np.array([0.9, 0.86]), 0.9) == pytest.approx(expected)
+    # With a better method's best accuracy every weight is below 1; the first rectangle has no weight.
     y, w = np.array([0.9, 0.86]), [math.exp(-3 * (1 - v / 0.95)) for v in (0.9, 0.86)]
     assert aup(np.array([2.0, 4.0]), y, 0.95) == pytest.approx(180 + 90 * w[0] + 86 * w[1])
 
 
-def test_aup_leaves_out_what_fell_too_far() -> None:
-    """Points more than 5 percentage points below the slowest one's are no part of the curve, wherever they stand."""
+def test_aup_omits_points_of_low_accuracy() -> None:
+    """Points more than 5 percentage points below the slowest point are omitted, at any rate."""
     rate, accuracy = np.array([2.0, 4.0, 6.0, 9.0]), np.array([0.9, 0.84, 0.88, 0.2])
     assert aup(rate, accuracy, 0.9) == pytest.approx(aup(rate[[0, 2]], accuracy[[0, 2]], 0.9))
     assert aup(rate, accuracy, 0.9, offset=1.0) > aup(rate, accuracy, 0.9)
@@ -93,8 +94,8 @@ def test_aup_is_computed_row_by_row() -> None:
 def test_twice_the_rate_at_constant_accuracy_is_twice_the_area() -> None:
     correct = np.ones((2, 40))
     slow, fast = (outcomes(correct, 24.0, np.array([[a], [2 * a]])) for a in (6.0, 3.0))
-    found = compared(slow, fast).aup
-    assert (found.value, found.low, found.high) == pytest.approx((400.0, 400.0, 400.0))  # 100 % x (8 - 4)
+    area = compared(slow, fast).aup
+    assert (area.value, area.low, area.high) == pytest.approx((400.0, 400.0, 400.0))  # 100 % x (8 - 4)
 
 
 # -- speed at equal accuracy
@@ -104,20 +105,20 @@ def test_twice_as_fast_is_a_ratio_of_two_with_no_spread() -> None:
     correct = np.array([[1, 1, 0, 0] * 25, [1, 1, 1, 1] * 25])
     slow = outcomes(correct, 24.0, np.array([[6.0], [12.0]]))
     fast = outcomes(correct, 24.0, np.array([[3.0], [6.0]]))
-    found = compared(slow, fast)
-    # Each resample has the same problems in both arms, so the ratio is 2 in all of them.
-    for level in (found.levels[0], found.best):
+    comparison = compared(slow, fast)
+    # Every resample has the same problems for both methods, so its ratio is 2.
+    for level in (comparison.levels[0], comparison.best):
         assert (level.ratio.value, level.ratio.low, level.ratio.high) == pytest.approx((2.0, 2.0, 2.0))
-    assert (found.levels[0].accuracy, found.best.accuracy) == (0.9, 1.0)
-    assert (found.best.baseline_rate, found.best.arm_rate) == (2.0, 4.0)
-    assert found.num_problems == 100
+    assert (comparison.levels[0].accuracy, comparison.best.accuracy) == (0.9, 1.0)
+    assert (comparison.best.baseline_rate, comparison.best.arm_rate) == (2.0, 4.0)
+    assert comparison.num_problems == 100
 
 
-def test_at_the_best_accuracy_of_the_baseline_the_fastest_point_that_has_it_counts() -> None:
-    """0.9 at rates 4 and 2: the baseline's best accuracy can be had at 4. The arm passes 0.9 halfway from 6 to 3."""
+def test_the_fastest_point_with_the_baselines_best_accuracy_counts() -> None:
+    """The baseline has 0.9 at rates 4 and 2, so 4 counts. The other method crosses 0.9 halfway from rate 6 to 3."""
     base = outcomes(np.repeat([[1, 0], [1, 0], [0, 0]], [9, 1], axis=1), 24.0, np.array([[6.0], [12.0], [3.0]]))
-    arm = outcomes(np.repeat([[1, 0, 0], [1, 1, 1]], [8, 1, 1], axis=1), 24.0, np.array([[4.0], [8.0]]))
-    best = compared(base, arm, resamples=20).best
+    other = outcomes(np.repeat([[1, 0, 0], [1, 1, 1]], [8, 1, 1], axis=1), 24.0, np.array([[4.0], [8.0]]))
+    best = compared(base, other, resamples=20).best
     assert (best.accuracy, best.baseline_rate, best.arm_rate) == pytest.approx((0.9, 4.0, 4.5))
     assert best.ratio.value == pytest.approx(4.5 / 4)
 
@@ -152,22 +153,22 @@ def test_gains_are_differences_of_accuracy_at_equal_rates() -> None:
     denoise = np.array([[3.0], [6.0], [12.0]])
     easy = rng.random(num)
     base = outcomes([easy < p for p in (0.3, 0.6, 0.9)], 24.0, denoise)
-    arm = outcomes([easy < p for p in (0.5, 0.8, 1.0)], 24.0, denoise)
-    found = compared(base, arm, level=0.7)
-    rates = [gain.rate for gain in found.gains]
+    other = outcomes([easy < p for p in (0.5, 0.8, 1.0)], 24.0, denoise)
+    comparison = compared(base, other, level=0.7)
+    rates = [gain.rate for gain in comparison.gains]
     assert rates == pytest.approx(np.linspace(2, 8, 7)[1:-1].tolist())
-    for gain in found.gains:
+    for gain in comparison.gains:
         assert gain.difference.value == pytest.approx(0.2, abs=0.06)
         assert gain.difference.value == pytest.approx(gain.arm_accuracy - gain.baseline_accuracy)
         low, high = gain.difference.low, gain.difference.high
         assert low is not None and high is not None and low < gain.difference.value < high
         assert high - low < 0.06  # paired: SD of a paired difference of .2 is .0126; unpaired it would be .02
-    ratio = found.levels[0].ratio.value
+    ratio = comparison.levels[0].ratio.value
     assert ratio is not None and ratio > 1
 
 
 def test_a_constant_difference_has_no_spread() -> None:
-    """The arm solves what the baseline does not, at every threshold: each resample has accuracy p against 1 - p."""
+    """One method solves every problem and the baseline none, at every threshold."""
     solved = np.tile(np.arange(100) % 2 == 0, (2, 1))
     base = outcomes(np.zeros((2, 100)), 24.0, np.array([[4.0], [12.0]]))
     sure = outcomes(np.ones((2, 100)), 24.0, np.array([[4.0], [12.0]]))
@@ -183,25 +184,25 @@ def test_bootstrap_interval_has_the_width_of_theory() -> None:
     differs = np.arange(num) < p * num
     zeros, rates = np.zeros((2, num)), np.array([[4.0], [12.0]])
     base = outcomes(zeros, 24.0, rates)
-    arm = outcomes(np.stack([differs, differs]), 24.0, rates)
-    gain = compared(base, arm, resamples=2000).gains[0].difference
+    other = outcomes(np.stack([differs, differs]), 24.0, rates)
+    gain = compared(base, other, resamples=2000).gains[0].difference
     sd = math.sqrt(p * (1 - p) / num)
     assert gain.value == pytest.approx(p)
     assert gain.low == pytest.approx(p - 1.96 * sd, abs=0.1 * sd)
     assert gain.high == pytest.approx(p + 1.96 * sd, abs=0.1 * sd)
 
 
-def test_bootstrap_interval_covers_the_truth_as_often_as_it_says() -> None:
-    """200 simulated evaluations of paired binary answers whose difference is known. At 95 % the count has mean 190 and
-    SD 3.1; drawn without pairs the intervals would be so wide that 199 or 200 hold the truth."""
+def test_bootstrap_interval_has_its_nominal_coverage() -> None:
+    """200 simulated evaluations of paired binary answers with a known difference. At 95 % the count has mean 190 and SD
+    3.1; without pairing the wider intervals would contain the truth 199 or 200 times."""
     rng, covered = np.random.default_rng(7), 0
     rates = np.array([[4.0], [12.0]])
     for _ in range(200):
         draw = rng.random(120)
-        base, arm = draw < 0.4, (draw < 0.38) | (draw > 0.88)  # 0.4 against 0.5, right together in 0.38
+        base, other = draw < 0.4, (draw < 0.38) | (draw > 0.88)  # 0.4 against 0.5, right together in 0.38
         gain = compared(
             outcomes(np.stack([base, base]), 24.0, rates),
-            outcomes(np.stack([arm, arm]), 24.0, rates),
+            outcomes(np.stack([other, other]), 24.0, rates),
             resamples=250,
             seed=int(rng.integers(1 << 30)),
         ).gains[0]
@@ -210,14 +211,14 @@ def test_bootstrap_interval_covers_the_truth_as_often_as_it_says() -> None:
     assert 178 <= covered <= 198
 
 
-def test_ranges_that_do_not_meet_give_no_gains() -> None:
+def test_disjoint_ranges_give_no_gains() -> None:
     correct = np.ones((2, 10))
     slow, fast = (outcomes(correct, 24.0, np.array([[a], [2 * a]])) for a in (12.0, 2.0))
     assert compared(slow, fast, resamples=10).gains == ()
 
 
 def test_samples_of_a_problem_are_drawn_together() -> None:
-    """Two samples that always agree are no more evidence than one."""
+    """Two samples that always agree count as one."""
     rng = np.random.default_rng(3)
     right, rates = rng.random((2, 80)) < 0.6, np.array([[4.0], [12.0]])
     one, base = outcomes(right, 24.0, rates), outcomes(np.zeros((2, 80)), 24.0, rates)
@@ -227,8 +228,8 @@ def test_samples_of_a_problem_are_drawn_together() -> None:
 
 def test_comparison_is_repeatable_and_needs_the_same_problems() -> None:
     rng = np.random.default_rng(1)
-    arms = [outcomes(rng.random((3, 50)) < 0.8, 24.0, np.array([[3.0], [6.0], [12.0]])) for _ in range(2)]
-    assert compared(*arms, seed=4) == compared(*arms, seed=4)
+    methods = [outcomes(rng.random((3, 50)) < 0.8, 24.0, np.array([[3.0], [6.0], [12.0]])) for _ in range(2)]
+    assert compared(*methods, seed=4) == compared(*methods, seed=4)
     fewer = outcomes(np.ones((3, 49)), 24.0, 3.0)
-    with pytest.raises(UserError, match="same problems"):
-        compared(arms[0], fewer)
+    with pytest.raises(UserError, match="example_id"):
+        compared(methods[0], fewer)
