@@ -1,8 +1,8 @@
-"""deploy: the trained models as a Ray Serve application (graph.py) that outlives the job.
+"""deploy: serve the trained models as a Ray Serve application (serving/graph.py) that outlives the job.
 
     python pipelines/serve.py --recipe demo
 
-The application is named after the recipe and answers at /. It is left as it is when it already serves this very key.
+The application is named after the recipe and answers at /. A live application with the same key is left alone.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import shlex
 import socket
 import sys
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import httpx
 import pyarrow.parquet as pq
 from ray import serve
+from ray.serve.context import _get_global_client  # the only way to get the address of a running Serve
 from ray.serve.schema import ApplicationStatus
 
 from pipelines.ray_cluster.resources import wait_for_resources
@@ -30,7 +31,6 @@ from pipelines.run.directory import StageContext
 from pipelines.serving.description import describe
 from pipelines.serving.graph import application
 from pipelines.serving.http.guard import ApiLimits, api_keys
-from pipelines.serving.ingress import limits_id
 from rcd_core.errors import UserError
 from rcd_core.io import storage
 from rcd_core.tasks import get_task
@@ -39,17 +39,17 @@ READY_TIMEOUT_S = 60.0
 
 
 def run(ctx: StageContext) -> dict[str, Any]:
-    """Deploy unless the live application has this stage's key. The summary holds what `report` prints."""
+    """Deploy unless the live application has this stage's key. Returns what `report` prints."""
     recipe = ctx.recipe
     if not ctx.verbose:
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
     limits = ApiLimits(api_keys=api_keys())
-    if _live(recipe.name) == (ctx.key, limits_id(limits)) and _reachable(recipe):
+    if _live(recipe.name) == (ctx.key, limits.id) and _reachable(recipe):
         ctx.console.print(f"deploy: {recipe.name} is live already")
     else:
         description = describe(recipe, ctx.checkpoint)
         _start_http(recipe)
-        # What a live application of ours holds comes free as its successor starts.
+        # A live application of this recipe frees its resources while its successor starts.
         wait_for_resources(
             description.bundles,
             recipe.resources.timeout_s,
@@ -64,7 +64,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
 
 
 def report(ctx: StageContext) -> None:
-    """Print the endpoint, a command that tries it on one line, and how to stop it."""
+    """Print the endpoint, a command that tries it, and how to stop it."""
     summary = ctx.run.manifest(ctx.stage)
     if summary is None:
         return
@@ -74,11 +74,11 @@ def report(ctx: StageContext) -> None:
     headers = "-H 'Content-Type: application/json'"
     if api_keys():
         headers += ' -H "Authorization: Bearer $KEY"'
-    # One line that survives copying, however narrow the terminal.
+    # `out` does not wrap, so that the command can be copied from a narrow terminal.
     ctx.console.out(f"curl -s {endpoint(ctx.recipe)}{example['path']} {headers} -d {body}")
     ctx.console.print(
-        "stop it: `make down` ends the local head with all on it; "
-        # The recipe as it was run: with --set its name and port may be others than the file's.
+        "stop it: `make down` stops the local head and everything on it; "
+        # The recipe as it was run, because --set may have changed its name and port.
         f"`python pipelines/full.py --recipe {storage.join(ctx.run.path, 'recipe.yaml')} --teardown` removes only this",
         markup=False,
         soft_wrap=True,
@@ -86,13 +86,13 @@ def report(ctx: StageContext) -> None:
 
 
 def teardown(ctx: StageContext) -> None:
-    """Remove the application; Serve itself too when nothing else is served."""
+    """Remove the application, and shut Serve down if it serves nothing else."""
     applications = _applications()
     if ctx.recipe.name not in applications:
         ctx.console.print(f"deploy: no application {ctx.recipe.name} on this cluster")
     elif set(applications) == {ctx.recipe.name}:
         serve.shutdown()
-        ctx.console.print(f"deploy: removed {ctx.recipe.name} and ended Serve, which served nothing else")
+        ctx.console.print(f"deploy: removed {ctx.recipe.name} and shut Serve down, which served nothing else")
     else:
         serve.delete(ctx.recipe.name)
         ctx.console.print(f"deploy: removed {ctx.recipe.name}")
@@ -104,7 +104,7 @@ def endpoint(recipe: Recipe) -> str:
 
 
 def _example(ctx: StageContext) -> dict[str, Any]:
-    """A request that anybody can send: the first problem of the test set."""
+    """A request to try: the first problem of the test set."""
     first = storage.join(ctx.input_dir("prepare"), "test", ctx.input("prepare")["summary"]["test"][0])
     with storage.open_input(first) as stream:
         prompt = next(pq.ParquetFile(stream).iter_batches(batch_size=1, columns=["prompt"]))["prompt"][0].as_py()
@@ -119,24 +119,23 @@ def _example(ctx: StageContext) -> dict[str, Any]:
 
 
 def _applications() -> dict[str, ApplicationStatus]:
-    return {name: found.status for name, found in serve.status().applications.items()}
+    return {name: application.status for name, application in serve.status().applications.items()}
 
 
 def _live(name: str) -> tuple[str, str] | None:
-    """Key and limits_id of the live application."""
+    """Key and ApiLimits.id of the live application."""
     if _applications().get(name) != ApplicationStatus.RUNNING:
         return None
     try:
         handle = serve.get_app_handle(name)
         about = handle.version.remote().result(timeout_s=READY_TIMEOUT_S)
-        return str(about["key"]), str(handle.guard.remote().result(timeout_s=READY_TIMEOUT_S))
-    except Exception:  # whatever is wrong with it, deploying it again mends it
+        return str(about["key"]), str(handle.limits_id.remote().result(timeout_s=READY_TIMEOUT_S))
+    except Exception:  # whatever is wrong, deploying again fixes it
         return None
 
 
 def _start_http(recipe: Recipe) -> None:
-    """Serve with its HTTP proxy at the recipe's host and port. UserError where something stands in the way."""
-    from ray.serve.context import _get_global_client  # the only way to ask a running Serve for its address
+    """Start Serve with its HTTP proxy at the recipe's host and port. Raises UserError if either is taken."""
 
     others = sorted(set(_applications()) - {recipe.name})
     if client := _get_global_client(raise_if_no_controller_running=False):
@@ -145,7 +144,7 @@ def _start_http(recipe: Recipe) -> None:
             return
         if others:
             raise UserError(
-                f"Ray Serve on this cluster already serves {', '.join(others)} at {host}:{port}; remove that first: "
+                f"Ray Serve on this cluster already serves {', '.join(others)} at {host}:{port}; remove it first: "
                 f"python pipelines/full.py --recipe {others[0]} --teardown"
             )
         serve.shutdown()  # its address cannot be changed while it runs
@@ -160,22 +159,19 @@ def _start_http(recipe: Recipe) -> None:
 
 
 def _reachable(recipe: Recipe) -> bool:
-    # A proxy configured in the environment must not be asked for our own address.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(endpoint(recipe) + "/ready", timeout=10) as answer:
-            return bool(answer.status == 200)
-    except OSError:
+        return httpx.get(endpoint(recipe) + "/ready", timeout=10, trust_env=False).status_code == 200
+    except httpx.TransportError:
         return False
 
 
 def _wait_until_ready(recipe: Recipe) -> None:
-    """Serve's proxy learns of a new application a moment after `serve.run` has returned."""
+    """Serve's proxy learns of a new application shortly after `serve.run` returns."""
     deadline = time.monotonic() + READY_TIMEOUT_S
     while not _reachable(recipe):
         if time.monotonic() > deadline:
             raise UserError(
-                f"the application runs but {endpoint(recipe)} does not answer from the node of this job; "
+                f"the application runs, but {endpoint(recipe)} does not answer from the node of this job; "
                 "start the job on the head node, or set deploy.host to an address that it can reach"
             )
         time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""The protocol between the HTTP interface and a model, wherever it runs."""
+"""The protocol between the HTTP interface and a model, in this process or another."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from rcd_core.decode_settings import DecodeSettings
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeRequest:
-    """One prompt (text or token ids) or conversation to decode. fixed_length: the user asked for max_new_tokens;
-    otherwise it is the server's default, and gives way where the model has fewer positions left.
+    """One prompt (text or token ids) or conversation to decode.
 
-    streamed: the client gets text as it comes; otherwise nothing before the end, so that it may all begin anew.
+    fixed_length: the client chose max_new_tokens. Otherwise it is the server's default, and shrinks to the positions
+    that are left. streamed: the client receives text as it becomes final; otherwise only the whole answer, so that
+    decoding may restart from the beginning.
 
-    committed, told: a request that goes on after its replica was lost: the new token ids of finished blocks, and how
-    many characters of text were sent of them. checkpoint: weights_id of the model they are of.
+    A request that resumes after its replica was lost also has: committed, the new token ids of finished blocks;
+    num_sent, the characters of text that the client has received; checkpoint, the weights_id of their model.
     """
 
     prompt: str | list[int] | None
@@ -28,14 +29,14 @@ class DecodeRequest:
     stop: tuple[str, ...]
     streamed: bool = True
     committed: tuple[int, ...] = ()
-    told: int = 0
+    num_sent: int = 0
     checkpoint: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextDelta:
-    """Text that can no longer change, and the token ids that became final with it (some of their text may be held back:
-    half a character, the beginning of a stop string)."""
+    """Text that can no longer change, and the token ids that became final with it. Text may lag behind the ids: half a
+    character and a possible beginning of a stop string are held back."""
 
     text: str
     token_ids: list[int]
@@ -43,15 +44,15 @@ class TextDelta:
 
 @dataclass(frozen=True, kw_only=True)
 class TraceStep:
-    """One denoising pass, only where settings.trace asks for it: a decoding.Step as a mapping, with argmax_text, what
-    each token of argmax reads by itself."""
+    """One denoising pass, if settings.trace is set: a decoding.Step as a mapping, plus argmax_text, the text of each
+    token of argmax."""
 
     step: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeResult:
-    """forwards: passes by kind (prefill, denoise, store, reference). steps: the trace, where asked for.
+    """forwards: passes by kind (prefill, denoise, store, reference). steps: the trace, if requested.
     reference_failures: blocks that started from zero because the reference could not answer."""
 
     text: str
@@ -66,7 +67,7 @@ class DecodeResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """The last event. result.text is the whole text: all deltas together, those before `told` included."""
+    """The last event. result.text is the whole text, including what a lost replica sent."""
 
     result: DecodeResult
 
@@ -75,10 +76,10 @@ DecodeEvent = TextDelta | TraceStep | Finished
 
 
 class Overloaded(Exception):
-    """The queue is full; worth another try in a while."""
+    """The queue is full; the client may retry later."""
 
     def __init__(self, retry_after_s: float) -> None:
-        super().__init__(retry_after_s)  # what it is made of again where it comes out of another process
+        super().__init__(retry_after_s)  # unpickling calls the class with these arguments
         self.retry_after_s = retry_after_s
 
     def __str__(self) -> str:
@@ -86,26 +87,26 @@ class Overloaded(Exception):
 
 
 class Unavailable(Exception):
-    """No replica can answer, or the one that did was lost and no other could go on."""
+    """No replica can answer, or the replica was lost and no other could resume its answer."""
 
 
 class Backend(Protocol):
-    """A model that decodes, in this process or another."""
+    """A model that decodes."""
 
     def stream(self, request: DecodeRequest) -> AsyncIterator[DecodeEvent]:
-        """Raises UserError (this model refuses the request) or Overloaded on the first step, Unavailable on any.
-        Closing the iterator cancels the request."""
+        """Raises UserError (invalid request) or Overloaded on the first step, Unavailable on any step. Closing the
+        iterator cancels the request."""
 
     async def ready(self) -> None:
-        """Returns once the model can decode; raises where it cannot."""
+        """Return once the model can decode; raise if it cannot."""
 
     async def statistics(self) -> dict[str, float]:
-        """Counters (monotone) and gauges by snake_case name, for /metrics."""
+        """Counters (names in _total) and gauges by snake_case name, for /metrics."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
-    """A model by the name that requests give, and its settings where they give none."""
+    """A model behind the HTTP interface. defaults: settings that requests may override. created: Unix time."""
 
     backend: Backend
     defaults: DecodeSettings

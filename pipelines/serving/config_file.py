@@ -1,6 +1,6 @@
-"""Serve's config files, strictly: Serve itself lets unknown keys and names pass, and settings of autoscaling unread.
+"""Strict checks of Serve config files, before anything is deployed.
 
-All problems are found before anything is deployed, in the words that recipes are checked with.
+Serve itself ignores unknown keys and deployment names, and does not check autoscaling settings.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from pipelines.serving.description import description_problems, parse_descriptio
 from rcd_core.errors import UserError
 
 BUILD, APP = "pipelines.serving.graph:build", "pipelines.serving.graph:app"
-CONFIG = "RCD_SERVE_CONFIG"  # an absolute path, on the machine that builds and on the cluster's head
+CONFIG = "RCD_SERVE_CONFIG"  # an absolute path, set where `serve build` runs and on the cluster's head
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """The mapping of a Serve config. Raises one UserError with all that is wrong with it."""
+    """The mapping of a Serve config. Raises one UserError that lists every problem."""
     text = _text(path)
     strict = parse_yaml(text, f"Serve config {path}")
     raw = yaml.safe_load(text)  # as Serve reads it
     if not isinstance(raw, dict):
         raise UserError(f"Serve config {path} must be a mapping of keys like `applications:`")
-    found = list(config_problems(raw))
+    problems = list(config_problems(raw))
     if raw != strict:
-        found.append("some values are read as YAML 1.1 here, unlike in recipes: write true and false, 0.001 for 1e-3")
-    if found:
-        raise problems_error(f"Serve config {path}", found)
+        problems.append("Serve reads some values as YAML 1.1, unlike recipes: write true and false, 0.001 for 1e-3")
+    if problems:
+        raise problems_error(f"Serve config {path}", problems)
     return raw
 
 
 def app_args() -> Any:
-    """What pipelines.serving.graph:app is made from: the args of the first application of ours in the config that
-    RCD_SERVE_CONFIG names, by default in cluster/serve.yaml."""
+    """The args of pipelines.serving.graph:app: those of the first application of this project in the config that
+    RCD_SERVE_CONFIG names, by default cluster/serve.yaml."""
     path = os.environ.get(CONFIG) or str(Path(__file__).parents[2] / "cluster" / "serve.yaml")
-    for one in _applications(parse_yaml(_text(path), f"Serve config {path}")):
-        if is_ours(one):
-            return one.get("args", {})
-    raise UserError(f"Serve config {path} has no application with import_path {BUILD}; name another in {CONFIG}")
+    for application in _applications(parse_yaml(_text(path), f"Serve config {path}")):
+        if is_ours(application):
+            return application.get("args", {})
+    raise UserError(f"Serve config {path} has no application with import_path {BUILD}; name another file in {CONFIG}")
 
 
 def is_ours(application: dict[str, Any]) -> bool:
@@ -56,35 +56,36 @@ def is_ours(application: dict[str, Any]) -> bool:
 
 
 def config_problems(raw: dict[str, Any]) -> Iterator[str]:
-    """One line per problem: the key's path, the value found, what is wanted."""
+    """One line per problem: the key's path, its value, the remedy."""
     yield from _unknown(raw, ServeDeploySchema, "")
     try:
-        ServeDeploySchema.model_validate(copy.deepcopy(raw))  # a validator of Serve's writes into what it is given
+        ServeDeploySchema.model_validate(copy.deepcopy(raw))  # one of Serve's validators changes its input
     except ValidationError as error:
         yield from _values(error, ServeDeploySchema, "")
-    for number, one in enumerate(_applications(raw)):
-        if is_ours(one) or one.get("import_path") == APP:
-            yield from _own(one, f"applications.{number}")
+    for number, application in enumerate(_applications(raw)):
+        if is_ours(application) or application.get("import_path") == APP:
+            yield from _application_problems(application, f"applications.{number}")
 
 
-def _own(one: dict[str, Any], where: str) -> Iterator[str]:
-    """What Serve cannot know: our builder's args, and the deployments that it makes of them."""
-    args, overrides = one.get("args", {}) if is_ours(one) else app_args(), one.get("deployments", [])
-    wrong = description_problems(args)
-    yield from (f"{where}.args.{line}" for line in wrong)
-    if wrong or not isinstance(overrides, list):
+def _application_problems(application: dict[str, Any], where: str) -> Iterator[str]:
+    """What Serve cannot check: the args of our builder, and the names of the deployments that it builds."""
+    args = application.get("args", {}) if is_ours(application) else app_args()
+    problems, overrides = description_problems(args), application.get("deployments", [])
+    yield from (f"{where}.args.{line}" for line in problems)
+    if problems or not isinstance(overrides, list):
         return
     known = parse_description(args).deployments
     names = Counter(str(override.get("name")) for override in overrides if isinstance(override, dict))
     for name, times in names.items():
         if name not in known:
-            yield f"{where}.deployments: there is no deployment {name!r}{suggestion(name, known)}: {', '.join(known)}"
+            yield f"{where}.deployments: unknown deployment {name!r}{suggestion(name, known)}; has {', '.join(known)}"
         if times > 1:
-            yield f"{where}.deployments: {name!r} is given {times} times; keep one"
+            yield f"{where}.deployments: {name!r} occurs {times} times; keep one"
 
 
 def _unknown(value: Any, annotation: Any, where: str) -> Iterator[str]:
-    """Keys in and below `value` that Serve's classes do not have; and what classes say that Serve does not ask."""
+    """Keys in and below `value` that Serve's classes do not have, and complaints of classes that Serve does not
+    apply."""
     kinds = _alternatives(annotation)
     if isinstance(value, list):
         items = [typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is list]
@@ -100,7 +101,7 @@ def _unknown(value: Any, annotation: Any, where: str) -> Iterator[str]:
         if key in known:
             yield from _unknown(inner, known[key].annotation, f"{where}{key}.")
         else:
-            yield f"{where}{key}: unknown key{suggestion(str(key), list(known))}; known here: {', '.join(known)}"
+            yield f"{where}{key}: unknown key{suggestion(str(key), list(known))}; known: {', '.join(known)}"
     if any(dict in (kind, typing.get_origin(kind)) for kind in kinds):
         try:
             model.model_validate(copy.deepcopy(value))
@@ -109,7 +110,7 @@ def _unknown(value: Any, annotation: Any, where: str) -> Iterator[str]:
 
 
 def _values(error: ValidationError, model: type[BaseModel], where: str) -> list[str]:
-    """Complaints about values; unknown keys are found by _unknown, also where Serve would let them pass."""
+    """Complaints about values. Unknown keys are left to _unknown."""
     lines = [line.lstrip(".: ") for line in explain(error, model) if ": unknown key" not in line]
     return [where + line for line in lines]
 
@@ -122,9 +123,9 @@ def _text(path: str) -> str:
 
 
 def _applications(raw: Any) -> list[dict[str, Any]]:
-    """Of a config that may be anything yet."""
-    listed = raw.get("applications") if isinstance(raw, dict) else None
-    return [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+    """The applications of an unchecked config."""
+    applications = raw.get("applications") if isinstance(raw, dict) else None
+    return [a for a in applications if isinstance(a, dict)] if isinstance(applications, list) else []
 
 
 def _alternatives(annotation: Any) -> list[Any]:

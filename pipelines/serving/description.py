@@ -1,5 +1,5 @@
-"""What an application serves, as plain values: the `args` of cluster/serve.yaml, and what the stage deploy makes of a
-recipe. graph.py builds the application from it."""
+"""What an application serves, as plain values: the `args` of cluster/serve.yaml, which the stage deploy derives from a
+recipe. graph.py builds the application from them."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ NonNegative = Annotated[float, Field(ge=0)]
 
 
 class Replicas(Section):
-    """Of one deployment, under Serve's names: as many as the ongoing requests ask for, between two numbers.
+    """Replicas of one deployment, in Serve's terms.
 
-    target_ongoing_requests: per replica, above which another one is started; None: max_batch of a model, and for the
-    reference a few batches. num_cpus, num_gpus, resources (Ray's custom ones): each replica's; with a GPU the model
-    lives on it.
+    target_ongoing_requests: Serve adds a replica above this number per replica; None: max_batch of a model, a few
+    batches for the reference. num_cpus, num_gpus, resources (Ray's custom ones): of each replica. With num_gpus > 0 the
+    model runs on the GPU.
     """
 
     min_replicas: Count = 1
@@ -35,14 +35,14 @@ class Replicas(Section):
     target_ongoing_requests: Positive | None = None
     upscale_delay_s: NonNegative = 30
     downscale_delay_s: NonNegative = 600
-    num_cpus: NonNegative = 0.5  # decoding uses what it finds; a live application must leave a small machine room
+    num_cpus: NonNegative = 0.5  # a reservation, no limit; small, so that the application fits next to other work
     num_gpus: NonNegative = 0
     resources: dict[str, Positive] = {}
 
 
 class DescribedModel(Section):
-    """reference: whether requests may start from the reference; None: where `decode` does. deployment: its name on the
-    dashboard; None: the model's id. max_batch, max_queue, max_length: replicas.EngineLimits."""
+    """reference: whether requests may start from the reference; None: if `decode` does. deployment: its name on the
+    dashboard; None: the model's id. max_batch, max_queue, max_length: as in target.Target."""
 
     checkpoint: str
     decode: DecodeSettings = DecodeSettings()
@@ -59,7 +59,7 @@ class DescribedModel(Section):
 
 
 class DescribedReference(Section):
-    """top_k: ids per position that it answers with where a request wants all of them."""
+    """top_k: ids per position in its answers to requests that want the whole distribution."""
 
     checkpoint: str
     top_k: Annotated[int, Field(ge=1, le=32767)] = 32
@@ -67,38 +67,38 @@ class DescribedReference(Section):
 
 
 class Description(Section):
-    """models: by the id that requests name."""
+    """models: by the id in the field `model` of requests."""
 
     models: Annotated[dict[str, DescribedModel], Field(min_length=1)]
     reference: DescribedReference | None = None
 
     @property
     def deployments(self) -> list[str]:
-        """Their names: of the models in order, then Reference where there is one, and Ingress."""
-        own = [model.deployment or model_id for model_id, model in self.models.items()]
-        return [*own, *([REFERENCE] if self.reference else []), INGRESS]
+        """Names: of the models in order, then Reference if there is one, then Ingress."""
+        models = [model.deployment or model_id for model_id, model in self.models.items()]
+        return [*models, *([REFERENCE] if self.reference else []), INGRESS]
 
     @property
     def replicas(self) -> list[Replicas]:
-        """Of the models in order, then of the reference where there is one."""
+        """Of the models in order, then of the reference if there is one."""
         return [*(m.replicas for m in self.models.values()), *([self.reference.replicas] if self.reference else [])]
 
     @property
     def bundles(self) -> list[dict[str, float]]:
-        """What each of the replicas asks for that are there from the beginning."""
+        """Resources of each replica that is started at first."""
         return [bundle(replicas) for replicas in self.replicas for _ in range(replicas.min_replicas)]
 
 
 def bundle(replicas: Replicas) -> dict[str, float]:
-    """What one replica asks of the cluster."""
-    asked = {"CPU": replicas.num_cpus, "GPU": replicas.num_gpus, **replicas.resources}
-    return {name: amount for name, amount in asked.items() if amount}
+    """Resources of one replica, in Ray's terms."""
+    resources = {"CPU": replicas.num_cpus, "GPU": replicas.num_gpus, **replicas.resources}
+    return {name: amount for name, amount in resources.items() if amount}
 
 
 def describe(recipe: Recipe, checkpoint: Callable[[str], str]) -> Description:
-    """The recipe's models as an application. The reference is part of it where default settings ask for it.
+    """The application of a recipe. It has a reference if the default settings of a model start from it.
 
-    checkpoint: stage -> where its model lies.
+    checkpoint: stage -> path of its model.
     """
     deploy, resources = recipe.deploy, recipe.resources
     start = replace(deploy.decode, residual=recipe.target.residual.feeds_back, start=deploy.start)
@@ -107,19 +107,19 @@ def describe(recipe: Recipe, checkpoint: Callable[[str], str]) -> Description:
         plain = replace(deploy.decode, residual=False)
         served[f"{deploy.model_id}-baseline"] = ("Baseline", checkpoint("baseline"), plain)
     served |= {model_id: (model_id, model.checkpoint, model.decode) for model_id, model in deploy.models.items()}
-    behind = any(needs_reference(decode) for _, _, decode in served.values())
-    # All models of a place together get the GPUs that one training worker had, which fitted at least one.
-    place, behind_place = resources.custom_resources("deploy"), resources.custom_resources("deploy-reference")
-    beside = behind and place == behind_place
+    has_reference = any(needs_reference(decode) for _, _, decode in served.values())
+    # Models on the same nodes share the GPUs of one training worker, which held at least one of them.
+    nodes, reference_nodes = resources.custom_resources("deploy"), resources.custom_resources("deploy-reference")
+    shares_gpus = has_reference and nodes == reference_nodes
     replicas = Replicas(
         min_replicas=deploy.min_replicas,
         max_replicas=deploy.max_replicas,
-        num_gpus=min(1.0, resources.gpus_per_worker / (len(served) + beside)),
-        resources=place,
+        num_gpus=min(1.0, resources.gpus_per_worker / (len(served) + shares_gpus)),
+        resources=nodes,
     )
     models = {
         model_id: DescribedModel(
-            checkpoint=where,
+            checkpoint=path,
             decode=decode,
             deployment=name,
             max_batch=deploy.max_batch,
@@ -127,33 +127,34 @@ def describe(recipe: Recipe, checkpoint: Callable[[str], str]) -> Description:
             max_length=deploy.max_length,
             replicas=replicas.model_copy(update={"target_ongoing_requests": deploy.target_ongoing_requests}),
         )
-        for model_id, (name, where, decode) in served.items()
+        for model_id, (name, path, decode) in served.items()
     }
     reference = None
-    if behind:
-        gpus = replicas.num_gpus if beside else min(1.0, resources.gpus_per_worker)
-        own = replicas.model_copy(update={"num_gpus": gpus, "resources": behind_place})
-        reference = DescribedReference(checkpoint=checkpoint("reference"), top_k=recipe.signals.top_k, replicas=own)
+    if has_reference:
+        gpus = replicas.num_gpus if shares_gpus else min(1.0, resources.gpus_per_worker)
+        replicas = replicas.model_copy(update={"num_gpus": gpus, "resources": reference_nodes})
+        path, top_k = checkpoint("reference"), recipe.signals.top_k
+        reference = DescribedReference(checkpoint=path, top_k=top_k, replicas=replicas)
     return Description(models=models, reference=reference)
 
 
 def parse_description(raw: Any, label: str = "the application's args") -> Description:
     """A Description from plain values. Raises one UserError that lists every problem."""
-    found = _read(raw)
-    if isinstance(found, list):
-        raise problems_error(label, found)
-    return found
+    parsed = _parse(raw)
+    if isinstance(parsed, list):
+        raise problems_error(label, parsed)
+    return parsed
 
 
 def description_problems(raw: Any) -> list[str]:
-    """All that is wrong with the plain values, one line each: the key's path, the value, the remedy."""
-    found = _read(raw)
-    return found if isinstance(found, list) else []
+    """The problems of plain values, one line each: the key's path, the value, the remedy."""
+    parsed = _parse(raw)
+    return parsed if isinstance(parsed, list) else []
 
 
-def _read(raw: Any) -> Description | list[str]:
+def _parse(raw: Any) -> Description | list[str]:
     try:
-        # By way of JSON: strict there still takes a list for a tuple and a mapping for a settings class.
+        # From JSON, where strict mode accepts a list for a tuple and a mapping for a settings class.
         description = Description.model_validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
         return explain(error, Description)
@@ -166,14 +167,14 @@ def _contradictions(description: Description) -> Iterator[str]:
     }
     for key, model in described.items():
         if isinstance(model, DescribedModel) and model.uses_reference and description.reference is None:
-            why = "its reference is true" if model.reference else "its decode asks for the reference"
-            yield f"{key}: {why}, but there is none; give the key `reference`, or start from zero"
+            reason = "its reference is true" if model.reference else "its decode starts from the reference"
+            yield f"{key}: {reason}, but the application has none; add the key `reference`, or start from zero"
     if description.reference:
         described["reference"] = description.reference
         if not any(model.uses_reference for model in description.models.values()):
             yield (
                 "reference: no model uses it; give one the decode settings {residual: true, start: reference} or "
-                "reference: true, or leave it out"
+                "reference: true, or remove it"
             )
     for key, one in described.items():
         yield from checkpoint_problems(f"{key}.checkpoint", one.checkpoint)
@@ -185,6 +186,6 @@ def _contradictions(description: Description) -> Iterator[str]:
         if key == "reference":
             break
         if name in taken or not _DEPLOYMENT.fullmatch(name):
-            why = "taken" if name in taken else "no name for a deployment (letters, digits and . _ -)"
-            yield f"{key}.deployment, by default the id, is {name!r}, which is {why}; give another one"
+            reason = "taken" if name in taken else "not a deployment name (letters, digits and . _ -)"
+            yield f"{key}.deployment, by default the id, is {name!r}, which is {reason}; choose another"
         taken.add(name)

@@ -1,9 +1,9 @@
 """The served application: HTTP ingress -> one deployment per model -> reference, built from a Description.
 
-The stage deploy and Ray Serve's own command line come this way alike:
+The stage deploy and Ray Serve's own commands build it the same way:
 
-    serve deploy cluster/serve.yaml          # import_path pipelines.serving.graph:build, `args` a Description
-    serve build pipelines.serving.graph:app -o f  # `app`: the first one in RCD_SERVE_CONFIG, or cluster/serve.yaml
+    serve deploy cluster/serve.yaml               # import_path pipelines.serving.graph:build, `args` a Description
+    serve build pipelines.serving.graph:app -o f  # the first application in RCD_SERVE_CONFIG or cluster/serve.yaml
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from ray.serve.config import RequestRouterConfig
 
 from pipelines.run.keys import key_of
 from pipelines.serving.config_file import app_args
-from pipelines.serving.description import INGRESS, REFERENCE, DescribedModel, Description, Replicas, parse_description
+from pipelines.serving.description import INGRESS, REFERENCE, Description, Replicas, parse_description
 from pipelines.serving.http.guard import ApiLimits, api_keys
 from pipelines.serving.ingress import Ingress
 from pipelines.serving.reference import REFERENCE_SESSIONS, REFERENCE_THREADS, Reference
-from pipelines.serving.target import MAX_LENGTH, EngineLimits, Target
+from pipelines.serving.target import MAX_LENGTH, Target
 
-INGRESS_REQUESTS = 4096  # at once; it is the targets that refuse what is too much
-SPARE_REQUESTS = 32  # beyond those an engine takes: refusals on their way, statistics, /ready
-DRAIN_SPARE_S = 10.0  # beyond the longest deadline: an answer that comes to it ends with an error of ours
-# Serve's own switches for less work per message: one event loop in a replica (the engine has a thread of its own in any
-# case), and log lines of requests written many at a time.
+INGRESS_REQUESTS = 4096  # at once; the targets refuse requests beyond their queues
+SPARE_REQUESTS = 32  # beyond an engine's batch and queue: refusals in progress, statistics, /ready
+DRAIN_SPARE_S = 10.0  # beyond the longest deadline, so that a request that reaches it ends with our own error
+REFERENCE_CALLS = 4  # calls per reference replica, above which Serve adds another one
+# Serve's switches for less work per message: one event loop per replica (the engine has its own thread anyway), and
+# buffered request logs.
 LEAN = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
 }
-# The ingress asks from that loop; a target asks its reference from threads, which needs the router in a loop apart.
+# The ingress calls its targets from that loop. A target calls its reference from threads, which needs a separate loop.
 LEAN_INGRESS = {**LEAN, "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
-REFERENCE_CALLS = 4  # batches of targets, per reference replica, above which another one is started
-# Pure function of session and replicas: the blocks of a request come to the replica that has its context. Without
-# sessions, or with one replica, Serve's default is as good.
+# A pure function of session and replicas, so that the blocks of a request reach the replica that caches its context.
+# Without sessions, or with one replica, Serve's default router is as good.
 STICKY = RequestRouterConfig(
     request_router_class="ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"  # type: ignore[arg-type]
 )
@@ -47,73 +47,78 @@ STICKY = RequestRouterConfig(
 def application(
     description: Description, limits: ApiLimits, about: Mapping[str, Any] | None = None
 ) -> serve.Application:
-    """The graph of deployments. about: what /version says besides; its `key` tells applications apart."""
-    # A replica that is replaced first ends what it has begun, however long that may take.
+    """The graph of deployments. about: added to the body of /version; its `key` identifies the application."""
+    # A replaced replica finishes its requests first, however long they take.
     draining: dict[str, Any] = {"graceful_shutdown_timeout_s": limits.timeout_s + DRAIN_SPARE_S}
     reference, sessions = None, 1
-    if behind := description.reference:
-        asking = [model for model in description.models.values() if model.uses_reference]
-        calls = REFERENCE_CALLS * REFERENCE_THREADS * sum(model.replicas.max_replicas for model in asking)
-        sticky: dict[str, Any] = {}
-        if behind.replicas.max_replicas > 1:
-            sessions, sticky = REFERENCE_SESSIONS, {"request_router_config": STICKY}
-        kind = _deployment(
+    if described := description.reference:
+        users = [model for model in description.models.values() if model.uses_reference]
+        calls = REFERENCE_CALLS * REFERENCE_THREADS * sum(model.replicas.max_replicas for model in users)
+        router: dict[str, Any] = {}
+        if described.replicas.max_replicas > 1:
+            sessions, router = REFERENCE_SESSIONS, {"request_router_config": STICKY}
+        reference = _deployment(
             Reference,
             REFERENCE,
-            behind.replicas,
+            described.replicas,
             target_ongoing=REFERENCE_CALLS * sessions,
             max_ongoing=calls * sessions,
-            **sticky,
+            **router,
             **draining,
-        )
-        reference = kind.bind(
-            behind.checkpoint,
-            _device(behind.replicas),
-            sum(model.max_batch * model.replicas.max_replicas for model in asking),
-            max(model.max_length or MAX_LENGTH for model in asking),
-            _part(behind.replicas),
+        ).bind(
+            described.checkpoint,
+            _device(described.replicas),
+            sum(model.max_batch * model.replicas.max_replicas for model in users),
+            max(model.max_length or MAX_LENGTH for model in users),
+            _gpu_share(described.replicas),
         )
     targets = {}
     for model_id, model in description.models.items():
-        # The engine itself refuses what is too much, so Serve must let it through.
-        room = model.max_batch + model.max_queue + SPARE_REQUESTS
-        name = model.deployment or model_id
-        kind = _deployment(Target, name, model.replicas, target_ongoing=model.max_batch, max_ongoing=room, **draining)
-        targets[model_id] = kind.bind(
+        targets[model_id] = _deployment(
+            Target,
+            model.deployment or model_id,
+            model.replicas,
+            target_ongoing=model.max_batch,
+            max_ongoing=model.max_batch + model.max_queue + SPARE_REQUESTS,  # the engine itself refuses more
+            **draining,
+        ).bind(
             model.checkpoint,
             _device(model.replicas),
-            reference if model.uses_reference else None,
-            behind.top_k if behind else 1,
-            sessions,
-            _limits(model),
+            reference=reference if model.uses_reference else None,
+            reference_top_k=described.top_k if described else 1,
+            reference_sessions=sessions,
+            max_batch=model.max_batch,
+            max_queue=model.max_queue,
+            max_length=model.max_length,
+            gpu_share=_gpu_share(model.replicas),
         )
     defaults = {model_id: model.decode for model_id, model in description.models.items()}
-    everything = {
+    body = {
         "version": _release(),
         "key": key_of(description.model_dump(mode="json")),
         "created": int(time.time()),
-        "reference_top_k": behind.top_k if behind else None,
+        "reference_top_k": described.top_k if described else None,
         "settings": {model_id: asdict(settings) for model_id, settings in defaults.items()},
         **(about or {}),
     }
-    front = serve.deployment(
+    ingress = serve.deployment(
         name=INGRESS,
         max_ongoing_requests=INGRESS_REQUESTS,
-        max_surge_percent=100,  # it costs next to nothing: the new one is there before the old one goes
+        max_surge_percent=100,  # a replica costs almost nothing: start the new one before the old one stops
         ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": LEAN_INGRESS}},
         **draining,
     )
-    return front(Ingress).bind(targets, defaults, everything, limits)
+    return ingress(Ingress).bind(targets, defaults, body, limits)
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """Serve's application builder (`import_path: pipelines.serving.graph:build`). API keys come from the environment
-    of the cluster's head (http/guard.py). Raises UserError: every problem of `args`."""
+    """Serve's application builder (`import_path: pipelines.serving.graph:build`). API keys come from the environment of
+    the cluster's head (http/guard.py). Raises UserError with every problem of `args`."""
     return application(parse_description(args), ApiLimits(api_keys=api_keys()))
 
 
 def __getattr__(name: str) -> serve.Application:
-    """`app`, made when it is asked for: `serve build` takes a finished application and no builder with its args."""
+    """`app`, built on access: `serve build` takes a finished application, no builder with args."""
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return build(app_args())
@@ -122,9 +127,9 @@ def __getattr__(name: str) -> serve.Application:
 def _deployment(
     replica: type, name: str, replicas: Replicas, *, target_ongoing: float, max_ongoing: int, **options: Any
 ) -> serve.Deployment:
-    scaled: dict[str, Any] = {"num_replicas": replicas.min_replicas}
+    scale: dict[str, Any] = {"num_replicas": replicas.min_replicas}
     if replicas.max_replicas > replicas.min_replicas:
-        scaled = {
+        scale = {
             "autoscaling_config": {
                 "min_replicas": replicas.min_replicas,
                 "max_replicas": replicas.max_replicas,
@@ -143,7 +148,7 @@ def _deployment(
             "resources": replicas.resources,
             "runtime_env": {"env_vars": LEAN},
         },
-        **scaled,
+        **scale,
         **options,
     )
     return decorate(replica)
@@ -153,21 +158,12 @@ def _device(replicas: Replicas) -> str:
     return "cuda" if replicas.num_gpus else "cpu"
 
 
-def _part(replicas: Replicas) -> float:
+def _gpu_share(replicas: Replicas) -> float:
     return min(1.0, replicas.num_gpus) or 1.0
-
-
-def _limits(model: DescribedModel) -> EngineLimits:
-    return EngineLimits(
-        max_batch=model.max_batch,
-        max_queue=model.max_queue,
-        max_length=model.max_length,
-        gpu_part=_part(model.replicas),
-    )
 
 
 def _release() -> str:
     try:
         return version("rcd-ray")
-    except PackageNotFoundError:  # run from a checkout that is not installed
+    except PackageNotFoundError:  # a checkout that is not installed
         return "unknown"

@@ -1,8 +1,7 @@
-"""The front of the served application: HTTP in, handles of Target deployments out; it holds no model."""
+"""The HTTP front of the served application. It holds handles of Target deployments, but no model."""
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 from fastapi import FastAPI
@@ -16,15 +15,9 @@ from pipelines.serving.remote_model import RemoteModel
 from rcd_core.decode_settings import DecodeSettings
 
 
-def limits_id(limits: ApiLimits) -> str:
-    """Tells limits apart without telling the keys."""
-    known = (limits.timeout_s, limits.max_body_bytes, *sorted(limits.api_keys))
-    return hashlib.sha256(repr(known).encode()).hexdigest()
-
-
 @serve.ingress()
 class Ingress:
-    """Answers even while models are loading or restarted. `about` is what /version says."""
+    """Answers even while models load or restart. about: the body of /version."""
 
     def __init__(
         self,
@@ -41,13 +34,13 @@ class Ingress:
         }
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        # Serve's proxy gives every answer its X-Request-Id.
-        return create_app(self.models, self.about, self.limits, name_requests=False)
+        # Serve's proxy adds X-Request-Id itself.
+        return create_app(self.models, self.about, self.limits, add_request_id=False)
 
     async def version(self) -> dict[str, Any]:
-        """What /version answers, for callers with a handle."""
+        """The body of /version, for callers with a handle."""
         return self.about
 
-    async def guard(self) -> str:
-        """limits_id of the limits in force, for callers with a handle."""
-        return limits_id(self.limits)
+    async def limits_id(self) -> str:
+        """ApiLimits.id of the limits in force, for callers with a handle."""
+        return self.limits.id

@@ -1,6 +1,6 @@
-"""The reference model of the served application: its deployment, and how engines ask it.
+"""The reference model of the served application: its deployment, and the client that engines use.
 
-Between a target and its reference travel token ids and sparse ReferenceSignals, never whole distributions.
+Target and reference exchange token ids and sparse ReferenceSignals, never whole distributions.
 """
 
 from __future__ import annotations
@@ -19,78 +19,78 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from pipelines.serving.metrics import keep_telling
+from pipelines.serving.metrics import export_metrics
 from rcd_core import LocalReference, ReferenceSignals, WarmStart, load_model
 from rcd_core.decoding.memory import fit_batch
 from rcd_core.signals import Signals
 
 logger = logging.getLogger("ray.serve")
-REFERENCE_TIMEOUT_S = 20.0
-RETRY_TIMEOUT_S = 5.0  # of the second try: a replica to take over is there at once or not soon
-REFERENCE_THREADS = 16  # questions on their way at once; blocks of different requests begin at different passes
-REFERENCE_SESSIONS = 8  # a target's requests in so many groups, each at home with one of several reference replicas
+TIMEOUT_S = 20.0
+RETRY_TIMEOUT_S = 5.0  # of the second try: another replica answers quickly or not at all
+REFERENCE_THREADS = 16  # concurrent calls of one session; blocks of different requests start at different passes
+REFERENCE_SESSIONS = 8  # groups of a target's requests, each routed to one of several reference replicas
 
 
 class RemoteReference:
-    """The reference deployment as the engine sees it, an AsyncReference: each batch is one call, tried twice.
+    """The reference deployment as an AsyncReference. Each batch is one call, tried twice.
 
-    After two failures nothing is asked until a replica has answered that it is ready: requests start from zero instead
-    of waiting in vain, one after the other. top_k: ids per position where a request wants all of them, which is too
-    much to send. sessions: into how many groups requests are parted; Serve's router (graph.py) sends the blocks of a
-    request to the replica that has its context, as long as there are the same replicas.
+    After two failures no call is made until a replica is ready again; meanwhile requests start from zero instead of
+    waiting for timeouts one after the other. top_k: ids per position for requests that want the whole distribution,
+    which is too large to send. sessions: number of groups of requests; Serve's router (graph.py) sends the blocks of a
+    request to the replica that caches its context, as long as the set of replicas does not change.
     """
 
     def __init__(self, handle: DeploymentHandle, top_k: int, sessions: int = 1) -> None:
         self.top_k = top_k
-        own = uuid.uuid4().hex
-        self._homes = [handle.options(session_id=f"{own}/{number}") for number in range(sessions)]
-        self._elsewhere = handle.options(session_id=own)  # another home, mostly, for second tries
+        prefix = uuid.uuid4().hex
+        self._sessions = [handle.options(session_id=f"{prefix}/{number}") for number in range(sessions)]
+        self._fallback = handle.options(session_id=prefix)  # most likely another replica, for second tries
         self._threads = ThreadPoolExecutor(REFERENCE_THREADS * sessions, thread_name_prefix="reference")
-        self._waiting = threading.Lock()  # held by whoever waits for the reference to come back
+        self._down = threading.Lock()  # held while a thread waits for the reference to come back
 
     def submit(self, requests: Sequence[WarmStart]) -> list[Future[Signals | None]]:
-        """One future per request; None where the reference cannot answer."""
+        """One future per request, in order. None: the reference cannot answer."""
         futures: list[Future[Signals | None]] = [Future() for _ in requests]
-        parts: dict[int, list[int]] = {}
+        groups: dict[int, list[int]] = {}
         for i, request in enumerate(requests):
-            parts.setdefault(request.session % len(self._homes), []).append(i)
-        for home, part in parts.items():
-            asked = [replace(requests[i], top_k=requests[i].top_k or self.top_k) for i in part]
-            self._threads.submit(self._answer, self._homes[home], asked, [futures[i] for i in part])
+            groups.setdefault(request.session % len(self._sessions), []).append(i)
+        for session, group in groups.items():
+            batch = [replace(requests[i], top_k=requests[i].top_k or self.top_k) for i in group]
+            self._threads.submit(self._resolve, self._sessions[session], batch, [futures[i] for i in group])
         return futures
 
-    def _answer(self, home: DeploymentHandle, asked: list[WarmStart], futures: list[Future[Signals | None]]) -> None:
-        found: Sequence[Signals | None] = [None] * len(asked)
-        if not self._waiting.locked():
+    def _resolve(self, handle: DeploymentHandle, batch: list[WarmStart], futures: list[Future[Signals | None]]) -> None:
+        signals: Sequence[Signals | None] = [None] * len(batch)
+        if not self._down.locked():
             try:
-                found = self._ask(home, asked)
-            except Exception:  # counted by the engine, told to the client under `rcd`
+                signals = self._signals(handle, batch)
+            except Exception:  # the engine counts it, and the client sees it under `rcd`
                 logger.warning("the reference cannot answer; blocks start from zero", exc_info=True)
-                if self._waiting.acquire(blocking=False):
-                    # A daemon: it must not keep a replica alive whose application is gone for good.
-                    threading.Thread(target=self._wait, name="reference-waits", daemon=True).start()
-        for future, signals in zip(futures, found, strict=True):
-            future.set_result(signals)
+                if self._down.acquire(blocking=False):
+                    # A daemon, so that it does not keep the replica of a deleted application alive.
+                    threading.Thread(target=self._wait_until_ready, name="reference-waits", daemon=True).start()
+        for future, value in zip(futures, signals, strict=True):
+            future.set_result(value)
 
-    def _ask(self, home: DeploymentHandle, asked: list[WarmStart]) -> list[Signals]:
+    def _signals(self, handle: DeploymentHandle, batch: list[WarmStart]) -> list[Signals]:
         try:
-            replies = self._call(home, "signals", REFERENCE_TIMEOUT_S, asked)
-        except Exception:  # its replica died, most likely: another may be there
-            replies = self._call(self._elsewhere, "signals", RETRY_TIMEOUT_S, asked)
+            replies = self._call(handle, "signals", TIMEOUT_S, batch)
+        except Exception:  # most likely the replica died
+            replies = self._call(self._fallback, "signals", RETRY_TIMEOUT_S, batch)
         return [ReferenceSignals.from_bytes(reply) for reply in replies]
 
-    def _wait(self) -> None:
+    def _wait_until_ready(self) -> None:
         try:
             while True:
                 with contextlib.suppress(Exception):
-                    self._call(self._elsewhere, "ready", REFERENCE_TIMEOUT_S)
+                    self._call(self._fallback, "ready", TIMEOUT_S)
                     return
                 time.sleep(1.0)
         finally:
-            self._waiting.release()
+            self._down.release()
 
-    def _call(self, handle: DeploymentHandle, method: str, timeout_s: float, *given: Any) -> Any:
-        response = getattr(handle, method).remote(*given)
+    def _call(self, handle: DeploymentHandle, method: str, timeout_s: float, *args: Any) -> Any:
+        response = getattr(handle, method).remote(*args)
         try:
             return response.result(timeout_s=timeout_s)
         except TimeoutError:
@@ -99,46 +99,44 @@ class RemoteReference:
 
 
 class Reference:
-    """Holds the reference model; answers with signals in their Arrow form. Contexts stay in its cache: as many as
-    there can be requests, fewer where the memory does not suffice.
+    """The deployment: holds the reference model and answers with signals as Arrow bytes.
 
-    contexts: those requests. max_length: their positions at most. gpu_part: what it has of a GPU.
+    contexts: prompts whose KV stays cached, one per concurrent request, fewer if memory does not suffice. max_length:
+    positions of a context. gpu_share: this replica's share of its GPU.
     """
 
-    def __init__(self, checkpoint: str, device: str, contexts: int, max_length: int, gpu_part: float) -> None:
+    def __init__(self, checkpoint: str, device: str, contexts: int, max_length: int, gpu_share: float) -> None:
         model = load_model(checkpoint, device=device)
         length = min(max_length, model.max_positions)
-        contexts = fit_batch(model, length, model.info.block_length, contexts, part=gpu_part)
+        contexts = fit_batch(model, length, model.info.block_length, contexts, part=gpu_share)
         self.model = LocalReference(model, contexts, length)
-        self.thread = ThreadPoolExecutor(max_workers=1)  # one pass at a time, off the event loop
+        self.thread = ThreadPoolExecutor(max_workers=1)  # one pass at a time, outside the event loop
         self.counts = {"reference_passes_total": 0.0, "reference_seconds_total": 0.0}
-        self.telling = asyncio.create_task(keep_telling(self.statistics))
+        self.export = asyncio.create_task(export_metrics(self.statistics))
 
     async def signals(self, requests: list[WarmStart]) -> list[bytes]:
-        return await self._merged(requests)
+        return await self._batched(requests)
 
     async def ready(self) -> None:
-        """Answers once the constructor is through."""
+        """Returns once the constructor has finished."""
 
     async def statistics(self) -> dict[str, float]:
-        """Of this replica: its passes, each for all blocks that were asked for at once, their time, and what of the
-        contexts its cache had already."""
+        """Counters of this replica; serving/metrics.py describes each."""
         return {**self.counts, "reused_tokens_total": float(self.model.reused_tokens)}
 
     async def check_health(self) -> None:
-        """Answers from the event loop, so never waits for a pass of the model."""
+        """Runs in the event loop, so it never waits for a pass of the model."""
 
     @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.0)
-    async def _merged(self, calls: list[list[WarmStart]]) -> list[list[bytes]]:
-        """Whatever has come in during the last pass goes through the next one together."""
-        everything = [request for call in calls for request in call]
-        found = await asyncio.get_running_loop().run_in_executor(self.thread, self._signals, everything)
-        answers = iter(found)
-        return [[next(answers) for _ in call] for call in calls]
+    async def _batched(self, calls: list[list[WarmStart]]) -> list[list[bytes]]:
+        """Calls that arrived during the last pass share the next one."""
+        requests = [request for call in calls for request in call]
+        signals = iter(await asyncio.get_running_loop().run_in_executor(self.thread, self._signals, requests))
+        return [[next(signals) for _ in call] for call in calls]
 
     def _signals(self, requests: list[WarmStart]) -> list[bytes]:
-        begun = time.perf_counter()
-        found = self.model.signals(requests)
+        started = time.perf_counter()
+        signals = self.model.signals(requests)
         self.counts["reference_passes_total"] += 1
-        self.counts["reference_seconds_total"] += time.perf_counter() - begun
-        return [signals.to_bytes() for signals in found if isinstance(signals, ReferenceSignals)]
+        self.counts["reference_seconds_total"] += time.perf_counter() - started
+        return [s.to_bytes() for s in signals if isinstance(s, ReferenceSignals)]

@@ -1,4 +1,4 @@
-"""The Target deployment: a model with its tokenizer, in an engine. Requests come as texts."""
+"""The Target deployment: one model with its tokenizer, in an engine thread."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from pipelines.serving.backend import DecodeRequest, Overloaded
-from pipelines.serving.engine_thread import Batch, EngineThread
-from pipelines.serving.metrics import keep_telling
+from pipelines.serving.engine_thread import EngineThread, EventBatch
+from pipelines.serving.metrics import export_metrics
 from pipelines.serving.reference import RemoteReference
 from rcd_core import UserError, load_model
 from rcd_core.decode_settings import DecodeSettings
@@ -26,20 +26,20 @@ from rcd_core.io.node_copy import node_copy
 from rcd_core.text.tokenizer import load_tokenizer
 
 logger = logging.getLogger("ray.serve")
-MAX_LENGTH = 4096  # positions of a request where neither the recipe nor the model has fewer
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
+MAX_LENGTH = 4096  # positions of a request, unless the recipe or the model has fewer
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
 
 
 @dataclass(frozen=True)
-class FirstBatch(Batch):
-    """What a replica answers first. checkpoint: weights_id of its model."""
+class FirstBatch(EventBatch):
+    """The first batch of a replica. checkpoint: weights_id of its model."""
 
     checkpoint: str = ""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A UserError, or Overloaded with retry_after_s. A value: of an exception Serve would log a traceback."""
+    """A UserError, or Overloaded if retry_after_s is set. A value, because Serve logs a traceback of exceptions."""
 
     message: str
     checkpoint: str
@@ -49,52 +49,46 @@ class Refusal:
         return UserError(self.message) if self.retry_after_s is None else Overloaded(self.retry_after_s)
 
 
-@dataclass(frozen=True, kw_only=True)
-class EngineLimits:
-    """max_batch: requests under way at once, fewer where the memory does not suffice. max_queue: requests waiting
-    beyond these. max_length: positions of a request; None: the model's, at most MAX_LENGTH. gpu_part: what the replica
-    has of a GPU."""
-
-    max_batch: int
-    max_queue: int
-    max_length: int | None
-    gpu_part: float = 1.0
-
-
 class Target:
-    """Holds a target model with its tokenizer, in an engine."""
+    """The deployment. max_batch: requests decoded at once, fewer if memory does not suffice. max_queue: requests that
+    may wait. max_length: positions of a request; None: the model's, at most MAX_LENGTH. gpu_share: this replica's
+    share of its GPU. reference_top_k, reference_sessions: of RemoteReference."""
 
     def __init__(
         self,
         checkpoint: str,
         device: str,
+        *,
         reference: DeploymentHandle | None,
         reference_top_k: int,
         reference_sessions: int,
-        limits: EngineLimits,
+        max_batch: int,
+        max_queue: int,
+        max_length: int | None,
+        gpu_share: float,
     ) -> None:
-        checkpoint = node_copy(checkpoint)  # once: model and tokenizer are of one version
+        checkpoint = node_copy(checkpoint)  # once, so that model and tokenizer are of the same version
         model = load_model(checkpoint, device=device)
-        fed = bool(model.info.rcd) or reference is not None
-        if message := uncalibrated(DecodeSettings(residual=fed), model):
+        residual = bool(model.info.rcd) or reference is not None
+        if message := uncalibrated(DecodeSettings(residual=residual), model):
             logger.warning("%s: %s", checkpoint, message)
         self.checkpoint = weights_id(model)
-        length = min(model.max_positions, limits.max_length or MAX_LENGTH)
+        length = min(model.max_positions, max_length or MAX_LENGTH)
         self.engine = EngineThread(
             model,
             load_tokenizer(checkpoint),
             RemoteReference(reference, reference_top_k, reference_sessions) if reference else None,
-            max_batch=fit_batch(model, length, model.info.block_length, limits.max_batch, part=limits.gpu_part),
+            max_batch=fit_batch(model, length, model.info.block_length, max_batch, part=gpu_share),
             max_length=length,
-            max_queue=limits.max_queue,
+            max_queue=max_queue,
         )
         self.replica_id = serve.get_replica_context().replica_id.unique_id
-        self.telling = asyncio.create_task(keep_telling(self.engine.statistics))
+        self.export = asyncio.create_task(export_metrics(self.engine.statistics))
 
-    async def stream(self, request: DecodeRequest) -> AsyncIterator[Batch | Refusal]:
-        """A Batch after each pass that brought something, a FirstBatch before the others, or one Refusal."""
-        if request.committed and request.checkpoint != self.checkpoint:  # ids that may not even be in its vocabulary
-            yield Refusal("a model of another checkpoint has begun the answer", self.checkpoint)
+    async def stream(self, request: DecodeRequest) -> AsyncIterator[EventBatch | Refusal]:
+        """One batch per pass that has events, the first one a FirstBatch; or a single Refusal."""
+        if request.committed and request.checkpoint != self.checkpoint:  # the ids may be outside its vocabulary
+            yield Refusal("a model with another checkpoint began the answer", self.checkpoint)
             return
         first = True
         try:
@@ -108,26 +102,26 @@ class Target:
             yield Refusal(str(error), self.checkpoint, error.retry_after_s)
 
     async def ready(self) -> None:
-        """Answers once the constructor is through; raises where the engine has given up."""
+        """Returns once the constructor has finished; raises EngineGone if the engine gave up."""
         await self.engine.ready()
 
     async def statistics(self) -> tuple[str, dict[str, float]]:
-        """Of this replica, by its id."""
+        """(Replica id, its statistics)."""
         return self.replica_id, await self.engine.statistics()
 
     async def check_health(self) -> None:
-        """Answers from the event loop, so never waits for a pass of the model."""
+        """Runs in the event loop, so it never waits for a pass of the model."""
         self.engine.check()
 
 
 def weights_id(model: DiffusionModel) -> str:
-    """16 hex digits: the same for the same weights and settings in the same precision, on any device.
+    """16 hex digits that identify weights, settings and precision, on any device and from any path.
 
-    Weights enter by the sum of their bits, per tensor: exact in any order, and quick where they lie. That two trainings
-    agree in every sum is as good as impossible; it is no protection against someone who wants them to.
+    Each tensor enters as the sum of its bits: exact in any order, and fast on its device. A collision of two trainings
+    is practically impossible; this is no protection against a deliberate one.
     """
-    told = hashlib.sha256(repr(model.info).encode())
+    digest = hashlib.sha256(repr(model.info).encode())
     for name, weights in model.named_parameters():
         bits = weights.detach().view(_INTEGERS[weights.element_size()])
-        told.update(f"{name} {tuple(weights.shape)} {weights.dtype} {int(bits.sum(dtype=torch.int64))}".encode())
-    return told.hexdigest()[:16]
+        digest.update(f"{name} {tuple(weights.shape)} {weights.dtype} {int(bits.sum(dtype=torch.int64))}".encode())
+    return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The answers of the HTTP interface: OpenAI's bodies and chunks, with what diffusion adds under `rcd`."""
+"""Answers of the HTTP interface: OpenAI's bodies and chunks, plus passes and settings under `rcd`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import uuid
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from pipelines.serving.backend import DecodeEvent, DecodeResult, Finished, TextDelta
 from pipelines.serving.http.bodies import ChatRequest, Request, TraceDetail
 
-# -- the bodies, as /openapi.json tells them --------------------------------------------------------------------------
+# -- the schema of the bodies ------------------------------------------------------------------------------------------
 
 
 class Usage(BaseModel):
@@ -22,31 +22,33 @@ class Usage(BaseModel):
 
 
 class RcdAnswer(BaseModel):
-    """settings: as they were in effect, for the first choice. forwards: passes by kind, of all choices together.
-    tokens_per_forward: new tokens over denoising passes."""
+    """`rcd` of an answer."""
 
-    settings: dict[str, Any]
-    forwards: dict[str, int]
-    tokens_per_forward: float
-    reference_failures: int
-    seconds: float
+    settings: dict[str, Any] = Field(description="Effective DecodeSettings of the first choice.")
+    forwards: dict[str, int] = Field(description="Passes by kind, summed over the choices.")
+    tokens_per_forward: float = Field(description="New tokens per denoising pass.")
+    reference_failures: int = Field(description="Blocks that started from zero because the reference could not answer.")
+    seconds: float = Field(description="From request to answer, as the server measures it.")
 
 
 class RcdChoice(BaseModel):
-    """steps: one entry per denoising pass, where return_trace asks for it."""
+    """`rcd` of a choice."""
 
-    seed: int | None
-    forwards: dict[str, int]
-    reference_failures: int
-    steps: list[dict[str, Any]] | None = None
+    seed: int | None = Field(description="Seed of this choice.")
+    forwards: dict[str, int] = Field(description="Passes by kind.")
+    reference_failures: int = Field(description="Blocks that started from zero because the reference could not answer.")
+    steps: list[dict[str, Any]] | None = Field(None, description="One entry per denoising pass, with `return_trace`.")
 
 
-class CompletionChoice(BaseModel):
+class _Choice(BaseModel):
     index: int
-    text: str
     logprobs: None
     finish_reason: Literal["stop", "length"]
     rcd: RcdChoice
+
+
+class CompletionChoice(_Choice):
+    text: str
 
 
 class ChatMessage(BaseModel):
@@ -54,34 +56,27 @@ class ChatMessage(BaseModel):
     content: str
 
 
-class ChatChoice(BaseModel):
-    index: int
+class ChatChoice(_Choice):
     message: ChatMessage
-    logprobs: None
-    finish_reason: Literal["stop", "length"]
-    rcd: RcdChoice
 
 
-class Completion(BaseModel):
+class _Body(BaseModel):
     id: str
+    created: int
+    model: str
+    system_fingerprint: str | None
+    usage: Usage
+    rcd: RcdAnswer
+
+
+class Completion(_Body):
     object: Literal["text_completion"]
-    created: int
-    model: str
-    system_fingerprint: str | None
     choices: list[CompletionChoice]
-    usage: Usage
-    rcd: RcdAnswer
 
 
-class ChatCompletion(BaseModel):
-    id: str
+class ChatCompletion(_Body):
     object: Literal["chat.completion"]
-    created: int
-    model: str
-    system_fingerprint: str | None
     choices: list[ChatChoice]
-    usage: Usage
-    rcd: RcdAnswer
 
 
 class ModelCard(BaseModel):
@@ -100,14 +95,14 @@ class Status(BaseModel):
     status: Literal["ok", "ready"]
 
 
-# -- how they come about ----------------------------------------------------------------------------------------------
+# -- their content -----------------------------------------------------------------------------------------------------
 
 
 class Answer:
-    """What one request gets, told event by event: the chunks on the way, and the whole body in the end. Under `rcd` a
-    stream holds the trace, pass by pass ({type: trace, index, pass, step}), and in its last chunk the statistics.
+    """Collects the events of one request, and makes the chunks of a stream or the whole body.
 
-    fingerprint: tells which deployed model answered.
+    `rcd` of a chunk has a step of the trace ({type: trace, index, pass, step}); `rcd` of the last chunk has the
+    statistics. fingerprint: identifies the deployed models.
     """
 
     def __init__(self, request: Request, num_choices: int, fingerprint: str | None) -> None:
@@ -129,32 +124,32 @@ class Answer:
         return all(self.results)
 
     def opening(self) -> Iterator[dict[str, Any]]:
-        """The chunks before any event: a chat says first who speaks."""
+        """The chunks before any event: a chat starts with the role."""
         if self.chat:
             for index in range(len(self.results)):
                 yield self._chunk(index, {"role": "assistant", "content": ""})
 
     def add(self, index: int, event: DecodeEvent) -> Iterator[dict[str, Any]]:
-        """Take in an event of a choice. Yields its chunks; must be run to its end."""
+        """Add an event of a choice and yield its chunks. Must be iterated to the end."""
         if isinstance(event, TextDelta):
-            yield from self._say(index, event.text)
+            yield from self._delta(index, event.text)
         elif isinstance(event, Finished):
             sent = self._text[index]
             if not event.result.text.startswith(sent):
-                raise RuntimeError("the final text differs from what was sent of it")
-            yield from self._say(index, event.result.text[len(sent) :])
+                raise RuntimeError("the final text differs from the text already sent")
+            yield from self._delta(index, event.result.text[len(sent) :])
             self.results[index] = event.result
-            yield self._last_of(index, event.result)
+            yield self._last_chunk(index, event.result)
         else:
             step = trace_step(event.step, self.request.return_trace)
             trace = {"type": "trace", "index": index, "pass": self._num_passes[index], "step": step}
             self._num_passes[index] += 1
-            yield self._tagged([]) | {"rcd": trace}
+            yield self._envelope([]) | {"rcd": trace}
 
     def closing(self) -> Iterator[dict[str, Any]]:
-        """The chunk after all events, where the usage was asked for."""
+        """The chunk after all events, if stream_options.include_usage is set."""
         if self.request.include_usage:
-            yield self._tagged([]) | {"usage": self.usage(), "rcd": self.rcd()}
+            yield self._envelope([]) | {"usage": self.usage(), "rcd": self.rcd()}
 
     def body(self) -> dict[str, Any]:
         """The whole answer, once it is complete."""
@@ -165,8 +160,8 @@ class Answer:
     def usage(self) -> dict[str, int]:
         results = self._finished()
         new = sum(r.num_tokens for r in results)
-        given = sum(r.num_prompt_tokens for r in results[:: self.request.n])  # a prompt counts once for its choices
-        return {"prompt_tokens": given, "completion_tokens": new, "total_tokens": given + new}
+        prompt = sum(r.num_prompt_tokens for r in results[:: self.request.n])  # once for all choices of a prompt
+        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
     def rcd(self) -> dict[str, Any]:
         results = self._finished()
@@ -182,22 +177,22 @@ class Answer:
     def _finished(self) -> list[DecodeResult]:
         return [r for r in self.results if r is not None]
 
-    def _say(self, index: int, text: str) -> Iterator[dict[str, Any]]:
+    def _delta(self, index: int, text: str) -> Iterator[dict[str, Any]]:
         if text:
             self._text[index] += text
             yield self._chunk(index, {"content": text} if self.chat else text)
 
-    def _last_of(self, index: int, result: DecodeResult) -> dict[str, Any]:
-        """The chunk without content that ends a choice; the last of them ends the answer, unless the usage does."""
+    def _last_chunk(self, index: int, result: DecodeResult) -> dict[str, Any]:
+        """The chunk without content that ends a choice. The last one has the statistics, unless the usage follows."""
         chunk = self._chunk(index, {} if self.chat else "", result.finish_reason)
         chunk["choices"][0]["rcd"] = _rcd_choice(result)
         return chunk | {"rcd": self.rcd()} if self.complete and not self.request.include_usage else chunk
 
-    def _chunk(self, index: int, said: dict[str, str] | str, finish_reason: str | None = None) -> dict[str, Any]:
-        content = {"delta": said} if self.chat else {"text": said}
-        return self._tagged([{"index": index, **content, "logprobs": None, "finish_reason": finish_reason}])
+    def _chunk(self, index: int, content: dict[str, str] | str, finish_reason: str | None = None) -> dict[str, Any]:
+        choice = {"index": index, "delta" if self.chat else "text": content, "logprobs": None}
+        return self._envelope([{**choice, "finish_reason": finish_reason}])
 
-    def _tagged(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _envelope(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         name = "chat.completion.chunk" if self.chat else "text_completion"
         chunk = {**self._head, "object": name, "choices": choices}
         return chunk | {"usage": None} if self.request.include_usage else chunk
@@ -215,7 +210,7 @@ def _rcd_choice(r: DecodeResult) -> dict[str, Any]:
 
 
 def trace_step(step: dict[str, Any], detail: TraceDetail) -> dict[str, Any]:
-    """A decoding.Step in the detail asked for: as it is, or its counts and means (entropy in nats)."""
+    """A decoding.Step in full, or its counts and means (entropy in nats)."""
     if detail == "steps":
         return step
     num_masked = len(step["masked"])

@@ -1,9 +1,6 @@
-"""The OpenAI-compatible HTTP interface, free of Ray and of models: `create_app` over anything that can decode.
+"""The OpenAI-compatible HTTP interface over any Backend: `create_app`. It needs no Ray cluster and holds no model.
 
-GET /v1/models, /v1/models/{id}, /health, /ready, /metrics, /version, /openapi.json and the page at /; POST
-/v1/completions, /v1/chat/completions, whole or as server-sent events. Errors have OpenAI's shape: 400 for a bad field,
-naming it, 404 for an unknown model, 429 where the queue is full, 504 after the deadline. A client that hangs up cancels
-what it asked for.
+../README.md lists routes, fields and errors. A client that disconnects cancels its request.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ from starlette.responses import PlainTextResponse, Response
 from pipelines.serving.backend import ServedModel
 from pipelines.serving.http.answers import Answer, ChatCompletion, Completion, ModelCard, ModelList, Status
 from pipelines.serving.http.bodies import ChatRequest, CompletionRequest
-from pipelines.serving.http.errors import ApiError, ErrorBody, shape_errors
+from pipelines.serving.http.errors import ERRORS, ApiError, ErrorBody, shape_errors
 from pipelines.serving.http.guard import ApiLimits, Guard, api_keys
 from pipelines.serving.http.interleave import Interleaved
 from pipelines.serving.http.metrics import ApiMetrics
@@ -32,21 +29,11 @@ from pipelines.serving.http.sse import EventStream, frames, while_connected
 from rcd_core.errors import UserError
 
 READY_TIMEOUT_S = 5.0
-# itemSchema: of each event, as OpenAPI 3.2 has it; data is a chunk in JSON, or [DONE].
+# itemSchema (OpenAPI 3.2) describes each event; data is a chunk as JSON, or [DONE].
 _EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 _SSE = {
-    "description": "The body, or with stream: true its chunks",
+    "description": "The answer; with stream: true, its chunks",
     "content": {"text/event-stream": {"itemSchema": _EVENT}},
-}
-_REASONS = {
-    400: "A field is wrong, or one that is not offered; the error names it",
-    401: "No valid API key",
-    404: "No such model",
-    413: "The body is too large",
-    429: "The queue is full; Retry-After says when to come again",
-    500: "The server failed",
-    503: "The model is not available",
-    504: "The deadline is over",
 }
 
 
@@ -55,72 +42,75 @@ def create_app(
     about: Mapping[str, Any],
     limits: ApiLimits | None = None,
     *,
-    name_requests: bool = True,
+    add_request_id: bool = True,
 ) -> FastAPI:
-    """The application. about: what /version answers; its key is the fingerprint of answers. limits None: the usual
-    ones, with the API keys of the environment. name_requests: answer with an X-Request-Id; False behind a proxy that
-    does so, as Ray Serve's. Raises UserError where the keys cannot be had."""
+    """The application. about: the body of /version; its key becomes system_fingerprint. limits None: the default ones,
+    with the API keys of the environment. add_request_id False: a proxy in front, such as Ray Serve's, adds
+    X-Request-Id. Raises UserError if the keys cannot be read."""
     limits = ApiLimits(api_keys=api_keys()) if limits is None else limits
     metrics = ApiMetrics()
-    # FastAPI's pages about the API load their scripts from elsewhere; /openapi.json says the same.
     app = FastAPI(
         title="Residual Context Diffusion",
         version=str(about.get("version", "unknown")),
-        docs_url=None,
+        docs_url=None,  # these pages load scripts from another host
         redoc_url=None,
     )
-    app.add_middleware(Guard, limits=limits, metrics=metrics, name_requests=name_requests)
+    app.add_middleware(Guard, limits=limits, metrics=metrics, add_request_id=add_request_id)
     shape_errors(app)
     app.include_router(_openai_routes(models, about.get("key"), limits, metrics))
     app.include_router(_state_routes(models, about, metrics))
     add_playground(app, models)
-    _describe(app)
+    _use_own_schema(app)
     return app
 
 
 def _openai_routes(
     models: Mapping[str, ServedModel], fingerprint: str | None, limits: ApiLimits, metrics: ApiMetrics
 ) -> APIRouter:
-    # The key is asked for before the body is read, by Guard; here it is only told.
+    # For the schema only: Guard checks the key before the body is read.
     keys = [Security(HTTPBearer(auto_error=False))] if limits.api_keys else []
     router = APIRouter(prefix="/v1", dependencies=keys)
-    decoding = {**_errors(*_REASONS), 200: _SSE}
+    decoding = {**_errors(*ERRORS), 200: _SSE}
 
     def card(model_id: str) -> dict[str, Any]:
         return {"id": model_id, "object": "model", "created": _find(models, model_id).created, "owned_by": "rcd"}
 
     @router.get("/models", response_model=ModelList, responses=_errors(401))
     async def list_models() -> dict[str, Any]:
+        """The served models."""
         return {"object": "list", "data": [card(model_id) for model_id in models]}
 
     @router.get("/models/{model_id:path}", response_model=ModelCard, responses=_errors(401, 404))
     async def get_model(model_id: str) -> dict[str, Any]:
+        """One served model."""
         return card(model_id)
 
     async def decode(request: CompletionRequest | ChatRequest, http: HttpRequest) -> Any:
         served = _find(models, request.model)
-        limit_s = _limit(request, limits)
-        asked = list(request.decode_requests(served.defaults))
-        answer = Answer(request, len(asked), fingerprint)
+        limit_s = _deadline(request, limits)
+        requests = list(request.decode_requests(served.defaults))
+        answer = Answer(request, len(requests), fingerprint)
         async with AsyncExitStack() as closing:
-            streams = Interleaved(map(served.backend.stream, asked), limit_s)
+            streams = Interleaved(map(served.backend.stream, requests), limit_s)
             closing.push_async_callback(streams.aclose)
             closing.enter_context(metrics.decoding(request.model, answer))
             if not request.stream:
                 return await while_connected(http.receive, _whole(answer, streams))
-            # A refusal comes first and at once, while it can still have a status of its own.
+            # A refusal is the first event, and comes at once: it can still set the status.
             first = await while_connected(http.receive, streams.next(limits.ping_s))
             content = frames(answer, streams, first, metrics.stream_failed, limits.ping_s)
             return EventStream(content, closing.pop_all())
 
     @router.post("/completions", response_model=Completion, response_model_exclude_unset=True, responses=decoding)
     async def complete(request: CompletionRequest, http: HttpRequest) -> Any:
+        """Continue prompts, or fill the masks of a text (`infill`)."""
         return await decode(request, http)
 
     @router.post(
         "/chat/completions", response_model=ChatCompletion, response_model_exclude_unset=True, responses=decoding
     )
     async def chat(request: ChatRequest, http: HttpRequest) -> Any:
+        """Answer a conversation."""
         return await decode(request, http)
 
     return router
@@ -131,12 +121,12 @@ def _state_routes(models: Mapping[str, ServedModel], about: Mapping[str, Any], m
 
     @router.get("/health", response_model=Status)
     async def health() -> dict[str, str]:
-        """Whether this process answers."""
+        """200 while this process runs."""
         return {"status": "ok"}
 
     @router.get("/ready", response_model=Status, responses=_errors(503))
     async def ready() -> dict[str, str]:
-        """Whether every model can decode."""
+        """200 once every model can decode, else 503."""
         try:
             await asyncio.wait_for(asyncio.gather(*(m.backend.ready() for m in models.values())), READY_TIMEOUT_S)
         except Exception as error:
@@ -144,13 +134,14 @@ def _state_routes(models: Mapping[str, ServedModel], about: Mapping[str, Any], m
         return {"status": "ready"}
 
     @router.get("/metrics", response_class=PlainTextResponse)
-    async def tell_metrics() -> Response:
-        """In the text form of Prometheus."""
+    async def show_metrics() -> Response:
+        """Metrics in Prometheus' text format."""
         text = await metrics.text({name: m.backend for name, m in models.items()})
         return Response(text, media_type="text/plain; version=0.0.4")
 
     @router.get("/version")
     async def version() -> dict[str, Any]:
+        """Release, key and default settings of the deployed application."""
         return dict(about)
 
     return router
@@ -159,11 +150,11 @@ def _state_routes(models: Mapping[str, ServedModel], about: Mapping[str, Any], m
 async def _whole(answer: Answer, streams: Interleaved) -> dict[str, Any]:
     while not answer.complete:
         for index, event in await streams.next(streams.limit_s):
-            deque(answer.add(index, event), maxlen=0)  # the chunks are for streams
+            deque(answer.add(index, event), maxlen=0)  # chunks are not needed
     return answer.body()
 
 
-def _limit(request: CompletionRequest | ChatRequest, limits: ApiLimits) -> float:
+def _deadline(request: CompletionRequest | ChatRequest, limits: ApiLimits) -> float:
     if request.timeout_s is None:
         return limits.timeout_s
     if request.timeout_s > limits.timeout_s:
@@ -173,7 +164,7 @@ def _limit(request: CompletionRequest | ChatRequest, limits: ApiLimits) -> float
 
 def _find(models: Mapping[str, ServedModel], model_id: str) -> ServedModel:
     if model_id not in models:
-        message = f"model {model_id!r} does not exist; served here: {', '.join(models)}"
+        message = f"model {model_id!r} does not exist; this server has {', '.join(models)}"
         raise ApiError(404, message, "model", "model_not_found")
     return models[model_id]
 
@@ -182,11 +173,11 @@ def _find(models: Mapping[str, ServedModel], model_id: str) -> ServedModel:
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": ErrorBody, "description": _REASONS[status]} for status in statuses}
+    return {status: {"model": ErrorBody, "description": ERRORS[status]} for status in statuses}
 
 
-def _describe(app: FastAPI) -> None:
-    """FastAPI would tell of a 422 in a shape of its own, which never leaves this application."""
+def _use_own_schema(app: FastAPI) -> None:
+    """Remove FastAPI's 422 responses, which this application never sends."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:

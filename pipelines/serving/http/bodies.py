@@ -1,7 +1,7 @@
-"""The bodies of the HTTP interface: OpenAI's fields that are honoured, and every DecodeSettings field by its own name.
+"""Request bodies: the OpenAI fields that are supported, and every DecodeSettings field by its own name.
 
-Anything else is refused: a misspelt threshold that is silently ignored would spoil an experiment. Types are strict: the
-text "0.5" is no number. Null is as good as left out, for every field but model, prompt and messages.
+Unknown fields are rejected, because a misspelt threshold that is silently ignored would spoil an experiment. Types are
+strict: "0.5" is no number. null means the same as leaving a field out, except for model, prompt and messages.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ TraceDetail = Literal["none", "summary", "steps"]
 def _encodable(text: str) -> str:
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which is no text
-        raise ValueError(f"character {error.start} is half a surrogate pair, which is no text") from None
+    except UnicodeEncodeError as error:  # JSON can contain half a surrogate pair
+        raise ValueError(f"character {error.start} is half a surrogate pair, which is not text") from None
     return text
 
 
@@ -43,7 +43,7 @@ STRICT = ConfigDict(extra="forbid", strict=True)
 
 
 class _NullIsDefault:
-    """Marks a field whose value is never None, but for which null may be sent: it means that nothing is given."""
+    """Marks a field whose value is never None but for which clients may send null, which means the default."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(_not_null, core_schema.nullable_schema(handler(source)))
@@ -55,69 +55,102 @@ def _not_null(value: Any) -> Any:
     return value
 
 
-# Clients send null for what their user left out.
 Switch = Annotated[bool, _NullIsDefault()]
 
-# DecodeSettings refuses what is out of these bounds too; here they are for /openapi.json to tell.
+# DecodeSettings checks these bounds too; here they are part of /openapi.json.
 _BOUNDED: dict[str, Any] = {
     "seed": Seed,
-    "stop_token_ids": Annotated[tuple[TokenId, ...], Field(strict=False)],  # a list in JSON, so not strictly a tuple
+    "stop_token_ids": Annotated[tuple[TokenId, ...], Field(strict=False)],  # JSON has lists, strict tuples reject them
     **dict.fromkeys(("block_length", "denoising_steps", "max_new_tokens", "top_k", "residual_top_k"), Count),
     **dict.fromkeys(("temperature", "cfg_scale"), Annotated[float, Field(ge=0)]),
     **dict.fromkeys(("entropy_bound", "residual_temperature", "alpha_scale"), Annotated[float, Field(gt=0)]),
     "confidence_threshold": Annotated[float, Field(ge=0, le=1)],
     "top_p": Annotated[float, Field(gt=0, le=1)],
 }
+_DESCRIPTIONS = {
+    "block_length": "Tokens decoded together.",
+    "denoising_steps": "Passes planned for a block; sets the smallest number of tokens per pass.",
+    "max_new_tokens": "Same as `max_tokens`.",
+    "policy": "Which tokens a pass commits.",
+    "confidence_threshold": "`low_confidence_dynamic` commits every token above it.",
+    "entropy_bound": "For `entropy_bounded`: the most certain tokens whose entropies sum to less are committed (nats).",
+    "temperature": "0 takes the most probable token.",
+    "top_k": "Sample from the k most probable tokens.",
+    "top_p": "Sample from the most probable tokens that sum to this probability.",
+    "seed": "Seed of sampling; counts up over the choices of a request.",
+    "filtered_confidence": "Compute the confidence after top-k and top-p.",
+    "cfg_scale": "Strength of classifier-free guidance; 0 is off.",
+    "logits_eos_inf": "LLaDA: never predict an end of sequence.",
+    "confidence_eos_eot_inf": "LLaDA: commit ends of sequence or turn last.",
+    "stop_token_ids": "Token ids that end the answer; an empty list turns stopping off.",
+    "cache": "What is kept between passes.",
+    "compat_passes": "Make exactly the passes of the authors' code.",
+    "residual": "Feed discarded distributions back (RCD); false is plain block decoding.",
+    "residual_source": "Model whose predictions become residuals.",
+    "start": "First residual of a block.",
+    "residual_temperature": "Temperature T_res of the residual.",
+    "delta_temperature": "Temperature of the residual's distribution: 1, or T_res.",
+    "alpha": "Rule that weights the residual.",
+    "alpha_scale": "Scale of the alpha rule (nats).",
+    "residual_top_k": "Sparse residuals of this many tokens.",
+    "residual_scope": "Positions that receive residuals.",
+}
 
-
-# One optional field per setting, under the setting's own name; left out or null means the server's default.
+# One optional field per setting, under the setting's own name; null means the server's default.
 _HINTS = get_type_hints(DecodeSettings)
-_OPTIONAL: dict[str, Any] = {name: (_BOUNDED.get(name, _HINTS[name]) | None, None) for name in DECODE_FIELDS}
+_OPTIONAL: dict[str, Any] = {
+    name: (_BOUNDED.get(name, _HINTS[name]) | None, Field(None, description=_DESCRIPTIONS.get(name)))
+    for name in DECODE_FIELDS
+}
 _DecodeFields: Any = create_model("_DecodeFields", __config__=STRICT, **_OPTIONAL)
 
 
 class StreamOptions(BaseModel):
+    """Options of a stream."""
+
     model_config = STRICT
-    include_usage: Switch = False
+    include_usage: Switch = Field(False, description="End the stream with a chunk that has `usage` and `rcd`.")
 
 
 class Request(_DecodeFields):  # type: ignore[misc]
-    """What completions and chat have in common.
+    """Fields of both POST routes."""
 
-    return_trace: what comes back of every denoising pass, counts and means or all of it. timeout_s: seconds after which
-    to give up, at most the server's.
-    """
-
-    model: str
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), _NullIsDefault()] = 1
-    max_tokens: Count | None = None
-    max_completion_tokens: Count | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
-    stream: Switch = False
-    stream_options: StreamOptions | None = None
-    user: str | None = None  # whom the request is made for: no effect
-    return_trace: Annotated[TraceDetail, _NullIsDefault()] = "none"
-    timeout_s: Annotated[float, Field(ge=0.1)] | None = None
+    model: str = Field(description="Id of a served model.")
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), _NullIsDefault()] = Field(1, description="Choices per prompt.")
+    max_tokens: Count | None = Field(None, description="Most new tokens of the answer.")
+    max_completion_tokens: Count | None = Field(None, description="Same as `max_tokens`.")
+    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = Field(
+        None, description="Texts that end the answer; they are not part of it."
+    )
+    stream: Switch = Field(False, description="Send finished blocks as server-sent events.")
+    stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
+    user: str | None = Field(None, description="No effect.")
+    return_trace: Annotated[TraceDetail, _NullIsDefault()] = Field(
+        "none", description="Report every denoising pass, as counts and means or in full."
+    )
+    timeout_s: Annotated[float, Field(ge=0.1)] | None = Field(
+        None, description="Deadline in seconds; at most, and by default, the server's."
+    )
 
     def settings(self, defaults: DecodeSettings) -> DecodeSettings:
-        """The server's defaults with what this request changes. Raises UserError naming the field."""
-        given = {name: value for name in DECODE_FIELDS if (value := getattr(self, name)) is not None}
+        """The server's defaults, overridden by this request. Raises UserError naming the field."""
+        values = {name: value for name in DECODE_FIELDS if (value := getattr(self, name)) is not None}
         if (length := self.length()) is not None:
-            given["max_new_tokens"] = length
-        return replace(defaults, **given, trace=self.return_trace != "none")
+            values["max_new_tokens"] = length
+        return replace(defaults, **values, trace=self.return_trace != "none")
 
     def length(self) -> int | None:
-        """The new tokens asked for, under whichever of their names."""
+        """The requested number of new tokens, under any of its names."""
         names = ("max_tokens", "max_completion_tokens", "max_new_tokens")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        if len(set(given.values())) > 1:
-            raise UserError(f"{' and '.join(given)} differ; they mean the same, give one")
-        return next(iter(given.values()), None)
+        values = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if len(set(values.values())) > 1:
+            raise UserError(f"{' and '.join(values)} differ but mean the same; send only one")
+        return next(iter(values.values()), None)
 
     def stops(self) -> tuple[str, ...]:
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if "" in stops:
-            raise UserError("stop holds an empty string; leave it out")
+            raise UserError("stop has an empty string; remove it")
         return stops
 
     @property
@@ -127,10 +160,12 @@ class Request(_DecodeFields):  # type: ignore[misc]
 
 
 class CompletionRequest(Request):
-    """POST /v1/completions. infill: fill every mask token (`<|MASK|>`) of the prompt and return the filled text."""
+    """Body of POST /v1/completions."""
 
-    prompt: Text | Annotated[list[Text] | list[TokenId] | list[list[TokenId]], Field(min_length=1)]
-    infill: Switch = False
+    prompt: Text | Annotated[list[Text] | list[TokenId] | list[list[TokenId]], Field(min_length=1)] = Field(
+        description="A text, token ids, or a list of either."
+    )
+    infill: Switch = Field(False, description="Fill every `<|MASK|>` of the prompt and return the filled text.")
 
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str):
@@ -141,21 +176,27 @@ class CompletionRequest(Request):
 
     def decode_requests(self, defaults: DecodeSettings) -> Iterator[DecodeRequest]:
         if self.infill and (self.length() is not None or self.stops()):
-            raise UserError("max_tokens and stop do not go with infill, which fills every mask and adds nothing")
+            raise UserError("max_tokens and stop do not go with infill, which only fills masks")
         prompts = self.prompts()
         if len(prompts) * self.n > MAX_CHOICES:
-            raise UserError(f"prompt holds {len(prompts)} prompts, with n {self.n}; at most {MAX_CHOICES} in all")
+            raise UserError(
+                f"prompt has {len(prompts)} prompts and n is {self.n}; at most {MAX_CHOICES} choices in all"
+            )
         for prompt in prompts:
             yield from _choices(self, prompt, None, defaults, self.infill)
 
 
 class TextPart(BaseModel):
+    """A part of a message. Only text is supported."""
+
     model_config = STRICT
     type: Literal["text"]
     text: Text
 
 
 class Message(BaseModel):
+    """A message of a conversation."""
+
     model_config = STRICT
     role: Literal["system", "user", "assistant"]
     content: Text | list[TextPart]
@@ -166,9 +207,11 @@ class Message(BaseModel):
 
 
 class ChatRequest(Request):
-    """POST /v1/chat/completions."""
+    """Body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1)] = Field(
+        description="The conversation: each message has `role` (system, user or assistant) and `content`."
+    )
 
     def decode_requests(self, defaults: DecodeSettings) -> Iterator[DecodeRequest]:
         yield from _choices(self, None, [m.plain() for m in self.messages], defaults, False)
@@ -181,9 +224,9 @@ def _choices(
     defaults: DecodeSettings,
     infill: bool,
 ) -> Iterator[DecodeRequest]:
-    """One request per choice of a prompt; a given seed counts up over them."""
+    """One DecodeRequest per choice of a prompt; a given seed counts up over them."""
     if request.stream_options and not request.stream:
-        raise UserError("stream_options goes with stream: true; leave it out")
+        raise UserError("stream_options needs stream: true; remove it")
     settings = request.settings(defaults)
     for i in range(request.n):
         yield DecodeRequest(

@@ -1,11 +1,10 @@
-"""Every error that leaves the HTTP interface, in OpenAI's shape: {"error": {message, type, param, code}}."""
+"""All errors of the HTTP interface, in OpenAI's shape: {"error": {message, type, param, code}}."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-import re
 import reprlib
 from collections.abc import Mapping
 from typing import Any
@@ -13,13 +12,14 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from pipelines.recipe.files import suggestion
 from pipelines.serving.backend import Overloaded, Unavailable
 from pipelines.serving.http.bodies import (
+    MAX_INT,
     MAX_STOPS,
     ChatRequest,
     CompletionRequest,
@@ -31,13 +31,23 @@ from pipelines.serving.http.bodies import (
 from pipelines.serving.http.sse import ClientGone
 from rcd_core.errors import UserError
 
-CLIENT_GONE = 499  # seen by nobody but the metrics
-_SHORT = reprlib.Repr()  # of refused values, however long or deep they are
+ERRORS = {
+    400: "A field is invalid or unknown; `param` names it",
+    401: "No valid API key",
+    404: "No such model",
+    413: "The body is too large",
+    429: "The queue is full; Retry-After says when to retry",
+    500: "The server failed",
+    503: "The model is not available",
+    504: "The deadline has passed",
+}
+CLIENT_GONE = 499  # appears only in the metrics
+_SHORT = reprlib.Repr()  # of invalid values, however long or deep
 _SHORT.maxstring = 120
 
-# What a field that may be of several types wants; pydantic would complain about each of them.
-_WANTED = {
-    "prompt": "it must be a text, texts, token ids (0 to 2147483647), or lists of token ids, and not be empty",
+# Requirements of fields with several types; pydantic would complain once per type.
+_REQUIREMENTS = {
+    "prompt": f"it must be a text, texts, token ids (0 to {MAX_INT}), or lists of token ids, and not be empty",
     "stop": f"it must be a text or at most {MAX_STOPS} texts",
     "content": "it must be a text or a list of text parts",
 }
@@ -46,10 +56,10 @@ _FIELDS = {name for body in _BODIES for name in body.model_fields}
 
 
 class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
+    message: str = Field(description="What is wrong and what to do, in one line.")
+    type: str = Field(description="Kind of error, given by the status.")
+    param: str | None = Field(description="The invalid field.")
+    code: str | None = Field(description="Machine-readable reason.")
 
 
 class ErrorBody(BaseModel):
@@ -57,7 +67,7 @@ class ErrorBody(BaseModel):
 
 
 class ApiError(Exception):
-    """An answer that is no completion."""
+    """An error response."""
 
     def __init__(
         self,
@@ -83,7 +93,7 @@ class ApiError(Exception):
 
 
 def api_error(error: Exception) -> ApiError:
-    """Any exception as the answer it deserves; what nobody expected is logged."""
+    """The error response of any exception. Unexpected exceptions are logged."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, UserError):
@@ -96,13 +106,13 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, Unavailable):
         return ApiError(503, str(error) or "no replica of the model can answer", code="unavailable")
     if isinstance(error, ClientGone):
-        return ApiError(CLIENT_GONE, "the client has hung up")
+        return ApiError(CLIENT_GONE, "the client has disconnected")
     logging.getLogger("rcd.http").error("a request failed", exc_info=error)
-    return ApiError(500, f"the server failed: {type(error).__name__}; its log says more")
+    return ApiError(500, f"the server failed: {type(error).__name__}; see its log")
 
 
 def shape_errors(app: FastAPI) -> None:
-    """Install the handlers for everything that routes raise. What else there is, the middleware catches."""
+    """Install the handlers for the exceptions of routes. The middleware handles the others."""
 
     async def on_error(_: HttpRequest, error: Exception) -> Response:
         return api_error(error).response()
@@ -121,30 +131,31 @@ def shape_errors(app: FastAPI) -> None:
 
 
 def _field_of(message: str) -> str | None:
-    """Messages of UserErrors begin with the field they are about."""
+    """Messages of UserErrors begin with the name of their field."""
     first = message.split(" ", 1)[0]
     return first if first in CompletionRequest.model_fields or first in ChatRequest.model_fields else None
 
 
 def _explain(error: RequestValidationError, model: type[Request]) -> ApiError:
-    """The first complaint, in one sentence that names the field, the value and what is wanted."""
+    """The first complaint in one sentence: field, value, requirement."""
     first = error.errors()[0]
-    where = [part for part in first["loc"] if part != "body"]
+    path = [part for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is no valid JSON: {first['ctx']['error']}")
+        return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}")
     if first["type"] == "extra_forbidden":
-        path = ".".join(str(p) for p in where if isinstance(p, int) or p in _FIELDS or p == where[-1])
-        hint = suggestion(path, sorted(model.model_fields)) if len(where) == 1 else ""
-        hint = "; over HTTP it is return_trace" if path == "trace" else hint
-        return ApiError(400, f"unknown field {path!r}{hint}", path, "unknown_field")
-    named = [p for p in where if isinstance(p, int) or p in _FIELDS]  # the rest names the types that were tried
-    field = ".".join(map(str, named)) or None
-    if not where and first["type"] == "string_unicode":
-        return ApiError(400, "the body holds a field whose name is no text", code="unknown_field")
-    if not where:
+        field = ".".join(str(p) for p in path if isinstance(p, int) or p in _FIELDS or p == path[-1])
+        hint = suggestion(field, sorted(model.model_fields)) if len(path) == 1 else ""
+        hint = "; over HTTP it is return_trace" if field == "trace" else hint
+        return ApiError(400, f"unknown field {field!r}{hint}", field, "unknown_field")
+    if not path and first["type"] == "string_unicode":
+        return ApiError(400, "the name of a field is not valid text", code="unknown_field")
+    if not path:
         return ApiError(400, "the body must be a JSON object, sent with Content-Type: application/json")
+    parts = [p for p in path if isinstance(p, int) or p in _FIELDS]  # the others name the types that were tried
+    field = ".".join(map(str, parts))
     if first["type"] == "missing":
         return ApiError(400, f"{field} is missing", field)
-    kind = next((p for p in reversed(named) if isinstance(p, str)), "")
-    wanted = _WANTED.get(kind) or first["msg"][:1].lower() + first["msg"][1:]
-    return ApiError(400, f"{field} is {_SHORT.repr(first['input'])}; {re.sub(r'^value error, ', '', wanted)}", field)
+    name = next((p for p in reversed(parts) if isinstance(p, str)), "")
+    requirement = _REQUIREMENTS.get(name) or first["msg"][:1].lower() + first["msg"][1:]
+    requirement = requirement.removeprefix("value error, ")
+    return ApiError(400, f"{field} is {_SHORT.repr(first['input'])}; {requirement}", field)

@@ -1,7 +1,8 @@
-"""Who may ask for how much: body size, deadline and API keys, and the middleware that stands before every route."""
+"""Limits of the HTTP interface (body size, deadline, API keys), and the middleware in front of every route."""
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import os
 import re
@@ -21,86 +22,91 @@ from rcd_core.errors import UserError
 
 KEYS, KEYS_FILE = "RCD_API_KEYS", "RCD_API_KEYS_FILE"
 REQUEST_ID = "X-Request-Id"
-_GOOD_ID = re.compile(r"[\x21-\x7e]{1,128}")  # printable: it comes back in a header, and goes to logs
+_VALID_ID = re.compile(r"[\x21-\x7e]{1,128}")  # printable ASCII: it is sent back in a header and logged
 
 
 @dataclass(frozen=True, kw_only=True)
 class ApiLimits:
-    """timeout_s: seconds a request may take, and what its own timeout_s may be at most. ping_s: silence after which a
-    stream says that it lives. max_body_bytes: of a request. api_keys: one of them must come with requests to /v1; none:
-    everybody may ask."""
+    """timeout_s: deadline of a request in seconds, and the largest timeout_s that a request may set. ping_s: silence
+    after which a stream sends a comment. max_body_bytes: of a request. api_keys: requests to /v1 must bring one of
+    them; if empty, no key is needed."""
 
     timeout_s: float = 600.0
     ping_s: float = 10.0
     max_body_bytes: int = 4 * 2**20
     api_keys: tuple[str, ...] = field(default=(), repr=False)
 
+    @property
+    def id(self) -> str:
+        """Identifies the limits without revealing the keys."""
+        return hashlib.sha256(repr((self.timeout_s, self.max_body_bytes, *sorted(self.api_keys))).encode()).hexdigest()
+
     def allows(self, authorization: str | None) -> bool:
-        """Whether the Authorization header bears one of the keys. Takes as long for a key that is nearly right."""
+        """Whether the Authorization header has one of the keys. Compares in constant time."""
         scheme, _, key = (authorization or "").partition(" ")
-        given = key.strip().encode()
-        same = [hmac.compare_digest(given, known.encode()) for known in self.api_keys]
-        return not self.api_keys or (scheme.lower() == "bearer" and any(same))
+        sent = key.strip().encode()
+        matches = [hmac.compare_digest(sent, known.encode()) for known in self.api_keys]
+        return not self.api_keys or (scheme.lower() == "bearer" and any(matches))
 
 
 def api_keys(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """The keys of RCD_API_KEYS (comma separated) and of the file RCD_API_KEYS_FILE (one a line, # begins a comment).
-    Raises UserError where a variable is set but names no key: the server would be open to all."""
-    found: list[str] = []
+    """The keys in RCD_API_KEYS (comma separated) and in the file RCD_API_KEYS_FILE (one per line, # starts a comment).
+    Raises UserError if a variable is set but has no key, because the server would be open to everyone."""
+    keys: list[str] = []
     if (listed := environment.get(KEYS)) is not None:
-        found += _named(listed.split(","), KEYS)
+        keys += _require_keys(listed.split(","), KEYS)
     if (path := environment.get(KEYS_FILE)) is not None:
         try:
             lines = Path(path).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{KEYS_FILE} is {path!r}, which cannot be read: {error}; name a text file") from error
-        found += _named([line.partition("#")[0] for line in lines], f"{KEYS_FILE} ({path})")
-    return tuple(found)
+        keys += _require_keys([line.partition("#")[0] for line in lines], f"{KEYS_FILE} ({path})")
+    return tuple(keys)
 
 
-def _named(keys: list[str], where: str) -> list[str]:
-    found = [key.strip() for key in keys if key.strip()]
-    if not found:
-        raise UserError(f"{where} holds no key; give at least one, or leave it out to let everybody ask")
-    return found
+def _require_keys(keys: list[str], source: str) -> list[str]:
+    keys = [key.strip() for key in keys if key.strip()]
+    if not keys:
+        raise UserError(f"{source} has no key; add one, or unset the variable to serve everyone")
+    return keys
 
 
 class Guard:
-    """ASGI middleware: names the request, asks for the key, bounds the body, counts the answer, and gives what fails
-    unexpectedly OpenAI's shape. name_requests False: a proxy in front does that."""
+    """ASGI middleware: adds the request id, checks the API key, limits the body, counts the request, and turns
+    unexpected exceptions into OpenAI's error shape. add_request_id False: a proxy in front adds it."""
 
-    def __init__(self, app: ASGIApp, limits: ApiLimits, metrics: ApiMetrics, name_requests: bool) -> None:
-        self.app, self.limits, self.metrics, self.name_requests = app, limits, metrics, name_requests
+    def __init__(self, app: ASGIApp, limits: ApiLimits, metrics: ApiMetrics, add_request_id: bool) -> None:
+        self.app, self.limits, self.metrics, self.add_request_id = app, limits, metrics, add_request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        given = headers.get(REQUEST_ID, "")
-        request_id = given if _GOOD_ID.fullmatch(given) else uuid.uuid4().hex
+        sent_id = headers.get(REQUEST_ID, "")
+        request_id = sent_id if _VALID_ID.fullmatch(sent_id) else uuid.uuid4().hex
         started, status = time.monotonic(), 0
 
-        async def named(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if self.name_requests:
+                if self.add_request_id:
                     MutableHeaders(scope=message)[REQUEST_ID] = request_id
             await send(message)
 
         try:
-            self._admit(scope, headers)
-            await self.app(scope, self._bounded(receive), named)
+            self._check(scope, headers)
+            await self.app(scope, self._limited(receive), send_with_id)
         except Exception as error:
             refusal = api_error(error)
-            if status:  # the answer has begun; the connection is all that is left to break
+            if status:  # the response has started: all that is left is to break the connection
                 raise
-            await refusal.response()(scope, receive, named)
+            await refusal.response()(scope, receive, send_with_id)
         finally:
             self.metrics.answered(scope, status, time.monotonic() - started)
 
-    def _admit(self, scope: Scope, headers: Headers) -> None:
+    def _check(self, scope: Scope, headers: Headers) -> None:
         if scope["path"].startswith("/v1/") and not self.limits.allows(headers.get("Authorization")):
             raise ApiError(
                 401,
@@ -112,8 +118,8 @@ class Guard:
         if length.isdecimal() and int(length) > self.limits.max_body_bytes:
             raise ApiError(413, self._too_large(), code="body_too_large")
 
-    def _bounded(self, receive: Receive) -> Receive:
-        """For bodies that come without their length."""
+    def _limited(self, receive: Receive) -> Receive:
+        """For bodies without Content-Length."""
         total = 0
 
         async def counted() -> Message:
@@ -121,7 +127,7 @@ class Guard:
             message = await receive()
             total += len(message.get("body", b""))
             if total > self.limits.max_body_bytes:
-                raise HTTPException(413, self._too_large())  # the one exception that passes through body parsing
+                raise HTTPException(413, self._too_large())  # the only exception that FastAPI's body parsing passes on
             return message
 
         return counted

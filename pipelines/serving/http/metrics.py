@@ -1,4 +1,4 @@
-"""What /metrics says, in Prometheus' text form: requests and tokens of this process, and what each model counts."""
+"""/metrics in Prometheus' text format: requests and tokens of this process, and the statistics of each model."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from starlette.types import Scope
 from pipelines.serving.backend import Backend
 from pipelines.serving.http.answers import Answer
 from pipelines.serving.http.errors import api_error
-from pipelines.serving.metrics import is_counter, meaning, metric_name
+from pipelines.serving.metrics import description, is_counter, metric_name
 
 STATISTICS_TIMEOUT_S = 5.0
 _BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 600)
 
 
 class ApiMetrics:
-    """Of one application, since it was made. With several ingress replicas each answers for itself."""
+    """Metrics of one application in one process; each ingress replica has its own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -39,18 +39,20 @@ class ApiMetrics:
         self._failed_streams = Counter(
             "rcd_http_failed_streams", "Streams that ended with an error event", ["status"], registry=self.registry
         )
-        self._tokens = Counter("rcd_http_tokens", "Tokens of whole answers", ["model", "kind"], registry=self.registry)
-        self._open = Gauge("rcd_http_decodes_open", "Choices that are being decoded", registry=self.registry)
+        self._tokens = Counter(
+            "rcd_http_tokens", "Tokens of complete answers", ["model", "kind"], registry=self.registry
+        )
+        self._open = Gauge("rcd_http_decodes_open", "Choices being decoded", registry=self.registry)
 
     def answered(self, scope: Scope, status: int, seconds: float) -> None:
-        """status 0: the client was gone before there was any."""
+        """Count a request. status 0: the client disconnected before there was one."""
         route = getattr(scope.get("route"), "path", "none")
         self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
     @contextmanager
     def decoding(self, model: str, answer: Answer) -> Iterator[None]:
-        """Around the work on an answer."""
+        """Count an answer while it is decoded, and its tokens at the end."""
         self._open.inc(len(answer.results))
         try:
             yield
@@ -62,36 +64,36 @@ class ApiMetrics:
                     self._tokens.labels(model, kind).inc(usage[f"{kind}_tokens"])
 
     def stream_failed(self, error: Exception) -> dict[str, Any]:
-        """The body of the error event that ends a stream."""
+        """Count a failed stream. Returns the body of its error event."""
         shaped = api_error(error)
         self._failed_streams.labels(str(shaped.status)).inc()
         return shaped.body()
 
     async def text(self, backends: Mapping[str, Backend]) -> bytes:
-        """Everything, the statistics of the models as they are now; rcd_up says which could be asked."""
-        asked = [asyncio.wait_for(b.statistics(), STATISTICS_TIMEOUT_S) for b in backends.values()]
-        found = await asyncio.gather(*asked, return_exceptions=True)
-        told = {name: stats for name, stats in zip(backends, found, strict=True) if isinstance(stats, dict)}
+        """The body of /metrics. rcd_up says which models answered with statistics."""
+        calls = [asyncio.wait_for(b.statistics(), STATISTICS_TIMEOUT_S) for b in backends.values()]
+        replies = zip(backends, await asyncio.gather(*calls, return_exceptions=True), strict=True)
+        statistics = {name: reply for name, reply in replies if isinstance(reply, dict)}
         registry = CollectorRegistry()
-        registry.register(_Statistics(list(backends), told))
+        registry.register(_Statistics(list(backends), statistics))
         return generate_latest(self.registry) + generate_latest(registry)
 
 
 class _Statistics(Collector):
-    """rcd_<name>{model=...} for every figure; a name that ends in _total is a counter."""
+    """rcd_<name>{model=...} for every statistic; names that end in _total are counters."""
 
-    def __init__(self, models: Iterable[str], told: Mapping[str, Mapping[str, float]]) -> None:
-        self.models, self.told = models, told
+    def __init__(self, models: Iterable[str], statistics: Mapping[str, Mapping[str, float]]) -> None:
+        self.models, self.statistics = models, statistics
 
     def collect(self) -> Iterator[Metric]:
-        up = UntypedMetricFamily("rcd_up", "Whether a model could be asked for its statistics", labels=["model"])
+        up = UntypedMetricFamily("rcd_up", "Whether the model answered with its statistics", labels=["model"])
         for model in self.models:
-            up.add_metric([model], float(model in self.told))
+            up.add_metric([model], float(model in self.statistics))
         yield up
-        for name in sorted({name for statistics in self.told.values() for name in statistics}):
+        for name in sorted({name for values in self.statistics.values() for name in values}):
             kind = CounterMetricFamily if is_counter(name) else UntypedMetricFamily
-            family = kind(metric_name(name), meaning(name), labels=["model"])
-            for model, statistics in self.told.items():
-                if name in statistics:
-                    family.add_metric([model], float(statistics[name]))
+            family = kind(metric_name(name), description(name), labels=["model"])
+            for model, values in self.statistics.items():
+                if name in values:
+                    family.add_metric([model], float(values[name]))
             yield family

@@ -1,4 +1,4 @@
-"""The page at /: a request made by hand, and how its tokens come about. Its files are plain and lie beside this one."""
+"""The page at /, which sends a request and draws how its tokens are decoded. Its files are in static/."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from starlette.staticfiles import StaticFiles
 from pipelines.serving.backend import ServedModel
 
 FILES = Path(__file__).with_name("static")
-BASELINE = "-baseline"  # ends the id of the model that is deployed for comparison
-# Whatever a model writes is text on this page; should that ever fail, nothing of it is run or fetched.
+BASELINE = "-baseline"  # suffix of the id of the model to compare with
+# The page inserts model output as text only. If that ever failed, the policy would block scripts and requests.
 POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'"
 HEADERS = {
     "Content-Security-Policy": f"{POLICY}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # asks whether it has changed: a new release is seen at once
+    "Cache-Control": "no-cache",  # revalidate, so that a new release is visible at once
 }
 
 
@@ -33,7 +33,7 @@ class _Files(StaticFiles):
 
 
 def add_playground(app: FastAPI, models: Mapping[str, ServedModel]) -> None:
-    """Serve the page at / and what it needs below /playground; neither is part of the API's description."""
+    """Serve the page at / and its files under /playground. Neither is in /openapi.json."""
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
@@ -41,7 +41,7 @@ def add_playground(app: FastAPI, models: Mapping[str, ServedModel]) -> None:
 
     @app.get("/playground/models.json", include_in_schema=False)
     async def list_models() -> dict[str, Any]:
-        """The models with their default settings, each with the one to compare it with, where there is one."""
+        """The models with their default settings, each with its baseline if there is one."""
         return {"models": [_card(name, models) for name in models]}
 
     app.mount("/playground", _Files(directory=FILES), name="playground")

@@ -1,8 +1,8 @@
-"""Server-sent events: how chunks are framed, and an answer that stops working when its reader is gone.
+"""Server-sent events: framing of chunks, and cancellation when the client disconnects.
 
-data: {...}      a chunk; `data: {"error": {...}}` ends a stream that failed
-: ping           a comment, while there is nothing to say
-data: [DONE]     the end of a stream that is whole
+data: {...}      a chunk; `data: {"error": {...}}` ends a failed stream
+: ping           a comment, sent during silence
+data: [DONE]     the end of a complete stream
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 def frame(chunk: Mapping[str, Any]) -> bytes:
-    # ASCII: no line separator of Unicode can end the line, whatever the client takes for one.
+    # ASCII, because some clients break lines at Unicode line separators.
     return b"data: " + json.dumps(chunk, allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n\n"
 
 
@@ -38,8 +38,8 @@ async def frames(
     failed: Callable[[Exception], dict[str, Any]],
     ping_s: float,
 ) -> AsyncGenerator[bytes, None]:
-    """An answer as it comes about. first: events that are there already. failed: an exception as an error body.
-    ping_s: silence after which to send a comment."""
+    """The frames of an answer. first: events received already. failed: exception -> error body. ping_s: silence after
+    which to send a comment."""
     try:
         yield b"".join(map(frame, answer.opening()))
         events = list(first)
@@ -54,19 +54,17 @@ async def frames(
 
 
 class EventStream(Response):
-    """Sends frames as they come; when the client hangs up it stops at once, not at the next frame. closing: what to
-    close in the end, however that comes."""
+    """Sends frames as they come, and stops at once when the client disconnects. closing: closed at the end in every
+    case."""
 
     media_type = "text/event-stream"
 
     def __init__(self, content: AsyncGenerator[bytes, None], closing: AsyncExitStack) -> None:
-        # A proxy that gathers output would defeat the purpose.
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})  # proxies must not buffer
         del self.headers["content-length"]
         self._content, self._closing = content, closing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Where nobody is left there is nobody to tell.
         async with self._closing:
             with suppress(ClientGone):
                 await while_connected(receive, self._send(send))
@@ -81,11 +79,11 @@ class EventStream(Response):
 
 
 class ClientGone(Exception):
-    """The client has hung up."""
+    """The client has disconnected."""
 
 
 async def while_connected(receive: Callable[[], Awaitable[Any]], work: Coroutine[Any, Any, T]) -> T:
-    """What the work gives. Raises ClientGone, the work being cancelled, as soon as the client hangs up.
+    """The result of `work`. If the client disconnects first, cancels it and raises ClientGone.
 
     receive: of a request whose body has been read.
     """

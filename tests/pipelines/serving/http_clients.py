@@ -1,5 +1,4 @@
-"""A client of the served application that notes all that comes back, for tests that send many requests, and what the
-library itself answers to them."""
+"""A client that records replies, for tests that send many requests, and the library's own answers to compare with."""
 
 from __future__ import annotations
 
@@ -24,8 +23,8 @@ SETTINGS = DecodeSettings(
 
 @dataclass
 class Reply:
-    """problem: why it is no whole answer, whatever the status says. parts: the times at which text came, in seconds of
-    time.monotonic, `begun` and `ended` as well."""
+    """problem: why the answer is incomplete, whatever the status. parts, started, ended: times of time.monotonic; parts
+    has one per piece of text."""
 
     body: dict[str, Any]
     status: int = 0
@@ -35,16 +34,16 @@ class Reply:
     retry_after: str | None = None
     rcd: dict[str, Any] = field(default_factory=dict)
     parts: list[float] = field(default_factory=list)
-    begun: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.monotonic)
     ended: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return self.ended - self.begun
+        return self.ended - self.started
 
 
 def ask(http: httpx.Client, url: str, body: dict[str, Any]) -> Reply:
-    """POST a completion, or with "stream": true read its stream to the end. Raises nothing."""
+    """POST a completion; read a stream to the end. Raises nothing."""
     reply = Reply(body)
     try:
         with http.stream("POST", url + "/v1/completions", json=body) as answer:
@@ -70,13 +69,12 @@ def _read(reply: Reply, answer: httpx.Response) -> None:
             reply.problem = event.data
             return
         _take(reply, chunk)
-    reply.problem = "the stream broke off"
+    reply.problem = "the stream ended early"
 
 
 def _take(reply: Reply, body: dict[str, Any]) -> None:
-    said = "".join(choice["text"] for choice in body["choices"])
-    if said:
-        reply.text += said
+    if text := "".join(choice["text"] for choice in body["choices"]):
+        reply.text += text
         reply.parts.append(time.monotonic())
     if usage := body.get("usage"):
         reply.tokens = usage["completion_tokens"]
@@ -84,8 +82,8 @@ def _take(reply: Reply, body: dict[str, Any]) -> None:
 
 
 def in_double_precision(context: StageContext) -> StageContext:
-    """The same run with its models in float64. In float32 a draw that falls on the edge between two tokens may go to
-    either, by the rounding of the batch it is in; where many are drawn from random weights that does happen."""
+    """The same run with its models in float64. In float32, rounding depends on the batch, which can decide a draw at
+    the edge between two tokens; with many draws from random weights this does happen."""
     for name in ("target", "reference"):
         path = context.checkpoint(name)
         load_model(path).double().save_pretrained(path, load_tokenizer(path))
@@ -93,17 +91,17 @@ def in_double_precision(context: StageContext) -> StageContext:
 
 
 def words(seed: int, tokens: int, stream: bool) -> dict[str, Any]:
-    """A request to a recipe of serve_run.py, decoded with SETTINGS: a token per pass."""
+    """A request to a run of serve_run.py, decoded with SETTINGS: one token per pass."""
     options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
     settings = {"temperature": 1.0, "stop_token_ids": [], "residual_top_k": 16, "policy": "sequential"}
     return {"model": "tiny-rcd", "prompt": "words", "max_tokens": tokens, "seed": seed, **settings, **options}
 
 
 def texts(context: StageContext, seeds: Sequence[int], tokens: int) -> dict[int, str]:
-    """What the library answers to `words`, by seed."""
+    """The library's answers to `words`, by seed."""
     model, reference = (load_model(context.checkpoint(name)) for name in ("target", "reference"))
     ids = tokenizer()("words", add_special_tokens=False)["input_ids"]
     settings = [replace(SETTINGS, max_new_tokens=tokens, seed=seed) for seed in seeds]
-    found = Decoder(model, reference).generate([ids] * len(seeds), settings)
-    told = [tokenizer().decode(g.token_ids, skip_special_tokens=True) for g in found]
-    return dict(zip(seeds, told, strict=True))
+    answers = Decoder(model, reference).generate([ids] * len(seeds), settings)
+    decoded = [tokenizer().decode(answer.token_ids, skip_special_tokens=True) for answer in answers]
+    return dict(zip(seeds, decoded, strict=True))

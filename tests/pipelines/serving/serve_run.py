@@ -1,4 +1,4 @@
-"""A finished run of tiny random models, for the tests that serve it."""
+"""A finished run with tiny random models, for the tests that serve it."""
 
 from __future__ import annotations
 
@@ -55,22 +55,22 @@ def free_port() -> int:
 
 
 def metrics(context: StageContext) -> dict[str, float]:
-    """What /metrics says of the model tiny-rcd, by name."""
+    """The metrics of the model tiny-rcd, by name without `rcd_`."""
     text = httpx.get(serve.endpoint(context.recipe) + "/metrics", timeout=30, trust_env=False).text
-    found = re.findall(r'^rcd_(\w+)\{model="tiny-rcd"\} (\S+)$', text, re.MULTILINE)
-    return {name: float(value) for name, value in found}
+    samples = re.findall(r'^rcd_(\w+)\{model="tiny-rcd"\} (\S+)$', text, re.MULTILINE)
+    return {name: float(value) for name, value in samples}
 
 
 def until(holds: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < deadline, "it does not come about"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.1)
 
 
 def serve_context(storage: Path, sizes: dict[str, Any] | None = None, **deploy: Any) -> StageContext:
-    """A run whose stages before deploy are done, the models random. sizes: what differs from START in the target and
-    the baseline. deploy: keys of the recipe's section."""
+    """A run whose stages before deploy are done, with random models. sizes: override START for target and baseline.
+    deploy: keys of the recipe's section."""
     start = {**START, **(sizes or {})}
     raw = {
         "name": "tiny",
@@ -94,8 +94,8 @@ def serve_context(storage: Path, sizes: dict[str, Any] | None = None, **deploy: 
     test = pa.table({"prompt": [CANVAS], "answer": ["12345678" * 2]})
     (Path(run.path) / "prepare" / "test").mkdir(parents=True)
     pq.write_table(test, Path(run.path) / "prepare" / "test" / "part-00000.parquet")
-    for seed, (name, its) in enumerate({"target": start, "baseline": start, "reference": SMALLER}.items()):
-        save_model(Path(run.stage_directory(name)) / "model", its, seed)
+    for seed, (name, config) in enumerate({"target": start, "baseline": start, "reference": SMALLER}.items()):
+        save_model(Path(run.stage_directory(name)) / "model", config, seed)
     for name in ("prepare", "target", "baseline", "reference"):
         run.finish(name, {"stage": name}, {"test": ["part-00000.parquet"]}, datetime.now().astimezone(), 0.0)
     return StageContext(

@@ -1,4 +1,4 @@
-"""The HTTP interface over small random models, on a free port and without Ray: for tests of what talks to it."""
+"""The HTTP interface over small random models on a free port, without Ray, for tests of its clients."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PLAIN = DecodeSettings(confidence_threshold=0.5, max_new_tokens=24)
 
 @dataclass
 class Served:
-    """url: where it answers. engines: by model id. Both models share the tokenizer."""
+    """engines: by model id. Both models share the tokenizer."""
 
     url: str
     engines: dict[str, EngineThread]
@@ -38,17 +38,17 @@ class Served:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def turns(self, *texts: str) -> list[int]:
-        """The ids of a conversation that the user begins."""
+        """The ids of a conversation that starts with a user turn."""
         messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
         return self.ids(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     def text(self, ids: list[int], settings: DecodeSettings, model: str = MODEL) -> str:
-        """What the library itself answers."""
+        """The library's own answer."""
         out = Decoder(self.engines[model].model).generate([ids], settings)[0]
         return str(self.tokenizer.decode(out.token_ids, skip_special_tokens=True))
 
     def statistics(self, model: str = MODEL) -> dict[str, float]:
-        with ThreadPoolExecutor(1) as thread:  # an event loop may run in this one
+        with ThreadPoolExecutor(1) as thread:  # this thread may already run an event loop
             return thread.submit(lambda: asyncio.run(self.engines[model].statistics())).result()
 
 
@@ -56,7 +56,7 @@ class Served:
 def served(
     *, template: bool = True, baseline: bool = True, about: dict[str, Any] | None = None, keys: tuple[str, ...] = ()
 ) -> Iterator[Served]:
-    """template False: the model has no chat template. keys: API keys, one of which must come with a request."""
+    """template False: the model has no chat template. keys: API keys."""
     tokenizer = train_tokenizer(["the quick fox over the lazy dog 漢字 🙂 Über 123456\n"] * 50, 340)
     if not template:
         tokenizer.chat_template = None
@@ -81,7 +81,7 @@ def served(
 
 @contextmanager
 def listening(app: Any) -> Iterator[str]:
-    """An ASGI application on a free port of this machine; its URL."""
+    """Serve an ASGI application on a free port. Yields its URL."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -107,7 +107,7 @@ def _model(tokenizer: Any, seed: int, width: int = 32) -> DiffusionModel:
         max_positions=256,
     )
     model = new_model(sizes, vocab_size=len(tokenizer), info=info, seed=seed)
-    with torch.no_grad():  # a random model is certain of nothing; this one is of some tokens, and looks at the others
+    with torch.no_grad():  # so that it is confident about some tokens, and attends to others
         model.lm_head_weight.mul_(8.0)
         model.backbone.model.layers[0].self_attn.o_proj.weight.mul_(8.0)
         model.embedding.weight[model.mask_token_id] *= 0.1

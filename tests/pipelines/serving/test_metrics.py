@@ -1,5 +1,4 @@
-"""Ray's metrics say of a served application what /metrics says, and the Grafana board asks for nothing that is not
-there."""
+"""Ray exports the same metrics as /metrics, and every query of the Grafana dashboard matches one."""
 
 from __future__ import annotations
 
@@ -23,20 +22,20 @@ from ray.util import metrics as ray_metrics
 from pipelines import serve
 from pipelines.run.directory import StageContext
 from pipelines.serving import engine_thread
-from pipelines.serving.metrics import RayMetrics, meaning
+from pipelines.serving.metrics import RayMetrics, description
 from tests.pipelines.serving.serve_run import metrics, serve_context, until
 from tests.pipelines.serving.test_engine_thread import OK, collect, request, thread
 
 BOARD = json.loads((Path(__file__).parents[3] / "cluster" / "grafana" / "rcd.json").read_text())
-NAME = "metered"  # an application that no other test has: figures of replicas that are gone stay in Ray's metrics
-OF_THE_FRONT = {"up", "retries_total", "replicas"}  # counted where requests come in, by no replica
+NAME = "metered"  # an application of its own, because Ray keeps exporting the metrics of dead replicas
+OF_THE_INGRESS = {"up", "retries_total", "replicas"}
 
 
 @pytest.fixture(scope="module")
 def context(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StageContext]:
-    """Two requests with the same prompt have been answered, each with 16 tokens."""
-    made = serve_context(tmp_path_factory.mktemp("runs"), baseline=False)
-    context = replace(made, recipe=made.recipe.model_copy(update={"name": NAME}))
+    """Has answered two requests with the same prompt, each with 16 tokens."""
+    context = serve_context(tmp_path_factory.mktemp("runs"), baseline=False)
+    context = replace(context, recipe=context.recipe.model_copy(update={"name": NAME}))
     serve.run(context)
     body = {"model": "tiny-rcd", "prompt": [5, 6, 7, 8, 9] * 4, "stop_token_ids": [], "seed": 1}
     for _ in range(2):
@@ -56,37 +55,37 @@ def of_ray() -> list[Metric]:
     return families(*(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in nodes))
 
 
-def figures(deployment: str) -> dict[str, float]:
-    """What Ray has from a deployment of ours, without `ray_rcd_`."""
+def values_of(deployment: str) -> dict[str, float]:
+    """Ray's metrics of a deployment of the application, without `ray_rcd_`."""
     samples = [sample for family in of_ray() for sample in family.samples if sample.name.startswith("ray_rcd_")]
     ours = [s for s in samples if (s.labels["application"], s.labels["deployment"]) == (NAME, deployment)]
     assert len({s.labels["replica"] for s in ours}) <= 1
     return {s.name.removeprefix("ray_rcd_"): s.value for s in ours}
 
 
-def test_ray_has_what_metrics_has(context: StageContext) -> None:
-    expected = {name: value for name, value in metrics(context).items() if name not in OF_THE_FRONT}
-    until(lambda: figures("Target") == pytest.approx(expected))
+def test_ray_exports_what_metrics_shows(context: StageContext) -> None:
+    expected = {name: value for name, value in metrics(context).items() if name not in OF_THE_INGRESS}
+    until(lambda: values_of("Target") == pytest.approx(expected))
     assert expected["requests_total"] == expected["admitted_total"] == 2 and expected["tokens_total"] == 32
     assert expected["denoise_forwards_total"] > 0 and expected["denoise_seconds_total"] > 0
     assert (expected["reused_prefills_total"], expected["reused_tokens_total"]) == (1, 16)
-    assert expected["failed_total"] == 0, "told before the first one, or rate() would not see it"
+    assert expected["failed_total"] == 0, "exported before the first one, or rate() would miss it"
 
 
 def test_the_reference_counts_its_passes(context: StageContext) -> None:
     blocks = metrics(context)["reference_forwards_total"]
-    until(lambda: figures("Reference").get("reference_passes_total", 0) > 0)
-    found = figures("Reference")
-    assert found["reference_passes_total"] == blocks == 6, "one request after the other: each block is a pass"
-    assert found["reference_seconds_total"] > 0
+    until(lambda: values_of("Reference").get("reference_passes_total", 0) > 0)
+    values = values_of("Reference")
+    assert values["reference_passes_total"] == blocks == 6, "one request after the other: each block is a pass"
+    assert values["reference_seconds_total"] > 0
 
 
-def test_every_figure_says_what_it_is(context: StageContext) -> None:
-    assert [name for name in metrics(context) if name != "up" and meaning(name) == meaning("anything")] == []
+def test_every_metric_has_a_description(context: StageContext) -> None:
+    assert [name for name in metrics(context) if name != "up" and description(name) == description("anything")] == []
 
 
 def names(expression: str) -> set[str]:
-    """The metrics that an expression of PromQL asks for."""
+    """The metrics in a PromQL expression."""
     bare = re.sub(r"\{[^}]*\}|\[[^]]*\]|\bby\s*\([^)]*\)", " ", expression)
     return set(re.findall(r"\b[a-zA-Z_]\w*\b(?!\s*\()", bare))
 
@@ -96,29 +95,29 @@ def labels(expression: str) -> set[str]:
     return {*matchers, *re.findall(r"\w+", " ".join(re.findall(r"\bby\s*\(([^)]*)\)", expression)))} - {"le"}
 
 
-def test_the_board_asks_for_what_there_is(context: StageContext) -> None:
+def test_every_query_of_the_dashboard_matches_a_metric(context: StageContext) -> None:
     variables = [v["query"]["query"] for v in BOARD["templating"]["list"] if v["type"] == "query"]
-    asked = [re.fullmatch(r"label_values\((\w+), (\w+)\)", variable).groups() for variable in variables]  # type: ignore[union-attr]
-    expressions = [f"sum by ({label}) ({name})" for name, label in asked]
+    queries = [re.fullmatch(r"label_values\((\w+), (\w+)\)", variable).groups() for variable in variables]  # type: ignore[union-attr]
+    expressions = [f"sum by ({label}) ({name})" for name, label in queries]
     expressions += [target["expr"] for panel in BOARD["panels"] for target in panel["targets"]]
-    there: dict[str, set[str]] = {}
+    exported: dict[str, set[str]] = {}
 
     def missing() -> set[str]:
         for family in [*of_ray(), *families(serve.endpoint(context.recipe))]:
-            if family.type == "counter":  # of some there is only the type before the first event
-                there.setdefault(f"{family.name}_total", set())
+            if family.type == "counter":  # some have no sample before their first event
+                exported.setdefault(f"{family.name}_total", set())
             for sample in family.samples:
-                there.setdefault(sample.name, set()).update(sample.labels)
-        return {name for expression in expressions for name in names(expression)} - there.keys()
+                exported.setdefault(sample.name, set()).update(sample.labels)
+        return {name for expression in expressions for name in names(expression)} - exported.keys()
 
     until(lambda: not missing())
     for expression in expressions:
         assert names(expression)
         for name in names(expression):
-            assert not there[name] or labels(expression) <= there[name], expression
+            assert not exported[name] or labels(expression) <= exported[name], expression
 
 
-def test_panels_do_not_overlap_and_name_no_data_source_of_their_own() -> None:
+def test_panels_do_not_overlap_and_use_the_selected_data_source() -> None:
     places = [panel["gridPos"] for panel in BOARD["panels"]]
     cells = [(x, y) for p in places for x in range(p["x"], p["x"] + p["w"]) for y in range(p["y"], p["y"] + p["h"])]
     assert len(cells) == len(set(cells)) and max(x for x, _ in cells) < 24
@@ -126,23 +125,23 @@ def test_panels_do_not_overlap_and_name_no_data_source_of_their_own() -> None:
     assert BOARD["templating"]["list"][0]["name"] == "datasource"
 
 
-def test_counters_are_told_by_their_differences(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[tuple[str, float]] = []
+def test_counters_are_exported_as_differences(monkeypatch: pytest.MonkeyPatch) -> None:
+    records: list[tuple[str, float]] = []
 
     def record(self: Any, value: float, tags: Any = None) -> None:
-        told.append((self.info["name"], value))
+        records.append((self.info["name"], value))
 
     monkeypatch.setattr(ray_metrics.Metric, "_record", record)
-    ours = RayMetrics()
+    exporter = RayMetrics()
     for count, gauge in ((3.0, 1.0), (3.0, 0.0), (4.5, 0.0)):
-        ours.tell({"tokens_total": count, "running": gauge})
-    assert [value for name, value in told if name == "rcd_tokens_total"] == [0.0, 3.0, 1.5]
-    assert [value for name, value in told if name == "rcd_running"] == [1.0, 0.0, 0.0], "again, or Ray forgets it"
+        exporter.export({"tokens_total": count, "running": gauge})
+    assert [value for name, value in records if name == "rcd_tokens_total"] == [0.0, 3.0, 1.5]
+    assert [value for name, value in records if name == "rcd_running"] == [1.0, 0.0, 0.0], "again, or Ray drops it"
 
 
-def test_queue_time_is_the_wait_for_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that moves on by one with each pass: the second of two requests waits for all passes of the first."""
-    passes, both_are_there = 0, threading.Event()
+def test_queue_time_is_the_wait_for_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that ticks once per pass: the second of two requests waits for all passes of the first."""
+    passes, both_queued = 0, threading.Event()
 
     class Clock:
         def monotonic(self) -> float:
@@ -156,7 +155,7 @@ def test_queue_time_is_the_wait_for_a_place(monkeypatch: pytest.MonkeyPatch) -> 
 
             def counted() -> Any:
                 nonlocal passes
-                assert both_are_there.wait(20)
+                assert both_queued.wait(20)
                 done = step()
                 passes += 1
                 return done
@@ -165,10 +164,10 @@ def test_queue_time_is_the_wait_for_a_place(monkeypatch: pytest.MonkeyPatch) -> 
             both = [asyncio.create_task(collect(engine, request([5, 6, 7], replace(OK, seed=n)))) for n in range(2)]
             while len(engine._clients) < 2:
                 await asyncio.sleep(0)
-            both_are_there.set()
+            both_queued.set()
             (_, first), _ = await asyncio.gather(*both)
-            found = await engine.statistics()
+            values = await engine.statistics()
             own = first.forwards["prefill"] + first.forwards["denoise"] + first.forwards["store"]
-            assert own > 1 and (found["admitted_total"], found["queue_seconds_total"]) == (2, own)
+            assert own > 1 and (values["admitted_total"], values["queue_seconds_total"]) == (2, own)
 
     asyncio.run(run())

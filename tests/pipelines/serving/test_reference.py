@@ -1,4 +1,4 @@
-"""The remote reference as the engine sees it: one call per batch, tried twice, silent while nobody answers."""
+"""The remote reference as the engine sees it: one call per batch, tried twice, no calls while no replica answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rcd_core import Decoder, DecodeSettings, LocalReference, WarmStart, load_mo
 from tests.pipelines.serving.serve_run import until
 
 GOLDEN = Path(__file__).parents[2] / "golden"
-ASKED = WarmStart(canvas_ids=(5, 6, 511, 511), positions=(2, 3), block_length=4, top_k=16)
+REQUEST = WarmStart(canvas_ids=(5, 6, 511, 511), positions=(2, 3), block_length=4, top_k=16)
 
 
 @cache
@@ -27,7 +27,7 @@ def model(name: str) -> Any:
 
 
 class Handle:
-    """A deployment of one reference; dies as often as told, and is not ready before `back` is set."""
+    """A deployment of one reference. It dies `deaths` times, and is ready once `back` is set."""
 
     def __init__(self, name: str = "rcd/sdar_ref_tiny", deaths: int = 0) -> None:
         self.local, self.deaths = LocalReference(model(name)), deaths
@@ -68,7 +68,7 @@ class Method:
 
 @pytest.mark.parametrize("family", ["sdar", "llada"])
 def test_remote_is_local_at_equal_k(family: str) -> None:
-    """Whole distributions are too much to send: where a request wants them, the remote one gives its own k."""
+    """For a request that wants the whole distribution, the remote reference sends its own k."""
     reference, target = LocalReference(model(f"rcd/{family}_ref_tiny")), model(f"{family}_tiny")
     remote = RemoteReference(Handle(f"rcd/{family}_ref_tiny"), top_k=16)  # type: ignore[arg-type]
     settings = DecodeSettings(
@@ -77,32 +77,32 @@ def test_remote_is_local_at_equal_k(family: str) -> None:
     sparse = replace(settings, residual_top_k=16)
     local = Decoder(target, reference).generate([[3, 4, 5], [9]], sparse)
     assert Decoder(target, remote).generate([[3, 4, 5], [9]], sparse) == local  # type: ignore[arg-type]
-    [found] = remote.submit([replace(ASKED, top_k=None)])
-    assert found.result(timeout=20).topk_ids.shape[-1] == 16  # type: ignore[union-attr]
+    [signals] = remote.submit([replace(REQUEST, top_k=None)])
+    assert signals.result(timeout=20).topk_ids.shape[-1] == 16  # type: ignore[union-attr]
 
 
-def test_blocks_of_a_request_have_one_home() -> None:
+def test_blocks_of_a_request_share_a_session() -> None:
     handle = Handle()
     remote = RemoteReference(handle, top_k=16, sessions=4)  # type: ignore[arg-type]
-    asked = [replace(ASKED, canvas_ids=(5, n, 511, 511), session=n) for n in range(6)]
-    found = [future.result(timeout=20) for future in remote.submit(asked)]
+    requests = [replace(REQUEST, canvas_ids=(5, n, 511, 511), session=n) for n in range(6)]
+    signals = [future.result(timeout=20) for future in remote.submit(requests)]
     groups = sorted([request.session for request in call] for call in handle.calls)
     assert groups == [[0, 4], [1, 5], [2], [3]]
-    assert len(set(handle.sessions)) == 5, "a home for each group, and one for second tries"
-    alone = handle.local.signals(asked)
-    assert all(torch.equal(a.topk_ids, b.topk_ids) for a, b in zip(found, alone, strict=True))  # type: ignore[union-attr]
+    assert len(set(handle.sessions)) == 5, "one for each group, and one for second tries"
+    alone = handle.local.signals(requests)
+    assert all(torch.equal(a.topk_ids, b.topk_ids) for a, b in zip(signals, alone, strict=True))  # type: ignore[union-attr]
 
 
-def test_a_death_is_tried_again_and_two_are_answered_with_nothing() -> None:
+def test_one_death_is_retried_and_two_give_no_signals() -> None:
     handle = Handle(deaths=1)
     remote = RemoteReference(handle, top_k=16)  # type: ignore[arg-type]
-    assert all(f.result(timeout=20) is not None for f in remote.submit([ASKED, ASKED]))
+    assert all(f.result(timeout=20) is not None for f in remote.submit([REQUEST, REQUEST]))
     assert [len(call) for call in handle.calls] == [2, 2]
 
     handle.deaths = 2
-    [nothing] = remote.submit([ASKED])
+    [nothing] = remote.submit([REQUEST])
     assert nothing.result(timeout=20) is None and len(handle.calls) == 4
-    [silent] = remote.submit([ASKED])
-    assert silent.result(timeout=20) is None and len(handle.calls) == 4, "nobody is asked before one is ready again"
+    [silent] = remote.submit([REQUEST])
+    assert silent.result(timeout=20) is None and len(handle.calls) == 4, "no call before a replica is ready again"
     handle.back.set()
-    until(lambda: remote.submit([ASKED])[0].result(timeout=20) is not None, seconds=20)
+    until(lambda: remote.submit([REQUEST])[0].result(timeout=20) is not None, seconds=20)

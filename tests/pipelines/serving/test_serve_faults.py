@@ -1,6 +1,6 @@
-"""Replicas killed under load, on a real Ray with two of each kind: no request fails, no text is wrong.
+"""Replicas killed under load, on a real Ray with two of each kind: no request fails and no text changes.
 
-Replicas take long to start, so `make drill` runs these.
+Replicas start slowly, so `make drill` runs these.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TOKENS = 400
 
 @pytest.fixture(scope="module")
 def deployed(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StageContext]:
-    # The third replica is never started, but Serve's autoscaler then decides on their number.
+    # The third replica never starts, but it turns Serve's autoscaler on.
     replicas = {"min_replicas": 2, "max_replicas": 3, "target_ongoing_requests": 1000.0}
     context = serve_context(tmp_path_factory.mktemp("runs"), SLOWER, baseline=False, **replicas)
     serve.run(context)
@@ -40,9 +40,9 @@ def deployed(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 def alive(deployment: str) -> list[Any]:
     """Actors of the replicas of a deployment."""
-    found = ray.util.list_named_actors(all_namespaces=True)
-    names = [a for a in found if a["name"].startswith(f"SERVE_REPLICA::tiny#{deployment}#")]
-    return [ray.get_actor(a["name"], namespace=a["namespace"]) for a in names]
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    replicas = [a for a in actors if a["name"].startswith(f"SERVE_REPLICA::tiny#{deployment}#")]
+    return [ray.get_actor(a["name"], namespace=a["namespace"]) for a in replicas]
 
 
 def kill_one(deployment: str) -> None:
@@ -50,8 +50,8 @@ def kill_one(deployment: str) -> None:
         ray.kill(actor)
 
 
-def ask(context: StageContext, seed: int, stream: bool, seen: threading.Semaphore | None = None) -> dict[str, Any]:
-    """Text and `rcd` of an answer; `seen` hears of the first text."""
+def ask(context: StageContext, seed: int, stream: bool, started: threading.Semaphore | None = None) -> dict[str, Any]:
+    """Text, usage and `rcd` of an answer. started: released at the first text."""
     client = openai.OpenAI(base_url=serve.endpoint(context.recipe) + "/v1", api_key="none", max_retries=0, timeout=200)
     options: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
     answer: Any = client.completions.create(
@@ -68,8 +68,8 @@ def ask(context: StageContext, seed: int, stream: bool, seen: threading.Semaphor
     text = ""
     for chunk in answer:
         if chunk.choices and chunk.choices[0].text:
-            if not text and seen is not None:
-                seen.release()
+            if not text and started is not None:
+                started.release()
             text += chunk.choices[0].text
     return {"text": text, "usage": chunk.usage, **chunk.model_extra["rcd"]}
 
@@ -89,77 +89,79 @@ def undisturbed(context: StageContext, seeds: range, start: Literal["zero", "ref
         for seed in seeds
     ]
     ids = tokenizer()("words", add_special_tokens=False)["input_ids"]
-    found = Decoder(model, reference).generate([ids] * len(seeds), settings)
-    return [tokenizer().decode(g.token_ids, skip_special_tokens=True) for g in found]
+    answers = Decoder(model, reference).generate([ids] * len(seeds), settings)
+    return [tokenizer().decode(answer.token_ids, skip_special_tokens=True) for answer in answers]
 
 
 def reused_tokens() -> float:
-    """Of contexts, found in the caches of all replicas of the reference there have been."""
+    """Context tokens found in the caches of all reference replicas so far."""
     names = {"application": "tiny", "deployment": "Reference"}
     samples = [sample for family in of_ray() for sample in family.samples if names.items() <= sample.labels.items()]
     return sum(sample.value for sample in samples if sample.name == "ray_rcd_reused_tokens_total")
 
 
-def test_the_blocks_of_a_request_come_to_the_replica_that_has_its_context(deployed: StageContext) -> None:
-    """Each finds all there was before the block before it. At either of two replicas it would find less."""
-    before = reused_tokens()  # of replicas that other tests had
+def test_the_blocks_of_a_request_reach_the_replica_that_caches_its_context(deployed: StageContext) -> None:
+    """Each call reuses everything before the previous block. Spread over two replicas it would reuse less."""
+    before = reused_tokens()  # of other tests
     with ThreadPoolExecutor(6) as threads:
-        found = list(threads.map(lambda seed: ask(deployed, seed, stream=False), range(101, 107)))
-    starts = [answer["forwards"]["reference"] for answer in found]
+        answers = list(threads.map(lambda seed: ask(deployed, seed, stream=False), range(101, 107)))
+    starts = [answer["forwards"]["reference"] for answer in answers]
     expected = sum(BLOCK * (n - 1) * (n - 2) // 2 for n in starts)  # the prompt is shorter than a block
-    assert min(starts) >= TOKENS // BLOCK and all(answer["reference_failures"] == 0 for answer in found)
+    assert min(starts) >= TOKENS // BLOCK and all(answer["reference_failures"] == 0 for answer in answers)
     until(lambda: reused_tokens() - before >= expected, seconds=60)
     assert reused_tokens() - before == expected
 
 
 @pytest.mark.faults("a replica of the target killed", "deploy")
-def test_a_target_that_dies_under_load_costs_no_request_and_no_word(
-    deployed: StageContext, fault_table: FaultTable
-) -> None:
-    """Eight streams, killed when each has had text, and eight requests that have had none."""
+def test_a_killed_target_fails_no_request_and_changes_no_text(deployed: StageContext, fault_table: FaultTable) -> None:
+    """Killed once each of eight streams has text, next to eight requests without stream."""
     seeds = range(1, 17)
-    want = undisturbed(deployed, seeds)
-    begun = threading.Semaphore(0)
+    expected = undisturbed(deployed, seeds)
+    started = threading.Semaphore(0)
     with ThreadPoolExecutor(16) as threads:
         whole = [threads.submit(ask, deployed, seed, False) for seed in seeds[8:]]
-        streams = [threads.submit(ask, deployed, seed, True, begun) for seed in seeds[:8]]
+        streams = [threads.submit(ask, deployed, seed, True, started) for seed in seeds[:8]]
         for _ in range(8):
-            assert begun.acquire(timeout=100)
+            assert started.acquire(timeout=100)
         kill_one("Target")
-        found = [future.result(timeout=300) for future in [*streams, *whole]]
-    assert [f["text"] for f in found] == want
-    assert all(f["usage"].completion_tokens == TOKENS for f in found)
-    assert metrics(deployed)["retries_total"] > 0, "the kill struck somebody"
+        answers = [future.result(timeout=300) for future in [*streams, *whole]]
+    assert [answer["text"] for answer in answers] == expected
+    assert all(answer["usage"].completion_tokens == TOKENS for answer in answers)
+    assert metrics(deployed)["retries_total"] > 0, "no request was on the killed replica"
     until(lambda: len(alive("Target")) == 2)
-    fault_table.add("of 16 requests under way, those on it went on elsewhere", "no request failed, the same texts")
+    fault_table.add("those of 16 requests that ran on it were resumed elsewhere", "no request failed, the same texts")
 
 
 @pytest.mark.faults("all replicas of the reference killed, again and again", "deploy")
-def test_without_its_reference_generation_goes_on_and_says_so(deployed: StageContext, fault_table: FaultTable) -> None:
-    """The reference's replicas are killed as often as they come back, until the answer is there."""
-    [want] = undisturbed(deployed, range(5, 6))
-    begun, over = threading.Semaphore(0), threading.Event()
+def test_decoding_continues_without_the_reference_and_reports_it(
+    deployed: StageContext, fault_table: FaultTable
+) -> None:
+    """The reference's replicas are killed whenever they return, until the answer is complete."""
+    [expected] = undisturbed(deployed, range(5, 6))
+    started, stop = threading.Semaphore(0), threading.Event()
 
     def keep_killing() -> None:
-        while not over.wait(0.2):
+        while not stop.wait(0.2):
             kill_one("Reference")
 
     with ThreadPoolExecutor(2) as threads:
-        stream = threads.submit(ask, deployed, 5, True, begun)
-        assert begun.acquire(timeout=100)
+        stream = threads.submit(ask, deployed, 5, True, started)
+        assert started.acquire(timeout=100)
         killer = threads.submit(keep_killing)
         try:
-            found = stream.result(timeout=300)
+            answer = stream.result(timeout=300)
         finally:
-            over.set()
+            stop.set()
         killer.result()
-    assert found["usage"].completion_tokens == TOKENS
-    assert found["reference_failures"] > 0 and found["forwards"]["reference"] > 0
+    assert answer["usage"].completion_tokens == TOKENS
+    assert answer["reference_failures"] > 0 and answer["forwards"]["reference"] > 0
     until(lambda: len(alive("Reference")) == 2, seconds=200)
 
-    def whole_again() -> bool:
-        again = ask(deployed, 5, False)
-        return bool(again["reference_failures"] == 0 and again["text"] == want)
+    def recovered() -> bool:
+        answer = ask(deployed, 5, False)
+        return bool(answer["reference_failures"] == 0 and answer["text"] == expected)
 
-    until(whole_again, seconds=100)
-    fault_table.add("the answer went on without and said so; with the replicas back it was whole", "no request failed")
+    until(recovered, seconds=100)
+    fault_table.add(
+        "the answer continued without it and reported so; with the replicas back it was used again", "no request failed"
+    )

@@ -1,7 +1,7 @@
-"""64 clients for a minute: streams, whole answers, infilling and settings of all kinds, more than there are places for.
-Nothing but answers and asked-for 429s, every answer is the one that its request gets alone, memory does not grow.
+"""64 clients for a minute, more than fit: streams, whole answers, infill and settings of all kinds. Every reply is a
+429 or exactly the answer that its request gets alone, and memory does not grow.
 
-`make drill` runs it, in about three minutes; RCD_LOAD_SECONDS is how long the load lasts, 60 where it is not set.
+`make drill` runs it, in about three minutes. RCD_LOAD_SECONDS: duration of the load, by default 60.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ pytestmark = [pytest.mark.drill, pytest.mark.timeout(600 + int(SECONDS))]
 CLIENTS = 64
 # The sizes of the target in demo.yaml.
 DEMO = {"hidden_size": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 192}
-PLACES = {"max_batch": 16, "max_queue": 36}  # 52 for 64 clients
+LIMITS = {"max_batch": 16, "max_queue": 36}  # 52 slots for 64 clients
 PROCESSES = {
     "target": "ray::ServeReplica:tiny:Target",
     "reference": "ray::ServeReplica:tiny:Reference",
     "ingress": "ray::ServeReplica:tiny:Ingress",
     "proxy": "ray::ProxyActor",
 }
-# Of the medians of the second and the last quarter of the load: what allocators scatter, in bytes.
+# Allowed growth from the median of the second quarter to that of the last: a factor, and bytes of allocator noise.
 GROWTH, SLACK = 1.03, 4 * 2**20
 KINDS: list[dict[str, Any]] = [
     {"prompt": "words", "max_tokens": 48, "temperature": 1.0, "stop_token_ids": []},
@@ -53,7 +53,7 @@ SEEDS = range(1, 5)
 
 @pytest.fixture(scope="module")
 def deployed(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StageContext]:
-    context = serve_context(tmp_path_factory.mktemp("runs"), DEMO, baseline=False, **PLACES)
+    context = serve_context(tmp_path_factory.mktemp("runs"), DEMO, baseline=False, **LIMITS)
     serve.run(in_double_precision(context))
     yield context
     ray_serve.shutdown()
@@ -64,14 +64,14 @@ def request(kind: int, seed: int, stream: bool = False) -> dict[str, Any]:
     return {"model": "tiny-rcd", "seed": seed, **KINDS[kind], **options}
 
 
-def served_by() -> dict[str, psutil.Process]:
-    """The processes of this application, which are below the raylet that is below this one."""
-    found: dict[str, psutil.Process] = {}
+def application_processes() -> dict[str, psutil.Process]:
+    """Descendants of this process, by way of its raylet."""
+    processes: dict[str, psutil.Process] = {}
     for process in psutil.Process().children(recursive=True):
         title = " ".join(process.cmdline())
-        found |= {name: process for name, begins in PROCESSES.items() if title.startswith(begins)}
-    assert set(found) == set(PROCESSES)
-    return found
+        processes |= {name: process for name, prefix in PROCESSES.items() if title.startswith(prefix)}
+    assert set(processes) == set(PROCESSES)
+    return processes
 
 
 def open_decodes(url: str) -> float:
@@ -86,46 +86,46 @@ def test_a_minute_of_64_clients(deployed: StageContext) -> None:
         alone = {(k, s): ask(http, url, request(k, s)) for k in range(len(KINDS)) for s in SEEDS}
     assert not any(reply.problem for reply in alone.values())
     assert len({reply.text for reply in alone.values()}) > len(alone) // 2
-    processes = served_by()
+    processes = application_processes()
     files = {name: process.num_fds() for name, process in processes.items()}
     memory: dict[str, list[int]] = {name: [] for name in processes}
-    over = threading.Event()
+    stop = threading.Event()
 
-    def keep_asking(number: int) -> list[tuple[tuple[int, int], Reply]]:
-        found = []
+    def client(number: int) -> list[tuple[tuple[int, int], Reply]]:
+        replies = []
         choose = random.Random(number)
         with httpx.Client(timeout=100, trust_env=False) as http:
-            while not over.is_set():
-                what = choose.randrange(len(KINDS)), choose.choice(SEEDS)
-                reply = ask(http, url, request(*what, stream=choose.random() < 0.5))
-                found.append((what, reply))
+            while not stop.is_set():
+                case = choose.randrange(len(KINDS)), choose.choice(SEEDS)
+                reply = ask(http, url, request(*case, stream=choose.random() < 0.5))
+                replies.append((case, reply))
                 if reply.status == 429:
-                    over.wait(float(reply.retry_after or 0))
-        return found
+                    stop.wait(float(reply.retry_after or 0))
+        return replies
 
     with ThreadPoolExecutor(CLIENTS) as threads:
-        began = time.monotonic()
-        asking = [threads.submit(keep_asking, number) for number in range(CLIENTS)]
+        started = time.monotonic()
+        clients = [threads.submit(client, number) for number in range(CLIENTS)]
         try:
-            while (now := time.monotonic()) < began + SECONDS:
+            while (now := time.monotonic()) < started + SECONDS:
                 for name, process in processes.items():
                     memory[name].append(process.memory_info().rss)
                 time.sleep(max(0.0, now + 0.5 - time.monotonic()))
         finally:
-            over.set()
-        found = [pair for future in asking for pair in future.result(timeout=100)]
-    seconds = max(reply.ended for _, reply in found) - began
+            stop.set()
+        replies = [pair for future in clients for pair in future.result(timeout=100)]
+    seconds = max(reply.ended for _, reply in replies) - started
 
-    _print_table([reply for _, reply in found], seconds, memory)
-    answered = [(what, reply) for what, reply in found if reply.status == 200]
-    refused = [reply for _, reply in found if reply.status != 200]
+    _print_table([reply for _, reply in replies], seconds, memory)
+    answered = [(case, reply) for case, reply in replies if reply.status == 200]
+    refused = [reply for _, reply in replies if reply.status != 200]
     assert [reply.problem for _, reply in answered if reply.problem] == []
     assert {reply.status for reply in refused} <= {429}, [r.problem for r in refused if r.status != 429][:3]
-    assert refused, "there were places for all, so that refusals were not tried"
+    assert refused, "every client got a slot, so refusals were not tested"
     assert all(float(r.retry_after or 0) >= 1 for r in refused)
     assert all(json.loads(r.problem)["error"]["type"] == "rate_limit_error" for r in refused)
-    assert [what for what, reply in answered if reply.text != alone[what].text] == []
-    assert {what for what, _ in answered} == set(alone)
+    assert [case for case, reply in answered if reply.text != alone[case].text] == []
+    assert {case for case, _ in answered} == set(alone)
     assert all(reply.rcd["reference_failures"] == 0 for _, reply in answered)
 
     for name, sizes in memory.items():
@@ -139,17 +139,18 @@ def _quarter(sizes: list[int], which: int) -> float:
     return statistics.median(sizes[which * len(sizes) // 4 : (which + 1) * len(sizes) // 4])
 
 
-def _print_table(found: list[Reply], seconds: float, memory: dict[str, list[int]]) -> None:
-    """What was measured; latencies of whole answers and of streams to their ends, in seconds; memory in MiB."""
-    print(f"\n{CLIENTS} clients, {seconds:.0f} s: {dict(Counter(reply.status for reply in found))} by status,", end=" ")
-    print(f"{sum(reply.tokens for reply in found) / seconds:.0f} tokens/s")
+def _print_table(replies: list[Reply], seconds: float, memory: dict[str, list[int]]) -> None:
+    """Latencies to the end of an answer in seconds, and memory in MiB."""
+    print(
+        f"\n{CLIENTS} clients, {seconds:.0f} s: {dict(Counter(reply.status for reply in replies))} by status,", end=" "
+    )
+    print(f"{sum(reply.tokens for reply in replies) / seconds:.0f} tokens/s")
     for name, stream in (("whole", False), ("stream", True)):
-        replies = [reply for reply in found if reply.status == 200 and bool(reply.body.get("stream")) == stream]
-        cuts = statistics.quantiles((reply.seconds for reply in replies), n=20)
-        print(f"  {name:<10} {len(replies):6} answers   p50 {cuts[9]:.2f} s   p95 {cuts[18]:.2f} s", end="")
-        print(f"   first text p50 {statistics.median(r.parts[0] - r.begun for r in replies if r.parts):.2f} s")
+        answers = [reply for reply in replies if reply.status == 200 and bool(reply.body.get("stream")) == stream]
+        cuts = statistics.quantiles((answer.seconds for answer in answers), n=20)
+        print(f"  {name:<10} {len(answers):6} answers   p50 {cuts[9]:.2f} s   p95 {cuts[18]:.2f} s", end="")
+        print(f"   first text p50 {statistics.median(r.parts[0] - r.started for r in answers if r.parts):.2f} s")
     for name, sizes in memory.items():
-        places = (sizes[0], sizes[len(sizes) // 2], sizes[-1])
-        start, middle, end = (f"{size / 2**20:7.1f}" for size in places)
+        start, middle, end = (f"{size / 2**20:7.1f}" for size in (sizes[0], sizes[len(sizes) // 2], sizes[-1]))
         print(f"  {name:<10} RSS MiB   start {start}   middle {middle}   end {end}", end="")
         print(f"   medians of quarters {' '.join(f'{_quarter(sizes, q) / 2**20:.1f}' for q in range(4))}")

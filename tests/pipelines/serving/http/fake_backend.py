@@ -1,12 +1,13 @@
-"""A Backend for tests of the HTTP interface: the application is real, only the model behind it is made up."""
+"""A Backend without a model, behind the real HTTP application."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import asdict, replace
+from typing import Any
 
-from fastapi.testclient import TestClient
+from fastapi import FastAPI
 
 from pipelines.serving.backend import (
     DecodeEvent,
@@ -24,6 +25,7 @@ from pipelines.serving.http.guard import ApiLimits
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.errors import UserError
 
+DEFAULTS = DecodeSettings(confidence_threshold=0.9, residual=True, start="reference")
 STEP = {
     "masked": [4, 5],
     "argmax": [7, 8],
@@ -36,25 +38,24 @@ STEP = {
 
 
 class Echo:
-    """Answers with what it was asked, in pieces of two characters. Some prompts are special, see `stream`."""
+    """Answers with the prompt, two characters per event. Some prompts are special, see `stream` and `_refuse`."""
 
     def __init__(self) -> None:
-        self.asked: list[DecodeRequest] = []
-        self.open = 0  # streams that are not over
-        self.pause_s = 0.0  # before every piece
+        self.requests: list[DecodeRequest] = []
+        self.open = 0  # unfinished streams
 
     async def stream(self, request: DecodeRequest) -> AsyncIterator[DecodeEvent]:
-        self.asked.append(request)
+        self.requests.append(request)
         self.open += 1
         try:
             self._refuse(request.prompt)
             text = f"<{request.prompt if request.prompt is not None else request.messages}>"
             for start in range(0, len(text), 2):
-                await asyncio.sleep(self.pause_s)
+                await asyncio.sleep(0)
                 if request.settings.trace:
                     yield TraceStep(step=STEP)
                 yield TextDelta(text=text[start : start + 2], token_ids=[1, 2])
-                if request.prompt == "lost on the way":
+                if request.prompt == "lost":
                     raise Unavailable("the replica was lost")
                 if request.prompt == "forever":
                     await asyncio.sleep(3600)
@@ -66,7 +67,7 @@ class Echo:
     async def ready(self) -> None: ...
 
     async def statistics(self) -> dict[str, float]:
-        return {"running": float(self.open), "asked_total": float(len(self.asked))}
+        return {"running": float(self.open), "echoes_total": float(len(self.requests))}
 
     def _refuse(self, prompt: str | list[int] | None) -> None:
         if prompt == "forbidden":
@@ -79,10 +80,13 @@ class Echo:
             raise UserError(f"the prompt holds token id {max(prompt)}; ids run from 0 to 999")
 
 
-def client_of(echo: Echo, defaults: DecodeSettings) -> TestClient:
-    """The application with this one model, `m`."""
-    app = create_app({"m": ServedModel(backend=echo, defaults=defaults, created=7)}, {"key": "k"}, ApiLimits())
-    return TestClient(app)
+def app_of(limits: ApiLimits | None = ApiLimits(), **backends: Any) -> FastAPI:  # noqa: B008
+    """The application with these models, by default one Echo named `m`."""
+    models = {
+        name: ServedModel(backend=backend, defaults=DEFAULTS, created=7)
+        for name, backend in (backends or {"m": Echo()}).items()
+    }
+    return create_app(models, {"version": "1.2", "key": "k"}, limits)
 
 
 def _result(request: DecodeRequest, text: str) -> DecodeResult:

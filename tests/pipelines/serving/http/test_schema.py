@@ -1,6 +1,6 @@
-"""The application against its own description: schemathesis makes requests, right and wrong ones, from /openapi.json.
+"""The application against its own schema: schemathesis derives valid and invalid requests from /openapi.json.
 
-RCD_SCHEMATHESIS_CASES: how many random ones, 300 where it is not set; those at the edges of the schema come on top.
+RCD_SCHEMATHESIS_CASES: number of random requests, by default 300; boundary cases come on top.
 """
 
 from __future__ import annotations
@@ -22,11 +22,7 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
-from pipelines.serving.backend import ServedModel
-from pipelines.serving.http.app import create_app
-from pipelines.serving.http.guard import ApiLimits
-from rcd_core.decode_settings import DecodeSettings
-from tests.pipelines.serving.http.fake_backend import Echo
+from tests.pipelines.serving.http.fake_backend import app_of
 
 NUM_CASES = int(os.environ.get("RCD_SCHEMATHESIS_CASES", "300"))
 CHECKS = [
@@ -38,15 +34,14 @@ CHECKS = [
     negative_data_rejection,
     unsupported_method,
 ]
-APP = create_app({"m": ServedModel(backend=Echo(), defaults=DecodeSettings(), created=7)}, {"key": "k"}, ApiLimits())
 STATUSES: Counter[int] = Counter()
 
-schema = schemathesis.openapi.from_asgi("/openapi.json", APP)
+schema = schemathesis.openapi.from_asgi("/openapi.json", app_of())
 
 
 @schema.hook
 def map_body(_: Any, body: Any) -> Any:
-    """Left to itself it would not find the name of the one model there is: three of four requests shall."""
+    """Three of four requests name the served model, which schemathesis cannot guess."""
     if isinstance(body, dict) and isinstance(body.get("model"), str) and len(body["model"]) % 4:
         return {**body, "model": "m"}
     return body
@@ -76,5 +71,5 @@ def test_the_rest_conforms(case: schemathesis.Case) -> None:
 
 def test_the_cases_reached_the_model() -> None:
     if not STATUSES:
-        pytest.skip("after the others only")
+        pytest.skip("needs the tests above")
     assert sum(STATUSES.values()) >= 0.7 * NUM_CASES and STATUSES[200] and STATUSES[400] and STATUSES[404]
