@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 
 from rich.console import Console
-from rich.table import Table
 
-from pipelines.report.comparison import Group, arm_table, arms_of, differences, grouped, load_runs
+from pipelines.report.comparison import Group, differences, group_runs, load_runs, method_table, methods_of
 from pipelines.report.comparison_page import NOTE, html, warnings
-from pipelines.report.text import Cells
+from pipelines.report.render import print_table
 from rcd_core.errors import UserError
 from rcd_core.io import storage
 
@@ -29,48 +28,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    groups = grouped(load_runs(options.runs))
-    arms = chosen_arms(groups, options.arms)
+    groups = group_runs(load_runs(options.runs))
+    methods = chosen_methods(groups, options.arms)
     console = Console()
     for text in warnings(groups):
         console.print(f"note: {text}", markup=False, highlight=False)
-    for name, title in arms.items():
-        _print(console, arm_table(groups, name), title)
+    for name, title in methods.items():
+        print_table(console, method_table(groups, name), title)
     head, rows = differences(groups)
     if rows:
-        _print(console, (head, rows), "what differs between the recipes")
+        print_table(console, (head, rows), "differences between the recipes")
     console.print(NOTE, markup=False, highlight=False)
     if options.output:
         output = (
             options.output if storage.is_uri(options.output) else os.path.abspath(os.path.expanduser(options.output))
         )
-        storage.write_bytes(output, html(groups, arms).encode())
+        storage.write_bytes(output, html(groups, methods).encode())
         console.print(f"page: {output}", soft_wrap=True, markup=False, highlight=False)
     return 0
 
 
-def chosen_arms(groups: Sequence[Group], patterns: Sequence[str] | None) -> dict[str, str]:
-    """Name -> title of the arms to show. UserError for a pattern that no run has."""
-    known = arms_of(groups)
+def chosen_methods(groups: Sequence[Group], patterns: Sequence[str] | None) -> dict[str, str]:
+    """Name -> title of the methods to show. UserError for a pattern that no run has."""
+    known = methods_of(groups)
     for pattern in patterns or ():
         if not any(fnmatch(name, pattern) for name in known):
-            raise UserError(f"--arms: no run has an arm {pattern!r}; they have {', '.join(known)}")
+            raise UserError(f"--arms: no run has a method {pattern!r}; they have {', '.join(known)}")
     return {name: title for name, title in known.items() if any(fnmatch(name, p) for p in patterns or ("*",))}
-
-
-def _print(console: Console, cells: Cells, title: str) -> None:
-    """On a narrow terminal few long rows become columns."""
-    made = _table(cells, title)
-    wanted = console.measure(made, options=console.options.update(width=1 << 16)).maximum
-    if len(cells[1]) < len(cells[0]) and wanted > console.width:
-        head, *rows = (list(column) for column in zip(cells[0], *cells[1], strict=True))
-        made = _table((head, rows), title)
-    console.print(made)
-
-
-def _table(cells: Cells, title: str) -> Table:
-    head, rows = cells
-    made = Table(*head, title=title)
-    for row in rows:
-        made.add_row(*row)
-    return made

@@ -1,4 +1,4 @@
-"""What an evaluation decodes, piece by piece, and the Ray actor that decodes it."""
+"""The Ray actor that decodes an evaluation, and the plan that it reads."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.evaluation.parts import PartWriter, read_piece
-from pipelines.evaluation.results import ArmInfo
+from pipelines.evaluation.answers import ShardWriter, read_shard
+from pipelines.evaluation.results import MethodInfo
 from pipelines.ray_cluster.hardware import describe_device, worker_device
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.decoding.request import NUM_SEED_BITS
@@ -23,7 +23,7 @@ from rcd_core.tasks import check_gradable, get_task
 
 ROWS = pa.schema(
     {
-        "arm": pa.string(),
+        "arm": pa.string(),  # the method's name
         "threshold": pa.float64(),
         "example_id": pa.string(),
         "sample": pa.int32(),  # 0 .. evaluate.samples - 1
@@ -33,47 +33,47 @@ ROWS = pa.schema(
         "reference": pa.int32(),
         "prefill": pa.int32(),
         "store": pa.int32(),
-        "reference_weight": pa.float64(),  # parameters of the reference over those of the arm's model
-        "reference_flops_weight": pa.float64(),  # reference pass over target pass: evaluation.flops
-        "seconds": pa.float64(),  # wall seconds of decoding, shared by the answers decoded together: 1 / throughput
+        "reference_weight": pa.float64(),  # parameters of the reference / parameters of the method's model
+        "reference_flops_weight": pa.float64(),  # FLOPs of a reference pass / of a target pass: evaluation.flops
+        "seconds": pa.float64(),  # wall-clock seconds, shared equally by answers decoded together: 1 / throughput
         "finish_reason": pa.string(),
         "completion": pa.string(),
     }
 )
-# On disk while the work is under way. item: example and sample in one number; settings: as in effect, every default
-# filled in; results.json has settings and hardware once.
+# Rows on disk while the evaluation runs. item: example number * samples + sample; settings: in effect, with all
+# defaults. results.json has settings and hardware once.
 DECODED = pa.schema([*ROWS, ("item", pa.int64()), ("settings", pa.string()), ("hardware", pa.string())])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arm:
-    """One way to decode. reference: checkpoint for warm starts, or None."""
+class Method:
+    """One way of decoding. reference: checkpoint for warm starts, or None."""
 
-    info: ArmInfo
+    info: MethodInfo
     checkpoint: str
     reference: str | None
     settings: DecodeSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
-    """Answers that one actor decodes, by one arm at one threshold. item = example number * samples + sample."""
+class Shard:
+    """Answers that one actor decodes by one method (a number) at one threshold. items: as in DECODED."""
 
-    arm: int
+    method: int
     threshold: float
     items: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What an actor needs to do any piece of the work. parts: directory below which piece i writes into <name>-<i>."""
+    """What an actor needs to decode any shard. Shard i is written to the directory <parts>/<name>-<i>."""
 
     task: str
     run_code: bool
     tokenizer: str
     files: tuple[str, ...]
-    arms: tuple[Arm, ...]
-    work: tuple[Work, ...]
+    methods: tuple[Method, ...]
+    shards: tuple[Shard, ...]
     samples: int
     batch_size: int
     threads: int
@@ -81,24 +81,24 @@ class Plan:
     name: str
     flush_s: float
 
-    def directory(self, piece: int) -> str:
-        return storage.join(self.parts, f"{self.name}-{piece:06d}")
+    def directory(self, number: int) -> str:
+        return storage.join(self.parts, f"{self.name}-{number:06d}")
 
 
 def request_seed(seed: int, example_id: str, sample: int) -> int:
-    """The seed of one answer: its own, whatever batch, actor or rerun it is decoded in."""
+    """The seed of one answer, which does not depend on batch, actor or retry."""
     return hash_key(seed, example_id, sample) & ((1 << NUM_SEED_BITS) - 1)
 
 
 class DecodeActor:
-    """Decodes pieces of work; holds the models of one arm at a time."""
+    """Decodes shards. Keeps the models of one method in memory."""
 
     def __init__(self, plan: Plan) -> None:
         from rcd_core.text.tokenizer import load_tokenizer
 
         self.plan = plan
         if plan.run_code:
-            os.environ["RCD_RUN_CODE"] = "1"  # of this actor only
+            os.environ["RCD_RUN_CODE"] = "1"  # for this actor only
         check_gradable(plan.task)
         self.task = get_task(plan.task)
         self.device, self.dtype = worker_device(plan.threads)
@@ -109,61 +109,59 @@ class DecodeActor:
         self.models: dict[str, Any] = {}
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Piece numbers -> how many answers each gave. The answers themselves lie in the pieces' directories."""
-        pieces = batch["id"].to_pylist()
-        return pa.table({"answers": [self.decode(piece) for piece in pieces]})
+        """Shard numbers -> their numbers of answers. The answers are written to the directories of the shards."""
+        return pa.table({"answers": [self.decode(number) for number in batch["id"].to_pylist()]})
 
     def decode(self, number: int) -> int:
-        """What of the piece is not on disk yet. Returns the number of its answers."""
-        piece, directory = self.plan.work[number], self.plan.directory(number)
-        # Ray gives a piece to another actor when its own is lost.
-        done = set(read_piece(directory, DECODED)["item"].to_pylist())
-        missing = [item for item in piece.items if item not in done]
+        """Decode the answers of a shard that are not on disk. Returns the number of answers of the whole shard."""
+        shard, directory = self.plan.shards[number], self.plan.directory(number)
+        # Ray retries the shard of a lost actor on another one.
+        done = set(read_shard(directory, DECODED)["item"].to_pylist())
+        missing = [item for item in shard.items if item not in done]
         if missing:
-            writer = PartWriter(directory, DECODED, self.plan.flush_s)
-            for row in self._rows(piece, missing):
+            writer = ShardWriter(directory, DECODED, self.plan.flush_s)
+            for row in self._rows(shard, missing):
                 writer.add(row)
             writer.flush()
-        return len(piece.items)
+        return len(shard.items)
 
-    def _rows(self, piece: Work, items: Sequence[int]) -> Iterator[dict[str, Any]]:
+    def _rows(self, shard: Shard, items: Sequence[int]) -> Iterator[dict[str, Any]]:
         from rcd_core.decoding.decoder import Decoder
 
-        arm = self.plan.arms[piece.arm]
-        model, reference = self._load(arm)
+        method = self.plan.methods[shard.method]
+        model, reference = self._load(method)
         decoder = Decoder(model, reference, max_batch=self.plan.batch_size)
-        numbers = [item // self.plan.samples for item in items]
-        examples = self.examples.take(numbers).to_pylist()
-        samples = [item % self.plan.samples for item in items]
-        seed = arm.settings.seed or 0
+        numbers, samples = zip(*(divmod(item, self.plan.samples) for item in items), strict=True)
+        examples = self.examples.take(list(numbers)).to_pylist()
+        seed = method.settings.seed or 0
         settings = [
             replace(
-                arm.settings,
-                confidence_threshold=piece.threshold,
+                method.settings,
+                confidence_threshold=shard.threshold,
                 seed=request_seed(seed, example["example_id"], sample),
             )
             for example, sample in zip(examples, samples, strict=True)
         ]
-        begun = time.perf_counter()
-        inputs = [example["prompt_ids"] for example in examples]
-        for i, output in decoder.as_completed(inputs, settings, infill=self.task.infill):
-            seconds = time.perf_counter() - begun
+        started = time.perf_counter()
+        prompts = [example["prompt_ids"] for example in examples]
+        for i, output in decoder.as_completed(prompts, settings, infill=self.task.infill):
+            seconds = time.perf_counter() - started
             example, passes = examples[i], output.num_forwards
             if self.task.infill:
                 completion = str(self.tokenizer.decode(output.canvas_ids))
             else:
                 completion = str(self.tokenizer.decode(output.token_ids, skip_special_tokens=True))
-            request = decoder.check(inputs[i], settings[i], infill=self.task.infill) if passes.reference else None
+            request = decoder.check(prompts[i], settings[i], infill=self.task.infill) if passes.reference else None
             yield {
-                "arm": arm.info.name,
-                "threshold": piece.threshold,
+                "arm": method.info.name,
+                "threshold": shard.threshold,
                 "example_id": example["example_id"],
                 "sample": samples[i],
                 "correct": self.task.grade(example["prompt"], completion, example["answer"]),
-                # The stop token was decoded too; what follows it in its block was not asked for.
+                # The stop token counts, the rest of its block does not.
                 "tokens": len(output.token_ids) + (output.finish_reason == "stop"),
                 **asdict(passes),
-                **_weights(model, reference, request, output),
+                **_reference_weights(model, reference, request, output),
                 "seconds": seconds,
                 "finish_reason": output.finish_reason,
                 "completion": completion,
@@ -171,21 +169,22 @@ class DecodeActor:
                 "settings": json.dumps(asdict(replace(output.settings, confidence_threshold=0.0, seed=seed))),
                 "hardware": self.hardware,
             }
-            begun = time.perf_counter()  # grading is no decoding
+            started = time.perf_counter()  # the time of grading does not count
 
-    def _load(self, arm: Arm) -> tuple[Any, Any]:
+    def _load(self, method: Method) -> tuple[Any, Any]:
         from rcd_core.families.loading import load_model
 
-        wanted = [arm.checkpoint, *([arm.reference] if arm.reference else [])]
-        self.models = {path: model for path, model in self.models.items() if path in wanted}  # room first
-        for path in wanted:
+        paths = [path for path in (method.checkpoint, method.reference) if path]
+        # Free the models of the previous method before loading others.
+        self.models = {path: model for path, model in self.models.items() if path in paths}
+        for path in paths:
             if path not in self.models:
                 self.models[path] = load_model(path, dtype=self.dtype, device=self.device)
-        return self.models[arm.checkpoint], self.models[arm.reference] if arm.reference else None
+        return self.models[method.checkpoint], self.models[method.reference] if method.reference else None
 
 
-def _weights(model: Any, reference: Any, request: Any, output: Any) -> dict[str, float]:
-    """A reference pass in passes of the target; request None: there was none."""
+def _reference_weights(model: Any, reference: Any, request: Any, output: Any) -> dict[str, float]:
+    """The cost of a reference pass in target passes. request: None if there was no reference pass."""
     from rcd_core.evaluation.flops import reference_weight, shape_of
 
     if request is None:

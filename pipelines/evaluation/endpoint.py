@@ -16,8 +16,8 @@ from rich.console import Console
 from pipelines.client import COMMON, Endpoint, api_key
 from pipelines.data.problems import TestProblem, read_problems
 from pipelines.evaluation.actor import request_seed
-from pipelines.evaluation.answer_log import AnswerLog
-from pipelines.evaluation.results import ArmInfo
+from pipelines.evaluation.answers import AnswerLog
+from pipelines.evaluation.results import MethodInfo
 from pipelines.recipe.files import merged
 from pipelines.recipe.load import parse_recipe
 from pipelines.recipe.model import Recipe
@@ -58,7 +58,7 @@ class EndpointMethod:
     """One way to query the endpoint. info.model: the endpoint's model id. settings: sent with every request, next to
     prompt, seed and threshold."""
 
-    info: ArmInfo
+    info: MethodInfo
     settings: dict[str, Any]
 
 
@@ -158,7 +158,7 @@ def _methods(
 
 
 def _method(name: str, title: str, model: str, baseline: str | None, settings: dict[str, Any]) -> EndpointMethod:
-    info = ArmInfo(
+    info = MethodInfo(
         name=name,
         title=title,
         model=model,

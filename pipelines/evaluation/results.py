@@ -1,4 +1,4 @@
-"""results.json: from the rows of an evaluation to what it says. Pure functions, no run and no cluster inside."""
+"""Computes results.json from the rows of an evaluation. Pure functions: no run directory, no cluster."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from rcd_core.evaluation.statistics import (
     AUP_ALPHA,
     AUP_OFFSET,
     RESAMPLES,
-    Curves,
-    Estimate,
     aup,
     compare,
     estimate,
@@ -23,15 +21,15 @@ from rcd_core.evaluation.statistics import (
 )
 
 SCHEMA_VERSION = 2
-LEADING: Measure = "tokens_per_pass"  # what plots, headlines and comparisons show first
+LEADING: Measure = "tokens_per_pass"  # shown first in plots, headlines and comparisons
 MEASURES: tuple[Measure, ...] = (LEADING, "tokens_per_forward")
 AUP_SOURCE = "accuracy under parallelism, d3LLM, arXiv 2601.07568"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArmInfo:
-    """What a page says of an arm. model: the stage (or checkpoint) it comes from. baseline: the arm that it is compared
-    with, or None. trained_with: the residual settings it was trained with, or None."""
+class MethodInfo:
+    """One way of decoding ("arm" in files). model: stage, checkpoint or endpoint model that decodes. baseline: the
+    method to compare with, or None. trained_with: the residual settings of the model's training, or None."""
 
     name: str
     title: str
@@ -47,67 +45,55 @@ def analyse(
     recipe: str,
     task: str,
     seed: int,
-    arms: Sequence[ArmInfo],
+    methods: Sequence[MethodInfo],
     table: pa.Table,
     settings: Mapping[str, dict[str, Any]],
     accuracy_levels: Sequence[float],
     hardware: dict[str, Any],
 ) -> dict[str, Any]:
-    """The mapping of results.json: a curve per arm, each arm against its baseline.
+    """The content of results.json: a curve per method, and each method against its baseline.
 
-    table: the rows of results.parquet. settings: arm -> its DecodeSettings as in effect. hardware: on what it was
-    decoded. UserError where an arm lacks a problem at some threshold.
+    table: the rows of results.parquet. settings: method -> DecodeSettings in effect. hardware: where it was decoded.
+    Raises UserError if a method lacks a problem at some threshold.
     """
     columns = [name for name in table.column_names if name not in ("completion", "finish_reason")]
     outcomes = collect(table.select(columns).to_pylist())
-    curves = {name: resample(found, RESAMPLES, seed) for name, found in outcomes.items()}
-    best = max(float(found.accuracy[0].max()) for found in curves.values())
+    curves = {name: resample(outcome, RESAMPLES, seed) for name, outcome in outcomes.items()}
+    best = max(float(resampled.accuracy[0].max()) for resampled in curves.values())
     weights = _mean_weights(table)
+
+    def entry(method: MethodInfo) -> dict[str, Any]:
+        own = curves[method.name]
+        return {
+            **asdict(method),
+            "decode": {k: v for k, v in settings[method.name].items() if k != "confidence_threshold"},
+            **weights[method.name],
+            "aup": {m: asdict(estimate(aup(own.rates[m], own.accuracy, best))) for m in MEASURES},
+            "curve": [asdict(point) for point in curve(outcomes[method.name])],
+        }
+
+    def comparison(name: str, baseline: str) -> dict[str, Any]:
+        options: Any = {"accuracy_levels": accuracy_levels, "best_accuracy": best}
+        compared = {str(m): asdict(compare(curves[baseline], curves[name], **options, measure=m)) for m in MEASURES}
+        return {"arm": name, "baseline": baseline, **compared}
+
     return {
         "schema_version": SCHEMA_VERSION,
         "recipe": recipe,
         "task": task,
         "seed": seed,
-        "num_problems": max(len(found.example_ids) for found in outcomes.values()),
-        "num_samples": max(found.correct.shape[2] for found in outcomes.values()),
-        "thresholds": sorted({t for found in outcomes.values() for t in found.thresholds}),
+        "num_problems": max(len(outcome.example_ids) for outcome in outcomes.values()),
+        "num_samples": max(outcome.correct.shape[2] for outcome in outcomes.values()),
+        "thresholds": sorted({t for outcome in outcomes.values() for t in outcome.thresholds}),
         "hardware": hardware,
-        "arms": [
-            {
-                **asdict(arm),
-                "decode": {k: v for k, v in settings[arm.name].items() if k != "confidence_threshold"},
-                **weights[arm.name],
-                "aup": {measure: asdict(_aup(curves[arm.name], measure, best)) for measure in MEASURES},
-                "curve": [asdict(point) for point in curve(outcomes[arm.name])],
-            }
-            for arm in arms
-        ],
-        "comparisons": [
-            {
-                "arm": arm.name,
-                "baseline": arm.baseline,
-                **{
-                    measure: asdict(
-                        compare(
-                            curves[arm.baseline],
-                            curves[arm.name],
-                            accuracy_levels=accuracy_levels,
-                            best_accuracy=best,
-                            measure=measure,
-                        )
-                    )
-                    for measure in MEASURES
-                },
-            }
-            for arm in arms
-            if arm.baseline in curves
-        ],
+        "arms": [entry(method) for method in methods],
+        "comparisons": [comparison(m.name, m.baseline) for m in methods if m.baseline in curves],
         "statistics": {
             "leading_measure": LEADING,
-            "tokens_per_pass": "tokens over passes that choose tokens, a reference pass counted by its FLOPs",
-            "tokens_per_forward": "the paper's: tokens over denoising passes of the target, reference passes left out",
-            "tokens_per_pass_by_parameters": "a reference pass counted by the ratio of parameters",
-            "left_out": "prefill and store passes only fill a cache and are in no rate; the curves have their means",
+            "tokens_per_pass": "tokens per pass that chooses tokens; a reference pass is weighted by its FLOPs",
+            "tokens_per_forward": "the paper's: tokens per denoising pass of the target, without reference passes",
+            "tokens_per_pass_by_parameters": "a reference pass is weighted by the ratio of parameters",
+            "left_out": "prefill and store passes only fill a cache and count in no rate; the curves have their means",
             "accuracy_interval": _accuracy_interval(outcomes),
             "comparison_interval": "paired bootstrap over problems, percentile, 95 %",
             "resamples": RESAMPLES,
@@ -117,19 +103,15 @@ def analyse(
     }
 
 
-def _aup(found: Curves, measure: Measure, best: float) -> Estimate:
-    return estimate(aup(found.rates[measure], found.accuracy, best))
-
-
 def _accuracy_interval(outcomes: Mapping[str, Outcomes]) -> str:
-    if all(found.correct.shape[2] == 1 for found in outcomes.values()):
+    if all(outcome.correct.shape[2] == 1 for outcome in outcomes.values()):
         return "Wilson, 95 %"
     return "95 %, plus and minus 1.96 standard errors of the mean over problems"
 
 
 def _mean_weights(table: pa.Table) -> dict[str, dict[str, float]]:
-    """Arm -> mean cost of a reference pass in target passes, by parameters and by FLOPs; 0 where it makes none."""
+    """Method -> mean cost of a reference pass in target passes, by parameters and by FLOPs; 0 without such passes."""
     names = ("reference_weight", "reference_flops_weight")
     warm = table.filter(pc.greater(table["reference"], 0)).group_by("arm").aggregate([(name, "mean") for name in names])
-    found = {row["arm"]: {name: row[f"{name}_mean"] for name in names} for row in warm.to_pylist()}
-    return {arm: found.get(arm, dict.fromkeys(names, 0.0)) for arm in table["arm"].unique().to_pylist()}
+    means = {row["arm"]: {name: row[f"{name}_mean"] for name in names} for row in warm.to_pylist()}
+    return {name: means.get(name, dict.fromkeys(names, 0.0)) for name in table["arm"].unique().to_pylist()}

@@ -13,7 +13,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -96,27 +95,6 @@ def provenance(recipe: Recipe) -> dict[str, Any] | None:
         "unpublished": list(settings.unpublished),
         "changed": changed,
     }
-
-
-def provenance_line(found: dict[str, Any] | None) -> str:
-    """`provenance` in a line, empty where there is none."""
-    if found is None:
-        return ""
-    changed = f"changed: {', '.join(found['changed'])}" if found["changed"] else "unchanged"
-    return f"settings file: {found['name']} (sha256 {found['sha256'][:16]}), {changed}"
-
-
-def provenance_section(found: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """`provenance` as a section of the report's page: none, or one."""
-    if found is None:
-        return []
-    changed = ", ".join(found["changed"])
-    parts = [
-        f"<p>{escape(found['name'])} (sha256 {found['sha256'][:16]}): {escape(found['source'])}</p>",
-        f"<p><strong>Changed for this evaluation: {escape(changed)}.</strong></p>" if changed else "<p>Unchanged.</p>",
-        *(f"<p class=note>Not published: {escape(line)}</p>" for line in found["unpublished"]),
-    ]
-    return [("Settings file", "".join(parts))]
 
 
 def _differing(wanted: Mapping[str, Any], used: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -2,82 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
-from html import escape
+from collections.abc import Mapping, Sequence
 
 from pipelines.report import plots
-from pipelines.report.comparison import Group, arm_table, differences, mean_curve
-from pipelines.report.page import note, page, picture, table
+from pipelines.report.comparison import Group, differences, mean_curve, method_table
 from pipelines.report.plots import Plot
+from pipelines.report.render import render
 
 NOTE = (
-    "Accuracy in % @ tokens per pass, by confidence threshold. Ratios are tokens per pass against the run's own "
-    "baseline at equal accuracy, with 95 % intervals over its problems; AUP is relative to the best accuracy of its "
-    "own run. ± is the standard deviation over seeds (n - 1). Between runs nothing is paired."
+    "Accuracy in % @ tokens per pass, by confidence threshold. Ratios: tokens per pass divided by those of the run's "
+    "own baseline at equal accuracy, with 95 % intervals over its problems. AUP is relative to the best accuracy of "
+    "its own run. ± is the standard deviation over seeds (n - 1). Runs are not paired with each other."
 )
 
 
+def html(groups: Sequence[Group], methods: Mapping[str, str]) -> str:
+    """The page. methods: name -> title of those to show."""
+    labels = [f"{group.label} ({len(group.runs)} seeds)" if len(group.runs) > 1 else group.label for group in groups]
+    task = " / ".join(dict.fromkeys(group.runs[0].results["task"] for group in groups))
+    return render(
+        "comparison.html.j2",
+        title=f"Comparison of runs: {task}",
+        runs=labels,
+        task=task,
+        warnings=warnings(groups),
+        plot=pareto(groups, methods),
+        note=NOTE,
+        methods=[(title, method_table(groups, name)) for name, title in methods.items()],
+        differences=differences(groups),
+    )
+
+
 def warnings(groups: Sequence[Group]) -> list[str]:
-    """Why some of the runs cannot be held against each other, in words."""
-    found = []
-    for key, what in (
-        ("task", "tasks"),
-        ("num_problems", "numbers of problems"),
-        ("num_samples", "numbers of samples"),
-    ):
+    """Reasons why some of the runs cannot be compared."""
+    messages = []
+    names = {"task": "tasks", "num_problems": "numbers of problems", "num_samples": "numbers of samples"}
+    for key, name in names.items():
         values = {group.label: group.runs[0].results[key] for group in groups}
         if len(set(values.values())) > 1:
-            told = ", ".join(f"{label}: {value}" for label, value in values.items())
-            found.append(f"the runs have different {what} ({told}); their accuracies do not compare as they stand")
+            listed = ", ".join(f"{label}: {value}" for label, value in values.items())
+            messages.append(f"the runs have different {name} ({listed}), so their accuracies are not comparable")
     for group in groups:
         seeds = [run.results["seed"] for run in group.runs]
         for seed in sorted({seed for seed in seeds if seeds.count(seed) > 1}):
-            alike = " and ".join(run.label for run in group.runs if run.results["seed"] == seed)
-            found.append(f"{alike} are one recipe under one seed, {seed}: their deviation is not that of seeds")
-    return found
+            labels = " and ".join(run.label for run in group.runs if run.results["seed"] == seed)
+            messages.append(
+                f"{labels} have the same recipe and the same seed, {seed}: the standard deviation is not over seeds"
+            )
+    return messages
 
 
-def html(groups: Sequence[Group], arms: dict[str, str]) -> str:
-    """The page: what stands against what, the plot, a table per arm, what differs between the recipes."""
-    head, rows = differences(groups)
-    several = [f"{group.label} ({len(group.runs)} seeds)" if len(group.runs) > 1 else group.label for group in groups]
-    task = " / ".join(dict.fromkeys(group.runs[0].results["task"] for group in groups))
-    parts = [
-        f"<p>{escape(', '.join(several))}; task {escape(task)}.</p>",
-        *(f"<div class=headline><p>{escape(text)}</p></div>" for text in warnings(groups)),
-        picture(
-            pareto(groups, arms), "Accuracy against tokens per pass, a line per run and arm; tables have the numbers"
-        ),
-        note(NOTE),
-        *(f"<h2>{escape(title)}</h2>{table(*arm_table(groups, name))}" for name, title in arms.items()),
-        "<h2>What differs between the recipes</h2>",
-        table(head, rows, numbers=False) if rows else "<p>Nothing but names, seeds and resources.</p>",
+def pareto(groups: Sequence[Group], methods: Mapping[str, str]) -> Plot:
+    """Accuracy against tokens per pass: the mean over seeds with its SD, and each seed as a thin line. A single run has
+    its 95 % interval."""
+    curves = [
+        (g, name, title) for name, title in methods.items() for g in groups if any(r.method(name) for r in g.runs)
     ]
-    return page(f"Runs compared: {task}", "\n".join(parts))
 
+    def draw(dark: bool) -> bytes:
+        chart, axes = plots.figure(dark, width=9, height=5.6)
+        for i, (group, name, title) in enumerate(curves):
+            if len(group.runs) > 1:
+                thin = {"color": plots.colour(i, dark), "linestyle": plots.line(i), "alpha": 0.3, "linewidth": 0.8}
+                for run in group.runs:
+                    points = mean_curve([run], name)
+                    axes.plot([p.rate for p in points], [p.accuracy for p in points], **thin)
+            points = mean_curve(group.runs, name)
+            bars = [[p.bar[side] for p in points] for side in (0, 1)]
+            x, y = [p.rate for p in points], [p.accuracy for p in points]
+            plots.curve(axes, x, y, i, dark, f"{group.label}: {title}", bars)
+        axes.set_xlabel("tokens per pass (reference passes counted by their FLOPs)")
+        axes.set_ylabel("accuracy, %")
+        plots.legend(axes, dark)
+        return plots.png(chart)
 
-def pareto(groups: Sequence[Group], arms: dict[str, str]) -> Plot:
-    return plots.both(partial(_pareto, groups, arms))
-
-
-def _pareto(groups: Sequence[Group], arms: dict[str, str], dark: bool) -> bytes:
-    """PNG: the mean over seeds with its SD and each seed thinly behind it; one run alone with its 95 % interval."""
-    held = [(g, name, title) for name, title in arms.items() for g in groups if any(r.arm(name) for r in g.runs)]
-    figure, axes = plots.figure(dark, width=9, height=5.6)
-    for i, (group, name, title) in enumerate(held):
-        style = {"color": plots.colour(i, dark), "linestyle": plots.line(i)}
-        if len(group.runs) > 1:
-            for run in group.runs:
-                alone = mean_curve([run], name)
-                axes.plot([s.rate for s in alone], [s.accuracy for s in alone], alpha=0.3, linewidth=0.8, **style)
-        curve = mean_curve(group.runs, name)
-        bars = [[s.below for s in curve], [s.above for s in curve]]
-        axes.errorbar(
-            [s.rate for s in curve], [s.accuracy for s in curve], yerr=bars, marker=plots.marker(i),
-            label=f"{group.label}: {title}", markersize=5, linewidth=1.6, elinewidth=0.9, capsize=2, **style,
-        )  # fmt: skip
-    axes.set_xlabel("tokens per pass (reference passes counted by their FLOPs)")
-    axes.set_ylabel("accuracy, %")
-    plots.legend(axes, dark)
-    return plots.png(figure)
+    return plots.both(draw)

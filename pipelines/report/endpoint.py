@@ -1,27 +1,36 @@
-"""From the answers of an endpoint to results.parquet, results.json, plots and the page."""
+"""Turns the answers of an endpoint into results.parquet, results.json, plots and a page.
+
+An endpoint of this project reports its passes and gets the report of any evaluation. For any other endpoint the report
+has accuracy and tokens per second, and no curve.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from pipelines.data.problems import TestProblem
 from pipelines.evaluation.actor import ROWS
-from pipelines.evaluation.endpoint import EndpointAnswers, EndpointOptions
-from pipelines.evaluation.results import analyse
-from pipelines.recipe.model import Recipe
-from pipelines.recipe.settings_files import provenance, provenance_line, provenance_section
-from pipelines.report.evaluation import html_report, plots_of, print_tables
-from pipelines.report.foreign import foreign_page, foreign_results, print_foreign
+from pipelines.evaluation.endpoint import EndpointAnswers
+from pipelines.evaluation.results import SCHEMA_VERSION, MethodInfo, analyse
+from pipelines.recipe.settings_files import provenance
+from pipelines.report import text
+from pipelines.report.evaluation import print_tables, write_evaluation
+from pipelines.report.render import print_table, render
+from pipelines.report.text import Cells, Results
+from rcd_core.evaluation.outcomes import collect, curve
 from rcd_core.io import storage
 from rcd_core.tasks import get_task
 
-Answers = Sequence[dict[str, Any]]
+NOT_REPORTED = "not reported"
+_REPORTED = {
+    "num_problems", "num_samples", "accuracy", "accuracy_low", "accuracy_high", "standard_error", "accuracy_by_sample",
+    "tokens_per_second", "mean_tokens",
+}  # fmt: skip
 
 
 def write_report(collected: EndpointAnswers, command: str, console: Console) -> None:
@@ -30,69 +39,56 @@ def write_report(collected: EndpointAnswers, command: str, console: Console) -> 
     command: the command line that makes these results.
     """
     recipe, options, answers = collected.recipe, collected.options, collected.answers
-    rows = _rows(recipe, collected.problems, answers, options.reference_flops_weight)
     infos = [method.info for method in collected.methods]
     order = [info.name for info in infos]
+    rows = _graded_rows(collected)
     rows.sort(key=lambda row: (order.index(row["arm"]), row["threshold"], row["example_id"], row["sample"]))
     table = pa.Table.from_pylist(rows, schema=ROWS)
     with storage.open_output(storage.join(recipe.run_directory, "results.parquet")) as stream:
         pq.write_table(table, stream, compression="zstd")
-    settings_file = provenance(recipe)
-    about, notes = _about(recipe, options, answers), _notes(command) | {"settings_file": settings_file}
-    sections = provenance_section(settings_file)
-    if collected.is_rcd:
-        settings = {answer["arm"]: {**answer["settings"], "seed": recipe.seed} for answer in answers}
-        infos = [replace(info, block_length=settings[info.name]["block_length"]) for info in infos]
-        levels = recipe.evaluate.accuracy_levels
-        results = analyse(arms=infos, table=table, settings=settings, accuracy_levels=levels, **about) | notes
-        plots = plots_of(results)
-        for name, (light, _) in plots.items():
-            storage.write_bytes(storage.join(recipe.run_directory, f"{name}.png"), light)
-        page = html_report(results, plots, [*sections, *_warm_starts(answers)])
-        print_tables(results, console)
-    else:
-        sent = {method.info.name: method.settings for method in collected.methods}
-        results = foreign_results(arms=infos, rows=rows, asked=sent, **about) | notes
-        page = foreign_page(results, sections)
-        print_foreign(results, console)
-    if line := provenance_line(settings_file):
-        console.print(line, soft_wrap=True, markup=False)
-    storage.write_json(storage.join(recipe.run_directory, "results.json"), results)
-    path = storage.join(recipe.run_directory, "report.html")
-    storage.write_bytes(path, page.encode())
-    console.print(f"report: {path}", soft_wrap=True, markup=False)
-
-
-def _about(recipe: Recipe, options: EndpointOptions, answers: Answers) -> dict[str, Any]:
-    """What both kinds of results begin with."""
     fingerprints = sorted({answer["fingerprint"] for answer in answers if answer["fingerprint"]})
     deployed = {"deployment": ", ".join(fingerprints)} if fingerprints else {}
-    return {
+    about: dict[str, Any] = {
         "recipe": recipe.name,
         "task": recipe.data.task_of("test"),
         "seed": recipe.seed,
         "hardware": {"endpoint": options.url, **deployed, "requests_at_a_time": options.concurrency},
     }
-
-
-def _notes(command: str) -> dict[str, Any]:
-    """What the page says otherwise than of a run."""
-    return {
+    notes = {
         "reproduce": f"{command} (the answers also depend on what is deployed at that address)",
-        "reference_cost": "which is assumed (--reference_flops_weight), as an endpoint does not tell",
+        "reference_cost": "an assumption (--reference_flops_weight), as endpoints do not report it",
         "decoded_by": "the endpoint",
+        "settings_file": provenance(recipe),
     }
+    if collected.is_rcd:
+        settings = {answer["arm"]: {**answer["settings"], "seed": recipe.seed} for answer in answers}
+        infos = [replace(info, block_length=settings[info.name]["block_length"]) for info in infos]
+        levels = recipe.evaluate.accuracy_levels
+        results = analyse(methods=infos, table=table, settings=settings, accuracy_levels=levels, **about) | notes
+        write_evaluation(recipe.run_directory, results, reference_failures=_reference_failures(answers))
+        print_tables(results, console)
+    else:
+        requested = {method.info.name: method.settings for method in collected.methods}
+        results = _results_without_passes(infos, rows, requested, **about) | notes
+        storage.write_json(storage.join(recipe.run_directory, "results.json"), results)
+        page = _page_without_passes(results).encode()
+        storage.write_bytes(storage.join(recipe.run_directory, "report.html"), page)
+        caption = "the endpoint does not report its passes"
+        print_table(console, _speed_table(results), text.title(results), caption)
+        if line := text.settings_file_line(results):
+            console.print(line, soft_wrap=True, markup=False)
+    path = storage.join(recipe.run_directory, "report.html")
+    console.print(f"report: {path}", soft_wrap=True, markup=False)
 
 
-def _rows(
-    recipe: Recipe, problems: Sequence[TestProblem], answers: Answers, reference_weight: float
-) -> list[dict[str, Any]]:
-    """Answers graded, as rows of results.parquet."""
-    task, by_id = get_task(recipe.data.task_of("test")), {problem.example_id: problem for problem in problems}
+def _graded_rows(collected: EndpointAnswers) -> list[dict[str, Any]]:
+    """The rows of results.parquet."""
+    task = get_task(collected.recipe.data.task_of("test"))
+    by_id = {problem.example_id: problem for problem in collected.problems}
     rows = []
-    for answer in answers:
+    for answer in collected.answers:
         problem, forwards = by_id[answer["example_id"]], answer["forwards"] or {}
-        weight = reference_weight if forwards.get("reference") else 0.0
+        weight = collected.options.reference_flops_weight if forwards.get("reference") else 0.0
         row = {name: answer[name] for name in ROWS.names if name in answer}
         row |= {kind: forwards.get(kind) for kind in ("denoise", "reference", "prefill", "store")}
         row |= {"reference_weight": weight, "reference_flops_weight": weight}
@@ -101,10 +97,64 @@ def _rows(
     return rows
 
 
-def _warm_starts(answers: Answers) -> list[tuple[str, str]]:
-    """Blocks that should have started from the reference's predictions and could not."""
+def _reference_failures(answers: Sequence[Mapping[str, Any]]) -> int | None:
+    """Blocks that the reference should have warm-started and did not; None if there were no reference passes."""
     if not any(answer["forwards"]["reference"] for answer in answers):
-        return []
-    failures = sum(answer["reference_failures"] for answer in answers)
-    text = f"{failures} blocks had to start from zero because the endpoint's reference did not answer."
-    return [("Reference passes", f"<p>{text}</p>")]
+        return None
+    return sum(answer["reference_failures"] for answer in answers)
+
+
+# -- endpoints that do not report passes
+
+
+def _results_without_passes(
+    infos: Sequence[MethodInfo],
+    rows: Sequence[Mapping[str, Any]],
+    requested: Mapping[str, Mapping[str, Any]],
+    **about: Any,
+) -> Results:
+    """results.json with one point per method, in which passes and rates are null. requested: settings by method."""
+    passes = {"denoise": 1, "reference": 0, "prefill": 0, "store": 0}  # placeholders; no number kept depends on them
+    outcomes = collect([{**row, **passes} for row in rows])
+    curves = {
+        info.name: [
+            {name: value if name in _REPORTED else None for name, value in asdict(point).items()}
+            for point in curve(outcomes[info.name])
+        ]
+        for info in infos
+    }
+    first = next(iter(outcomes.values()))
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "passes": NOT_REPORTED,
+        **about,
+        "num_problems": len(first.example_ids),
+        "num_samples": first.correct.shape[2],
+        "thresholds": [],
+        "arms": [{**asdict(i), "decode": dict(requested[i.name]), "curve": curves[i.name]} for i in infos],
+        "comparisons": [],
+    }
+
+
+def _page_without_passes(results: Results) -> str:
+    settings = [
+        [arm["title"], ", ".join(f"{name} {value}" for name, value in arm["decode"].items()) or "endpoint defaults"]
+        for arm in results["arms"]
+    ]
+    return render(
+        "endpoint.html.j2",
+        title=text.title(results),
+        results=results,
+        cells=_speed_table(results),
+        settings=(["method", "settings"], settings),
+        hardware=[(name.replace("_", " "), str(value)) for name, value in results["hardware"].items()],
+    )
+
+
+def _speed_table(results: Results) -> Cells:
+    rows = [
+        [arm["title"], text.accuracy(p), f"{p['tokens_per_second']:.1f}", f"{p['mean_tokens']:.1f}", NOT_REPORTED]
+        for arm in results["arms"]
+        for p in arm["curve"]
+    ]
+    return ["model", "accuracy, %", "tokens/s", "tokens per answer", "tokens per pass"], rows

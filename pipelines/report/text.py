@@ -1,7 +1,6 @@
-"""The words and table cells in which an evaluation is told, on the terminal and on the page.
+"""Sentences and table cells that describe results.json, for the terminal and for the page.
 
-Everything here reads results.json. It says what was measured and how sure that is, in the same words whichever arm is
-ahead. A table is a head and rows of text.
+The sentences are the same whichever method is ahead. Cells are a head and rows of text.
 """
 
 from __future__ import annotations
@@ -12,85 +11,84 @@ from typing import Any
 Results = dict[str, Any]
 Cells = tuple[list[str], list[list[str]]]
 MEASURE_NAMES = {"tokens_per_pass": "tokens per pass", "tokens_per_forward": "tokens per forward"}
-_KINDS = ("denoise", "reference", "prefill", "store")
+_PASSES = ("denoise", "reference", "prefill", "store")
 
 
 # -- sentences
 
 
 def title(results: Results) -> str:
-    samples = f", {results['num_samples']} samples of each" if results["num_samples"] > 1 else ""
-    return f"{results['recipe']}: {results['task']}, {results['num_problems']} held-out problems{samples}"
+    samples = f", {results['num_samples']} samples each" if results["num_samples"] > 1 else ""
+    return f"{results['recipe']}: {results['task']}, {results['num_problems']} problems{samples}"
 
 
 def measured(results: Results) -> str:
-    seeds = ", each sample with a seed of its own" if results["num_samples"] > 1 else ""
+    seeds = ", each sample with its own seed" if results["num_samples"] > 1 else ""
     return (
-        f"{results['num_problems']} held-out problems of the task {results['task']}, each decoded by every arm at "
-        f"every threshold{seeds}. Accuracies have 95 % intervals ({results['statistics']['accuracy_interval']})."
+        f"{results['num_problems']} held-out problems of the task {results['task']}. Every method decodes each of them "
+        f"at every threshold{seeds}. Accuracies have 95 % intervals ({results['statistics']['accuracy_interval']})."
     )
 
 
 def costs(results: Results) -> str:
-    """What a pass is."""
-    text = "Tokens per pass: generated tokens over the passes that choose tokens; passes that only fill a cache are not"
-    text += " counted."
+    """How passes are counted."""
+    text = "Tokens per pass: generated tokens per pass that chooses tokens. Passes that only fill a cache do not count."
     flops, parameters = (
         " or ".join(sorted({f"{arm[name]:.2f}" for arm in results["arms"] if arm[name]}))
         for name in ("reference_flops_weight", "reference_weight")
     )
     if flops:
-        why = results.get("reference_cost", f"the ratio of their FLOPs (ratio of parameters: {parameters})")
-        text += f" A reference pass counts as {flops} of a target pass, {why}; "
-        text += "the paper's tokens per forward leaves it out."
+        reason = results.get("reference_cost", f"the ratio of their FLOPs (ratio of parameters: {parameters})")
+        text += f" A reference pass counts as {flops} target passes, {reason}. "
+        text += "The paper's tokens per forward does not count reference passes."
     return text
 
 
 def scope(results: Results) -> str:
     return (
-        f"95 % intervals, paired bootstrap over {results['num_problems']} problems; none is given where fewer than "
-        "95 % of the resamples have a value. One training run per model: the intervals cover the choice of problems, "
-        "not the spread between training runs."
+        f"95 % intervals: paired bootstrap over {results['num_problems']} problems, omitted where fewer than 95 % of "
+        "the resamples have a value. One training run per model: the intervals cover the choice of problems, not the "
+        "variation between training runs."
     )
 
 
 def headlines(results: Results) -> list[tuple[str, list[str]]]:
-    """For each arm against its baseline what is compared, and a sentence on each way to compare: speed at equal
-    accuracy, accuracy at equal speed."""
+    """(what is compared, sentences) for every method with a baseline: speed at equal accuracy, accuracy at equal
+    speed."""
     names = titles(results)
     pairs = [(names[c["arm"]], names[c["baseline"]], c["tokens_per_pass"]) for c in results["comparisons"]]
-    return [(f"{arm} against {baseline}", list(_headline(found, arm, baseline))) for arm, baseline, found in pairs]
+    return [
+        (f"{method} compared with {baseline}", list(_headline(comparison, method, baseline)))
+        for method, baseline, comparison in pairs
+    ]
 
 
-def _headline(found: dict[str, Any], arm: str, baseline: str) -> Iterator[str]:
-    for level in found["levels"]:
-        yield _speed(level, f"At {percent(level['accuracy'])} accuracy", arm, baseline)
-    best = found["best"]
-    yield _speed(best, f"At the best accuracy of {baseline}, {percent(best['accuracy'])}", arm, baseline)
-    if found["gains"]:
-        slow = found["gains"][0]  # of the speeds that are compared the one with the highest accuracies
-        own, base = percent(slow["arm_accuracy"]), percent(slow["baseline_accuracy"])
-        yield f"At {slow['rate']:.2f} tokens per pass: {own} against {base}, {points(slow['difference'])} points."
+def _headline(comparison: dict[str, Any], method: str, baseline: str) -> Iterator[str]:
+    for level in comparison["levels"]:
+        yield _speed(level, f"At {percent(level['accuracy'])} accuracy", method, baseline)
+    best = comparison["best"]
+    yield _speed(best, f"At the best accuracy of {baseline}, {percent(best['accuracy'])}", method, baseline)
+    if comparison["gains"]:
+        slowest = comparison["gains"][0]  # where accuracies are highest
+        own, base = percent(slowest["arm_accuracy"]), percent(slowest["baseline_accuracy"])
+        difference = percentage_points(slowest["difference"])
+        yield f"At {slowest['rate']:.2f} tokens per pass: {own} against {base}, {difference} percentage points."
     else:
-        yield "No speed that both reach, so no difference in accuracy at equal speed."
+        yield "Accuracies at equal speed cannot be compared: the curves share no range of speeds."
 
 
-def _speed(level: dict[str, Any], where: str, arm: str, baseline: str) -> str:
+def _speed(level: dict[str, Any], where: str, method: str, baseline: str) -> str:
     if level["ratio"]["value"] is None:
-        return f"{where}: no ratio, as {_why_not(level, arm, baseline)}."
+        sides = [(method, level["arm"]), (baseline, level["baseline"])]
+        reasons = [f"{name} is {side} it at every threshold" for name, side in sides if side != "crossed"]
+        return f"{where}: no ratio, as {' and '.join(reasons)}."
     return f"{where}: {ratio(level['ratio'])} times the tokens per pass."
 
 
-def _why_not(level: dict[str, Any], arm: str, baseline: str) -> str:
-    sides = [(arm, level["arm"]), (baseline, level["baseline"])]
-    return " and ".join(f"{name} is {side} it at every threshold" for name, side in sides if side != "crossed")
-
-
 def hardware(results: Results) -> str:
-    found = results["hardware"]
-    parts = [", ".join(_device(device)) for device in found.get("devices", [])]
-    rest = {k: v for k, v in found.items() if k != "devices"}
-    return "; ".join([*parts, *(f"{name.replace('_', ' ')}: {_value(value)}" for name, value in rest.items())])
+    hardware = results["hardware"]
+    parts = [", ".join(_device(device)) for device in hardware.get("devices", [])]
+    return "; ".join([*parts, *(f"{n.replace('_', ' ')}: {_value(v)}" for n, v in hardware.items() if n != "devices")])
 
 
 def _device(device: dict[str, Any]) -> Iterator[str]:
@@ -100,10 +98,19 @@ def _device(device: dict[str, Any]) -> Iterator[str]:
 
 def reproduce(results: Results) -> str:
     default = (
-        f"Recipe {results['recipe']}, seed {results['seed']}. recipe.yaml in the run's directory holds every key as it "
-        "was used; the same recipe gives the same answers, whatever the batch size and the number of actors."
+        f"Recipe {results['recipe']}, seed {results['seed']}. recipe.yaml in the run directory holds every key. The "
+        "same recipe gives the same answers for any batch size and any number of actors."
     )
     return str(results.get("reproduce", default))
+
+
+def settings_file_line(results: Results) -> str:
+    """The settings file and what the recipe changed, or nothing."""
+    file = results.get("settings_file")
+    if file is None:
+        return ""
+    changed = f"changed: {', '.join(file['changed'])}" if file["changed"] else "unchanged"
+    return f"settings file: {file['name']} (sha256 {file['sha256'][:16]}), {changed}"
 
 
 # -- tables
@@ -114,7 +121,7 @@ def titles(results: Results) -> dict[str, str]:
 
 
 def curve_table(results: Results) -> Cells:
-    """A row per threshold, a column per arm."""
+    """A row per threshold, a column per method."""
     rows = []
     for threshold in results["thresholds"]:
         row = [f"{threshold:g}"]
@@ -122,114 +129,112 @@ def curve_table(results: Results) -> Cells:
             p = next((p for p in arm["curve"] if p["threshold"] == threshold), None)
             row.append(f"{100 * p['accuracy']:.1f} @ {p['tokens_per_pass']:.2f}" if p else "")
         rows.append(row)
-    return ["threshold", *(arm["title"] for arm in results["arms"])], rows
+    return ["threshold", *titles(results).values()], rows
 
 
 def comparison_table(results: Results, measure: str) -> Cells:
     """Speed at equal accuracy, accuracy at equal speed."""
     names, comparisons = titles(results), results["comparisons"]
     unit = MEASURE_NAMES[measure]
-    head = ["arm", *(f"{unit} at {percent(x['accuracy'])}, ratio" for x in comparisons[0][measure]["levels"])]
-    head += [f"{unit} at the baseline's best accuracy, ratio", f"difference in accuracy (points) at equal {unit}"]
+    head = ["method", *(f"{unit} at {percent(x['accuracy'])}, ratio" for x in comparisons[0][measure]["levels"])]
+    head += [f"{unit} at the baseline's best accuracy, ratio", f"accuracy at equal {unit}, percentage points"]
     rows = []
     for c in comparisons:
-        found, best = c[measure], c[measure]["best"]
-        gains = "\n".join(f"{points(g['difference'])} at {g['rate']:.2f}" for g in found["gains"])
+        comparison, best = c[measure], c[measure]["best"]
+        gains = "\n".join(f"{percentage_points(g['difference'])} at {g['rate']:.2f}" for g in comparison["gains"])
         at_best = f"{_ratio_cell(best)}\nat {percent(best['accuracy'])}"
-        rows.append([names[c["arm"]], *map(_ratio_cell, found["levels"]), at_best, gains or "no common range"])
+        rows.append([names[c["arm"]], *map(_ratio_cell, comparison["levels"]), at_best, gains or "no common range"])
     return head, rows
 
 
 def _ratio_cell(level: dict[str, Any]) -> str:
     if level["ratio"]["value"] is None:
-        sides = {"arm": level["arm"], "baseline": level["baseline"]}
-        return "not crossed: " + ", ".join(f"{who} {side}" for who, side in sides.items() if side != "crossed")
+        sides = {"method": level["arm"], "baseline": level["baseline"]}
+        return "not crossed: " + ", ".join(f"{name} {side}" for name, side in sides.items() if side != "crossed")
     return f"{ratio(level['ratio'])}\n{level['arm_rate']:.2f} against {level['baseline_rate']:.2f}"
 
 
 def aup_table(results: Results) -> Cells:
     """Area under the accuracy-parallelism curve, and its difference to the baseline."""
-    found = {c["arm"]: c for c in results["comparisons"]}
-    head, rows = ["arm"], [[arm["title"]] for arm in results["arms"]]
+    comparisons = {c["arm"]: c for c in results["comparisons"]}
+    head, rows = ["method"], [[arm["title"]] for arm in results["arms"]]
     for measure, unit in MEASURE_NAMES.items():
-        head += [f"AUP over {unit}", "against the baseline"]
+        head += [f"AUP over {unit}", "difference to the baseline"]
         for row, arm in zip(rows, results["arms"], strict=True):
-            difference = found[arm["name"]][measure]["aup"] if arm["name"] in found else None
+            difference = comparisons[arm["name"]][measure]["aup"] if arm["name"] in comparisons else None
             row += [number(arm["aup"][measure], ".0f"), number(difference, "+.0f") if difference else ""]
     return head, rows
 
 
 def throughput_table(results: Results) -> Cells:
-    """Every point: accuracy with its interval, and all measures of speed."""
-    head = ["arm", "threshold", "accuracy, %", "tokens/s", "tokens per pass", "tokens per forward"]
-    head += ["tokens per pass, by parameters"]
+    """A row per point: accuracy with its interval, and all measures of speed."""
     rows = [
         [
             arm["title"],
             f"{p['threshold']:g}",
-            _accuracy(p),
-            "not taken" if p["tokens_per_second"] is None else f"{p['tokens_per_second']:.0f}",
+            accuracy(p),
+            "not measured" if p["tokens_per_second"] is None else f"{p['tokens_per_second']:.0f}",
             *(f"{p[name]:.2f}" for name in (*MEASURE_NAMES, "tokens_per_pass_by_parameters")),
         ]
-        for arm in results["arms"]
-        for p in arm["curve"]
+        for arm, p in _points(results)
     ]
+    head = ["method", "threshold", "accuracy, %", "tokens/s", *MEASURE_NAMES.values(), "tokens per pass, by parameters"]
     return head, rows
 
 
-def _accuracy(p: dict[str, Any]) -> str:
-    text = f"{100 * p['accuracy']:.1f} ({100 * p['accuracy_low']:.1f} to {100 * p['accuracy_high']:.1f})"
-    if p["num_samples"] > 1 and p["standard_error"] is not None:
-        text += f", SE {100 * p['standard_error']:.1f}"
-    return text
-
-
 def passes_table(results: Results) -> Cells:
-    """Mean passes of an answer, by kind."""
+    """Mean passes per answer, by kind."""
+    names = ("tokens", *_PASSES)
     rows = [
-        [arm["title"], f"{p['threshold']:g}", *(f"{p[f'mean_{kind}']:.2f}" for kind in ("tokens", *_KINDS))]
-        for arm in results["arms"]
-        for p in arm["curve"]
+        [arm["title"], f"{p['threshold']:g}", *(f"{p[f'mean_{name}']:.2f}" for name in names)]
+        for arm, p in _points(results)
     ]
-    return ["arm", "threshold", "tokens", *_KINDS], rows
+    return ["method", "threshold", *names], rows
 
 
 def samples_table(results: Results) -> Cells:
     """Accuracy of the first, second, ... sample of every problem, one column each."""
     rows = [
         [arm["title"], f"{p['threshold']:g}", *(f"{100 * a:.1f}" for a in p["accuracy_by_sample"])]
-        for arm in results["arms"]
-        for p in arm["curve"]
+        for arm, p in _points(results)
     ]
-    return ["arm", "threshold", *(f"sample {i}" for i in range(results["num_samples"]))], rows
+    return ["method", "threshold", *(f"sample {i}" for i in range(results["num_samples"]))], rows
+
+
+def _points(results: Results) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    return ((arm, point) for arm in results["arms"] for point in arm["curve"])
+
+
+def statistics_table(results: Results) -> Cells:
+    return ["", ""], [[n.replace("_", " "), str(v)] for n, v in results["statistics"].items() if n != "aup"]
 
 
 # -- settings
 
 
 def common_settings(results: Results) -> list[tuple[str, str]]:
-    """Decoding settings that all arms share, in words."""
-    first, *others = (_told(arm) for arm in results["arms"])
+    """(name, value) of the decoding settings that all methods share."""
+    first, *others = (_settings(arm) for arm in results["arms"])
     shared = {k: v for k, v in first.items() if all(k in other and other[k] == v for other in others)}
     thresholds = ", ".join(f"{t:g}" for t in results["thresholds"])
     return [("confidence_threshold", f"swept: {thresholds}"), *((k, _value(v)) for k, v in shared.items())]
 
 
 def differing_settings(results: Results) -> Cells:
-    """A column per arm: settings in which arms differ, and how their models were trained."""
+    """A column per method: decoding settings that differ, and how the models were trained."""
     arms = results["arms"]
     shared = {name for name, _ in common_settings(results)}
-    names = [name for name in dict.fromkeys(k for arm in arms for k in _told(arm)) if name not in shared]
+    names = [name for name in dict.fromkeys(k for arm in arms for k in _settings(arm)) if name not in shared]
     rows = [[name, *(_value(arm["decode"].get(name)) for arm in arms)] for name in names]
     rows.append(["model", *(arm["model"] for arm in arms)])
     trained = [arm["trained_with"] or {} for arm in arms]
-    for name in dict.fromkeys(k for one in trained for k in one):
-        rows.append([f"trained with {name}", *(_value(one[name]) if name in one else "" for one in trained)])
-    return ["", *(arm["title"] for arm in arms)], rows
+    for name in dict.fromkeys(k for settings in trained for k in settings):
+        rows.append([f"trained with {name}", *(_value(s[name]) if name in s else "" for s in trained)])
+    return ["", *titles(results).values()], rows
 
 
-def _told(arm: dict[str, Any]) -> dict[str, Any]:
-    """trace changes what is said of a decoding, not the decoding."""
+def _settings(arm: dict[str, Any]) -> dict[str, Any]:
+    """Without `trace`, which does not change what is decoded."""
     return {name: value for name, value in arm["decode"].items() if name != "trace"}
 
 
@@ -240,11 +245,9 @@ def _value(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, float):
         return f"{value:.6g}"
-    return (
-        ", ".join(map(_value, value)) or "none"
-        if isinstance(value, Sequence) and not isinstance(value, str)
-        else str(value)
-    )
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(_value, value)) or "none"
+    return str(value)
 
 
 # -- numbers
@@ -254,11 +257,20 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}".removesuffix(".0") + " %"
 
 
+def accuracy(point: dict[str, Any]) -> str:
+    """Accuracy in percent with its interval, and with the standard error for several samples."""
+    low, high = (f"{100 * point[end]:.1f}" for end in ("accuracy_low", "accuracy_high"))
+    text = f"{100 * point['accuracy']:.1f} ({low} to {high})"
+    if point["num_samples"] > 1 and point["standard_error"] is not None:
+        text += f", SE {100 * point['standard_error']:.1f}"
+    return text
+
+
 def ratio(estimate: dict[str, Any]) -> str:
     return number(estimate, ".2f")
 
 
-def points(estimate: dict[str, Any]) -> str:
+def percentage_points(estimate: dict[str, Any]) -> str:
     return number(estimate, "+.1f", 100)
 
 

@@ -20,7 +20,7 @@ from pipelines.calibration.job import CalibrationJob, calibrate_model, store, sy
 from pipelines.cli import main as cli
 from pipelines.recipe.load import parse_recipe
 from pipelines.recipe.model import Recipe
-from pipelines.report.calibration import sections
+from pipelines.report.calibration import html_page
 from pipelines.run.directory import RunDirectory, StageContext
 from pipelines.run.stages import stages_of
 from rcd_core import DecodeSettings, UserError, load_model, new_model
@@ -238,7 +238,7 @@ def test_the_command_stores_and_reports(
     page = tmp_path / "page.html"
     assert cli.main(command(models, *pair, "--dry_run", "--report", str(page))) == 0
     assert float(capsys.readouterr().out) == found["residual_temperature"]
-    assert not (target / CALIBRATION_FILE).exists() and "Proxy residuals" in page.read_text()
+    assert not (target / CALIBRATION_FILE).exists() and "Self-residuals" in page.read_text()
     assert cli.main(command(models, *pair, "--json")) == 0
     assert json.loads(capsys.readouterr().out)["trials"] == found["trials"]
     assert load_model(target).info.rcd["residual_temperature"] == found["residual_temperature"]
@@ -283,21 +283,13 @@ class Tags(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_sections_show_the_numbers(found: dict[str, Any]) -> None:
+def test_the_page_shows_the_numbers(found: dict[str, Any]) -> None:
     calibration = {"target": found, "baseline": {"discarded": found["discarded"]}}
-    parts = dict(sections(calibration))
-    assert list(parts) == [
-        "Calibration of T_res",
-        "Alpha in training and in decoding",
-        "Proxy residuals against the reference's",
-        "What discarded predictions knew",
-    ]
-    assert f"T_res {found['residual_temperature']:g}" in parts["Calibration of T_res"]
-    assert f"{found['distance']:.4f}" in parts["Calibration of T_res"]
-    assert f"{found['agreement']['by_progress']['js'][0]:.3f}" in parts["Proxy residuals against the reference's"]
-    assert "SeqD" in parts["What discarded predictions knew"]
-    for html in parts.values():
-        tags = Tags()
-        tags.feed(html)
-        assert not tags.open and html.count("<picture>") >= 1
-    assert [heading for heading, _ in sections({"baseline": calibration["baseline"]})] == list(parts)[-1:]
+    page = html_page("<script>", calibration)
+    tags = Tags()
+    tags.feed(page)
+    assert not tags.open and page.count("<picture>") >= 4 and page.count("<h2>") == 4
+    assert f"T_res {found['residual_temperature']:g}" in page and f"{found['distance']:.4f}" in page
+    assert f"{found['agreement']['by_progress']['js'][0]:.3f}" in page and "SeqD" in page
+    assert "<script" not in page
+    assert html_page("baseline", {"baseline": calibration["baseline"]}).count("<h2>") == 1

@@ -173,7 +173,7 @@ def test_batches_and_actors_do_not_change_the_results(sudoku: StageContext) -> N
 def test_report_prints_tables_and_where_things_lie(sudoku: StageContext) -> None:
     evaluate.report(sudoku)
     text = sudoku.console.file.getvalue()  # type: ignore[attr-defined]
-    assert "RCD, reference start" in text and "12 held-out problems" in text and "not crossed" in text
+    assert "RCD, reference start" in text and "12 problems" in text and "not crossed" in text
     for name in ("pareto.png", "report.html", "results.json"):
         assert f"{sudoku.directory}/{name}\n" in text and (Path(sudoku.directory) / name).stat().st_size > 1000
     for name in ("pareto.png", "throughput.png"):
@@ -258,7 +258,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def decode(ctx: StageContext, plan: Plan) -> None:
         actor = DecodeActor(plan)
-        for piece in range(len(plan.work)):
+        for piece in range(len(plan.shards)):
             actor.decode(piece)
 
     finished = Decoder.finished
@@ -295,7 +295,7 @@ def test_an_interrupted_evaluation_decodes_only_what_is_missing(
     evaluate.run(ctx)
     assert sum(in_process) == 5 * 2 * 12 - 29
     assert timeless(ctx) == timeless(sudoku)
-    assert "29 answers were decoded before" in ctx.console.file.getvalue()  # type: ignore[attr-defined]
+    assert "29 answers are already decoded" in ctx.console.file.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.mark.drill
@@ -325,7 +325,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_results(
     decode = evaluate._decode
     monkeypatch.setattr(evaluate, "_decode", lambda ctx, plan: (again.append(plan), decode(ctx, plan)))
     evaluate.run(ctx)
-    left = sum(len(piece.items) for piece in again[0].work)
+    left = sum(len(piece.items) for piece in again[0].shards)
     assert 0 < left <= 5 * 2 * 12 - 20, "what was on disk was not decoded again"
     assert timeless(ctx) == timeless(sudoku)
     fault_table.add("the next job decoded only what was missing", "the same answers")
@@ -338,6 +338,6 @@ def test_a_model_without_residuals_in_training_is_decoded_without(tmp_path: Path
     ctx = stage_context(recipe, "evaluate", stages)
     for stage in stages:
         ctx.run.finish(stage, {"stage": stage}, {"checkpoint": f"/{stage}"}, datetime.now().astimezone(), 0.0)
-    arms = {arm.info.name: arm for arm in evaluate._arms(ctx)}
+    arms = {arm.info.name: arm for arm in evaluate.make_methods(ctx)}
     assert {name for name in arms if "control" in name} == {"target-control"}
     assert not arms["target-control"].settings.residual and arms["target/zero"].settings.residual

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.evaluate import _arms
+from pipelines.evaluate import make_methods
 from pipelines.recipe.files import read_recipe, recipe_names
 from pipelines.recipe.load import load_recipe
 from pipelines.recipe.model import Recipe
@@ -25,7 +25,7 @@ BUT_DEPLOY = "[!d]*"  # as the recipes say it
 
 def arms(recipe: Recipe) -> Iterator[Any]:
     """What the stage evaluate decodes, with stage names in place of checkpoints."""
-    return _arms(SimpleNamespace(recipe=recipe, checkpoint=lambda stage: stage))  # type: ignore[arg-type]
+    return make_methods(SimpleNamespace(recipe=recipe, checkpoint=lambda stage: stage))  # type: ignore[arg-type]
 
 
 # -- extends

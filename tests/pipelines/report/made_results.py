@@ -1,4 +1,4 @@
-"""results.json of made-up answers, by the real statistics: what the tests of tables, plots and pages are shown."""
+"""results.json of made-up answers, computed by the real statistics, for tests of tables, plots and pages."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.evaluation.actor import ROWS
-from pipelines.evaluation.results import ArmInfo, analyse
+from pipelines.evaluation.results import MethodInfo, analyse
 from rcd_core import DecodeSettings
 
 THRESHOLDS = (0.6, 0.7, 0.8, 0.9, 1.0)
 HARDWARE = {"devices": [{"device": "Abacus", "threads": 1, "torch": "2.13"}], "actors": 2, "batch_size": 8}
 
 
-def info(name: str, title: str, **changes: Any) -> ArmInfo:
+def info(name: str, title: str, **changes: Any) -> MethodInfo:
     baseline = None if name == "seqd" else "seqd"
-    kind = {"model": "target", "start": None, "block_length": 8, "trained_with": None, "baseline": baseline}
-    return ArmInfo(**{**kind, "name": name, "title": title, **changes})
+    defaults = {"model": "target", "start": None, "block_length": 8, "trained_with": None, "baseline": baseline}
+    return MethodInfo(**{**defaults, "name": name, "title": title, **changes})
 
 
 def answers(
     arm: str, speed: float, skill: float, problems: int = 60, samples: int = 1, reference: int = 0, timed: bool = True
 ) -> pa.Table:
-    """An arm whose accuracy rises with the threshold up to 0.5 + skill, and its passes from 12 to 60, over speed."""
-    hard = np.random.default_rng(5).random(problems)  # the same problems for all arms
+    """Rows of a method. Accuracy rises with the threshold to 0.5 + skill, passes from 12 / speed to 60 / speed."""
+    hard = np.random.default_rng(5).random(problems)  # the same problems for all methods
     rows = []
     for t, threshold in enumerate(THRESHOLDS):
         for i in range(problems):
@@ -55,7 +55,7 @@ def answers(
 
 
 def made(speed: float = 1.5, skill: float = 0.45, **changes: Any) -> dict[str, Any]:
-    """SeqD against one RCD arm of this speed and skill; changes: of both arms' answers."""
+    """SeqD against one RCD method of this speed and skill. changes: arguments of `answers` for both."""
     table = pa.concat_tables(
         [answers("seqd", 1.0, 0.45, **changes), answers("target/zero", speed, skill, **{"reference": 1, **changes})]
     )
@@ -64,7 +64,7 @@ def made(speed: float = 1.5, skill: float = 0.45, **changes: Any) -> dict[str, A
         recipe="<made up>",
         task="sudoku",
         seed=3,
-        arms=[
+        methods=[
             info("seqd", "SeqD", model="baseline"),
             info("target/zero", "RCD, zero start", start="zero", trained_with={"dropout": 0.25, "source": "signals"}),
         ],

@@ -1,0 +1,118 @@
+"""How results.json is shown, on the terminal and as a page: in the same words whichever method is ahead."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from pipelines.report.evaluation import html_report, plot, plots_of, print_tables
+from pipelines.report.plots import Plot
+from pipelines.report.text import hardware, headlines
+from tests.pipelines.report.made_results import made
+
+PLOTS = {"pareto": Plot(b"light", b"dark")}
+
+
+def page_of(results: dict[str, Any]) -> str:
+    return html_report(results, PLOTS | {"throughput": PLOTS["pareto"]})
+
+
+def terminal(results: dict[str, Any]) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    print_tables(results, console)
+    return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+
+@pytest.mark.parametrize(("speed", "low", "high"), [(1.5, 1.4, 1.6), (0.75, 0.7, 0.8)])
+def test_headlines_use_the_same_words_for_gains_and_losses(speed: float, low: float, high: float) -> None:
+    (subject, sentences) = headlines(made(speed=speed))[0]
+    assert "RCD, zero start" in subject and "SeqD" in subject
+    start, _, rest = sentences[1].partition(": ")
+    value, rest = rest.split(" ", 1)
+    assert start == "At the best accuracy of SeqD, 90 %" and rest.endswith("times the tokens per pass.")
+    assert low < float(value) < high
+    assert sentences[2].endswith("percentage points.") and sentences[2].count(" % against ") == 1
+
+
+def test_a_level_that_is_not_reached_has_a_reason_instead_of_a_ratio() -> None:
+    worse = made(skill=0.2)
+    assert headlines(worse)[0][1][1].endswith("no ratio, as RCD, zero start is below it at every threshold.")
+    assert "not crossed: method below" in page_of(worse) and "not crossed: method below" in terminal(worse)
+    assert "share no range of speeds" in headlines(made(speed=0.1))[0][1][-1]
+
+
+def test_the_page_without_measured_times_has_no_throughput_plot() -> None:
+    untimed = made(timed=False)
+    assert set(plots_of(untimed)) == {"pareto"} and set(plots_of(made())) == {"pareto", "throughput"}
+    assert "not measured" in html_report(untimed, PLOTS)
+
+
+def test_the_page_needs_no_other_file_and_has_all_settings() -> None:
+    results = made()
+    page = html_report(results, plots_of(results))
+    assert "http://" not in page and "https://" not in page and page.count('src="data:image/png') == 2
+    for name in results["arms"][0]["decode"]:
+        assert (f">{name}<" in page) == (name != "trace"), name
+    assert "1.7312" in page and "trained with dropout" in page and "swept: 0.6, 0.7, 0.8, 0.9, 1" in page
+    assert hardware(results) in page and "Abacus" in hardware(results) and "seed 3" in page
+    assert "sample 2" in page_of(made(samples=3))
+
+
+def test_text_of_users_and_models_is_escaped() -> None:
+    results = made() | {"recipe": "<script>name", "task": "<script>task"}
+    results["arms"][1]["title"] = '<script>"title'
+    results["arms"][1]["decode"]["alpha"] = "<script>alpha"
+    results["settings_file"] = {
+        "name": "<script>file", "sha256": "0" * 64, "source": "<script>source",
+        "unpublished": ["<script>line"], "changed": ["<script>key"],
+    }  # fmt: skip
+    page = page_of(results)
+    for name in ("name", "task", "&#34;title", "alpha", "file", "source", "line", "key"):
+        assert f"&lt;script&gt;{name}" in page
+    assert "<script" not in page
+
+
+def test_the_terminal_has_settings_and_hardware() -> None:
+    text = terminal(made())
+    for words in ("max_new_tokens 256", "alpha_scale", "Abacus", "counts as 0.40 target passes"):
+        assert words in text
+
+
+def test_equal_results_give_equal_plots() -> None:
+    assert plot(made(), "pareto") == plot(made(), "pareto")
+    assert len({plot(made(), name, dark) for name in ("pareto", "throughput") for dark in (False, True)}) == 4
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no Chromium is installed")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_shows_the_whole_page_in_both_schemes(browser: Any, scheme: str, tmp_path: Path) -> None:
+    results = made()
+    (tmp_path / "report.html").write_text(html_report(results, plots_of(results)))
+    tab = browser.new_page(color_scheme=scheme, viewport={"width": 390, "height": 800})
+    urls: list[str] = []
+    tab.on("request", lambda request: urls.append(request.url))
+    tab.goto((tmp_path / "report.html").as_uri())
+    assert all(url.startswith(("file:", "data:")) for url in urls)
+    assert tab.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    sizes = tab.evaluate("[...document.images].map(image => image.naturalWidth)")
+    assert sizes == [1200, 1200]
+    shown = tab.evaluate("[...document.images].map(image => image.currentSrc)")
+    assert (shown[0] == tab.evaluate("document.images[0].src")) == (scheme == "light")
+    tab.close()
