@@ -54,6 +54,7 @@ lint: $(VENV)/.dev
 
 docs: $(VENV)/.runtime
 	@$(BIN)/python -m pipelines.recipe.reference
+	@$(BIN)/python -m pipelines.serving.http.reference
 
 clean: down
 	rm -rf $(VENV) .rcd build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

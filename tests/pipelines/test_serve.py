@@ -208,7 +208,8 @@ def test_the_printed_command_works(deployed: StageContext) -> None:
 
 
 def test_the_snippet_of_the_readme_works(deployed: StageContext, capsys: pytest.CaptureFixture[str]) -> None:
-    [snippet] = re.findall(r"```python\n(from openai import OpenAI\n.*?)```", (ROOT / "README.md").read_text(), re.S)
+    page = (ROOT / "pipelines" / "serving" / "README.md").read_text()
+    [snippet] = re.findall(r"```python\n(from openai import OpenAI\n.*?)```", page, re.S)
     for theirs, ours in (("http://127.0.0.1:8000", serve.endpoint(deployed.recipe)), ('"rcd-demo"', '"tiny-rcd"')):
         assert theirs in snippet
         snippet = snippet.replace(theirs, ours)

@@ -173,7 +173,7 @@ def _find(models: Mapping[str, ServedModel], model_id: str) -> ServedModel:
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": ErrorBody, "description": ERRORS[status]} for status in statuses}
+    return {status: {"model": ErrorBody, "description": ERRORS[status][0]} for status in statuses}
 
 
 def _use_own_schema(app: FastAPI) -> None:

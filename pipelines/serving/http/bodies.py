@@ -6,6 +6,7 @@ strict: "0.5" is no number. null means the same as leaving a field out, except f
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Annotated, Any, Literal, get_type_hints
@@ -13,6 +14,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, create_model
 from pydantic_core import CoreSchema, PydanticUseDefault, core_schema
 
+from pipelines.recipe.reference import CORE
 from pipelines.serving.backend import DecodeRequest
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.errors import UserError
@@ -67,39 +69,17 @@ _BOUNDED: dict[str, Any] = {
     "confidence_threshold": Annotated[float, Field(ge=0, le=1)],
     "top_p": Annotated[float, Field(gt=0, le=1)],
 }
-_DESCRIPTIONS = {
-    "block_length": "Tokens decoded together.",
-    "denoising_steps": "Passes planned for a block; sets the smallest number of tokens per pass.",
-    "max_new_tokens": "Same as `max_tokens`.",
-    "policy": "Which tokens a pass commits.",
-    "confidence_threshold": "`low_confidence_dynamic` commits every token above it.",
-    "entropy_bound": "For `entropy_bounded`: the most certain tokens whose entropies sum to less are committed (nats).",
-    "temperature": "0 takes the most probable token.",
-    "top_k": "Sample from the k most probable tokens.",
-    "top_p": "Sample from the most probable tokens that sum to this probability.",
-    "seed": "Seed of sampling; counts up over the choices of a request.",
-    "filtered_confidence": "Compute the confidence after top-k and top-p.",
-    "cfg_scale": "Strength of classifier-free guidance; 0 is off.",
-    "logits_eos_inf": "LLaDA: never predict an end of sequence.",
-    "confidence_eos_eot_inf": "LLaDA: commit ends of sequence or turn last.",
-    "stop_token_ids": "Token ids that end the answer; an empty list turns stopping off.",
-    "cache": "What is kept between passes.",
-    "compat_passes": "Make exactly the passes of the authors' code.",
-    "residual": "Feed discarded distributions back (RCD); false is plain block decoding.",
-    "residual_source": "Model whose predictions become residuals.",
-    "start": "First residual of a block.",
-    "residual_temperature": "Temperature T_res of the residual.",
-    "delta_temperature": "Temperature of the residual's distribution: 1, or T_res.",
-    "alpha": "Rule that weights the residual.",
-    "alpha_scale": "Scale of the alpha rule (nats).",
-    "residual_top_k": "Sparse residuals of this many tokens.",
-    "residual_scope": "Positions that receive residuals.",
-}
 
-# One optional field per setting, under the setting's own name; null means the server's default.
+
+def _description(name: str) -> str:
+    """As in recipes, without what null means there: here it means the server's default."""
+    return re.sub(r"; null\b[^;]*\.$", ".", CORE["DecodeSettings"][name])
+
+
+# One optional field per setting, under the setting's own name.
 _HINTS = get_type_hints(DecodeSettings)
 _OPTIONAL: dict[str, Any] = {
-    name: (_BOUNDED.get(name, _HINTS[name]) | None, Field(None, description=_DESCRIPTIONS.get(name)))
+    name: (_BOUNDED.get(name, _HINTS[name]) | None, Field(None, description=_description(name)))
     for name in DECODE_FIELDS
 }
 _DecodeFields: Any = create_model("_DecodeFields", __config__=STRICT, **_OPTIONAL)
@@ -117,7 +97,7 @@ class Request(_DecodeFields):  # type: ignore[misc]
 
     model: str = Field(description="Id of a served model.")
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), _NullIsDefault()] = Field(1, description="Choices per prompt.")
-    max_tokens: Count | None = Field(None, description="Most new tokens of the answer.")
+    max_tokens: Count | None = Field(None, description="Most new tokens; by default the served model's, if they fit.")
     max_completion_tokens: Count | None = Field(None, description="Same as `max_tokens`.")
     stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = Field(
         None, description="Texts that end the answer; they are not part of it."
@@ -190,16 +170,16 @@ class TextPart(BaseModel):
     """A part of a message. Only text is supported."""
 
     model_config = STRICT
-    type: Literal["text"]
-    text: Text
+    type: Literal["text"] = Field(description="Kind of the part.")
+    text: Text = Field(description="The parts of a message are joined.")
 
 
 class Message(BaseModel):
     """A message of a conversation."""
 
     model_config = STRICT
-    role: Literal["system", "user", "assistant"]
-    content: Text | list[TextPart]
+    role: Literal["system", "user", "assistant"] = Field(description="Who says it.")
+    content: Text | list[TextPart] = Field(description="A text, or text parts.")
 
     def plain(self) -> dict[str, str]:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -209,9 +189,7 @@ class Message(BaseModel):
 class ChatRequest(Request):
     """Body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)] = Field(
-        description="The conversation: each message has `role` (system, user or assistant) and `content`."
-    )
+    messages: Annotated[list[Message], Field(min_length=1)] = Field(description="The conversation.")
 
     def decode_requests(self, defaults: DecodeSettings) -> Iterator[DecodeRequest]:
         yield from _choices(self, None, [m.plain() for m in self.messages], defaults, False)

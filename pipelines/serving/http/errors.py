@@ -31,15 +31,16 @@ from pipelines.serving.http.bodies import (
 from pipelines.serving.http.sse import ClientGone
 from rcd_core.errors import UserError
 
+# status -> meaning, and the `code` that may come with it
 ERRORS = {
-    400: "A field is invalid or unknown; `param` names it",
-    401: "No valid API key",
-    404: "No such model",
-    413: "The body is too large",
-    429: "The queue is full; Retry-After says when to retry",
-    500: "The server failed",
-    503: "The model is not available",
-    504: "The deadline has passed",
+    400: ("A field is invalid or unknown; `param` names it.", "unknown_field"),
+    401: ("No valid API key.", "invalid_api_key"),
+    404: ("No such model.", "model_not_found"),
+    413: ("The body is too large.", "body_too_large"),
+    429: ("The queue is full; `Retry-After` says when to retry.", "queue_full"),
+    500: ("The server failed.", None),
+    503: ("The model is not available.", "unavailable"),
+    504: ("The deadline has passed.", "timeout"),
 }
 CLIENT_GONE = 499  # appears only in the metrics
 _SHORT = reprlib.Repr()  # of invalid values, however long or deep
