@@ -1,4 +1,4 @@
-"""What a calibration does, without Ray: the stage `calibrate` sends it to its workers, `rcd calibrate` runs it here."""
+"""One calibration of T_res, without Ray. The stage `calibrate` runs it in Ray tasks, `rcd calibrate` in its process."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ from rcd_core.noise import NoiseSettings
 from rcd_core.tasks import Problem, check_gradable, get_task
 from rcd_core.training.settings import SignalRule
 
-_FIRST_SYNTHETIC = 1 << 40  # of the training split, far beyond what any training makes
+_FIRST_SYNTHETIC = 1 << 40  # index in the training split, far beyond those that any training uses
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationJob:
-    """One model. reference: the checkpoint it was trained with, None where it had none. calibrated: it feeds back;
-    of another model only the discarded predictions are looked at. pad_multiple, max_length: of training examples,
-    None: the model's block length, and its positions. run_code: completions that are programs may be run."""
+    """One model to calibrate.
+
+    reference: the checkpoint whose signals the model was trained on, None if there were none.
+    calibrated: the model feeds residuals back; for others only their discarded predictions are measured.
+    pad_multiple, max_length: of training examples; by default the model's block length and number of positions.
+    run_code: the grader may run completions that are programs.
+    """
 
     stage: str
     checkpoint: str
@@ -48,7 +52,8 @@ class CalibrationJob:
 def calibrate_model(
     job: CalibrationJob, problems: Sequence[Problem], say: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any]:
-    """The model's part of calibration.json. A pure function; on a GPU where there is one."""
+    """The model's part of calibration.json, a pure function of the job and the problems. Uses a GPU if there is one."""
+    # Imported here so that `rcd calibrate --help` starts without torch and transformers.
     from rcd_core.calibration.calibrate import calibrate, diagnose
     from rcd_core.calibration.training_alphas import encode
     from rcd_core.decoding.request import resolve_settings
@@ -57,7 +62,7 @@ def calibrate_model(
     from rcd_core.text.tokenizer import load_tokenizer
 
     if job.run_code:
-        os.environ["RCD_RUN_CODE"] = "1"  # of this process only
+        os.environ["RCD_RUN_CODE"] = "1"  # in this process only
     device, dtype = worker_device(job.threads)
     model = load_model(job.checkpoint, dtype=dtype, device=device)
     reference = load_model(job.reference, dtype=dtype, device=device) if job.reference else None
@@ -69,8 +74,7 @@ def calibrate_model(
     )
     examples = encode(encoder, problems, job.num_examples)
     if not job.calibrated:
-        plain = resolve_settings(job.decode, model, False)
-        return diagnose(model, None, examples, plain, encoder)
+        return diagnose(model, None, examples, resolve_settings(job.decode, model, False), encoder)
     return calibrate(
         model,
         reference,
@@ -85,19 +89,19 @@ def calibrate_model(
     )
 
 
-def store(checkpoint: str, found: dict[str, Any]) -> str:
-    """Put T_res beside a checkpoint's weights, wherever they lie; the file's name."""
-    from rcd_core.calibration.calibrate import stored
+def store(checkpoint: str, result: dict[str, Any]) -> str:
+    """Write T_res next to a checkpoint's weights, where decoding reads it. Returns the file's path."""
+    from rcd_core.calibration.calibrate import stored  # torch, as above
 
     path = storage.join(checkpoint, CALIBRATION_FILE)
-    storage.write_json(path, stored(found))
+    storage.write_json(path, stored(result))
     return path
 
 
 def synthetic_problems(task: str, seed: int) -> Iterator[Problem]:
-    """Endless, of the training split, and in nobody's training data."""
-    of = get_task(task)
-    return (of.problem(of.synthetic(_FIRST_SYNTHETIC + i, "train", seed)) for i in count())
+    """Endless problems of the training split that no training uses."""
+    generator = get_task(task)
+    return (generator.problem(generator.synthetic(_FIRST_SYNTHETIC + i, "train", seed)) for i in count())
 
 
 def _gradable(task: str) -> bool:

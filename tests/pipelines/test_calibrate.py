@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from pipelines import calibrate
+from pipelines.calibration.inputs import held_out_problems
 from pipelines.calibration.job import CalibrationJob, calibrate_model, store, synthetic_problems
 from pipelines.cli import main as cli
 from pipelines.recipe.load import parse_recipe
@@ -204,8 +205,8 @@ def test_held_out_problems_of_files_are_those_that_prepare_held_out(models: Path
     pq.write_table(pa.table({"example_id": ids[:4]}), held / "part-00000.parquet")
     manifest = {"validation": ["part-00000.parquet"]}
     ctx.run.finish("prepare", {"stage": "prepare"}, manifest, datetime.now().astimezone(), 0.0)
-    assert [content_id(problem) for problem in calibrate.held_out(ctx, 3)] == ids[:3]
-    assert len(calibrate.held_out(ctx, 100)) == 4
+    assert [content_id(problem) for problem in held_out_problems(ctx, 3)] == ids[:3]
+    assert len(held_out_problems(ctx, 100)) == 4
 
 
 @pytest.mark.parametrize(

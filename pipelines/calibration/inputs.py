@@ -1,0 +1,92 @@
+"""What the stage `calibrate` works on: one job per model, and held-out problems of the training split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+
+import pyarrow.parquet as pq
+
+from pipelines.calibration.job import CalibrationJob, synthetic_problems
+from pipelines.data.sources import columns_of, local_sources
+from pipelines.run.directory import StageContext
+from rcd_core.errors import UserError
+from rcd_core.io import storage
+from rcd_core.tasks import Problem, get_task
+from rcd_core.tasks.rows import read_rows
+from rcd_core.text.encoding import content_id
+
+
+def make_jobs(ctx: StageContext) -> list[CalibrationJob]:
+    """One job per target and baseline among the inputs: a pure function of the recipe and the manifests."""
+    recipe, settings = ctx.recipe, ctx.recipe.calibrate
+    assert settings is not None  # otherwise the recipe has no such stage
+    decode = replace(
+        settings.decode,
+        block_length=settings.decode.block_length or recipe.block_length,
+        seed=recipe.seed if settings.decode.seed is None else settings.decode.seed,
+    )
+    jobs = []
+    for stage in ctx.inputs:
+        if not stage.startswith(("target", "baseline")):
+            continue
+        residual = recipe.residual(stage)
+        feeds_back = residual is not None and residual.feeds_back
+        uses_reference = residual is not None and residual.source in ("signals", "online")
+        jobs.append(
+            CalibrationJob(
+                stage=stage,
+                checkpoint=ctx.checkpoint(stage),
+                reference=ctx.checkpoint("reference") if uses_reference else None,
+                calibrated=feeds_back,
+                tokenizer=storage.join(ctx.input_dir("prepare"), "tokenizer"),
+                task=recipe.data.task,
+                num_examples=settings.num_examples,
+                decode=decode if feeds_back else replace(decode, residual=False, start=None),
+                noise=recipe.noise,
+                signal_rule=recipe.signals.rule,
+                match=settings.match,
+                pad_multiple=recipe.data.pad_multiple or recipe.block_length,
+                max_length=recipe.data.max_length,
+                run_code=recipe.evaluate.run_code,
+                threads=max(1, int(recipe.resources.cpus_per_worker)),
+            )
+        )
+    return jobs
+
+
+def held_out_problems(ctx: StageContext, limit: int) -> list[Problem]:
+    """Up to `limit` problems of the training split that no model was trained on.
+
+    Synthetic data: problems beyond those of the training. Files: the examples that `prepare` held out
+    (data.num_validation), found by their content. Raises UserError if the files no longer contain them.
+    """
+    recipe = ctx.recipe
+    sources = local_sources(ctx, "train")
+    if not sources:
+        return list(islice(synthetic_problems(recipe.data.task, recipe.seed), limit))
+    try:
+        task, columns = get_task(recipe.data.task), columns_of(recipe, "train")
+        ids = set(islice(_validation_ids(ctx), limit))
+        problems: dict[str, Problem] = {}
+        for row in (row for source in sources for row in read_rows(source.path, columns)):
+            if len(problems) == len(ids):
+                break
+            try:
+                problem = task.problem(row.values) if row.values else None
+            except UserError:
+                continue
+            if problem is not None and (name := content_id(problem)) in ids:
+                problems.setdefault(name, problem)
+    finally:
+        storage.remove(storage.join(ctx.directory, "sources"))
+    if not problems:
+        raise UserError("calibrate: data.train has none of the examples that prepare held out; did the files change?")
+    return [problems[name] for name in sorted(problems)]
+
+
+def _validation_ids(ctx: StageContext) -> Iterator[str]:
+    for name in ctx.input("prepare")["summary"]["validation"]:
+        with storage.open_input(storage.join(ctx.input_dir("prepare"), "validation", name)) as stream:
+            yield from pq.read_table(stream, columns=["example_id"])["example_id"].to_pylist()
