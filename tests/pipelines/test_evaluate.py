@@ -1,4 +1,4 @@
-"""evaluate on real Ray with tiny untrained models: every arm decodes every problem, and the numbers add up."""
+"""The stage evaluate on Ray with tiny untrained models."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
@@ -27,18 +29,13 @@ from rcd_core import Decoder, DecodeSettings, load_model, new_model
 from rcd_core.errors import UserError
 from rcd_core.families.base import CheckpointInfo
 from rcd_core.families.config import ModelConfig
-from rcd_core.tasks import get_task
+from rcd_core.tasks import get_task, grade, math_grader
 from rcd_core.text.tokenizer import load_tokenizer, mask_token_id, stop_token_ids
 from tests.fault_table import FaultTable
 
 SIZES = {
-    "family": "sdar",
-    "hidden_size": 16,
-    "num_layers": 1,
-    "num_heads": 2,
-    "num_kv_heads": 1,
-    "intermediate_size": 32,
-}
+    "family": "sdar", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 32,
+}  # fmt: skip
 SMALLER = {**SIZES, "hidden_size": 8, "intermediate_size": 16}
 TRAIN = {"steps": 1, "batch_size": 1}
 STAGES = ("baseline", "target", "target-paper", "reference")
@@ -69,7 +66,7 @@ def stage_context(recipe: Recipe, stage: str, inputs: tuple[str, ...] = ()) -> S
 
 @pytest.fixture(scope="module")
 def make_run(ray_cluster: str) -> Callable[[Recipe], StageContext]:
-    """make_run(recipe): prepare for real, untrained models in place of trained ones -> the context of evaluate."""
+    """make_run(recipe): runs prepare and saves untrained models -> the context of evaluate."""
 
     def make(recipe: Recipe) -> StageContext:
         ctx = stage_context(recipe, "prepare")
@@ -82,7 +79,7 @@ def make_run(ray_cluster: str) -> Callable[[Recipe], StageContext]:
                 mask_token_id(tokenizer), stop_token_ids(tokenizer), tokenizer.pad_token_id, recipe.block_length, rcd
             )
             model = new_model(start, vocab_size=len(tokenizer), info=info, seed=seed)
-            for parameter in model.parameters():  # larger than at the start of a training: some confidence
+            for parameter in model.parameters():  # some confidences must exceed the thresholds
                 parameter.data *= 3.0
             model.save_pretrained(Path(recipe.run_directory) / stage / "model", tokenizer)
             _finish(ctx, stage, {})
@@ -110,24 +107,24 @@ def rows(ctx: StageContext) -> list[dict[str, Any]]:
 
 
 def timeless(ctx: StageContext) -> list[dict[str, Any]]:
-    """All that a rerun must repeat."""
+    """The columns that a rerun must repeat."""
     return [{**row, "seconds": None} for row in rows(ctx)]
 
 
-def test_every_arm_decodes_every_problem_at_every_threshold(sudoku: StageContext) -> None:
+def test_every_method_decodes_every_problem_at_every_threshold(sudoku: StageContext) -> None:
     arms = ["seqd", "target/zero", "target/reference", "target-paper/zero", "target-paper/reference"]
-    found = [(row["arm"], row["threshold"], row["example_id"]) for row in rows(sudoku)]
-    assert found == [(arm, t, f"{i:08d}") for arm in arms for t in (0.02, 0.9) for i in range(12)]
+    decoded = [(row["arm"], row["threshold"], row["example_id"]) for row in rows(sudoku)]
+    assert decoded == [(arm, t, f"{i:08d}") for arm in arms for t in (0.02, 0.9) for i in range(12)]
     assert [arm["name"] for arm in results(sudoku)["arms"]] == arms
 
 
-def test_rows_are_what_the_decoder_gives_alone(sudoku: StageContext) -> None:
+def test_rows_equal_those_of_the_decoder(sudoku: StageContext) -> None:
     examples = pq.read_table(f"{sudoku.input_dir('prepare')}/test/part-00000.parquet").to_pylist()
     model, reference = (load_model(sudoku.checkpoint(stage)) for stage in ("target", "reference"))
     settings = DecodeSettings(residual=True, start="reference", confidence_threshold=0.02)
     tokenizer = load_tokenizer(f"{sudoku.input_dir('prepare')}/tokenizer")
-    mine = [row for row in rows(sudoku) if row["arm"] == "target/reference" and row["threshold"] == 0.02]
-    for example, row in zip(examples, mine, strict=True):
+    selected = [row for row in rows(sudoku) if row["arm"] == "target/reference" and row["threshold"] == 0.02]
+    for example, row in zip(examples, selected, strict=True):
         (alone,) = Decoder(model, reference).infill([example["prompt_ids"]], settings)
         text = tokenizer.decode(alone.canvas_ids)
         assert row["completion"] == text
@@ -138,28 +135,28 @@ def test_rows_are_what_the_decoder_gives_alone(sudoku: StageContext) -> None:
         assert 0.1 < row["reference_flops_weight"] < row["reference_weight"]
 
 
-def test_results_say_what_was_done(sudoku: StageContext) -> None:
-    found = results(sudoku)
-    arms = {arm["name"]: arm for arm in found["arms"]}
-    assert found["num_problems"] == 12 and found["thresholds"] == [0.02, 0.9]
+def test_results_have_settings_hardware_and_rates(sudoku: StageContext) -> None:
+    made = results(sudoku)
+    arms = {arm["name"]: arm for arm in made["arms"]}
+    assert made["num_problems"] == 12 and made["thresholds"] == [0.02, 0.9]
     assert arms["seqd"]["decode"]["residual"] is False and arms["seqd"]["reference_weight"] == 0
-    assert (found["schema_version"], found["recipe"], found["seed"], found["num_samples"]) == (2, "run", 0, 1)
-    (device,) = found["hardware"]["devices"]
-    assert device["device"] and device["threads"] == 1 and found["hardware"]["actors"] == 2
+    assert (made["schema_version"], made["recipe"], made["seed"], made["num_samples"]) == (2, "run", 0, 1)
+    (device,) = made["hardware"]["devices"]
+    assert device["device"] and device["threads"] == 1 and made["hardware"]["actors"] == 2
     warm = arms["target/reference"]
-    assert warm["decode"]["alpha"] == "normalized_entropy"  # the checkpoint's, filled in
+    assert warm["decode"]["alpha"] == "normalized_entropy"  # from the checkpoint
     assert (warm["decode"]["start"], warm["decode"]["seed"], warm["decode"]["block_length"]) == ("reference", 0, 37)
     assert arms["target-paper/zero"]["trained_with"]["dropout"] == 0.0
     point = warm["curve"][1]
-    mine = [row for row in rows(sudoku) if row["arm"] == "target/reference" and row["threshold"] == 0.9]
-    passes = sum(row["denoise"] + row["reference_flops_weight"] * row["reference"] for row in mine)
-    assert point["tokens_per_pass"] == pytest.approx(sum(row["tokens"] for row in mine) / passes)
+    selected = [row for row in rows(sudoku) if row["arm"] == "target/reference" and row["threshold"] == 0.9]
+    passes = sum(row["denoise"] + row["reference_flops_weight"] * row["reference"] for row in selected)
+    assert point["tokens_per_pass"] == pytest.approx(sum(row["tokens"] for row in selected) / passes)
     assert point["tokens_per_forward"] > point["tokens_per_pass"]
     assert point["tokens_per_second"] == pytest.approx(
-        sum(row["tokens"] for row in mine) / sum(row["seconds"] for row in mine)
+        sum(row["tokens"] for row in selected) / sum(row["seconds"] for row in selected)
     )
     assert point["mean_reference"] == 1
-    assert [c["arm"] for c in found["comparisons"]] == [name for name in arms if name != "seqd"]
+    assert [c["arm"] for c in made["comparisons"]] == [name for name in arms if name != "seqd"]
 
 
 def test_batches_and_actors_do_not_change_the_results(sudoku: StageContext) -> None:
@@ -170,7 +167,7 @@ def test_batches_and_actors_do_not_change_the_results(sudoku: StageContext) -> N
     assert timeless(sudoku) == before
 
 
-def test_report_prints_tables_and_where_things_lie(sudoku: StageContext) -> None:
+def test_report_prints_tables_and_paths(sudoku: StageContext) -> None:
     evaluate.report(sudoku)
     text = sudoku.console.file.getvalue()  # type: ignore[attr-defined]
     assert "RCD, reference start" in text and "12 problems" in text and "not crossed" in text
@@ -181,9 +178,7 @@ def test_report_prints_tables_and_where_things_lie(sudoku: StageContext) -> None
     assert not (Path(sudoku.directory) / "parts").exists()
 
 
-def test_prompts_are_continued_k_times_at_every_block_length(
-    make_run: Callable[[Recipe], StageContext], tmp_path: Path
-) -> None:
+def test_several_samples_and_block_lengths(make_run: Callable[[Recipe], StageContext], tmp_path: Path) -> None:
     decode = {"max_new_tokens": 20, "temperature": 1.0}
     recipe = make_recipe(
         tmp_path,
@@ -198,21 +193,21 @@ def test_prompts_are_continued_k_times_at_every_block_length(
             "thresholds": [0.5],
             "starts": ["zero"],
             "decode": decode,
-        },
+        },  # fmt: skip
     )
     ctx = make_run(recipe)
     summary = evaluate.run(ctx)
     arms = ["seqd/b8", "target/zero/b8", "seqd/b4", "target/zero/b4"]
     assert (summary["num_problems"], summary["num_samples"], list(summary["curves"])) == (5, 3, arms)
-    found = results(ctx)
-    assert [(c["arm"], c["baseline"]) for c in found["comparisons"]] == [(arms[1], arms[0]), (arms[3], arms[2])]
-    assert [arm["decode"]["block_length"] for arm in found["arms"]] == [8, 8, 4, 4]
-    assert found["arms"][3]["title"] == "RCD, zero start, block 4"
+    made = results(ctx)
+    assert [(c["arm"], c["baseline"]) for c in made["comparisons"]] == [(arms[1], arms[0]), (arms[3], arms[2])]
+    assert [arm["decode"]["block_length"] for arm in made["arms"]] == [8, 8, 4, 4]
+    assert made["arms"][3]["title"] == "RCD, zero start, block 4"
     for row in rows(ctx):
         assert row["finish_reason"] in ("stop", "length") and 1 <= row["tokens"] <= 20
         assert row["prefill"] == 1 and "<|" not in row["completion"]
     texts = {(row["example_id"], row["sample"]): row["completion"] for row in rows(ctx) if row["arm"] == arms[3]}
-    assert len(texts) == len(set(texts.values())) == 15, "each sample is drawn by itself"
+    assert len(texts) == len(set(texts.values())) == 15
     examples = pq.read_table(f"{ctx.input_dir('prepare')}/test/part-00000.parquet").to_pylist()
     tokenizer = load_tokenizer(f"{ctx.input_dir('prepare')}/tokenizer")
     seed = request_seed(0, examples[3]["example_id"], 2)
@@ -223,57 +218,57 @@ def test_prompts_are_continued_k_times_at_every_block_length(
     assert texts[examples[3]["example_id"], 2] == tokenizer.decode(alone.token_ids, skip_special_tokens=True)
 
 
-def test_without_a_baseline_nothing_is_compared(tmp_path: Path, in_process: list[int], sudoku: StageContext) -> None:
+def test_without_a_baseline_there_is_no_comparison(tmp_path: Path, in_process: list[int], sudoku: StageContext) -> None:
     recipe = sudoku.recipe.model_copy(update={"baseline": False})
     ctx = stage_context(recipe, "alone", sudoku.inputs)
     evaluate.run(ctx)
     assert results(ctx)["comparisons"] == []
     evaluate.report(ctx)
-    assert "against SeqD" not in ctx.console.file.getvalue()  # type: ignore[attr-defined]
+    assert "SeqD" not in ctx.console.file.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
-    ("section", "complaint"),
+    ("section", "key"),
     [
-        ({"samples": 4}, "evaluate.samples is 4 but evaluate.decode.temperature is 0"),
-        ({"block_lengths": [8, 8]}, "evaluate.block_lengths is [8, 8], which names a value twice"),
-        ({"thresholds": [0.9, 0.5, 0.9]}, "evaluate.thresholds is [0.9, 0.5, 0.9], which names a value twice"),
-        ({"block_lengths": [8], "decode": {"block_length": 8}}, "evaluate.decode.block_length are both given"),
-        ({"block_lengths": [8, 4], "decode": {"denoising_steps": 8}}, "denoising_steps is 8, more than the smallest"),
+        ({"samples": 4}, "evaluate.samples is 4"),
+        ({"block_lengths": [8, 8]}, "evaluate.block_lengths is [8, 8]"),
+        ({"thresholds": [0.9, 0.5, 0.9]}, "evaluate.thresholds is [0.9, 0.5, 0.9]"),
+        ({"block_lengths": [8], "decode": {"block_length": 8}}, "evaluate.decode.block_length"),
+        ({"block_lengths": [8, 4], "decode": {"denoising_steps": 8}}, "denoising_steps is 8"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(section: Any, complaint: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=re.escape(complaint)):
+def test_contradicting_settings_are_refused(section: Any, key: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=re.escape(key)):
         make_recipe(tmp_path, evaluate=section)
     make_recipe(tmp_path, evaluate={"samples": 4, "decode": {"temperature": 0.6}, "block_lengths": [8, 4]})
 
 
-# -- interrupted and taken up again
+# -- interrupted and resumed
 
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """An actor in this process instead of Ray, which writes every answer at once; the answers it began, by piece."""
-    begun: list[int] = []
+    """Decodes in this process instead of in Ray, and writes every answer at once. Returns the batch sizes decoded."""
+    batches: list[int] = []
 
     def decode(ctx: StageContext, plan: Plan) -> None:
         actor = DecodeActor(plan)
-        for piece in range(len(plan.shards)):
-            actor.decode(piece)
+        for number in range(len(plan.shards)):
+            actor.decode(number)
 
-    finished = Decoder.finished
+    as_completed = Decoder.as_completed
 
     def counted(self: Decoder, inputs: Any, *args: Any, **options: Any) -> Any:
-        begun.append(len(inputs))
-        return finished(self, inputs, *args, **options)
+        batches.append(len(inputs))
+        return as_completed(self, inputs, *args, **options)
 
     monkeypatch.setattr(evaluate, "_decode", decode)
     monkeypatch.setattr(evaluate, "FLUSH_S", 0.0)
-    monkeypatch.setattr(Decoder, "finished", counted)
-    return begun
+    monkeypatch.setattr(Decoder, "as_completed", counted)
+    return batches
 
 
-def test_an_interrupted_evaluation_decodes_only_what_is_missing(
+def test_an_interrupted_evaluation_decodes_the_missing_answers_only(
     sudoku: StageContext, in_process: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ctx = stage_context(sudoku.recipe, "interrupted", sudoku.inputs)
@@ -282,7 +277,7 @@ def test_an_interrupted_evaluation_decodes_only_what_is_missing(
     def grade(*args: Any) -> bool:
         nonlocal graded
         graded += 1
-        if graded == 30:  # in the second piece, of the first arm's other threshold and the second arm
+        if graded == 30:  # within a shard
             raise KeyboardInterrupt
         return type(task).grade(task, *args)
 
@@ -300,10 +295,10 @@ def test_an_interrupted_evaluation_decodes_only_what_is_missing(
 
 @pytest.mark.drill
 @pytest.mark.faults("the driver killed among its answers", "evaluate")
-def test_a_killed_evaluation_goes_on_and_ends_with_the_same_results(
+def test_a_killed_evaluation_resumes_and_gives_the_same_results(
     sudoku: StageContext, monkeypatch: pytest.MonkeyPatch, fault_table: FaultTable
 ) -> None:
-    """SIGKILL to a driver in a process of its own, once some answers are on disk."""
+    """SIGKILL to a driver in another process, once some answers are on disk."""
     ctx = stage_context(sudoku.recipe, "killed", sudoku.inputs)
     code = (
         "from pathlib import Path; from pipelines import evaluate; from tests.pipelines import test_evaluate as t\n"
@@ -325,19 +320,40 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_results(
     decode = evaluate._decode
     monkeypatch.setattr(evaluate, "_decode", lambda ctx, plan: (again.append(plan), decode(ctx, plan)))
     evaluate.run(ctx)
-    left = sum(len(piece.items) for piece in again[0].shards)
-    assert 0 < left <= 5 * 2 * 12 - 20, "what was on disk was not decoded again"
+    assert 0 < sum(len(shard.items) for shard in again[0].shards) <= 5 * 2 * 12 - 20
     assert timeless(ctx) == timeless(sudoku)
     fault_table.add("the next job decoded only what was missing", "the same answers")
 
 
-def test_a_model_without_residuals_in_training_is_decoded_without(tmp_path: Path) -> None:
-    """The control `on_policy` stands in the comparison as what it is: no residual, no starts."""
+def test_a_model_trained_without_residuals_is_decoded_without(tmp_path: Path) -> None:
+    """The control `on_policy` has no residual, and so no starts."""
     recipe = make_recipe(tmp_path, variants={"control": {"source": "on_policy"}})
     stages = ("baseline", "target", "target-control", "reference")
     ctx = stage_context(recipe, "evaluate", stages)
     for stage in stages:
         ctx.run.finish(stage, {"stage": stage}, {"checkpoint": f"/{stage}"}, datetime.now().astimezone(), 0.0)
-    arms = {arm.info.name: arm for arm in evaluate.make_methods(ctx)}
-    assert {name for name in arms if "control" in name} == {"target-control"}
-    assert not arms["target-control"].settings.residual and arms["target/zero"].settings.residual
+    methods = {method.info.name: method for method in evaluate.make_methods(ctx)}
+    assert {name for name in methods if "control" in name} == {"target-control"}
+    assert not methods["target-control"].settings.residual and methods["target/zero"].settings.residual
+
+
+# -- grading in an actor
+
+
+class Grader:
+    def grade(self, completions: list[str], answer: str) -> tuple[list[bool], int]:
+        with ThreadPoolExecutor(2) as pool:
+            verdicts = list(pool.map(lambda completion: grade("math500", completion, answer), completions))
+        worker = math_grader._GRADER._worker
+        return verdicts, worker.pid if worker else 0
+
+
+def test_an_actor_grades_in_threads_and_its_grading_process_ends_with_it(ray_cluster: str) -> None:
+    import ray
+
+    grader = ray.remote(num_cpus=1)(Grader).remote()
+    verdicts, pid = ray.get(grader.grade.remote([r"\boxed{0.5}", r"\boxed{\frac13}", r"\boxed{2/4}"], r"\frac{1}{2}"))
+    assert verdicts == [True, False, True]
+    process = psutil.Process(pid)
+    ray.kill(grader)
+    process.wait(30)

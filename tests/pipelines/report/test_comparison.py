@@ -1,4 +1,4 @@
-"""`rcd report` on made results: which runs are one, what their means are, and what the page says."""
+"""`rcd report` on made-up results: grouping of runs, means over seeds, and the page."""
 
 from __future__ import annotations
 
@@ -14,49 +14,39 @@ import pytest
 
 from pipelines.cli.main import main
 from pipelines.evaluation.actor import ROWS
-from pipelines.evaluation.results import MethodInfo, analyse
+from pipelines.evaluation.results import analyse
 from pipelines.recipe.load import dump_recipe, load_recipe
 from pipelines.report.comparison import differences, group_runs, load_runs, mean_curve, mean_sd, method_table
 from rcd_core import UserError
 from rcd_core.io import storage
+from tests.pipelines.report.made_results import info
 from tests.s3_server import s3_server
 
 THRESHOLDS = (0.6, 0.8, 0.95)
-# Right answers of 40 problems and passes of a problem of 24 tokens, by arm and threshold.
+# Correct answers of 40 problems, and passes per problem of 24 tokens, by method and threshold.
 MADE = {"seqd": ((10, 30, 39), (4, 8, 12)), "target/zero": ((12, 30, 39), (3, 5, 8))}
-TITLES = {"seqd": "SeqD", "target/zero": "RCD, zero start"}
 
 
-def results(seed: int = 0, better: int = 0, thresholds: tuple[float, ...] = THRESHOLDS, **changes: Any) -> Any:
-    """What the stage evaluate would say; `better`: how many more answers of the target are right."""
-    rows = []
-    for arm, (right, passes) in MADE.items():
-        for t, threshold in enumerate(thresholds):
-            correct = right[t] + better * (arm != "seqd")
-            for i in range(40):
-                made = {"arm": arm, "threshold": threshold, "example_id": f"{i:02d}", "sample": 0}
-                made |= {"correct": i < correct, "tokens": 24, "denoise": passes[t], "reference": 0, "prefill": 0}
-                made |= {"store": 0, "seconds": 0.01, "finish_reason": "filled", "completion": ""}
-                rows.append({**made, "reference_weight": 0.0, "reference_flops_weight": 0.0})
-    arms = [
-        MethodInfo(
-            name=arm,
-            title=TITLES[arm],
-            model=arm.partition("/")[0],
-            baseline=None if arm == "seqd" else "seqd",
-            start=None,
-            block_length=37,
-            trained_with=None,
-        )
-        for arm in MADE
-    ]
+def results(seed: int = 0, better: int = 0, **changes: Any) -> Any:
+    """results.json; better: additional correct answers of the target."""
+    rows = [
+        {
+            "arm": name, "threshold": threshold, "example_id": f"{i:02d}", "sample": 0,
+            "correct": i < correct + better * (name != "seqd"), "tokens": 24, "denoise": passes,
+            "reference": 0, "prefill": 0, "store": 0, "reference_weight": 0.0, "reference_flops_weight": 0.0,
+            "seconds": 0.01, "finish_reason": "filled", "completion": "",
+        }
+        for name, columns in MADE.items()
+        for threshold, correct, passes in zip(THRESHOLDS, *columns, strict=True)
+        for i in range(40)
+    ]  # fmt: skip
     made = analyse(
         recipe="demo",
         task="sudoku",
         seed=seed,
-        methods=arms,
+        methods=[info("seqd", "SeqD"), info("target/zero", "RCD, zero start")],
         table=pa.Table.from_pylist(rows, schema=ROWS),
-        settings={arm: {"seed": seed, "residual": arm != "seqd"} for arm in MADE},
+        settings={name: {"seed": seed, "residual": name != "seqd"} for name in MADE},
         accuracy_levels=(0.7,),
         hardware={},
     )
@@ -74,47 +64,40 @@ def write(directory: str | Path, made: Any, *overrides: str) -> str:
 
 @pytest.fixture
 def runs(tmp_path: Path) -> list[str]:
-    """One recipe under three seeds, and another one."""
-    same = [
-        write(
-            tmp_path / f"demo-s{seed}", results(seed, better), f"name=demo-s{seed}", f"resources.num_workers={2**seed}"
+    """A recipe under three seeds, and another recipe."""
+    demo = {
+        seed: write(
+            tmp_path / f"demo-s{seed}", results(seed, better), f"name=demo-s{seed}", f"resources.num_workers={n}"
         )
-        for seed, better in ((2, 0), (0, 1), (1, 2))
-    ]
+        for seed, better, n in ((2, 0, 4), (0, 1, 1), (1, 2, 2))
+    }
     other = write(tmp_path / "sparse", results(better=-2), "name=sparse", "signals.top_k=4")
-    return [*same[:2], other, same[2]]
+    return [demo[2], demo[0], other, demo[1]]
 
 
-def test_runs_of_one_recipe_are_one_group_whatever_their_seeds_names_and_resources(runs: list[str]) -> None:
+def test_seeds_names_and_resources_do_not_split_a_group(runs: list[str]) -> None:
     groups = group_runs(load_runs(runs))
     assert [group.label for group in groups] == ["demo", "sparse"]
     assert [run.results["seed"] for run in groups[0].runs] == [0, 1, 2]
     assert differences(groups) == (["key", "demo", "sparse"], [["signals.top_k", "32", "4"]])
 
 
-def test_each_seed_is_listed_and_mean_and_deviation_follow(runs: list[str]) -> None:
+def test_a_method_has_a_row_per_seed_and_one_of_means(runs: list[str]) -> None:
     groups = group_runs(load_runs(runs))
     head, rows = method_table(groups, "target/zero")
     assert head == ["run", "seed", "ratio at 70 %", "ratio at the baseline's best", "AUP", "0.6", "0.8", "0.95"]
-    assert [row[:2] for row in rows] == [
-        ["demo", "0"], ["demo", "1"], ["demo", "2"], ["demo", "mean ± SD"], ["sparse", "0"],
-    ]  # fmt: skip
-    assert [row[5] for row in rows] == [
-        "32.5 @ 8.00",
-        "35.0 @ 8.00",
-        "30.0 @ 8.00",
-        "32.5 ± 2.5\n@ 8.00 ± 0.00",
-        "25.0 @ 8.00",
-    ]
+    assert [" ".join(row[:2]) for row in rows] == ["demo 0", "demo 1", "demo 2", "demo mean ± SD", "sparse 0"]
+    cells = ["32.5 @ 8.00", "35.0 @ 8.00", "30.0 @ 8.00", "32.5 ± 2.5\n@ 8.00 ± 0.00", "25.0 @ 8.00"]
+    assert [row[5] for row in rows] == cells
     ratios = [run.ratios("target/zero")["ratio at 70 %"]["value"] for run in groups[0].runs]
     assert rows[3][2] == f"{fmean(ratios):.2f} ± {stdev(ratios):.2f}" and ratios[0] != ratios[1]
     level = next(c for c in groups[1].runs[0].results["comparisons"])["tokens_per_pass"]["levels"][0]
     assert rows[4][2].startswith(f"{level['ratio']['value']:.2f} ({level['ratio']['low']:.2f} to ")
     baseline = method_table(groups, "seqd")
-    assert baseline[0][:3] == ["run", "seed", "AUP"], "nothing to be compared with"
+    assert baseline[0][:3] == ["run", "seed", "AUP"]
 
 
-def test_a_level_that_not_every_seed_reaches_is_said(tmp_path: Path) -> None:
+def test_a_mean_over_some_of_the_seeds_says_how_many(tmp_path: Path) -> None:
     made = results(1)
     made["comparisons"][0]["tokens_per_pass"]["levels"][0]["ratio"] = {"value": None, "low": None, "high": None}
     paths = [write(tmp_path / "a-0", results(0), "name=a-0"), write(tmp_path / "a-1", made, "name=a-1")]
@@ -123,8 +106,8 @@ def test_a_level_that_not_every_seed_reaches_is_said(tmp_path: Path) -> None:
     assert rows[1][2] == "not crossed" and rows[2][2].endswith("(1 of 2 seeds)")
 
 
-def test_runs_without_a_recipe_are_told_apart_by_how_they_decode(tmp_path: Path) -> None:
-    """What came from an endpoint has no rates, perhaps, and no recipe."""
+def test_runs_without_a_recipe_are_grouped_by_decoding_settings(tmp_path: Path) -> None:
+    """Such runs come from an endpoint; they may lack rates."""
     first, second, other = results(0), results(1), results(2)
     other["arms"][1]["decode"]["alpha"] = "one"
     for point in other["arms"][1]["curve"]:
@@ -139,13 +122,13 @@ def test_runs_without_a_recipe_are_told_apart_by_how_they_decode(tmp_path: Path)
     assert mean_curve(groups[1].runs, "target/zero") == [] and len(mean_curve(groups[1].runs, "seqd")) == 3
 
 
-def test_the_mean_curve_has_the_deviation_of_seeds_or_the_interval_of_one(runs: list[str]) -> None:
+def test_error_bars_are_the_deviation_of_seeds_or_the_interval_of_a_run(runs: list[str]) -> None:
     demo, sparse = group_runs(load_runs(runs))
-    spot = mean_curve(demo.runs, "target/zero")[0]
-    assert (spot.rate, spot.accuracy, *spot.bar) == pytest.approx((8.0, 32.5, 2.5, 2.5))
-    alone, point = mean_curve(sparse.runs, "target/zero")[0], sparse.runs[0].results["arms"][1]["curve"][0]
-    assert alone.accuracy - alone.bar[0] == pytest.approx(100 * point["accuracy_low"])
-    assert alone.accuracy + alone.bar[1] == pytest.approx(100 * point["accuracy_high"])
+    point = mean_curve(demo.runs, "target/zero")[0]
+    assert (point.rate, point.accuracy, *point.bar) == pytest.approx((8.0, 32.5, 2.5, 2.5))
+    alone, made = mean_curve(sparse.runs, "target/zero")[0], sparse.runs[0].results["arms"][1]["curve"][0]
+    assert alone.accuracy - alone.bar[0] == pytest.approx(100 * made["accuracy_low"])
+    assert alone.accuracy + alone.bar[1] == pytest.approx(100 * made["accuracy_high"])
     mean, sd = mean_sd([1.0, 2.0, 6.0])
     assert (mean, sd) == pytest.approx((3.0, np.std([1, 2, 6], ddof=1)))
     assert math.isnan(mean_sd([1.0])[1]) and math.isnan(mean_sd([])[0])
@@ -157,15 +140,15 @@ def test_the_command_prints_and_writes_one_page(
     monkeypatch.setenv("COLUMNS", "200")
     page = tmp_path / "out" / "page.html"
     assert main(["report", *runs, "--output", str(page), "--arms", "target/*"]) == 0
-    said = capsys.readouterr().out
-    assert "32.5 ± 2.5" in said and "signals.top_k" in said and "SeqD" not in said
+    printed = capsys.readouterr().out
+    assert "32.5 ± 2.5" in printed and "signals.top_k" in printed and "SeqD" not in printed
     html = page.read_text()
     assert html.count("data:image/png;base64,") == 2 and "demo (3 seeds), sparse" in html
     assert "<h2>RCD, zero start</h2>" in html and "signals.top_k" in html
-    assert "http://" not in html and "https://" not in html, "needs no other file"
+    assert "http://" not in html and "https://" not in html
 
 
-def test_what_does_not_compare_is_said_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_that_cannot_be_compared_cause_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [
         write(tmp_path / "a", results(), "name=a"),
         write(tmp_path / "b", results(task="arithmetic"), "name=b", "data.task=arithmetic"),
@@ -174,8 +157,8 @@ def test_what_does_not_compare_is_said_first(tmp_path: Path, capsys: pytest.Capt
     assert "different tasks (a: sudoku, b: arithmetic)" in " ".join(capsys.readouterr().out.split())
     again = write(tmp_path / "again", results(), "name=again")
     assert main(["report", paths[0], again]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "a and again have the same recipe and the same seed, 0" in said
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "a and again have the same recipe and the same seed, 0" in printed
 
 
 def test_mistakes_are_named(runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,13 +173,13 @@ def test_mistakes_are_named(runs: list[str], tmp_path: Path, capsys: pytest.Capt
     assert "no run has a method 'target/warm'; they have seqd, target/zero" in capsys.readouterr().err
 
 
-def test_labels_are_as_long_as_it_takes(tmp_path: Path) -> None:
+def test_labels_are_as_long_as_needed(tmp_path: Path) -> None:
     paths = [write(tmp_path / where / "demo", results(seed), "name=demo") for seed, where in ((0, "x"), (1, "y"))]
     assert [run.label for run in load_runs(paths)] == ["x/demo", "y/demo"]
 
 
 @pytest.mark.drill
-def test_runs_lie_on_object_storage_too(runs: list[str]) -> None:
+def test_runs_on_object_storage(runs: list[str]) -> None:
     with s3_server("bucket"):
         far = write("s3://bucket/far", json.loads(Path(runs[2], "evaluate", "results.json").read_text()), "name=far")
         assert main(["report", far, runs[0], "--output", "s3://bucket/page.html"]) == 0
