@@ -236,6 +236,12 @@ def test_bad_requests_are_named() -> None:
     assert sdar.generate([], ok) == []
 
 
+def test_the_readme_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(GOLDEN.parents[1])
+    exec((Path("rcd_core") / "README.md").read_text().split("```python\n")[1].split("```")[0], {})
+    assert capsys.readouterr().out.splitlines()[-1] == "length"
+
+
 # -- sampling
 
 
