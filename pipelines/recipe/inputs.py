@@ -13,38 +13,38 @@ from rcd_core.io import storage
 
 
 def check_inputs(recipe: Recipe) -> None:
-    """Every file and checkpoint the recipe names is there and fits. Raises UserError naming key, file and remedy."""
+    """Raise UserError, with key, file and remedy, unless every file and checkpoint of the recipe exists and fits."""
     for key, source in (("data.train", recipe.data.train), ("data.test", recipe.data.test)):
         for path in data_files(source):
-            if not _reach(key, path):
-                raise UserError(f"{key}: {path} does not exist; mend the path or copy the file there")
+            if not _exists(key, path):
+                raise UserError(f"{key}: {path} does not exist; correct the path or copy the file there")
             if storage.is_directory(path) or storage.size(path) == 0:
-                raise UserError(f"{key}: {path} is no file with content; name a .jsonl or .parquet file")
+                raise UserError(f"{key}: {path} is a directory or an empty file; give a .jsonl or .parquet file")
         if any(path.startswith("hf://") for path in source_list(source)):
             _require_datasets(key)
     served = {f"deploy.models.{name}.checkpoint": model.checkpoint for name, model in recipe.deploy.models.items()}
-    outside = {k: path for k, path in (checkpoints(recipe) | served).items() if storage.is_absolute(path)}
-    for key, path in outside.items():
+    external = {k: path for k, path in (checkpoints(recipe) | served).items() if storage.is_absolute(path)}
+    for key, path in external.items():
         if key == "tokenizer.path":
             _require_file(key, path, "tokenizer_config.json", "it must hold a Hugging Face tokenizer")
         else:
             _require_file(key, path, "config.json", "it must hold a Hugging Face checkpoint")
             if not storage.list_files(path, ".safetensors"):
-                raise UserError(f"{key}: {path} has no *.safetensors; convert the weights, pickled ones are not read")
+                raise UserError(f"{key}: {path} has no *.safetensors; convert the weights; pickled ones are refused")
     for key in ("reference.start", "baseline"):
-        if key in outside and "target.start" in outside:
-            _same_vocabulary(key, outside[key], outside["target.start"])
+        if key in external and "target.start" in external:
+            _require_same_vocabulary(key, external[key], external["target.start"])
 
 
-def _reach(key: str, path: str) -> bool:
+def _exists(key: str, path: str) -> bool:
     try:
         return storage.exists(path)
     except OSError as error:
-        raise UserError(f"{key}: {path} cannot be reached ({error}); check the address and your credentials") from error
+        raise UserError(f"{key}: {path} is not accessible ({error}); check the address and your credentials") from error
 
 
 def _require_file(key: str, directory: str, name: str, why: str) -> None:
-    if not _reach(key, directory):
+    if not _exists(key, directory):
         raise UserError(f"{key}: {directory} does not exist; {why}")
     if not storage.exists(storage.join(directory, name)):
         raise UserError(f"{key}: {directory} has no {name}; {why}")
@@ -52,22 +52,22 @@ def _require_file(key: str, directory: str, name: str, why: str) -> None:
 
 def _require_datasets(key: str) -> None:
     if importlib.util.find_spec("datasets") is None:
-        raise UserError(f"{key} is a hub data set, which needs the package `datasets`; pip install datasets")
+        raise UserError(f"{key} is a hub data set, which needs the package `datasets`; run pip install datasets")
 
 
-def _same_vocabulary(key: str, other: str, target: str) -> None:
+def _require_same_vocabulary(key: str, other: str, target: str) -> None:
     sizes = [storage.read_json(storage.join(path, "config.json")).get("vocab_size") for path in (other, target)]
     remedy = f"{key} must be a checkpoint with the target's tokenizer"
     if sizes[0] != sizes[1]:
         raise UserError(
             f"{key} {other} has a vocabulary of {sizes[0]} tokens, target.start {target} one of {sizes[1]}; {remedy}"
         )
-    words = [_words(path) for path in (other, target)]
-    if None not in words and words[0] != words[1]:
-        raise UserError(f"{key} {other} and target.start {target} number their tokens apart; {remedy}")
+    vocabularies = [_vocabulary(path) for path in (other, target)]
+    if None not in vocabularies and vocabularies[0] != vocabularies[1]:
+        raise UserError(f"{key} {other} and target.start {target} have different token ids; {remedy}")
 
 
-def _words(checkpoint: str) -> Any:
-    """The token -> id mapping of tokenizer.json; None where the tokenizer has another form."""
+def _vocabulary(checkpoint: str) -> Any:
+    """Token -> id from tokenizer.json; None when the tokenizer has another format."""
     path = storage.join(checkpoint, "tokenizer.json")
     return json.loads(storage.read_bytes(path)).get("model", {}).get("vocab") if storage.exists(path) else None

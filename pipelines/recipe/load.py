@@ -21,9 +21,9 @@ from pipelines.recipe.settings_files import apply_settings
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read recipes/<name>.yaml or a YAML file, apply `--set` overrides "a.b=VALUE", validate.
+    """Read recipes/<name>.yaml or a YAML file, apply overrides "a.b=VALUE" (those of --set), and validate.
 
-    Raises one UserError that lists every problem: key path, value, remedy.
+    Raises one UserError that lists every problem with key, value and remedy.
     """
     raw = read_recipe(name_or_path)
     apply_overrides(raw, overrides)
@@ -31,7 +31,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(raw: dict[str, Any], label: str = "") -> Recipe:
-    """A Recipe from the plain mapping that a YAML file holds."""
+    """A Recipe from the mapping in a YAML file. label: names it in errors."""
     raw = dict(raw)
     if raw.get("storage") is None:
         raw["storage"] = Recipe.model_fields["storage"].default
@@ -40,24 +40,26 @@ def parse_recipe(raw: dict[str, Any], label: str = "") -> Recipe:
     apply_settings(raw)
     _complete_entries(raw)
     try:
-        # By way of JSON: strict there still takes a list for a tuple and a mapping for a settings class.
+        # Via JSON, where strict mode accepts lists for tuples and mappings for settings classes.
         recipe = Recipe.model_validate_json(json.dumps(raw), strict=True)
-        found = list(problems(recipe))
+        messages = list(problems(recipe))
     except ValidationError as error:
-        found = explain(error, Recipe)
-    if found:
-        raise problems_error(f"recipe {label or raw.get('name')}", found)
+        messages = explain(error, Recipe)
+    if messages:
+        raise problems_error(f"recipe {label or raw.get('name')}", messages)
     return recipe
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The effective recipe as YAML: every key, defaults and overrides included."""
+    """The effective recipe as YAML, with all defaults and overrides. It loads again."""
     return str(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120))
 
 
 def _complete_entries(raw: dict[str, Any]) -> None:
-    """A variant names only what it changes: the rest is the target's; so do a further baseline and an extra arm. An
-    entry that is null is none: so a recipe leaves out what the one it extends has."""
+    """Fill up entries that give only what they change: variants, baselines and evaluate.arms.
+
+    A null entry is removed, so that a recipe can drop what it inherits. Wrong types stay for validation to report.
+    """
     target, evaluate = _mapping(raw.get("target")), _mapping(raw.get("evaluate"))
     raw["variants"] = _completed(raw.get("variants", {}), _mapping(target.get("residual")))
     raw["baselines"] = _completed(raw.get("baselines", {}), _mapping(target.get("train")))
@@ -75,12 +77,11 @@ def _complete_entries(raw: dict[str, Any]) -> None:
 
 
 def _mapping(value: Any) -> dict[str, Any]:
-    """A section, or nothing where something else stands: validation says so."""
     return value if isinstance(value, dict) else {}
 
 
-def _completed(entries: Any, rest: dict[str, Any]) -> Any:
+def _completed(entries: Any, defaults: dict[str, Any]) -> Any:
     if not isinstance(entries, dict):
         return entries
     present = {name: entry for name, entry in entries.items() if entry is not None}
-    return {name: {**rest, **entry} if isinstance(entry, dict) else entry for name, entry in present.items()}
+    return {name: {**defaults, **entry} if isinstance(entry, dict) else entry for name, entry in present.items()}

@@ -1,4 +1,4 @@
-"""Rules of a recipe that concern more than one key. Nothing is read: see `inputs` for files and checkpoints."""
+"""Rules that involve several keys of a recipe. They read no files; see inputs.py for those."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from rcd_core.tasks import TASKS
 from rcd_core.training.settings import TrainSettings
 
 SYNTHETIC = "synthetic"
-DEPLOYMENTS = ("Target", "Baseline", "Reference", "Ingress")  # of the stage deploy, on Ray's dashboard
+DEPLOYMENTS = ("Target", "Baseline", "Reference", "Ingress")  # names of Serve deployments in stage deploy
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_DATA = re.compile(r"hf://[\w.-]+/[\w.-]+(@[\w.-]+)?(:\S+)?")
 _DATA_SUFFIXES = (".jsonl", ".parquet")
-_ABSOLUTE = "a job's working directory is a temporary copy: give an absolute path or a URI"
+_ABSOLUTE = "jobs run in a temporary copy of the working directory, so give an absolute path or a URI"
 
 
 def is_hub_id(text: str) -> bool:
-    """True for "owner/name", a checkpoint or tokenizer of the Hugging Face hub."""
+    """Whether text has the form "owner/name" of a repository on the Hugging Face hub."""
     return _HUB_ID.fullmatch(text) is not None
 
 
 def problems(recipe: Recipe) -> Iterator[str]:
-    """Contradictions between keys, and paths that are not absolute; nothing is read."""
+    """Yield one message per contradiction between keys and per relative path: key, value, remedy."""
     data, target, reference = recipe.data, recipe.target, recipe.reference
     multiple = data.pad_multiple or recipe.block_length
     if not storage.is_absolute(recipe.storage):
@@ -49,27 +49,27 @@ def problems(recipe: Recipe) -> Iterator[str]:
     if data.max_length < multiple:
         yield f"data.max_length is {data.max_length}; it must hold at least {multiple} tokens, the padding multiple"
     if data.min_length is not None and data.min_length > data.max_length:
-        yield f"data.min_length is {data.min_length}, above data.max_length {data.max_length}; nothing would be left"
+        yield f"data.min_length is {data.min_length}, above data.max_length {data.max_length}; no example would be left"
     for key, start in checkpoints(recipe).items():
         yield from checkpoint_problems(key, start)
         if recipe.tokenizer.path is None:
             yield f"tokenizer.path is null but {key} is a checkpoint; set it to that checkpoint's tokenizer"
     if target.start is None and recipe.base is None:
-        yield "target.start and base are both null; give the target a checkpoint or describe a base to train"
+        yield "target.start and base are both null; give target.start a checkpoint, or a base to train"
     if target.start is not None and recipe.base is not None:
-        yield "base is described but target.start does not use it; set one of them to null"
+        yield "base is given but target.start does not use it; set one of them to null"
     yield from _training_problems(recipe)
     if reference is None:
         for key in reference_keys(recipe):
-            yield f"{key} asks for the reference but reference is null; describe one, or change {key}"
+            yield f"{key} needs the reference but reference is null; give one, or change {key}"
     elif reference.train is None and not isinstance(reference.start, str):
-        yield "reference.train is null but reference.start is no checkpoint; describe its training or name a checkpoint"
+        yield "reference.train is null but reference.start is no checkpoint; give a training or a checkpoint"
     for key, residual in recipe.residuals().items():
-        alone = residual.source in ("online", "self", "self_same")
-        if alone and residual.alpha == "calibrated_entropy" and residual.alpha_scale is None:
+        no_signals = residual.source in ("online", "self", "self_same")
+        if no_signals and residual.alpha == "calibrated_entropy" and residual.alpha_scale is None:
             yield (
-                f"{key}.alpha_scale is null; with source {residual.source!r} there are no signals to take it from: "
-                "give nats"
+                f"{key}.alpha_scale is null, and source {residual.source!r} has no signals to measure it on; "
+                "give a number of nats"
             )
     yield from _worker_problems(recipe)
     yield from _placement_problems(recipe)
@@ -80,22 +80,22 @@ def problems(recipe: Recipe) -> Iterator[str]:
 
 
 def _training_problems(recipe: Recipe) -> Iterator[str]:
-    """Models that are taken as they are, and what then has no sense."""
+    """Checkpoints that are used unchanged, and keys that then make no sense."""
     target = recipe.target
     if target.train is None:
         if not isinstance(target.start, str):
-            yield "target.train is null but target.start is no checkpoint; describe its training or name a checkpoint"
+            yield "target.train is null but target.start is no checkpoint; give a training or a checkpoint"
         if recipe.baseline is True:
-            yield "target.train is null but baseline is true; it would be trained as the target is: name one, or false"
+            yield "target.train is null but baseline is true, which trains like the target; give a checkpoint or false"
         for name in recipe.baselines:
-            yield f"target.train is null but baselines.{name} is to be trained as the target is; drop it"
+            yield f"target.train is null but baselines.{name} would be trained like the target; remove it"
         for name in recipe.variants:
-            yield f"target.train is null but variants.{name} is a target to train; drop it, or describe the training"
+            yield f"target.train is null but variants.{name} is a target to train; remove it, or give a training"
     if recipe.data.train is None:
         for key in trainings(recipe):
-            yield f"data.train is null but {key} is not; name the examples to train on"
+            yield f"data.train is null but {key} is not; give training examples"
         if recipe.tokenizer.path is None:
-            yield "data.train is null and tokenizer.path, too; a tokenizer cannot be trained on nothing: name one"
+            yield "data.train and tokenizer.path are both null; give a tokenizer"
 
 
 def _calibrate_problems(recipe: Recipe) -> Iterator[str]:
@@ -103,13 +103,13 @@ def _calibrate_problems(recipe: Recipe) -> Iterator[str]:
     if calibrate is None:
         return
     if recipe.target.train is None:
-        yield "calibrate is given but target.train is null: give a checkpoint from outside to `rcd calibrate`"
+        yield "calibrate is given but target.train is null; use `rcd calibrate` for an existing checkpoint"
     elif SYNTHETIC not in source_list(recipe.data.train) and not recipe.data.num_validation:
-        yield "calibrate needs training examples that are held out, but data.num_validation is 0; raise it"
+        yield "calibrate needs held-out training examples but data.num_validation is 0; raise it"
     if calibrate.decode.residual_temperature is not None:
-        yield "calibrate.decode.residual_temperature is what calibrate chooses; leave it null"
+        yield "calibrate.decode.residual_temperature is given, but calibrate chooses it; set it to null"
     if calibrate.decode.residual_source != "self":
-        yield "calibrate.decode.residual_source is 'reference', which has no self-loop; leave it 'self'"
+        yield "calibrate.decode.residual_source is 'reference'; calibrate needs 'self'"
     for key, residual in recipe.residuals().items():
         if calibrate.decode.start == "reference" and residual.source in ("self", "self_same"):
             yield f"calibrate.decode.start is 'reference' but {key}.source is {residual.source!r}; use another start"
@@ -120,28 +120,27 @@ def _evaluate_problems(recipe: Recipe) -> Iterator[str]:
     decode, lengths = evaluate.decode, evaluate.block_lengths
     if decode.policy != "low_confidence_dynamic" and len(evaluate.thresholds) > 1:
         yield (
-            f"evaluate.decode.policy is {decode.policy!r}, which looks at no threshold; give evaluate.thresholds one "
-            "value"
+            f"evaluate.decode.policy is {decode.policy!r}, which ignores thresholds; give evaluate.thresholds one value"
         )
     if evaluate.samples > 1 and not decode.temperature:
         yield (
-            f"evaluate.samples is {evaluate.samples} but evaluate.decode.temperature is 0: all samples of a problem "
-            "would be the same; set a temperature, or samples to 1"
+            f"evaluate.samples is {evaluate.samples} but evaluate.decode.temperature is 0, so all samples "
+            "would be equal; raise the temperature, or set samples to 1"
         )
     for key, values in (("thresholds", evaluate.thresholds), ("block_lengths", lengths or ())):
         if len(set(values)) < len(values):
-            yield f"evaluate.{key} is {list(values)}, which names a value twice; name each once"
+            yield f"evaluate.{key} is {list(values)}, which contains a value twice; give each once"
     if lengths and decode.block_length:
-        yield "evaluate.block_lengths and evaluate.decode.block_length are both given; leave out one of them"
+        yield "evaluate.block_lengths and evaluate.decode.block_length are both given; remove one"
     if lengths and decode.denoising_steps and decode.denoising_steps > min(lengths):
         yield (
             f"evaluate.decode.denoising_steps is {decode.denoising_steps}, more than the smallest of "
-            f"evaluate.block_lengths {list(lengths)}; leave it null, for as many steps as a block is long"
+            f"evaluate.block_lengths {list(lengths)}; set it to null for one step per token"
         )
 
 
 def _arm_problems(recipe: Recipe) -> Iterator[str]:
-    """Extra arms against the models there are and what those have learned."""
+    """evaluate.arms against the models of the recipe and their training."""
     models = ["target", *(f"target-{name}" for name in recipe.variants)]
     models += ["base"] if recipe.base else []
     models += ["baseline"] if recipe.baseline else []
@@ -152,118 +151,111 @@ def _arm_problems(recipe: Recipe) -> Iterator[str]:
             yield f"{key}.model is {arm.model!r}; the models of this recipe are {', '.join(models)}"
             continue
         if name == "seqd":
-            yield f"{key} has the name of the baseline's arm; choose another one"
+            yield f"{key} has the name of the baseline's method; choose another name"
         if arm.decode.block_length != recipe.evaluate.decode.block_length:
             yield (
-                f"{key}.decode.block_length is {arm.decode.block_length}, and it would be compared with another; use "
-                "evaluate.block_lengths, for all arms"
+                f"{key}.decode.block_length is {arm.decode.block_length}, but methods are compared at equal "
+                "block lengths; use evaluate.block_lengths"
             )
         if not arm.decode.residual:
             continue
-        fed = residual is not None and residual.feeds_back
-        if arm.decode.alpha == "calibrated_entropy" and arm.decode.alpha_scale is None and not fed:
-            yield f"{key}.decode.alpha_scale is null, and {arm.model} has none; give nats"
+        trained = residual is not None and residual.feeds_back
+        if arm.decode.alpha == "calibrated_entropy" and arm.decode.alpha_scale is None and not trained:
+            yield f"{key}.decode.alpha_scale is null and {arm.model} has none; give a number of nats"
         if arm.decode.alpha == "learned" and not (residual and residual.learns_alpha):
-            yield f"{key}.decode.alpha is 'learned', which {arm.model} has not; choose another rule"
+            yield f"{key}.decode.alpha is 'learned', which {arm.model} was not trained with; choose another rule"
 
 
 def _deploy_problems(recipe: Recipe) -> Iterator[str]:
     if recipe.deploy.baseline and not recipe.baseline:
-        yield "deploy.baseline is true but baseline is false; there would be no baseline to deploy"
+        yield "deploy.baseline is true but baseline is false; there is no baseline to deploy"
     first = recipe.deploy.model_id
-    taken = {first: "the target", f"{first}-baseline": "the baseline"} | dict.fromkeys(DEPLOYMENTS, "a deployment")
+    names = {first: "the target", f"{first}-baseline": "the baseline"} | dict.fromkeys(DEPLOYMENTS, "a deployment")
     for model_id, model in recipe.deploy.models.items():
-        if model_id in taken:
-            yield f"deploy.models.{model_id}: {taken[model_id]} has this name; choose another id"
+        if model_id in names:
+            yield f"deploy.models.{model_id}: {names[model_id]} has this name; choose another id"
         yield from checkpoint_problems(f"deploy.models.{model_id}.checkpoint", model.checkpoint)
     if recipe.deploy.max_replicas < recipe.deploy.min_replicas:
-        few, many = recipe.deploy.min_replicas, recipe.deploy.max_replicas
-        yield f"deploy.max_replicas is {many} but deploy.min_replicas is {few}; it must be at least as large"
+        low, high = recipe.deploy.min_replicas, recipe.deploy.max_replicas
+        yield f"deploy.max_replicas is {high} but deploy.min_replicas is {low}; it must be at least as large"
 
 
 def trainings(recipe: Recipe) -> dict[str, TrainSettings]:
-    """The settings of every model that is trained, by the recipe key that holds them."""
-    found = {
+    """Recipe key -> settings of every training."""
+    settings = {
         "base.train": recipe.base.train if recipe.base else None,
         "reference.train": recipe.reference.train if recipe.reference else None,
         "target.train": recipe.target.train,
     }
-    found |= {f"baselines.{name}": train for name, train in recipe.baselines.items()}
-    return {key: train for key, train in found.items() if train}
+    settings |= {f"baselines.{name}": train for name, train in recipe.baselines.items()}
+    return {key: train for key, train in settings.items() if train}
 
 
 def _placement_problems(recipe: Recipe) -> Iterator[str]:
-    """resources.custom: places for stages that there are, in resources that Ray takes for custom ones."""
+    """resources.custom: its patterns must match stages, its resources must be custom ones."""
     stages = ["base", "reference", "signals", "target", *(f"target-{name}" for name in recipe.variants)]
     stages += ["baseline", *(f"baseline-{name}" for name in recipe.baselines)]
     stages += ["calibrate", "evaluate", "deploy", "deploy-reference"]
-    for pattern, asked in recipe.resources.custom.items():
+    for pattern, amounts in recipe.resources.custom.items():
         if not any(fnmatch(stage, pattern) for stage in stages):
-            yield f"resources.custom.{pattern} fits no stage with workers to place; those are {', '.join(stages)}"
-        for name in {"CPU", "GPU", "memory", "object_store_memory"} & set(asked):
-            yield f"resources.custom.{pattern}.{name} is no custom resource; cpus_per_worker and its like say that"
+            yield f"resources.custom.{pattern} matches no stage with workers; those are {', '.join(stages)}"
+        for name in {"CPU", "GPU", "memory", "object_store_memory"} & set(amounts):
+            yield f"resources.custom.{pattern}.{name} is no custom resource; use keys like resources.cpus_per_worker"
 
 
 def _worker_problems(recipe: Recipe) -> Iterator[str]:
-    """What the trainings ask for against how many workers there may be, and what is held out."""
+    """The trainings against the number of workers and the held-out examples."""
     resources = recipe.resources
     counts, workers = resources.worker_counts, resources.num_workers
     if resources.elastic and not counts:
-        yield f"resources.num_workers is {list(workers)}; the fewest come first, as in [2, 8]"  # type: ignore[arg-type]
+        yield f"resources.num_workers is {list(workers)}; give the smaller number first, as in [2, 8]"  # type: ignore[arg-type]
     if resources.elastic and not resources.max_failures:
-        yield "resources.max_failures is 0 but resources.num_workers is a range, which is of use only with restarts"
+        yield "resources.max_failures is 0 but resources.num_workers is a range, which needs restarts; raise it"
     for key, train in trainings(recipe).items():
         unfit = [str(count) for count in counts if train.batch_size % count]
         if unfit:
-            which = f", which can be {', '.join(unfit)}" if resources.elastic else ""
-            asked = list(workers) if isinstance(workers, tuple) else workers
-            yield (
-                f"{key}.batch_size is {train.batch_size}, no multiple of resources.num_workers {asked}{which}; "
-                "change one"
-            )
+            count = f"{list(workers)}, which can be {', '.join(unfit)}" if isinstance(workers, tuple) else workers
+            yield f"{key}.batch_size is {train.batch_size}, no multiple of resources.num_workers {count}; change one"
         if resources.elastic and train.strategy == "deepspeed":
             yield (
-                f"{key}.strategy is deepspeed, whose checkpoints belong to one number of workers; give "
-                "resources.num_workers one number, or use fsdp2"
+                f"{key}.strategy is deepspeed, whose checkpoints fit one number of workers only; set "
+                "resources.num_workers to one number, or use fsdp2"
             )
         if train.deepspeed and train.strategy != "deepspeed":
             yield f"{key}.deepspeed is given but {key}.strategy is {train.strategy}; set it to deepspeed"
         if train.validate_every and not recipe.data.num_validation:
-            yield (
-                f"{key}.validate_every is {train.validate_every} but data.num_validation is 0: nothing is held out; "
-                "raise it"
-            )
+            yield (f"{key}.validate_every is {train.validate_every} but data.num_validation is 0; hold out examples")
 
 
 def reference_keys(recipe: Recipe) -> dict[str, str]:
-    """The recipe keys that ask for the reference -> the stage that needs it for them."""
-    cached = {"signals": "signals", "online": "target"}
-    found = {f"{k}.source": cached[r.source] for k, r in recipe.residuals().items() if r.source in cached}
+    """Recipe key that needs the reference -> the stage that uses it."""
+    stages = {"signals": "signals", "online": "target"}
+    keys = {f"{k}.source": stages[r.source] for k, r in recipe.residuals().items() if r.source in stages}
     if "reference" in recipe.evaluate.starts:
-        found["evaluate.starts"] = "evaluate"
+        keys["evaluate.starts"] = "evaluate"
     if recipe.evaluate.decode.residual_source == "reference":
-        found["evaluate.decode.residual_source"] = "evaluate"
+        keys["evaluate.decode.residual_source"] = "evaluate"
     for name, arm in recipe.evaluate.arms.items():
         if needs_reference(arm.decode):
-            found[f"evaluate.arms.{name}.decode"] = "evaluate"
+            keys[f"evaluate.arms.{name}.decode"] = "evaluate"
     for model_id, model in recipe.deploy.models.items():
         if needs_reference(model.decode):
-            found[f"deploy.models.{model_id}.decode"] = "deploy"
+            keys[f"deploy.models.{model_id}.decode"] = "deploy"
     if recipe.target.residual.feeds_back:
         if recipe.deploy.start == "reference":
-            found["deploy.start"] = "deploy"
+            keys["deploy.start"] = "deploy"
         if recipe.deploy.decode.residual_source == "reference":
-            found["deploy.decode.residual_source"] = "deploy"
-    return found
+            keys["deploy.decode.residual_source"] = "deploy"
+    return keys
 
 
 def needs_reference(decode: DecodeSettings) -> bool:
-    """Whether requests with these settings need the reference model."""
+    """Whether requests with these settings use the reference."""
     return decode.residual and "reference" in (decode.start, decode.residual_source)
 
 
 def checkpoints(recipe: Recipe) -> dict[str, str]:
-    """Checkpoints from outside the run and the recipe keys that name them."""
+    """Recipe key -> checkpoint or tokenizer from outside the run."""
     starts = {
         "base.start": recipe.base.start if recipe.base else None,
         "reference.start": recipe.reference.start if recipe.reference else None,
@@ -275,12 +267,12 @@ def checkpoints(recipe: Recipe) -> dict[str, str]:
 
 
 def source_list(source: str | tuple[str, ...] | None) -> list[str]:
-    """What a data key names, as a list."""
+    """The entries of data.train or data.test."""
     return [source] if isinstance(source, str) else list(source or ())
 
 
 def data_files(source: str | tuple[str, ...] | None) -> list[str]:
-    """The files a data key names; none for synthetic and hub data."""
+    """The files among the entries of data.train or data.test."""
     paths = source_list(source)
     return [path for path in paths if path != SYNTHETIC and not path.startswith("hf://")]
 
@@ -289,10 +281,10 @@ def _source_problems(key: str, source: str | tuple[str, ...], count: int | None)
     for path in source_list(source):
         if path == SYNTHETIC:
             if count is None:
-                yield f"data.num_{key} is null but data.{key} is synthetic, which has no end; say how many examples"
+                yield f"data.num_{key} is null but data.{key} is synthetic, which has no end; give a number"
         elif path.startswith("hf://"):
             if not _HUB_DATA.fullmatch(path):
-                yield f"data.{key} is {path!r}; a hub data set is written hf://owner/name[@config][:split]"
+                yield f"data.{key} is {path!r}; use the form hf://owner/name[@config][:split]"
         elif not storage.is_absolute(path):
             yield f"data.{key} is {path!r}, a relative path; {_ABSOLUTE}"
         elif not path.endswith(_DATA_SUFFIXES):
@@ -300,10 +292,10 @@ def _source_problems(key: str, source: str | tuple[str, ...], count: int | None)
 
 
 def checkpoint_problems(key: str, start: str) -> Iterator[str]:
-    """What is wrong with the name of a checkpoint; nothing is read."""
+    """Yield a message when a checkpoint is neither an absolute path, a URI nor a hub id."""
     if storage.is_absolute(start):
         return
     if not is_hub_id(start):
         yield f"{key} is {start!r}, a relative path; {_ABSOLUTE}, or a hub id owner/name"
     elif os.path.exists(start):
-        yield f"{key} is {start!r}, a hub id that is also a relative path here; if the path is meant, make it absolute"
+        yield f"{key} is {start!r}, a hub id and also a relative path here; give an absolute path if you mean the path"

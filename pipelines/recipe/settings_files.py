@@ -1,9 +1,9 @@
-"""Evaluation settings as files: what a paper decoded with, to be used as it is and named beside every score.
+"""Evaluation settings as files: the decoding settings of a paper, recorded with every result.
 
     evaluate: {settings: paper-sdar-b64}          # in a recipe; `--settings paper-sdar-b64` of `rcd evaluate`
 
-A file holds defaults for a recipe's section `evaluate`, and under `tasks` what differs for some test tasks. A key that
-the recipe gives itself wins, and is then listed as changed: settings that were altered are not the paper's.
+A file holds defaults for the section `evaluate` of a recipe, and under `tasks` what differs for some test tasks. Keys
+of the recipe win; results then list them as changed.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ _KEYS = {"source", "unpublished", "block_length", "evaluate", "tasks"}
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """source: who published them. unpublished: what they leave open, and what was put there. block_length: tokens
-    decoded together, or None for the checkpoint's. evaluate, tasks: keys of a recipe's `evaluate`, in general and by
-    test task. sha256: of the file."""
+    """One settings file.
+
+    source: the publication. unpublished: what it leaves open, and our choice. block_length None: the checkpoint's.
+    evaluate, tasks: keys of a recipe's `evaluate`, for all test tasks and by task. sha256: of the file.
+    """
 
     name: str
     source: str
@@ -48,17 +50,17 @@ def settings_names() -> list[str]:
 
 
 def read_settings(name: str) -> EvaluationSettings:
-    """A shipped file by its name. UserError with the nearest name, or for a file that is none."""
+    """Read a shipped file by its name. Raises UserError, which suggests the nearest name."""
     path = SETTINGS / f"{name}.yaml"
     if not re.fullmatch(r"[\w-][\w.-]*", name) or not path.exists():
         known = settings_names()
         raise UserError(
-            f"evaluate.settings is {name!r}, which there is not{suggestion(name, known)}; there are {', '.join(known)}"
+            f"evaluate.settings is {name!r}, an unknown file{suggestion(name, known)}; the files are {', '.join(known)}"
         )
     content = path.read_bytes()
     raw = parse_yaml(content.decode(), f"settings {name}")
     if not isinstance(raw, dict) or set(raw) - _KEYS:
-        raise UserError(f"settings {name}: a file of settings has the keys {', '.join(sorted(_KEYS))}")
+        raise UserError(f"settings {name}: the allowed keys are {', '.join(sorted(_KEYS))}")
     return EvaluationSettings(
         name=name,
         source=str(raw["source"]).strip(),
@@ -71,7 +73,7 @@ def read_settings(name: str) -> EvaluationSettings:
 
 
 def apply_settings(raw: dict[str, Any]) -> None:
-    """Put the settings that a recipe's mapping names into its section `evaluate`, below what is given there."""
+    """Fill up the section `evaluate` of a recipe's mapping from the settings file that it names."""
     evaluate, data = raw.get("evaluate"), raw.get("data")
     if isinstance(evaluate, dict) and isinstance(evaluate.get("settings"), str) and isinstance(data, dict):
         settings = read_settings(evaluate["settings"])
@@ -79,8 +81,10 @@ def apply_settings(raw: dict[str, Any]) -> None:
 
 
 def provenance(recipe: Recipe) -> dict[str, Any] | None:
-    """What results say of the recipe's settings file: name, hash, source, what it leaves open, and which of its keys
-    have another value in the recipe. None where the recipe names none."""
+    """The recipe's settings file for results: name, sha256, source, unpublished, and the keys that the recipe changes.
+
+    None when the recipe names no file.
+    """
     if recipe.evaluate.settings is None:
         return None
     settings = read_settings(recipe.evaluate.settings)
@@ -97,11 +101,11 @@ def provenance(recipe: Recipe) -> dict[str, Any] | None:
     }
 
 
-def _differing(wanted: Mapping[str, Any], used: Mapping[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key, value in wanted.items():
+def _differing(published: Mapping[str, Any], used: Mapping[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in published.items():
         if isinstance(value, dict):
-            found += _differing(value, used.get(key) or {}, f"{prefix}{key}.")
+            keys += _differing(value, used.get(key) or {}, f"{prefix}{key}.")
         elif used.get(key) != value:
-            found.append(prefix + key)
-    return found
+            keys.append(prefix + key)
+    return keys

@@ -1,10 +1,10 @@
-"""A run: one directory, one sub-directory per stage, and for each stage a key that says what it was made from.
+"""A run directory: one sub-directory per stage, with a key that identifies what the stage was made from.
 
     <run>/recipe.yaml  lease.json  <stage>/key.json  <stage>/...  <stage>/manifest.json
 
-key.json is written when a stage starts, manifest.json as its last act. A stage with a manifest of the same key is
-done; a manifest of another key is somebody's result and is refused, never overwritten; no manifest means the stage
-was interrupted, and its partial results are used again if they have the same key and removed otherwise.
+A stage writes key.json first and manifest.json last. With a manifest of the same key it is done. A manifest of another
+key belongs to other settings; it is refused and never overwritten. Without a manifest the stage was interrupted; its
+partial results are reused if their key is the same, and removed otherwise.
 """
 
 from __future__ import annotations
@@ -30,13 +30,12 @@ SCHEMA = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One step of a run, and all that decides whether it is done.
+    """One step of a run, and what decides whether it is done.
 
-    function: "module:function", imported only when called; report prints what the user wants to see at the end,
-    teardown removes what outlives the job, repair mends a finished result in place. sections: dotted recipe keys that
-    decide the result. outside: recipe key -> checkpoint or data files from outside the run. bundles: what must fit the
-    cluster, one mapping per process.
-    always: called even when done, and free to find that nothing is to do.
+    function, report, teardown, repair: "module:function", imported when called. report prints a summary at the end of
+    the job, teardown removes what outlives the job, repair fixes a finished result in place.
+    inputs: stages whose results it reads. sections: dotted recipe keys that decide the result. outside: recipe key ->
+    checkpoint or data files from outside the run. bundles: resources of each process. always: call it even when done.
     """
 
     name: str
@@ -53,7 +52,7 @@ class Stage:
 
 
 def key_material(stage: Stage, recipe: Recipe, inputs: Mapping[str, str | None]) -> dict[str, Any]:
-    """All that a stage's key is made of. inputs: stage -> its fingerprint, None where it has yet to be made."""
+    """What a stage's key is computed from. inputs: stage -> fingerprint, None where it is not made yet."""
     return {
         "stage": stage.name,
         "schema": SCHEMA,
@@ -64,7 +63,7 @@ def key_material(stage: Stage, recipe: Recipe, inputs: Mapping[str, str | None])
 
 
 class RunDirectory:
-    """The files of a run. Writes need the lease, where one was taken."""
+    """The files of a run. Writing raises UserError once the lease is lost."""
 
     def __init__(self, path: str, lease: Lease | None = None) -> None:
         self.path = path
@@ -74,11 +73,11 @@ class RunDirectory:
         return storage.join(self.path, stage)
 
     def manifest(self, stage: str) -> dict[str, Any] | None:
-        """The manifest of a finished stage, None when it is not finished."""
+        """The manifest of a finished stage, else None."""
         return self._read(stage, "manifest.json")
 
     def partial_key(self, stage: str) -> str | None:
-        """The key of an attempt that has begun, finished or not."""
+        """The key of a started stage, finished or not."""
         started = self._read(stage, "key.json")
         return str(started["key"]) if started else None
 
@@ -87,13 +86,13 @@ class RunDirectory:
         storage.write_bytes(storage.join(self.path, "recipe.yaml"), dump_recipe(recipe).encode())
 
     def remove_stage(self, stage: str) -> None:
-        """Manifest first: what a kill leaves half removed must not look finished."""
+        """Remove the manifest first, so that a killed removal does not leave a stage that looks finished."""
         self._check()
         storage.remove(storage.join(self.stage_directory(stage), "manifest.json"))
         storage.remove(self.stage_directory(stage))
 
     def begin(self, stage: str, material: Mapping[str, Any]) -> None:
-        """Open a stage's directory for the key of `material`, keeping partial results of that key only."""
+        """Prepare a stage's directory for the key of `material`; partial results of another key are removed."""
         self._check()
         key = key_of(material)
         if self.partial_key(stage) != key:
@@ -103,14 +102,14 @@ class RunDirectory:
     def finish(
         self, stage: str, material: Mapping[str, Any], summary: dict[str, Any], started: datetime, seconds: float
     ) -> dict[str, Any]:
-        """Write the manifest, by which the stage is done."""
+        """Write the manifest, which marks the stage as done."""
         self._check()
         key = key_of(material)
         manifest = {
             "schema": SCHEMA,
             "stage": stage,
             "key": key,
-            # What the stages after this one are made from: its content if it says what that is, else its recipe.
+            # For the keys of dependent stages: a hash of the content where the stage gives one, else its own key.
             "fingerprint": key_of(summary["fingerprint"]) if "fingerprint" in summary else key,
             "material": dict(material),
             "summary": summary,
@@ -122,18 +121,17 @@ class RunDirectory:
         return manifest
 
     def replace_summary(self, stage: str, summary: dict[str, Any]) -> None:
-        """Put another summary into a finished stage's manifest. Key and fingerprint stay, and so does what was made
-        from it: a shard computed again holds the same rows, on another kind of device with another rounding."""
+        """Replace the summary of a finished stage. Key and fingerprint stay, so dependent stages remain done."""
         self._check()
         manifest = {**(self.manifest(stage) or {}), "summary": summary}
         storage.write_json(storage.join(self.stage_directory(stage), "manifest.json"), manifest)
 
     def _read(self, stage: str, name: str) -> dict[str, Any] | None:
         try:
-            found = storage.read_json(storage.join(self.stage_directory(stage), name))
+            content = storage.read_json(storage.join(self.stage_directory(stage), name))
         except FileNotFoundError:
             return None
-        return found if isinstance(found, dict) else None
+        return content if isinstance(content, dict) else None
 
     def _check(self) -> None:
         if self.lease:
@@ -142,7 +140,7 @@ class RunDirectory:
 
 @dataclass(frozen=True, kw_only=True)
 class StageContext:
-    """What a stage function gets. It writes below `directory` and returns its summary."""
+    """Argument of a stage function, which writes below `directory` and returns the summary."""
 
     recipe: Recipe
     run: RunDirectory
@@ -166,16 +164,17 @@ class StageContext:
         return manifest
 
     def input_dir(self, name: str) -> str:
+        """The directory of an input stage."""
         self.input(name)
         return self.run.stage_directory(name)
 
     def checkpoint(self, name: str) -> str:
-        """The model of an input stage: its model/ directory, or the checkpoint from outside that stands for it."""
+        """The model of an input stage: its model/ directory, or the external checkpoint that it uses."""
         return str(self.input(name)["summary"].get("checkpoint") or storage.join(self.input_dir(name), "model"))
 
 
 def use_checkpoint(context: StageContext) -> dict[str, Any]:
-    """The stage function where a recipe names an existing checkpoint instead of training one."""
+    """Stage function for a recipe that gives an existing checkpoint instead of a training."""
     return {"checkpoint": context.recipe.checkpoint(context.stage)}
 
 
@@ -186,7 +185,7 @@ def resolve(function: str) -> Callable[[StageContext], Any]:
 
 
 def run_stage(stage: Stage, context: StageContext, material: Mapping[str, Any]) -> dict[str, Any]:
-    """Call a stage and write its manifest, which is returned. A failure leaves the partial results in place."""
+    """Call a stage, write its manifest and return it. A failure leaves the partial results in place."""
     context.run.begin(stage.name, material)
     started, clock = datetime.now().astimezone(), time.monotonic()
     summary = resolve(stage.function)(context)

@@ -1,4 +1,4 @@
-"""Drives the stages of a recipe: checks, plan, lease, stages in order, report. full.py and the stage files call it."""
+"""Runs the stages of a recipe: checks, plan, lease, stages in order, report. Called by full.py and the stage files."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ Registry = Callable[[Recipe], dict[str, Stage]]
 
 
 def main(argv: Sequence[str] | None = None, *, only: Sequence[str] = ("*",), registry: Registry = stages_of) -> int:
-    """The command line. Returns the exit code: 0, or 2 with one message on stderr for what the user can mend.
+    """The command line. Returns the exit code: 0, or 2 with one message on stderr for an error that the user can fix.
 
-    only: patterns of the stages this program drives; its default for --stages.
+    only: patterns of the stages that this program runs; the default for --stages.
     """
     options = _parser().parse_args(argv)
     try:
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None, *, only: Sequence[str] = ("*",), reg
 def run_recipe(
     recipe: Recipe, only: Sequence[str], *, redo: Sequence[str] = (), dry_run: bool = False, verbose: bool = False
 ) -> int:
-    """Drive the stages of a recipe that match `only`. Returns the exit code; UserError for what the user can mend."""
+    """Run the stages of a recipe that match `only`. Returns the exit code; raises UserError."""
     options = argparse.Namespace(
         stages=None, redo=list(redo), repair=False, teardown=False, dry_run=dry_run, verbose=verbose
     )
@@ -59,22 +59,22 @@ def run_recipe(
 
 
 def stage_main(*only: str) -> NoReturn:
-    """Run as a program the stages that match the patterns: `if __name__ == "__main__": stage_main("prepare")`."""
+    """The main function of a stage file: `if __name__ == "__main__": stage_main("prepare")`."""
     sys.exit(main(only=only))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Run the stages of a recipe; what is done already is skipped.")
+    parser = argparse.ArgumentParser(description="Run the stages of a recipe; finished stages are skipped.")
     add = parser.add_argument
-    add("--recipe", default="demo", help="name of a packaged recipe or path of a YAML file (default: demo)")
+    add("--recipe", default="demo", help="name of a shipped recipe or path of a YAML file (default: demo)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key, e.g. target.train.steps=100")
-    add("--storage", metavar="DIR", help="absolute directory or URI of the runs; short for --set storage=DIR")
-    add("--stages", metavar="A,B", help="only these; patterns like 'target*' work")
-    add("--redo", action="append", default=[], metavar="STAGE", help="make a stage, and what depends on it, again")
-    add("--repair", action="store_true", help="check the bytes of finished signals, compute damaged shards again")
-    add("--dry-run", action="store_true", help="print effective recipe, plan and resources; start nothing")
-    add("--teardown", action="store_true", help="remove what this recipe's run has deployed")
-    add("--verbose", action="store_true", help="show Ray's own progress bars and logs")
+    add("--storage", metavar="DIR", help="absolute directory or URI for runs; short for --set storage=DIR")
+    add("--stages", metavar="A,B", help="run only these; patterns like 'target*' work")
+    add("--redo", action="append", default=[], metavar="STAGE", help="repeat a stage and its dependents")
+    add("--repair", action="store_true", help="verify finished signals and recompute damaged shards")
+    add("--dry-run", action="store_true", help="print the effective recipe, the plan and the resources; run nothing")
+    add("--teardown", action="store_true", help="remove the served application of this run")
+    add("--verbose", action="store_true", help="show Ray's progress bars and logs")
     return parser
 
 
@@ -90,15 +90,19 @@ class _Job:
         self.run = RunDirectory(self.recipe.run_directory)
         self.chosen = [name for name in self.stages if any(fnmatch(name, pattern) for pattern in self.only)]
         if self.options.stages:
-            own = self.chosen
+            allowed = self.chosen
             self.chosen = select_stages(
                 self.stages, [part.strip() for part in self.options.stages.split(",")], "--stages"
             )
-            if foreign := [name for name in self.chosen if name not in own]:
-                raise UserError(f"--stages: this program runs {', '.join(own)}; for {', '.join(foreign)} use full.py")
+            if foreign := [name for name in self.chosen if name not in allowed]:
+                raise UserError(
+                    f"--stages: this program runs {', '.join(allowed)}; for {', '.join(foreign)} use full.py"
+                )
         redo = select_stages(self.stages, self.options.redo, "--redo") if self.options.redo else []
         if absent := [name for name in redo if name not in self.chosen]:
-            raise UserError(f"--redo {absent[0]}: not among the stages to run, {', '.join(self.chosen)}; add it there")
+            raise UserError(
+                f"--redo {absent[0]}: not among the stages to run, {', '.join(self.chosen)}; add it to --stages"
+            )
         self.redo = [name for name in with_dependents(self.stages, redo) if name in self.chosen]
 
     def main(self) -> int:
@@ -107,7 +111,7 @@ class _Job:
         if self.options.repair:
             self.chosen = [name for name in self.chosen if self.stages[name].repair]
             if not self.chosen:
-                raise UserError("--repair: only signals can be repaired, and they are not among the stages to run")
+                raise UserError("--repair: only stage signals can be repaired, and it is not among the stages to run")
         check_inputs(self.recipe)
         plan = self._plan(self.redo)
         if self.options.dry_run:
@@ -119,25 +123,25 @@ class _Job:
         try:
             return make_plan(self.recipe, self.stages, self.run, redo)
         except OSError as error:
-            raise UserError(f"storage {self.recipe.storage} cannot be read: {error}; mend --storage") from error
+            raise UserError(f"storage {self.recipe.storage} is not readable: {error}; correct --storage") from error
 
     def _show(self, plan: dict[str, Decision]) -> None:
         print(dump_recipe(self.recipe))
         table = Table("stage", "action", "why", "resources", title=f"plan for {self.run.path}")
         for name in self.chosen:
             decision = plan[name]
-            asked = describe_bundles(decision.stage.bundles) if decision.action != "skip" else ""
-            table.add_row(name, decision.action, decision.why, asked)
+            resources = describe_bundles(decision.stage.bundles) if decision.action != "skip" else ""
+            table.add_row(name, decision.action, decision.why, resources)
         self.console.print(table)
 
     def _start(self) -> int:
-        """Drive the stages under the lease. A stop (SIGTERM, Ctrl-C, lease lost) ends the process in here."""
+        """Run the stages under the lease. SIGTERM, Ctrl-C or a lost lease end the process in here."""
         lease = Lease(self.run.path, on_lost=lambda reason: stopper.stop(reason, 1))
         with Stopper(lease.release) as stopper:
             try:
                 lease.acquire(self._say)
             except OSError as error:
-                raise UserError(f"storage {self.recipe.storage} cannot be written: {error}; mend --storage") from error
+                raise UserError(f"storage {self.recipe.storage} is not writable: {error}; correct --storage") from error
             self.run.lease = lease
             try:
                 self._repair() if self.options.repair else self._drive(stopper)
@@ -152,7 +156,7 @@ class _Job:
         self._say(f"run {self.run.path}: {len(to_run)} of {len(self.chosen)} stages to run")
         for stage in to_run:  # before anything is removed or computed
             self._wait(stage)
-        for name in reversed(self.redo):  # results before what they were made from: a kill leaves no stale ones
+        for name in reversed(self.redo):  # dependents first, so that a kill leaves no stale results
             self.run.remove_stage(name)
         self.run.write_recipe(self.recipe)
         started = time.monotonic()
@@ -167,7 +171,7 @@ class _Job:
                 resolve(report)(self._context(self.stages[name]))
 
     def _run_one(self, stage: Stage, stopper: Stopper) -> tuple[str, dict[str, Any]]:
-        # The key again, now that the stages before have run and all its inputs are known.
+        # Decide again, now that the stages before have run and all inputs are known.
         inputs = {name: (self.run.manifest(name) or {}).get("fingerprint") for name in stage.inputs}
         decision = decide(self.recipe, stage, self.run, inputs)
         if decision.action == "refuse":
@@ -177,7 +181,7 @@ class _Job:
             return "skipped, done before", decision.manifest
         self._wait(stage, free=True)
         self._say(f"{stage.name}: starts, {decision.why}", style="bold")
-        stopper.install()  # Ray Train leaves a SIGINT handler of its own
+        stopper.install()  # Ray Train replaces the SIGINT handler
         manifest = run_stage(stage, self._context(stage, decision.material), decision.material)
         self._say(f"{stage.name}: done in {manifest['seconds']:.1f} s", style="bold")
         return "done", manifest
@@ -204,11 +208,11 @@ class _Job:
         )
 
     def _repair(self) -> None:
-        """Mend finished results in place: same key, and for what depends on them the same content."""
+        """Fix finished results in place. Keys and fingerprints stay."""
         plan = self._plan()
         for name in self.chosen:
             if plan[name].action != "skip":
-                raise UserError(f"--repair: stage {name} is not done here ({plan[name].why}); run without --repair")
+                raise UserError(f"--repair: stage {name} is not done ({plan[name].why}); run without --repair")
             stage = self.stages[name]
             self._wait(stage, free=True)
             if summary := resolve(str(stage.repair))(self._context(stage)):

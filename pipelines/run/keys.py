@@ -1,6 +1,6 @@
-"""Stage keys: what a stage's result was made from, as a flat and readable mapping, and its hash.
+"""Stage keys: the hash of a flat, readable mapping of everything that a stage's result depends on.
 
-Two such mappings can be compared line by line, so a refusal can show what differs.
+The mapping is stored with the result, so that an error can show which settings differ.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from pipelines.recipe.model import Recipe
 from rcd_core.io import storage
 
-# Keys that change how a result is computed but not what it is.
+# Keys that change how a result is computed but not the result.
 _NEUTRAL = (
     "*.train.micro_batch_size",
     "*.train.checkpoint_every",
@@ -36,14 +36,14 @@ def key_of(value: Any) -> str:
 
 
 def recipe_values(recipe: Recipe, sections: Sequence[str]) -> dict[str, Any]:
-    """Dotted key -> value of the recipe in and below the named sections, without keys that change no result."""
+    """Dotted key -> value for the recipe's keys in `sections`, without those that do not change a result."""
     flat = flatten(recipe.model_dump(mode="json"))
     chosen = {k: v for k, v in flat.items() if any(k == s or k.startswith(f"{s}.") for s in sections)}
     return {k: v for k, v in chosen.items() if not any(fnmatch(k, pattern) for pattern in _NEUTRAL)}
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys; an empty one is a value."""
+    """Nested mappings as one with dotted keys. Empty mappings count as values."""
     flat: dict[str, Any] = {}
     for key, inner in value.items():
         flat |= flatten(inner, f"{prefix}{key}.") if isinstance(inner, dict) and inner else {f"{prefix}{key}": inner}
@@ -51,12 +51,12 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Lines like "noise.draws: 4 there, 8 now". Inputs that have yet to be made (None in `new`) do not count."""
+    """Lines like "noise.draws: 4 there, 8 now". Inputs that are not made yet (None in `new`) are ignored."""
     lines = [
         f"{key}: {_show(old['recipe'].get(key, _ABSENT))} there, {_show(new['recipe'].get(key, _ABSENT))} now"
         for key in _differing(old["recipe"], new["recipe"])
     ]
-    lines += [f"{key}: the files there have changed" for key in _differing(old["outside"], new["outside"])]
+    lines += [f"{key}: the files have changed" for key in _differing(old["outside"], new["outside"])]
     pending = {name for name, value in new["inputs"].items() if value is None}
     lines += [f"its input {k!r} has changed" for k in _differing(old["inputs"], new["inputs"]) if k not in pending]
     if old["schema"] != new["schema"]:
@@ -65,7 +65,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    # A key that this release has and an older one had not is null unless the recipe gives it: that is no difference.
+    # A key that an older release did not have equals null.
     return [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
 
 
@@ -75,9 +75,9 @@ def _show(value: Any) -> str:
 
 @cache
 def fingerprint(path: str | tuple[str, ...]) -> Any:
-    """What identifies the content of data files, or of a checkpoint's directory, from outside the run.
+    """Identity of external data files, or of a checkpoint directory.
 
-    On a local disk the bytes; behind a URI sizes and times, as nobody wants to fetch terabytes to make a key.
+    Hashes the bytes of local files. For URIs it uses size and modification time, to avoid downloads.
     """
     if isinstance(path, tuple):
         return [fingerprint(one) for one in path]

@@ -1,4 +1,4 @@
-"""What a user is told of an exception, wherever in the cluster it came from."""
+"""The message for the user in an exception, wherever in the cluster it was raised."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from rcd_core.errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_TEXTS = ("No space left on device", "Disk quota exceeded")
-# Of an error in an actor Ray Data keeps the text only, as it stands in a traceback.
+# Ray Data keeps only the traceback's text of an error in an actor.
 _IN_TEXT = re.compile(rf"^{UserError.__module__}\.{UserError.__name__}: (.+)$", re.MULTILINE)
 
 
 def user_message(error: BaseException) -> str | None:
-    """The message of the UserError behind an exception, or one about a full disk; None: it is neither."""
+    """The message of the UserError behind an exception, or one about a full disk; None for other errors."""
     chain = list(causes(error))
     for cause in chain:
         if isinstance(cause, UserError) and type(cause) is UserError:
             return str(cause)
     for cause in chain:
-        if found := _IN_TEXT.search(str(cause)):
-            return found[1]
+        if match := _IN_TEXT.search(str(cause)):
+            return match[1]
         if is_full_disk(cause):
             lines = [line for line in str(cause).splitlines() if any(text in line for text in _FULL_TEXTS)]
             why = lines[-1].strip() if lines else cause
-            return f"no space left for what the run writes ({why}); make room; the same command goes on from here"
+            return f"no space left for the files of the run ({why}); make room and run the same command again"
     return None
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether this very exception comes from a full disk, if only by its text: wrappers keep no more of another."""
+    """Whether this exception, not its causes, comes from a full disk. Wrappers often keep only the text."""
     full = isinstance(error, OSError) and error.errno in _FULL
     return full or any(text in str(error) for text in _FULL_TEXTS)
 

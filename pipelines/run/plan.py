@@ -1,4 +1,4 @@
-"""What a job will do: which stages run, which are done, and which stand in the way."""
+"""The plan of a job: which stages run, which are done, and which block it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rcd_core.errors import UserError
 
 @dataclass(frozen=True)
 class Decision:
-    """One stage's part in the plan. "open": done, but only its inputs' new results can tell whether it still holds."""
+    """What happens to one stage. "open": done before, but valid only if its inputs turn out the same."""
 
     stage: Stage
     action: Literal["run", "skip", "open", "refuse"]
@@ -29,7 +29,7 @@ class Decision:
 def make_plan(
     recipe: Recipe, stages: Mapping[str, Stage], run: RunDirectory, redo: Collection[str] = ()
 ) -> dict[str, Decision]:
-    """Compare every stage's key with its manifest. Nothing is written and nothing raised: see `require_runnable`."""
+    """Compare every stage's key with its manifest. Writes and raises nothing; see `require_runnable`."""
     known: dict[str, str | None] = {}
     plan = {}
     for name, stage in stages.items():
@@ -43,29 +43,31 @@ def make_plan(
 def decide(
     recipe: Recipe, stage: Stage, run: RunDirectory, inputs: Mapping[str, str | None], redo: Collection[str] = ()
 ) -> Decision:
-    """inputs: fingerprints of the input stages, None where one has yet to be made."""
+    """The decision for one stage. inputs: fingerprints of its input stages, None where one is not made yet."""
     material = key_material(stage, recipe, inputs)
     manifest = run.manifest(stage.name)
     if stage.name in redo:
-        return Decision(stage, "run", "made again on request (--redo)", material)
+        return Decision(stage, "run", "requested by --redo", material)
     if manifest is None:
         partial = run.partial_key(stage.name)
         if partial is None:
             return Decision(stage, "run", "not done yet", material)
         same = partial == key_of(material)
-        return Decision(stage, "run", "was interrupted" + (", goes on" if same else ", starts afresh"), material)
+        return Decision(
+            stage, "run", "was interrupted, " + ("resumes" if same else "starts again with other settings"), material
+        )
     differing = tuple(differences(manifest["material"], material))
     if stage.always:
-        return Decision(stage, "run", "is looked at every time" if not differing else differing[0], material, manifest)
+        return Decision(stage, "run", "always checked" if not differing else differing[0], material, manifest)
     if differing:
         return Decision(stage, "refuse", "; ".join(differing), material, manifest, differing)
     if None in material["inputs"].values():
-        return Decision(stage, "open", "done before, to be compared with its new inputs", material, manifest)
+        return Decision(stage, "open", "done before; depends on its new inputs", material, manifest)
     return Decision(stage, "skip", f"done, took {manifest['seconds']:.1f} s", material, manifest)
 
 
 def ancestors(stages: Mapping[str, Stage], name: str) -> list[str]:
-    """The stages that `name` is made from, directly or not, in running order."""
+    """The stages that `name` depends on, directly or not, in running order."""
     above = {name}
     for other in reversed(list(stages.values())):
         if other.name in above:
@@ -74,37 +76,37 @@ def ancestors(stages: Mapping[str, Stage], name: str) -> list[str]:
 
 
 def with_dependents(stages: Mapping[str, Stage], names: Collection[str]) -> list[str]:
-    """`names` and every stage made from them, in running order."""
+    """`names` and every stage that depends on them, in running order."""
     return [n for n in stages if n in names or any(a in names for a in ancestors(stages, n))]
 
 
-def select_stages(stages: Mapping[str, Stage], wanted: Collection[str], option: str) -> list[str]:
-    """Stage names of the recipe, in running order, that match names or patterns such as target*."""
-    for pattern in wanted:
+def select_stages(stages: Mapping[str, Stage], patterns: Collection[str], option: str) -> list[str]:
+    """The stages that match names or patterns such as target*, in running order. option: for the error."""
+    for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in stages):
             raise UserError(
                 f"{option}: stage {pattern!r} is not in this recipe{suggestion(pattern, list(stages))}; "
                 f"its stages are {', '.join(stages)}"
             )
-    return [name for name in stages if any(fnmatch(name, pattern) for pattern in wanted)]
+    return [name for name in stages if any(fnmatch(name, pattern) for pattern in patterns)]
 
 
 def require_runnable(
     stages: Mapping[str, Stage], plan: Mapping[str, Decision], chosen: Collection[str], run: RunDirectory
 ) -> None:
-    """Raises UserError when a result of other settings is in the way, or an input is neither done nor chosen."""
+    """Raise UserError when a stage holds results of other settings, or an input is neither done nor chosen."""
     needed = {a for name in chosen for a in ancestors(stages, name)} | set(chosen)
     refused = [name for name in stages if name in needed and plan[name].action == "refuse"]
     if refused:
-        # What depends on a refused stage is made again with it: naming the first ones is enough.
+        # --redo repeats dependent stages as well: naming the first ones is enough.
         first = [name for name in refused if not set(ancestors(stages, name)) & set(refused)]
         lines = [f"  {name}: {line}" for name in refused for line in plan[name].differing]
         redo = " ".join(f"--redo {name}" for name in first)
         also = ", ".join(name for name in with_dependents(stages, first) if name not in first)
         raise UserError(
             "\n".join([f"{run.path} holds results of other settings:", *lines])
-            + f"\nTo replace them: {redo}{f' (also makes {also} again)' if also else ''}. "
-            "To keep them: --set name=NAME starts a run of its own. Or restore the old settings."
+            + f"\nTo replace them: {redo}{f' (also repeats {also})' if also else ''}. "
+            "To keep them: --set name=NAME starts another run. Or restore the old settings."
         )
     for name in chosen:
         absent = [a for a in stages[name].inputs if a not in chosen and plan[a].action != "skip"]

@@ -1,9 +1,9 @@
-"""The stages of a recipe: what each is made from, in the order in which they run.
+"""The stages of a recipe with their inputs and recipe keys, in running order.
 
     prepare -> base -> reference -> signals -> target, target-<variant>, baseline, baseline-<name> -> calibrate
         -> evaluate -> deploy
 
-Stage files are named, not imported: a stage that is skipped costs nothing, and they never import each other.
+Stage files are named, not imported, so that a skipped stage costs nothing.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _TRAINING = ("block_length", "noise", "seed")
 
 def stages_of(recipe: Recipe) -> dict[str, Stage]:
     """Stage name -> Stage, in running order."""
-    asking = set(reference_keys(recipe).values())
+    using_reference = set(reference_keys(recipe).values())
     stages = [
         _prepare(recipe),
         *([_base(recipe)] if recipe.base else []),
-        *([_reference(recipe, recipe.reference)] if recipe.reference and asking else []),
+        *([_reference(recipe, recipe.reference)] if recipe.reference and using_reference else []),
         *([_signals(recipe)] if any(r.source == "signals" for r in recipe.residuals().values()) else []),
         _target(recipe, "target", "target.residual", recipe.target.residual),
         *(_target(recipe, f"target-{name}", f"variants.{name}", r) for name, r in recipe.variants.items()),
@@ -36,7 +36,10 @@ def stages_of(recipe: Recipe) -> dict[str, Stage]:
     ]
     models = tuple(stage.name for stage in stages if stage.name.startswith(("target", "baseline")))
     stages += [_calibrate(recipe, models)] if recipe.calibrate else []
-    return {stage.name: stage for stage in [*stages, _evaluate(recipe, models, asking), _deploy(recipe, asking)]}
+    return {
+        stage.name: stage
+        for stage in [*stages, _evaluate(recipe, models, using_reference), _deploy(recipe, using_reference)]
+    }
 
 
 def _prepare(recipe: Recipe) -> Stage:
@@ -81,9 +84,9 @@ def _signals(recipe: Recipe) -> Stage:
         name="signals",
         function="pipelines.precompute:run",
         inputs=("prepare", "reference"),
-        # As many rows as the targets will train on.
+        # The number of rows that the targets train on.
         sections=("signals", *(f"target.train.{n}" for n in ("steps", "epochs", "batch_size")), *_TRAINING),
-        bundles=_workers(recipe, "signals", 1),  # the pool of actors begins with what it gets
+        bundles=_workers(recipe, "signals", 1),  # the pool starts with the actors that fit
         repair="pipelines.precompute:repair",
     )
 
@@ -95,13 +98,13 @@ def _target(
     residual: ResidualSettings | None = None,
     train: str = "target.train",
 ) -> Stage:
-    """A target, or a baseline, which is the same without a residual. section, train: keys of the two settings."""
+    """A target, or a baseline, which trains without a residual. section, train: keys of the two settings."""
     key = "baseline" if name == "baseline" else "target.start"
     if (start := recipe.checkpoint(name)) is not None:
         return _checkpoint(name, key, _outside(key, start))
-    kind = residual.source if residual else "none"
-    inputs = {"signals": ("signals",), "online": ("reference",)}.get(kind, ())  # others need the model itself at most
-    rule = tuple(f"signals.{f.name}" for f in fields(SignalRule)) if kind == "online" else ()
+    source = residual.source if residual else "none"
+    inputs = {"signals": ("signals",), "online": ("reference",)}.get(source, ())
+    rule = tuple(f"signals.{f.name}" for f in fields(SignalRule)) if source == "online" else ()
     return Stage(
         name=name,
         function="pipelines.train:run",
@@ -113,7 +116,7 @@ def _target(
 
 
 def _checkpoint(name: str, section: str, outside: dict[str, str]) -> Stage:
-    """A checkpoint from outside the run, taken as it is."""
+    """A checkpoint from outside the run, used unchanged."""
     return Stage(
         name=name,
         function="pipelines.run.directory:use_checkpoint",
@@ -124,33 +127,39 @@ def _checkpoint(name: str, section: str, outside: dict[str, str]) -> Stage:
 
 
 def _calibrate(recipe: Recipe, models: tuple[str, ...]) -> Stage:
-    looked_at = tuple(name for name in models if name == "baseline" or name.startswith("target"))
-    fed = any(residual.source in ("signals", "online") for residual in recipe.residuals().values())
+    inspected = tuple(name for name in models if name == "baseline" or name.startswith("target"))
+    trained_on_reference = any(residual.source in ("signals", "online") for residual in recipe.residuals().values())
     temperatures = tuple(f"signals.{name}_temperature" for name in ("alpha", "delta"))
     return Stage(
         name="calibrate",
         function="pipelines.calibrate:run",
-        inputs=("prepare", *looked_at, *(("reference",) if fed else ())),
+        inputs=("prepare", *inspected, *(("reference",) if trained_on_reference else ())),
         sections=("calibrate", "block_length", "noise", "data.task", "seed", *temperatures),
-        bundles=_workers(recipe, "calibrate", min(recipe.resources.evaluate_actors, len(looked_at))),
+        bundles=_workers(recipe, "calibrate", min(recipe.resources.evaluate_actors, len(inspected))),
         report="pipelines.calibrate:report",
     )
 
 
-def _evaluate(recipe: Recipe, models: tuple[str, ...], asking: set[str]) -> Stage:
+def _evaluate(recipe: Recipe, models: tuple[str, ...], using_reference: set[str]) -> Stage:
     base = ("base",) if any(arm.model == "base" for arm in recipe.evaluate.arms.values()) else ()
     return Stage(
         name="evaluate",
         function="pipelines.evaluate:run",
-        inputs=("prepare", *base, *models, *_calibrated(recipe), *(("reference",) if "evaluate" in asking else ())),
+        inputs=(
+            "prepare",
+            *base,
+            *models,
+            *_calibrated(recipe),
+            *(("reference",) if "evaluate" in using_reference else ()),
+        ),
         sections=("evaluate", "block_length", "data.task", "data.test_task", "seed"),
         bundles=_workers(recipe, "evaluate", recipe.resources.evaluate_actors),
         report="pipelines.evaluate:report",
     )
 
 
-def _deploy(recipe: Recipe, asking: set[str]) -> Stage:
-    reference = ("reference",) if "deploy" in asking else ()
+def _deploy(recipe: Recipe, using_reference: set[str]) -> Stage:
+    reference = ("reference",) if "deploy" in using_reference else ()
     baseline = ("baseline",) if recipe.deploy.baseline else ()
     return Stage(
         name="deploy",
@@ -162,19 +171,19 @@ def _deploy(recipe: Recipe, asking: set[str]) -> Stage:
             for model_id, model in recipe.deploy.models.items()
             for key, checkpoint in _outside(f"deploy.models.{model_id}.checkpoint", model.checkpoint).items()
         },
-        always=True,  # the application may have been removed since
+        always=True,  # the application may have been removed
         report="pipelines.serve:report",
         teardown="pipelines.serve:teardown",
     )
 
 
 def _calibrated(recipe: Recipe) -> tuple[str, ...]:
-    """Decoding takes T_res from the checkpoints, into which the stage writes it."""
+    """Stage calibrate as an input, because it writes T_res into the checkpoints."""
     return ("calibrate",) if recipe.calibrate else ()
 
 
 def _outside(key: str, start: str | ModelConfig | None) -> dict[str, str]:
-    """A checkpoint whose files enter the key; a hub id stands for itself, in the recipe's section."""
+    """A checkpoint whose files enter the key. A hub id enters it as a value of the recipe."""
     return {key: start} if isinstance(start, str) and storage.is_absolute(start) else {}
 
 

@@ -1,8 +1,8 @@
-"""A stop that is quick and leaves the run resumable: SIGTERM (`ray job stop`), Ctrl-C, or a lost lease.
+"""Stops a job quickly and leaves its run resumable: on SIGTERM (`ray job stop`), Ctrl-C or a lost lease.
 
-Ray kills a job three seconds after SIGTERM. So the main thread is unwound by SystemExit if it can be, and after a
-short grace, whatever it hangs in, a watching thread runs the clean-up and ends the process. That thread is woken
-through a socket by the C signal handler, which works even while the main thread sits in a library's C++ code.
+Ray kills a job three seconds after SIGTERM. The main thread gets SystemExit. After a short grace period a watcher
+thread runs the clean-up and ends the process, even if the main thread hangs. The C signal handler wakes that thread
+through a socket, which also works while the main thread is in C++ code.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Stopper:
     """Ends this process on a signal or on stop(). `cleanup` must be short and safe to call twice.
 
-    A context manager: at its end the signals are given back, or the stop under way is completed.
+    A context manager, which at its end restores the signal handlers, or completes a stop in progress.
     """
 
     def __init__(self, cleanup: Callable[[], None]) -> None:
@@ -42,7 +42,7 @@ class Stopper:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self.code is not None:  # unwound: do not spend seconds on taking the interpreter's libraries down
+        if self.code is not None:  # stopping: do not spend seconds on the interpreter's shutdown
             self._end()
         signal.set_wakeup_fd(-1)
         for number, handler in self._before.items():
@@ -50,7 +50,7 @@ class Stopper:
         self._writer.close()
 
     def install(self) -> None:
-        """Take the signals, or take them back from what sets handlers of its own (Ray Train does)."""
+        """Set the signal handlers, also after a library (Ray Train) has replaced them."""
         for number in _SIGNALS:
             signal.signal(number, self._on_signal)
 
@@ -62,24 +62,24 @@ class Stopper:
     def _announce(self, reason: str, code: int) -> None:
         if self.code is None:
             self.code = code
-            # Not print: it may need a lock that the interrupted code holds.
+            # os.write, because print may need a lock that the interrupted code holds.
             os.write(2, f"\n{reason}\n".encode())
 
     def _on_signal(self, number: int, frame: FrameType | None = None) -> None:
-        self._announce(f"stopped by {signal.Signals(number).name}; the same command goes on from here", 128 + number)
+        self._announce(f"stopped by {signal.Signals(number).name}; run the same command again to resume", 128 + number)
         raise SystemExit(self.code)
 
     def _watch(self) -> None:
-        caught: list[int] = []
-        while not caught:
+        signals: list[int] = []
+        while not signals:
             received = self._reader.recv(64)
-            if not received:  # closed: the job ended by itself
+            if not received:  # closed: the job has ended
                 self._reader.close()
                 return
-            caught = [number for number in received if number in _SIGNALS]
+            signals = [number for number in received if number in _SIGNALS]
         time.sleep(GRACE_S)
         with suppress(SystemExit):
-            self._on_signal(caught[0])  # the main thread may never have come to it
+            self._on_signal(signals[0])  # the main thread may not have handled it
         self._end()
 
     def _end(self) -> NoReturn:

@@ -120,9 +120,9 @@ def stopped(user: Submitter, root: str) -> dict[str, Any]:
     released = not storage.exists(storage.join(run, "lease.json"))
     again = user.submit(*options)
     return {
-        "said": "stopped by SIGTERM; the same command goes on from here" in log,
+        "said": "stopped by SIGTERM; run the same command again to resume" in log,
         "released": released,
-        "went on": "base: starts, was interrupted, goes on" in again,
+        "went on": "base: starts, was interrupted, resumes" in again,
         "base": dict(results(root, "stopped"))["base"],
     }
 

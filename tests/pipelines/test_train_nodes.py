@@ -147,14 +147,14 @@ def test_a_stopped_training_leaves_no_worker_and_goes_on_from_its_last_checkpoin
         assert training_workers()
         process.send_signal(number)
         out = finish(process, code)
-        assert out.count(f"stopped by {number.name}; the same command goes on from here") == 1, out
+        assert out.count(f"stopped by {number.name}; run the same command again to resume") == 1, out
         assert "Traceback" not in out and "error" not in out.lower(), out
         wait_until(lambda: not training_workers())
         assert not (stage / "manifest.json").exists()
     assert 10 < checkpoints(stage)[-1] < 60
     kept = read_metrics(str(stage))[: checkpoints(stage)[-1]]
     out = finish(start("train.py", "base", tmp_path))
-    assert "base: starts, was interrupted, goes on" in out
+    assert "base: starts, was interrupted, resumes" in out
 
     lines = read_metrics(str(stage))
     assert lines[: len(kept)] == kept, "with the speeds measured then: these steps were not made again"

@@ -157,7 +157,7 @@ def test_the_papers_recipes_use_the_papers_settings() -> None:
         assert found and found["name"] == file and found["changed"] == []
     found = provenance(load_recipe("sdar-4b-b64", ["evaluate.decode.temperature=0.6", "evaluate.starts=[reference]"]))
     assert found and found["changed"] == ["starts", "decode.temperature"]
-    with pytest.raises(UserError, match="there are paper-llada, paper-sdar"):
+    with pytest.raises(UserError, match="paper-llada, paper-sdar"):
         load_recipe("demo", ["evaluate.settings=../recipes/demo"])
 
 

@@ -41,7 +41,7 @@ def run(context: StageContext) -> dict[str, Any]:
     storage.write_bytes(storage.join(context.directory, "partial.txt"), b"kept between attempts")
     if context.stage == "second":
         if "FAKE_FAIL" in os.environ:
-            raise UserError("second.thing is wrong; mend it")
+            raise UserError("second.thing is wrong")
         if "FAKE_HANG" in os.environ:
             print("hanging", flush=True)
             time.sleep(600)

