@@ -1,5 +1,6 @@
-"""The one exception that means "the user can mend this": a message, no traceback, exit code 2."""
+"""The exception for errors that the user can fix."""
 
 
 class UserError(ValueError):
-    """Names the field or file, the value found, and the remedy. Command lines print it and exit with 2."""
+    """Its message names the field or file, the value and the remedy. Command lines print it without traceback and exit
+    with code 2."""

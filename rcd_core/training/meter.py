@@ -1,8 +1,7 @@
-"""What a training run says about itself between two log lines, summed over the workers.
+"""Training metrics between two log lines, summed over the workers.
 
-MFU is the share of the device's peak that the layers and the head would need: 6 FLOPs per parameter of the layers and
-token that entered them, 6 V D per masked token for the head. Tokens that were left out ([noisy | clean] blocks nobody
-reads) are not counted, nor is what activation checkpointing computes twice.
+MFU counts 6 FLOPs per parameter of the layers and token that enters them, and 6 V D per masked token for the head. Not
+counted: [noisy | clean] blocks that were dropped, and what activation checkpointing computes twice.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from rcd_core.families.base import DiffusionModel
 from rcd_core.training.data.batches import MicroBatch
 from rcd_core.training.loss_module import NUM_BUCKETS, NUM_STATISTICS
 
-# Dense bf16 FLOP/s from the makers' data sheets, by a part of the device's name.
+# Dense bf16 FLOP/s from the vendors' data sheets, by a part of the device's name.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "B200": 2250e12}
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Of a known GPU; None otherwise, and then no MFU is reported."""
+    """bf16 FLOP/s of a known GPU; None for other devices, which get no MFU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -33,26 +32,23 @@ def peak_flops(device: torch.device) -> float | None:
 
 class Meter:
     def __init__(self, model: DiffusionModel, device: torch.device, first_step: int) -> None:
-        head = model.lm_head_weight.numel()
         shared = {id(p): p for p in (model.embedding.weight, model.lm_head_weight)}
         self.layer_parameters = model.num_parameters() - sum(p.numel() for p in shared.values())
-        self.head_parameters = head
+        self.head_parameters = model.lm_head_weight.numel()
         self.device, self.peak = device, peak_flops(device)
         self.last_step, self.since, self.waited = first_step, time.perf_counter(), 0.0
         self.sums = torch.zeros(3 + NUM_STATISTICS, dtype=torch.float64, device=self.device)
 
     def add(self, loss: Tensor, statistics: Tensor, micro: MicroBatch) -> None:
-        """loss: normalised. One micro-batch."""
-        assert micro.batch.sample_ids is not None
+        """One micro-batch's normalised loss and the statistics (NUM_STATISTICS,) of LossModule."""
         counts = torch.stack([micro.batch.masked.sum(), (micro.batch.sample_ids >= 0).sum()])
         self.sums += torch.cat([loss.double()[None], counts.double(), statistics])
 
     def flush(self, step: int) -> dict[str, float]:
-        """Means since the last flush; every rank must call it.
+        """Means since the last flush. Collective.
 
-        loss (normalised as the optimiser sees it), loss_p0 ... (plain cross entropy by masking probability),
-        mean_alpha, tokens_per_s (clean tokens, all workers), data_wait_share, peak_memory_gib, mfu where the peak is
-        known.
+        loss (as the optimiser sees it), loss_p0 ... (cross entropy in nats by masking probability), mean_alpha,
+        tokens_per_s (clean tokens of all workers), data_wait_share, peak_memory_gib, and mfu for known GPUs.
         """
         seconds = time.perf_counter() - self.since
         world = dist.get_world_size() if dist.is_initialized() else 1
@@ -60,7 +56,7 @@ class Meter:
         if world > 1:
             dist.all_reduce(total)
         loss, masked, tokens, alpha, entered, *buckets = total.tolist()
-        found = {
+        metrics = {
             "loss": loss / (step - self.last_step),
             "mean_alpha": alpha / max(masked, 1.0),
             "tokens_per_s": tokens / seconds,
@@ -69,13 +65,13 @@ class Meter:
         }
         for i, (value, count) in enumerate(zip(buckets[:NUM_BUCKETS], buckets[NUM_BUCKETS:], strict=True)):
             if count:
-                found[f"loss_p{i / NUM_BUCKETS:g}"] = value / count
+                metrics[f"loss_p{i / NUM_BUCKETS:g}"] = value / count
         if self.peak:
             flops = 6.0 * (self.layer_parameters * entered + self.head_parameters * masked)
-            found["mfu"] = flops / seconds / world / self.peak
+            metrics["mfu"] = flops / seconds / world / self.peak
         self.sums.zero_()
         self.last_step, self.since, self.waited = step, time.perf_counter(), 0.0
-        return found
+        return metrics
 
     def _peak_memory(self) -> int:
         if self.device.type == "cuda":

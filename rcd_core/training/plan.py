@@ -1,11 +1,10 @@
-"""What a training needs before it is started: bytes on every GPU, the fewest GPUs that do, FLOPs and hours.
+"""Plans a training run before it starts: bytes on each GPU, FLOPs and hours.
 
-Pure arithmetic on sizes; nothing is loaded. The formulas count what strategies.py, loss_module.py and transformers'
-layers keep; tests/rcd_core/training/test_plan.py holds them against measured peaks.
+Arithmetic on sizes; nothing is loaded. The formulas count what strategies.py, loss_module.py and transformers' layers
+keep; tests/rcd_core/training/test_plan.py compares them with measured peaks.
 
-Shapes: P parameters, D width, F intermediate width, H query heads, G key/value heads, d head width, V vocabulary,
-M tokens that enter the layers in one micro-batch, N masked positions among them, W workers, c bytes of a number in the
-passes' dtype.
+Shapes: D width, V vocabulary, M tokens that enter the layers in one micro-batch, N masked positions among them, c bytes
+of a number in the passes' dtype.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from rcd_core.training.settings import TrainSettings
 
 FP32 = 4
 ADAM = 2 * FP32  # two moments, in fp32 whatever the passes' dtype
-# Bytes on the card by the makers' data sheets. What the CUDA context, NCCL and a fragmented allocator take of it is set
-# aside as a share: an assumption, not a measurement.
+# Bytes on the card, from the vendors' data sheets. The rest of 1 - USABLE is for the CUDA context, NCCL and
+# fragmentation: an assumption, not a measurement.
 MEMORY = {"A100": 80e9, "H100": 80e9, "H200": 141e9, "B200": 192e9, "L40S": 48e9, "L4": 24e9}
 USABLE = 0.9
-# DeepSpeed's own defaults, in numbers: what is reduced and gathered at a time, and may be gathered at once (stage 3).
+# DeepSpeed's defaults, in parameters: reduced at a time, gathered at a time, and live at once (stage 3).
 REDUCE_BUCKET, GATHER_BUCKET, LIVE = 500_000_000, 500_000_000, 1_000_000_000
 
 Family = Literal["sdar", "llada"]
@@ -48,7 +47,7 @@ class ModelShape:
 
     @classmethod
     def of(cls, start: ModelConfig, vocab_size: int) -> ModelShape:
-        """Of a model that is to be made."""
+        """Of a new model."""
         names = ("family", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size")
         return cls(
             **{name: getattr(start, name) for name in names},
@@ -59,7 +58,7 @@ class ModelShape:
 
     @classmethod
     def of_backbone(cls, family: Family, config: Any) -> ModelShape:
-        """Of a transformers configuration, as the families make it from a config.json."""
+        """Of a transformers configuration, as the families load it from config.json."""
         return cls(
             family=family,
             hidden_size=config.hidden_size,
@@ -74,7 +73,7 @@ class ModelShape:
 
     @property
     def layer_parameters(self) -> int:
-        """Of one layer: projections, MLP, two norms, and SDAR's norms of queries and keys."""
+        """Of one layer: projections, MLP, two norms, and for SDAR the norms of queries and keys."""
         attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
         head_norms = 2 * self.head_dim if self.family == "sdar" else 0
         return attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size + head_norms
@@ -95,8 +94,8 @@ class ModelShape:
 
 @dataclass(frozen=True, kw_only=True)
 class StepShape:
-    """One micro-batch of one worker, at its largest. tokens (M): that enter the layers; masked (N): expected mean;
-    accumulated: more than one micro-batch per step; signal_k: ids kept per masked position, 0 without residuals."""
+    """The largest micro-batch of one worker. tokens: M; masked: the expected N; accumulated: a step has more than one
+    micro-batch; signal_k: ids kept per masked position, 0 without residuals."""
 
     tokens: int
     masked: int
@@ -106,10 +105,10 @@ class StepShape:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU by what holds them. host: bytes per worker that are kept in the host's memory instead.
+    """Bytes on one GPU by purpose; host: bytes per worker in the host's memory.
 
-    weights, gradients, optimizer: also copies that the strategy makes; activations: kept for the backward pass;
-    loss: logits of a chunk and the head's gradient; signals: what residuals need.
+    weights, gradients, optimizer: with the copies that the strategy makes. activations: kept for the backward pass.
+    loss: logits of a chunk and the head's gradient. signals: for residuals.
     """
 
     weights: float
@@ -123,8 +122,8 @@ class Memory:
 
     @property
     def peak(self) -> float:
-        """The larger of two moments: the end of the forward pass, when activations are complete and gradients only
-        there if they are accumulated, and the end of the backward pass, when it is the other way round."""
+        """The larger of two moments: the end of the forward pass (all activations, gradients only if accumulated) and
+        the end of the backward pass (all gradients)."""
         fixed = self.weights + self.optimizer
         before = self.gradients if self.accumulated else 0.0
         return fixed + max(before + self.activations + self.loss + self.signals, self.gradients)
@@ -133,8 +132,8 @@ class Memory:
 def step_shape(
     shape: ModelShape, settings: TrainSettings, max_length: int, workers: int, labelled_share: float, signal_k: int
 ) -> StepShape:
-    """Of full rows: pack_length tokens, or max_length without packing. SDAR's [noisy | clean] is at most 2 M tokens;
-    half of the labelled tokens are masked on the average."""
+    """Of rows of pack_length tokens, or max_length without packing. SDAR's [noisy | clean] has at most twice as many
+    tokens; on average half of the labelled tokens are masked. labelled_share: of all tokens."""
     share = max(1, settings.batch_size // workers)
     length = max(settings.pack_length or 0, max_length)
     rows = share if settings.pack_length is None else max(1, -(-share * max_length // length))
@@ -151,10 +150,10 @@ def step_shape(
 def layer_activations(shape: ModelShape, numbers: int, mixed: bool) -> float:
     """Bytes per token that one layer keeps for its backward pass. numbers: c.
 
-    An RMSNorm works in fp32: it keeps its input and the normed input, of which the former is a copy where c is 2; its
-    output is kept by the projections. Attention keeps q, k, v, its output and a logarithm per head; SDAR norms queries
-    and keys first. SwiGLU keeps gate, its SiLU, up and their product. mixed: autocast over fp32 weights (DDP in bf16)
-    keeps the residual stream in fp32, and a copy of the input for each projection that reads it.
+    An RMSNorm keeps its input (in fp32, a copy if c is 2) and the normalised input; its output is kept by the
+    projections. Attention keeps q, k, v, its output and a logarithm per head; SDAR first normalises queries and keys.
+    SwiGLU keeps gate, its SiLU, up and their product. mixed: autocast over fp32 weights (DDP in bf16) keeps the
+    residual stream in fp32 and a copy of the input for each projection.
     """
     width, inner = shape.hidden_size, shape.intermediate_size
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
@@ -170,7 +169,7 @@ def layer_activations(shape: ModelShape, numbers: int, mixed: bool) -> float:
 def memory(
     shape: ModelShape, settings: TrainSettings, step: StepShape, workers: int, strategy: Mapping[str, Any] | None = None
 ) -> Memory:
-    """Bytes per GPU. strategy: DeepSpeed's configuration in place of settings.deepspeed."""
+    """Bytes per GPU. strategy: a DeepSpeed configuration to use instead of settings.deepspeed."""
     numbers = 2 if settings.dtype == "bfloat16" else FP32
     mixed = settings.strategy == "ddp" and numbers == 2
     per_layer = layer_activations(shape, numbers, mixed)
@@ -180,11 +179,11 @@ def memory(
     else:
         activations = step.tokens * shape.num_layers * per_layer
     activations += step.tokens * 2 * stream  # embeddings and the final norm
-    # One chunk in fp32, its exponential's gradient in the passes' dtype; the head's gradient, summed in fp32; hidden
+    # One chunk of logits in fp32 and its gradient in the passes' dtype; the head's gradient, summed in fp32; hidden
     # states and their gradients.
     chunk = min(CHUNK_BYTES, FP32 * step.masked * shape.vocab_size)
     loss = chunk * (1 + numbers / FP32) + FP32 * shape.head_parameters + 2 * numbers * step.masked * shape.hidden_size
-    # ids as int64 and probabilities per kept entry; delta in fp32, weighted and not.
+    # Per kept entry an int64 id and a probability; delta in fp32, twice.
     signals = step.masked * (12.0 * step.signal_k + 3 * FP32 * shape.hidden_size if step.signal_k else 0.0)
     weights, gradients, optimizer, host = _states(shape, settings, numbers, workers, strategy)
     return Memory(weights, gradients, optimizer, activations, loss, signals, step.accumulated, host)
@@ -193,15 +192,15 @@ def memory(
 def _states(
     shape: ModelShape, settings: TrainSettings, numbers: int, workers: int, strategy: Mapping[str, Any] | None
 ) -> tuple[float, float, float, float]:
-    """(weights, gradients, optimiser, host): what parameters cost under a strategy, copies included."""
+    """(weights, gradients, optimizer, host) bytes of the parameters under a strategy, copies included."""
     total = float(shape.parameters)
     if settings.strategy == "ddp":
         copies = 2.0 * total if numbers == 2 else 0.0  # autocast's, kept until the end of the pass
-        copies += FP32 * total if workers > 1 else 0.0  # the buckets in which gradients travel, there all the time
+        copies += FP32 * total if workers > 1 else 0.0  # DDP's gradient buckets, allocated all the time
         return FP32 * total + copies, FP32 * total, ADAM * total, 0.0
     if settings.strategy == "fsdp2":
-        # The root's parameters stay gathered; of the layers two are, one in use and the next. Gradients are made whole
-        # before they are summed in fp32 and cut.
+        # The root's parameters stay gathered, and two layers: the one in use and the next. Gradients are whole before
+        # they are summed in fp32 and sharded.
         gathered = numbers * (shape.root_parameters + 2 * shape.layer_parameters)
         whole = (numbers + FP32) * max(shape.root_parameters, shape.layer_parameters)
         shards = [FP32 * total / workers, FP32 * total / workers, ADAM * total / workers]
@@ -238,8 +237,8 @@ def _zero(
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """A whole training. tokens: clean ones, over all rows; flops: by the meter's definition of MFU (6 per parameter of
-    the layers and token that enters them, 6 V D per masked one), hours: at the given share of the peak."""
+    """Of a whole run. tokens: clean ones of all rows; masked: of these; flops: as in the meter's MFU; hours: at the given
+    share of the peak."""
 
     tokens: float
     masked: float
@@ -257,8 +256,8 @@ def training_cost(
     mfu: float,
     extra_forwards: float = 0.0,
 ) -> TrainingCost:
-    """rows: over all steps. extra_forwards: further passes over each row, in forwards of this model (an online
-    reference, the model's own earlier passes); they cost time and count as no useful FLOPs."""
+    """rows: over all steps. extra_forwards: passes per row in addition to the trained one, in units of this model's
+    forward (online reference, self-residual); they take time but do not count as useful FLOPs."""
     tokens = rows * tokens_per_row
     masked = tokens * labelled_share / 2
     entered = tokens * (2 if shape.family == "sdar" else 1)
@@ -268,11 +267,11 @@ def training_cost(
 
 
 def peak(device: str) -> float:
-    """bf16 FLOP/s of a GPU by name."""
+    """bf16 FLOP/s of a GPU by name; UserError if it is unknown."""
     if device not in MEMORY:
-        raise UserError(f"device {device!r} is not known; known: {', '.join(MEMORY)}")
+        raise UserError(f"device {device!r} is unknown; known: {', '.join(MEMORY)}")
     return PEAK_FLOPS[device]
 
 
-def fits(found: Memory, device: str) -> bool:
-    return found.peak <= USABLE * MEMORY[device]
+def fits(memory: Memory, device: str) -> bool:
+    return memory.peak <= USABLE * MEMORY[device]

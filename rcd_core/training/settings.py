@@ -1,4 +1,7 @@
-"""TrainSettings: the optimiser side of a training stage. What is learned (plain or residual) is ResidualSettings."""
+"""Settings of a training stage's optimiser, and of what is kept of a reference's predictions. Loads without torch.
+
+The residual's own settings are ResidualSettings.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,20 @@ from rcd_core.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """One optimiser step sees `batch_size` rows in all, whatever the number of workers.
+    """batch_size: rows of one optimiser step over all workers.
 
-    steps: optimiser steps; or epochs: passes over the training examples, which `resolved` turns into steps once their
-    number is known (until then steps is 0). One of the two is given. warmup: share of the steps with linearly rising
-    learning rate. micro_batch_size: rows a worker holds at once (None: its whole share); the rest is gradient
-    accumulation. pack_length: tokens of a packed row, into which samples are put one after another (None: one sample
-    per row, padded). loss_weight: "inverse_t" is
-    the paper's 1/t, "uniform" counts every masked token once. dtype: of the passes; master weights are fp32.
-    strategy: ddp (all on each worker), fsdp2 or deepspeed (its configuration under `deepspeed`, passed on).
-    cpu_offload: fsdp2's. activation_checkpointing: layers are computed again in the backward pass.
-    max_skipped_steps: steps with a loss or gradient that is not finite that are left out before giving up.
+    steps: optimiser steps; or epochs: passes over the training examples, which `resolved` turns into steps (0 until
+    then). Exactly one of the two is set.
+    micro_batch_size: rows per worker and pass; None is the worker's whole share. More rows are accumulated.
+    pack_length: tokens of a packed row; None: one sample per row, padded.
+    warmup: share of the steps in which the learning rate rises linearly.
+    loss_weight: "inverse_t" is the paper's 1/t, "uniform" weighs all masked tokens alike.
+    dtype: of the passes; master weights are fp32.
+    strategy: ddp (replicas), fsdp2 (shards) or deepspeed, configured by `deepspeed`. cpu_offload: fsdp2 only.
+    activation_checkpointing: compute layers again in the backward pass.
+    max_skipped_steps: steps whose loss or gradient is not finite that may be skipped before training fails.
     checkpoint_every, log_every, validate_every (None: never): in steps.
+    UserError: a value out of range.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -52,11 +57,11 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         if self.epochs is not None and not self.epochs > 0:
-            raise UserError(f"train.epochs is {self.epochs}; it must be above 0, or null where steps are given")
+            raise UserError(f"train.epochs is {self.epochs}; it must be above 0, or null if steps is set")
         if self.epochs is not None and self.steps:
             raise UserError(f"train.epochs is {self.epochs} and train.steps {self.steps}; set epochs null or steps 0")
         if self.epochs is None and self.steps < 1:
-            raise UserError(f"train.steps is {self.steps}; it must be at least 1, or give train.epochs instead")
+            raise UserError(f"train.steps is {self.steps}; it must be at least 1, or set train.epochs")
         for name in ("batch_size", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
@@ -74,7 +79,7 @@ class TrainSettings:
             raise UserError(f"train.clip_norm is {self.clip_norm}; it must be above 0")
 
     def resolved(self, num_examples: int) -> TrainSettings:
-        """These settings with steps: as many whole batches as `epochs` passes over num_examples make, at least one."""
+        """These settings with steps instead of epochs: `epochs` passes, rounded up to whole batches."""
         if self.epochs is None:
             return self
         steps = max(1, math.ceil(self.epochs * num_examples / self.batch_size))
@@ -83,9 +88,10 @@ class TrainSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SignalRule:
-    """top_k: entries kept per masked position. keep_mass: of these only as many as reach this probability, null: all.
+    """What is kept of a reference's predictions, per masked position.
 
-    alpha_temperature divides the logits behind the entropy, delta_temperature those behind the kept probabilities.
+    top_k: entries. keep_mass: of these only as many as reach this probability; None: all.
+    alpha_temperature, delta_temperature: divide the logits for the entropy and for the kept probabilities.
     """
 
     top_k: int = 32

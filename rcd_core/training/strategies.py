@@ -1,8 +1,8 @@
-"""How parameters, gradients and optimiser state lie on the workers: DDP, FSDP2, DeepSpeed behind a small interface.
+"""Strategies: DDP, FSDP2 and DeepSpeed behind one small interface for parameters, gradients and optimiser state.
 
-The loop knows none of them: it runs forwards, hands over losses that are already scaled, and steps. A checkpoint of DDP
-and FSDP2 is one format (torch's distributed checkpoint, every rank writes its part), so a run may go on with another
-number of workers or the other of the two. DeepSpeed writes its own.
+The loop runs forwards, passes losses that are already scaled, and steps. DDP and FSDP2 share a checkpoint format
+(torch's distributed checkpoint, to which every rank writes its part), so a run can resume with another number of
+workers or with the other strategy. DeepSpeed has a format of its own.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ PROGRESS = "progress.json"
 
 
 class Strategy(ABC):
-    """One model under training. `module` is what the loop calls.
+    """One module in training; the loop calls `module`.
 
-    collective_forward: all ranks must call it equally often, because parameters are gathered for it. updates_blindly:
-    step() does not look whether the gradient is finite, so the loop looks at the loss first.
+    collective_forward: all ranks must call it equally often, because it gathers parameters. updates_blindly: step()
+    does not check whether the gradient is finite, so the loop checks the loss first.
     """
 
     module: nn.Module
@@ -36,43 +36,49 @@ class Strategy(ABC):
     updates_blindly = False
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Around forwards only."""
+        """Context of forward passes only."""
         return contextlib.nullcontext()
 
     @abstractmethod
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Around forward and backward of one micro-batch; last: of the optimiser step."""
+        """Context of forward and backward pass of one micro-batch; last: of the optimiser step."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None: ...
 
     @abstractmethod
     def step(self, learning_rate: float) -> Tensor:
-        """Clip, update, clear. Returns the gradient norm before clipping; if it is not finite nothing is updated."""
+        """Clip, update, clear. Returns the gradient norm before clipping; no update if it is not finite."""
 
     @abstractmethod
     def discard(self) -> None:
-        """Clear the gradients without an update."""
+        """Clear the gradients without updating."""
 
     @abstractmethod
     def save(self, directory: Path) -> None:
-        """Every rank writes its part."""
+        """Every rank writes its part of weights and optimiser state; `load` restores the same bits."""
 
     @abstractmethod
     def load(self, directory: Path) -> None: ...
 
     @abstractmethod
     def full_weights(self) -> dict[str, Tensor]:
-        """The wrapped module's whole state on CPU; collective, and empty on all ranks but 0."""
+        """The module's whole state on the CPU of rank 0, {} on the other ranks. Collective."""
 
 
 def make_strategy(module: nn.Module, layers: nn.ModuleList, settings: TrainSettings, device: torch.device) -> Strategy:
-    """layers: the transformer layers inside `module`, the unit of sharding."""
+    """layers: the transformer layers inside `module`, the unit of sharding. UserError: conflicting settings, no process
+    group, or DeepSpeed not installed."""
     if settings.strategy == "ddp":
         return DataParallel(module, settings, device)
     if settings.strategy == "fsdp2":
         return FullyShardedDataParallel(module, layers, settings, device)
     return DeepSpeed(module, settings)
+
+
+def _require_process_group(strategy: str) -> None:
+    if not dist.is_initialized():
+        raise UserError(f"train.strategy is {strategy} but there is no process group; run under Ray Train or torchrun")
 
 
 def adamw(parameters: Any, settings: TrainSettings) -> torch.optim.AdamW:
@@ -86,7 +92,7 @@ def adamw(parameters: Any, settings: TrainSettings) -> torch.optim.AdamW:
 
 
 class _Native(Strategy):
-    """What DDP and FSDP2 share: torch's optimiser, clipping and distributed checkpoint."""
+    """Common to DDP and FSDP2: torch's optimiser, clipping and distributed checkpoint."""
 
     def __init__(self, module: nn.Module, settings: TrainSettings) -> None:
         self.module, self.settings = module, settings
@@ -97,7 +103,7 @@ class _Native(Strategy):
 
     def step(self, learning_rate: float) -> Tensor:
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.clip_norm)
-        if hasattr(norm, "full_tensor"):  # FSDP2: a sum over shards that is still to be made
+        if hasattr(norm, "full_tensor"):  # FSDP2: not yet summed over the shards
             norm = norm.full_tensor()
         if torch.isfinite(norm):
             for group in self.optimizer.param_groups:
@@ -118,24 +124,17 @@ class _Native(Strategy):
     def save(self, directory: Path) -> None:
         import torch.distributed.checkpoint as dcp
 
-        dcp.save(  # type: ignore[attr-defined]
-            self._state(), checkpoint_id=directory, no_dist=not dist.is_initialized()
-        )
+        single = not dist.is_initialized()
+        dcp.save(self._state(), checkpoint_id=directory, no_dist=single)  # type: ignore[attr-defined]
 
     def load(self, directory: Path) -> None:
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.state_dict import set_state_dict
 
-        state = self._state()
-        dcp.load(  # type: ignore[attr-defined]
-            state, checkpoint_id=directory, no_dist=not dist.is_initialized()
-        )
-        set_state_dict(
-            self.module,
-            self.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-        )
+        state, single = self._state(), not dist.is_initialized()
+        dcp.load(state, checkpoint_id=directory, no_dist=single)  # type: ignore[attr-defined]
+        model, optimizer = state["model"], state["optimizer"]
+        set_state_dict(self.module, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
 
     def full_weights(self) -> dict[str, Tensor]:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -146,12 +145,12 @@ class _Native(Strategy):
 
 
 class DataParallel(_Native):
-    """Everything on every worker; a single worker is the same without communication."""
+    """DDP: a whole replica on every worker. A single worker needs no communication."""
 
     def __init__(self, module: nn.Module, settings: TrainSettings, device: torch.device) -> None:
         if settings.cpu_offload:
             raise UserError(
-                "train.cpu_offload is true but the strategy is ddp, which keeps all on the device; use fsdp2"
+                "train.cpu_offload is true but train.strategy is ddp, which keeps all on the device; use fsdp2"
             )
         super().__init__(module, settings)
         self.device_type = device.type
@@ -168,8 +167,8 @@ class DataParallel(_Native):
 
 
 class FullyShardedDataParallel(_Native):
-    """FSDP2: each layer's parameters are gathered while it runs; what is outside the layers (embedding, head) belongs
-    to the root and stays gathered between forward and backward."""
+    """FSDP2: gathers each layer's parameters while it runs. Parameters outside the layers (embedding, head) belong to
+    the root and stay gathered between forward and backward pass."""
 
     collective_forward = True
 
@@ -177,8 +176,7 @@ class FullyShardedDataParallel(_Native):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-        if not dist.is_initialized():
-            raise UserError("train.strategy is fsdp2 but there is no process group; run under Ray Train or torchrun")
+        _require_process_group("fsdp2")
         low = settings.dtype == "bfloat16"
         options: dict[str, Any] = {
             "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
@@ -186,10 +184,8 @@ class FullyShardedDataParallel(_Native):
             "mp_policy": MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16 if low else None, reduce_dtype=torch.float32, cast_forward_inputs=False
             ),
-            # Each call takes what it shards to the device; with offload, shards go back.
-            "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda")
-            if settings.cpu_offload
-            else OffloadPolicy(),
+            # Each call moves what it shards to the device; with offload, the shards go back to the CPU.
+            "offload_policy": CPUOffloadPolicy(device.type == "cuda") if settings.cpu_offload else OffloadPolicy(),
         }
         for layer in layers:
             fully_shard(layer, **options)
@@ -197,12 +193,13 @@ class FullyShardedDataParallel(_Native):
         super().__init__(module, settings)
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        # Gradients are summed over the workers after every micro-batch: unsharded ones would cost what sharding saves.
+        # Reduce gradients after every micro-batch: keeping them unsharded would cost what sharding saves.
         return contextlib.nullcontext()
 
 
 class DeepSpeed(Strategy):
-    """ZeRO 1, 2, 3, with offload: `settings.deepspeed` is DeepSpeed's own configuration, less what the loop decides."""
+    """ZeRO 1, 2, 3, with offload. settings.deepspeed is DeepSpeed's own configuration; the loop overrides batch sizes,
+    clipping and dtype."""
 
     collective_forward = True
     updates_blindly = True
@@ -214,15 +211,12 @@ class DeepSpeed(Strategy):
             raise UserError(
                 "train.strategy is deepspeed but the package is not installed: pip install 'rcd-ray[deepspeed]'"
             ) from error
-        if not dist.is_initialized():
-            raise UserError(
-                "train.strategy is deepspeed but there is no process group; run under Ray Train or torchrun"
-            )
+        _require_process_group("deepspeed")
         config = {
             "zero_optimization": {"stage": 2},
             "zero_force_ds_cpu_optimizer": False,  # the same AdamW everywhere, offloaded or not
             **settings.deepspeed,
-            "train_micro_batch_size_per_gpu": 1,  # of no effect: the loop makes the batches and scales the losses
+            "train_micro_batch_size_per_gpu": 1,  # no effect: the loop makes the batches and scales the losses
             "gradient_clipping": settings.clip_norm,
             "bf16": {"enabled": settings.dtype == "bfloat16"},
             "zero_allow_untested_optimizer": True,
@@ -245,7 +239,7 @@ class DeepSpeed(Strategy):
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
         if not self.engine.is_gradient_accumulation_boundary():
-            self.engine.step()  # counts the micro-batch and updates nothing
+            self.engine.step()  # counts the micro-batch without updating
 
     def step(self, learning_rate: float) -> Tensor:
         for group in self.engine.optimizer.param_groups:
@@ -281,11 +275,11 @@ def write_progress(directory: Path, step: int, strategy: str) -> None:
 
 
 def read_progress(directory: Path, strategy: str) -> int:
-    """Finished steps of a checkpoint; UserError where it was written by a strategy that this one cannot read."""
+    """Finished steps of a checkpoint; UserError if `strategy` cannot read what the other one wrote."""
     progress = json.loads((directory / PROGRESS).read_text())
     if (progress["strategy"] == "deepspeed") != (strategy == "deepspeed"):
         raise UserError(
             f"{directory}: the checkpoint was written with train.strategy {progress['strategy']}, which {strategy} "
-            "cannot read; go on with the former, or start anew under another name"
+            "cannot read; resume with the former, or start again under another run name"
         )
     return int(progress["step"])

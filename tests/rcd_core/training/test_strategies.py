@@ -145,7 +145,7 @@ def test_fsdp2_trains_what_one_process_trains_and_resumes_exactly(
     close(run(examples, settings(), resume=checkpoint)[0], alone)
     offloaded = launch(tmp_path / "offloaded", examples, replace(s, cpu_offload=True))
     close(offloaded, alone)
-    with pytest.raises(UserError, match="written with train.strategy fsdp2, which deepspeed cannot read"):
+    with pytest.raises(UserError, match=r"train\.strategy fsdp2, .*deepspeed"):
         from rcd_core.training.strategies import read_progress
 
         read_progress(checkpoint, "deepspeed")
