@@ -237,8 +237,8 @@ def _zero(
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """Of a whole run. tokens: clean ones of all rows; masked: of these; flops: as in the meter's MFU; hours: at the given
-    share of the peak."""
+    """Of a whole run. tokens: clean ones of all rows; masked: of these; flops: as in the meter's MFU; hours: at this
+    MFU."""
 
     tokens: float
     masked: float
