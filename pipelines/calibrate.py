@@ -5,7 +5,7 @@
 Reads the models of the targets, the baselines and the reference, and held-out examples of the training split (never
 test problems). Writes rcd_calibration.json into each target's model, where decoding reads T_res, and into
 <run>/calibrate/ calibration.json (T_res, the search, figures) and report.html. Of a baseline it measures what its
-discarded predictions knew (the paper's Fig. 2). Each model is one Ray task.
+discarded predictions knew (Fig. 2 of arXiv 2601.22954). Each model is one Ray task.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The tests of faults end with a table of what they saw: `pytest -m faults -s`.
+"""Collects the results of the tests of faults into a Markdown table: `pytest -m faults -s`.
 
     @pytest.mark.faults("a worker node removed", "signals")
     def test_...(fault_table: FaultTable) -> None:
         ...
-        fault_table.add("its shards were computed again on the other node", "the same bytes", recovery_s=...)
+        fault_table.add("the other node computed its unfinished shards", "the same bytes", recovery_s=...)
 
-Each test has a row at least, also one that fails. The table is Markdown.
+Each test adds at least one row, even if it fails. tests/README.md shows the table of one run.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import pytest
 from pipelines.ray_cluster.hardware import cpu_model
 
 _HEADER = ("fault", "stage", "what happened", "recovery (s)", "result")
-_FAULT, _ROW = "fault", "fault_row"  # in the user_properties of a test's reports, which also reach xdist's controller
+_FAULT, _ROW = "fault", "fault_row"  # names in the user_properties of a test's reports, which xdist forwards
 
 
 @dataclass(frozen=True, kw_only=True)
 class FaultTable:
-    """The rows of one test, whose marker names fault and stage."""
+    """Adds the rows of one test; its marker names fault and stage."""
 
     item: pytest.Item
 
     def add(self, happened: str, result: str, recovery_s: float | None = None, stage: str | None = None) -> None:
-        """recovery_s: seconds from the fault, or from the start of the same command after it, to the first piece of
-        work that was done again; None where a message is all there is to come. stage: where not the marker's."""
+        """recovery_s: seconds from the fault, or from the next start of the same command, to the first work that is
+        done again; None if it was not timed. stage: if it differs from the marker's."""
         fault, marked = _marked(self.item)
         row = Row(fault=fault, stage=stage or marked, happened=happened, recovery_s=recovery_s, result=result)
         self.item.user_properties.append((_ROW, asdict(row)))
@@ -88,14 +88,14 @@ def _rows(stats: dict[str, list[pytest.TestReport]]) -> Iterator[Row]:
     failed = [report for kind in ("failed", "error") for report in stats.get(kind, [])]
     for report in stats.get("passed", []):
         if report.nodeid not in {one.nodeid for one in failed}:  # its teardown may have failed
-            found = [Row(**value) for name, value in report.user_properties if name == _ROW]
-            yield from found or _bare(report, "passed")
+            rows = [Row(**value) for name, value in report.user_properties if name == _ROW]
+            yield from rows or _bare(report, "passed")
     for report in failed:
         yield from _bare(report, "FAILED")
 
 
 def _bare(report: pytest.TestReport, result: str) -> Iterator[Row]:
-    """The row of a test that had nothing more to say."""
+    """The row of a test that added none."""
     for name, value in report.user_properties:
         if name == _FAULT:
             fault, stage = value

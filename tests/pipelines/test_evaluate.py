@@ -294,7 +294,7 @@ def test_an_interrupted_evaluation_decodes_the_missing_answers_only(
 
 
 @pytest.mark.drill
-@pytest.mark.faults("the driver killed among its answers", "evaluate")
+@pytest.mark.faults("the driver killed while decoding", "evaluate")
 def test_a_killed_evaluation_resumes_and_gives_the_same_results(
     sudoku: StageContext, monkeypatch: pytest.MonkeyPatch, fault_table: FaultTable
 ) -> None:
@@ -322,7 +322,7 @@ def test_a_killed_evaluation_resumes_and_gives_the_same_results(
     evaluate.run(ctx)
     assert 0 < sum(len(shard.items) for shard in again[0].shards) <= 5 * 2 * 12 - 20
     assert timeless(ctx) == timeless(sudoku)
-    fault_table.add("the next job decoded only what was missing", "the same answers")
+    fault_table.add("the next job decoded only the missing answers", "the same answers")
 
 
 def test_a_model_trained_without_residuals_is_decoded_without(tmp_path: Path) -> None:

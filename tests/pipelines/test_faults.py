@@ -73,7 +73,7 @@ def test_signals_on_a_full_disk_go_on_when_there_is_room(
     disk.free(8192)
     assert main(words) == 0
     assert shards_of(context(made)) == undisturbed.shards
-    fault_table.add("ended with one message; the same command went on from the finished shards", "the same bytes")
+    fault_table.add("ended with one message; the same command resumed after the finished shards", "the same bytes")
 
 
 # -- results of another run
@@ -108,4 +108,4 @@ def test_a_manifest_of_another_run_is_refused(
     assert "holds results of other settings" in message and names in message and "--redo signals" in message, message
     assert shards_of(context(made)) == before and not in_process, "nothing was touched"
     assert main(command(made, "--redo", "signals")) == 0 and in_process
-    fault_table.add("refused before anything was written, with the difference; --redo replaces it", "one message")
+    fault_table.add("refused before any write; the message names the difference; --redo replaces it", "one message")

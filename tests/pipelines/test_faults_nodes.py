@@ -70,7 +70,7 @@ def test_an_evaluation_goes_on_without_the_node(sudoku: StageContext, fault_tabl
     seconds = elsewhere(lose_a_node_of_an_evaluation, sudoku.recipe.storage, timeout=200)
     ctx = stage_context(sudoku.recipe, "lost", sudoku.inputs)
     assert timeless(ctx) == timeless(sudoku)
-    fault_table.add("its answers under way were decoded on the other node", "the same answers", seconds)
+    fault_table.add("the other node decoded its unfinished answers", "the same answers", seconds)
 
 
 # -- serving
@@ -110,5 +110,5 @@ def test_requests_go_on_elsewhere(tmp_path: Path, fault_table: FaultTable) -> No
     found = elsewhere(lose_a_node_under_load, str(tmp_path))
     assert all(found["right"]) and len(found["right"]) == 16
     assert found["retries"] > 0, "the loss struck somebody"
-    happened = "of 16 requests under way, those on it went on elsewhere; its replica came back on a new node"
+    happened = "of 16 requests, those on it were resumed elsewhere; its replica restarted on a new node"
     fault_table.add(happened, "no request failed, the same texts", found["seconds"])

@@ -171,9 +171,9 @@ def test_killed_in_every_stage_it_ends_with_the_same_artefacts(
     for stage in stages:
         if stage in undone:  # key.json is written when a stage begins, also when it goes on
             seconds = (Path(job.run.stage_directory(stage)) / "key.json").stat().st_mtime - undone[stage]
-            fault_table.add("the same command went on with what was there", "the same artefacts", seconds, stage)
+            fault_table.add("the same command resumed from what was complete", "the same artefacts", seconds, stage)
         else:
-            fault_table.add("after the stage was done: it was skipped", "the same artefacts", stage=stage)
+            fault_table.add("the stage was done already and was skipped", "the same artefacts", stage=stage)
 
 
 def check_signals(job: Job) -> None:

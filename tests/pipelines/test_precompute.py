@@ -267,7 +267,7 @@ def test_repair_from_the_command_line_keeps_the_key(
     assert main([*command, "--repair"]) == 0 and in_process == [2]
     assert run.manifest("signals") == before
     assert "1 to compute again" in capsys.readouterr().out
-    fault_table.add("--repair computed that shard again; a training before it is told which", "the same manifest")
+    fault_table.add("a training stops and names the shard; --repair computes it again", "the same manifest")
 
 
 # -- the trainer

@@ -169,7 +169,7 @@ def test_the_driver_killed_between_any_two_writes(undisturbed: Result, made: Rec
     for shard, moment in enumerate(MOMENTS):
         kill_the_driver(made, shard, moment)
     check_after_kills(made, undisturbed)
-    fault_table.add("the next job kept what was whole and computed the rest", "the same bytes")
+    fault_table.add("the next job kept the complete shards and computed the rest", "the same bytes")
 
 
 NODES = """
@@ -213,7 +213,7 @@ def test_a_node_killed_in_the_middle(undisturbed: Result, made: Recipe, fault_ta
     assert (directory / "lost").exists() and len(begun) > len(set(begun)), "what the lost node had begun is done again"
     assert shards_of(context(made)) == undisturbed.shards
     seconds = min(begun_again(directory)) - (directory / "lost").stat().st_mtime
-    fault_table.add("its shards under way were computed on the other node", "the same bytes", seconds)
+    fault_table.add("the other node computed its unfinished shards", "the same bytes", seconds)
 
 
 def begun_again(directory: Path) -> Iterator[float]:

@@ -351,7 +351,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     found[-1].unlink()
     train_stage.run(ctx)
     assert all(torch.equal(a, b) for a, b in zip(weights(quiet).values(), weights(ctx).values(), strict=True))
-    fault_table.add("ended with one message; the same command went on from the checkpoint before", "the same bits")
+    fault_table.add("ended with one message; the same command resumed from the checkpoint before", "the same bits")
 
 
 @pytest.mark.drill
@@ -369,7 +369,9 @@ def test_a_full_disk_ends_the_run_and_it_goes_on_when_there_is_room(
     (second / "__0_0.distcp").unlink()
     train_stage.run(ctx)
     close(weights(ctx), alone(ctx))
-    fault_table.add("ended with one message; the same command went on from the last whole checkpoint", "the same model")
+    fault_table.add(
+        "ended with one message; the same command resumed from the last complete checkpoint", "the same model"
+    )
 
 
 @pytest.mark.drill

@@ -83,7 +83,7 @@ def test_a_lost_node_is_replaced_and_nothing_shows_in_the_result(tmp_path: Path,
     assert (lost / "model/model.safetensors").read_bytes() == (quiet / "model/model.safetensors").read_bytes()
     assert curve(lost) == curve(quiet)
     assert not (lost / "ray").exists()
-    happened = "the workers started again, one on a new node, and went on from the last checkpoint"
+    happened = "the workers restarted from the last checkpoint, one on a new node"
     fault_table.add(happened, "the same bytes", json.loads((lost / "seconds.json").read_text()))
 
 
@@ -162,4 +162,4 @@ def test_a_stopped_training_leaves_no_worker_and_goes_on_from_its_last_checkpoin
     assert curve(stage) == curve(quiet) and len(lines) == 60
     assert (stage / "model/model.safetensors").read_bytes() == (quiet / "model/model.safetensors").read_bytes()
     assert not (stage / "restarts.jsonl").exists(), "nothing was lost"
-    fault_table.add("no worker was left; the same command went on from the last checkpoint", "the same bytes")
+    fault_table.add("no worker was left; the same command resumed from the last checkpoint", "the same bytes")
