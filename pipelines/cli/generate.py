@@ -1,12 +1,7 @@
-"""`rcd generate`: a checkpoint's answer to prompts, to what is piped in, or to you, in this process and without Ray.
-
-rcd generate --model_dir MODEL --prompt "..." --show
-echo "..." | rcd generate --model_dir MODEL
-"""
+"""`rcd generate`: answers of a checkpoint to prompts, to stdin, or in a chat; in this process and without Ray."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import signal
 import sys
@@ -18,19 +13,10 @@ from typing import Any
 
 from rich.console import Console
 
+from pipelines.cli.flags import GenerateFlags, decode_settings
 from pipelines.cli.live_view import live_view
-from pipelines.cli.terminal import (
-    INTERRUPTED,
-    converse,
-    print_text,
-    read_stdin,
-    refuse_in_one_line,
-    statistics_line,
-    turn,
-)
-from pipelines.evaluation.decode_flags import add_decode_flags, add_flag, errors_as_flags, given_settings
+from pipelines.cli.terminal import INTERRUPTED, can_draw, converse, print_text, read_stdin, statistics_line, turn
 from pipelines.evaluation.generator import Generator, load_generator
-from rcd_core.attention.backends import BACKENDS
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.decoding.engine import Engine
 from rcd_core.decoding.request import uncalibrated
@@ -39,112 +25,95 @@ from rcd_core.errors import UserError
 from rcd_core.tasks.base import MASK_TEXT
 
 MAX_BATCH = 64
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "rcd generate --model_dir DIR [--ref_model_dir DIR] [--prompt TEXT] [--show] [flags]"
-    parser.allow_abbrev = False
-    refuse_in_one_line(parser, "rcd generate")
-    model = parser.add_argument_group("model")
-    add_flag(model, "--model_dir", required=True, metavar="DIR", help="checkpoint: a directory, a URI or a hub id")
-    add_flag(model, "--ref_model_dir", metavar="DIR", help="reference: warm-starts each block's residuals")
-    add_flag(model, "--dtype", choices=DTYPES, default="auto", help="default: auto, the checkpoint's own")
-    add_flag(model, "--device", help="default: cuda where there is one, else cpu")
-    add_flag(model, "--attention", choices=tuple(BACKENDS), default="sdpa", help="default: sdpa")
-    add_flag(model, "--mask_id", type=int, metavar="ID", help="checked against the checkpoint's, which is used")
-    add_flag(model, "--trust_remote_code", action="store_true", help="not needed: no code of a checkpoint is run")
-    given = parser.add_argument_group("input", "One user turn each; without any, stdin: a chat in a terminal.")
-    add_flag(given, "--prompt", action="append", metavar="TEXT", help="may be repeated: a batch")
-    add_flag(given, "--prompt_ids", action="append", metavar="IDS", help='token ids, "1 2 3"; ids are printed')
-    add_flag(given, "--raw", action="store_true", help="no chat template: the text is continued as it stands")
-    add_flag(given, "--infill", action="store_true", help=f"fill the {MASK_TEXT} places of the text and nothing else")
-    add_flag(given, "--prompt_length", type=int, metavar="N", help="refuse prompts of more tokens")
-    output = parser.add_argument_group("output", "Text on stdout, statistics on stderr.")
-    add_flag(output, "--show", action="store_true", help="draw the denoising live, where stdout is a terminal")
-    add_flag(output, "--delay", type=float, default=0.0, metavar="S", help="seconds to wait after each pass drawn")
-    add_flag(output, "--json", action="store_true", help="text, ids, settings and statistics as one JSON object")
-    add_flag(output, "--verbose", action="store_true", help="say on stderr which models and settings are in effect")
-    add_decode_flags(parser)
+def generate(flags: GenerateFlags) -> int:
+    settings = decode_settings(flags.decode)
+    DecodeSettings(**settings)  # raises before the minutes that loading may take
+    _check(flags)
+    generator = load_generator(
+        flags.model_dir,
+        flags.ref_model_dir,
+        settings,
+        dtype=flags.dtype,
+        device=flags.device,
+        attention=flags.attention,
+        mask_id=flags.mask_id,
+        needs_tokenizer=not flags.prompt_ids,
+        verbose=flags.verbose,
+    )
+    if not (flags.prompt or flags.prompt_ids or flags.json) and sys.stdin.isatty():
+        return _chat(generator, flags)
+    return _answer(generator, flags, _inputs(generator, flags))
 
 
-def run(options: argparse.Namespace) -> int:
-    with errors_as_flags():
-        DecodeSettings(**given_settings(options))  # before minutes of loading
-    _check(options)
-    try:
-        generator = load_generator(options)
-        if not (options.prompt or options.prompt_ids or options.json) and sys.stdin.isatty():
-            return _chat(generator, options)
-        return _answer(generator, options, _inputs(generator, options))
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return INTERRUPTED
-
-
-def _check(options: argparse.Namespace) -> None:
-    """Combinations that contradict each other. Raises UserError naming the flags."""
-    if options.prompt and options.prompt_ids:
+def _check(flags: GenerateFlags) -> None:
+    """Raises UserError for flags that contradict each other."""
+    if flags.prompt and flags.prompt_ids:
         raise UserError("--prompt and --prompt_ids are both given; give texts or token ids")
-    if options.json and options.show:
+    if flags.json and flags.show:
         raise UserError("--json and --show are both given; stdout holds one or the other")
-    if options.infill and "max_new_tokens" in options:
-        raise UserError("--max_new_tokens does not go with --infill, which fills every mask and adds nothing")
-    if options.prompt_length is not None and options.prompt_length < 1:
-        raise UserError(f"--prompt_length is {options.prompt_length}; it must be at least 1")
-    if options.delay and not options.show:
-        raise UserError("--delay is given without --show, whose passes it spaces out; give both")
-    if not 0 <= options.delay < float("inf"):
-        raise UserError(f"--delay is {options.delay}; it must be a number of seconds, 0 or more")
-    if options.trust_remote_code:
-        print("note: --trust_remote_code is not needed; no code of a checkpoint is ever run", file=sys.stderr)
+    if flags.infill and "max_new_tokens" in flags.decode:
+        raise UserError("--max_new_tokens has no effect with --infill, which fills the masks only; leave it out")
+    if flags.ref_model_dir is None and flags.decode.get("residual") is not False:
+        for name in ("start", "residual_source"):
+            if flags.decode.get(name) == "reference":
+                raise UserError(f"--{name} is reference, which needs a reference model; give --ref_model_dir")
+    if flags.prompt_length is not None and flags.prompt_length < 1:
+        raise UserError(f"--prompt_length is {flags.prompt_length}; it must be at least 1")
+    if flags.delay and not flags.show:
+        raise UserError("--delay has no effect without --show; give both")
+    if not 0 <= flags.delay < float("inf"):
+        raise UserError(f"--delay is {flags.delay}; it must be a number of seconds, 0 or more")
+    if flags.trust_remote_code:
+        print("note: --trust_remote_code is ignored; a checkpoint's code is never run", file=sys.stderr)
 
 
 # -- from prompts to answers -----------------------------------------------------------------------------------------
 
 
-def _inputs(generator: Generator, options: argparse.Namespace) -> list[Sequence]:
+def _inputs(generator: Generator, flags: GenerateFlags) -> list[Sequence]:
     """The requests that flags or stdin make."""
-    if options.prompt_ids:
+    if flags.prompt_ids:
         try:
-            prompts = [[int(i) for i in text.replace(",", " ").split()] for text in options.prompt_ids]
+            prompts = [[int(i) for i in text.replace(",", " ").split()] for text in flags.prompt_ids]
         except ValueError as error:
             raise UserError(f'--prompt_ids: {error}; give integers, for example "1 2 3"') from error
     else:
-        prompts = [_ids(generator, options, [turn(text)]) for text in options.prompt or [read_stdin()]]
-    return [_request(generator, options, ids) for ids in prompts]
+        prompts = [_ids(generator, flags, [turn(text)]) for text in flags.prompt or [read_stdin()]]
+    return [_request(generator, flags, ids) for ids in prompts]
 
 
-def _ids(generator: Generator, options: argparse.Namespace, messages: list[dict[str, str]]) -> list[int]:
+def _ids(generator: Generator, flags: GenerateFlags, messages: list[dict[str, str]]) -> list[int]:
     """The conversation; or, with --raw, --infill or a tokenizer without a chat template, its last text as it stands."""
-    if options.raw or options.infill or not generator.has_template:
-        return generator.encode(messages[-1]["content"], options.infill)
+    if flags.raw or flags.infill or not generator.has_template:
+        return generator.encode(messages[-1]["content"], flags.infill)
     return generator.converse(messages)
 
 
-def _request(generator: Generator, options: argparse.Namespace, ids: list[int]) -> Sequence:
-    limit = options.prompt_length
+def _request(generator: Generator, flags: GenerateFlags, ids: list[int]) -> Sequence:
+    limit = flags.prompt_length
     if limit is not None and len(ids) > limit:
         raise UserError(f"--prompt_length is {limit}, but the prompt has {len(ids)} tokens; shorten it")
-    return generator.sequence(ids, options.infill, trace=options.show)
+    return generator.sequence(ids, flags.infill, trace=flags.show)
 
 
-def _answer(generator: Generator, options: argparse.Namespace, sequences: list[Sequence]) -> int:
+def _answer(generator: Generator, flags: GenerateFlags, sequences: list[Sequence]) -> int:
     """Decode, print the texts in order and the statistics. Returns the exit code."""
-    if options.verbose:
+    if flags.verbose:
         print(f"settings: {json.dumps(asdict(sequences[0].settings))}", file=sys.stderr)
     started = time.monotonic()
-    batches = [[s] for s in sequences] if _draws(options) else [sequences]
+    batches = [[s] for s in sequences] if can_draw(flags.show) else [sequences]
     complete = True
     for batch in batches:
-        complete = _decode(generator, options, batch)
-        if not options.json:
+        complete = _decode(generator, flags, batch)
+        if not flags.json:
             for sequence in batch:
                 print_text(generator.text(sequence))
         if not complete:
             break
     report = _report(generator, sequences, time.monotonic() - started)
-    if options.json:
+    if flags.json:
         print(json.dumps(report, ensure_ascii=False))
     else:
         notes = ["interrupted"] * (not complete) + [f"{len(sequences)} prompts"] * (len(sequences) > 1)
@@ -154,7 +123,7 @@ def _answer(generator: Generator, options: argparse.Namespace, sequences: list[S
     return 0 if complete else INTERRUPTED
 
 
-def _decode(generator: Generator, options: argparse.Namespace, sequences: list[Sequence]) -> bool:
+def _decode(generator: Generator, flags: GenerateFlags, sequences: list[Sequence]) -> bool:
     """Run the engine until all are done. False: Ctrl-C came first, and the sequences hold what was committed."""
     decoder = generator.decoder
     engine = Engine(
@@ -166,7 +135,7 @@ def _decode(generator: Generator, options: argparse.Namespace, sequences: list[S
     for sequence in sequences:
         engine.add(sequence)
     with _interruptible() as interrupted:
-        if not _draws(options):
+        if not can_draw(flags.show):
             while engine.busy and not interrupted:
                 engine.step()
         else:
@@ -174,14 +143,8 @@ def _decode(generator: Generator, options: argparse.Namespace, sequences: list[S
                 while engine.busy and not interrupted:
                     engine.step()
                     draw()
-                    time.sleep(options.delay)
+                    time.sleep(flags.delay)
     return not engine.busy
-
-
-def _draws(options: argparse.Namespace) -> bool:
-    """Only a terminal that understands cursor movements is drawn on."""
-    console = Console()
-    return bool(options.show) and console.is_terminal and not console.is_dumb_terminal
 
 
 @contextmanager
@@ -241,10 +204,10 @@ def _result(generator: Generator, sequence: Sequence) -> dict[str, Any]:
 # -- a conversation in the terminal ----------------------------------------------------------------------------------
 
 
-def _chat(generator: Generator, options: argparse.Namespace) -> int:
+def _chat(generator: Generator, flags: GenerateFlags) -> int:
     def answer(messages: list[dict[str, str]]) -> str:
-        sequence = _request(generator, options, _ids(generator, options, messages))
-        _answer(generator, options, [sequence])
+        sequence = _request(generator, flags, _ids(generator, flags, messages))
+        _answer(generator, flags, [sequence])
         return generator.text(sequence).replace(MASK_TEXT, "")  # left by a Ctrl-C, and refused in a prompt
 
     converse(answer)

@@ -1,52 +1,89 @@
-"""The `rcd` command: one module per sub-command, imported when it is asked for, so that `rcd --help` is quick."""
+"""The `rcd` command. Flags are declared in flags.py; a command's module is imported only when the command runs."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from inspect import cleandoc
+from typing import Annotated, Any
 
+from cyclopts import App, CycloptsError, Parameter
+
+from pipelines.cli import flags
 from pipelines.run.messages import user_message
-from rcd_core.errors import UserError
 
-# Each module has add_arguments(parser) and run(options) -> exit code.
-COMMANDS = {
-    "calibrate": ("pipelines.cli.calibrate", "choose T_res of a checkpoint, look at its discarded predictions"),
-    "chat": ("pipelines.cli.chat", "talk to a served model"),
-    "down": ("pipelines.cli.local", "stop the local Ray head and every process that it started"),
-    "evaluate": ("pipelines.cli.evaluate", "evaluate checkpoints, or a served model"),
-    "generate": ("pipelines.cli.generate", "generate text with a checkpoint"),
-    "report": ("pipelines.cli.report", "compare the evaluations of runs"),
-    "runs": ("pipelines.cli.runs", "list runs and the state of their stages"),
-    "serve": ("pipelines.cli.serve", "check a Serve config before it is deployed"),
-    "signals": ("pipelines.cli.signals", "look at reference signals, or plan them"),
-    "train": ("pipelines.cli.train", "plan trainings: memory, GPUs, hours"),
-    "up": ("pipelines.cli.local", "start a local Ray head, or reuse the running one"),
+# Flags -> function in pipelines.cli that takes them and returns the exit code.
+COMMANDS: dict[str, tuple[type, str]] = {
+    "calibrate": (flags.CalibrateFlags, "calibrate:calibrate"),
+    "chat": (flags.ChatFlags, "chat:chat"),
+    "down": (flags.DownFlags, "local:down"),
+    "evaluate": (flags.EvaluateFlags, "evaluate:evaluate"),
+    "generate": (flags.GenerateFlags, "generate:generate"),
+    "report": (flags.ReportFlags, "report:report"),
+    "runs": (flags.RunsFlags, "runs:runs"),
+    "serve check": (flags.ServeCheckFlags, "serve:check"),
+    "signals inspect": (flags.SignalsInspectFlags, "signals:inspect"),
+    "signals plan": (flags.SignalsPlanFlags, "plan:plan_signals"),
+    "train plan": (flags.TrainPlanFlags, "plan:plan_training"),
+    "up": (flags.UpFlags, "local:up"),
 }
+GROUPS = {
+    "serve": "Check a Serve config before it is deployed.",
+    "signals": "Inspect reference signals, or plan them.",
+    "train": "Plan a training: memory, GPUs, hours.",
+}
+# Commands without a required flag.
+OPTIONAL = (flags.DownFlags, flags.EvaluateFlags, flags.RunsFlags, flags.UpFlags)
+
+
+def make_app() -> App:
+    """The command line, without any of the commands' modules."""
+    app = App(
+        "rcd",
+        help="Residual Context Diffusion: models and runs.\n\nrcd COMMAND --help lists the flags of a command.",
+        help_format="plaintext",
+        version_flags=(),
+        result_action="return_value",
+        default_parameter=Parameter(
+            name_transform=lambda name: name,
+            negative_bool=(),
+            negative_iterable=(),
+            allow_repeating=True,  # the last value wins
+            show_default=lambda value: None if value in ((), False, None) else str(value),
+        ),
+    )
+    for name, text in GROUPS.items():
+        app.command(App(name, help=text))
+    for name, (declared, target) in COMMANDS.items():
+        *group, last = name.split()
+        parent = app[group[0]] if group else app
+        parent.command(_command(declared, target), name=last, help=cleandoc(declared.__doc__ or ""))
+    return app
+
+
+def _command(declared: type, target: str) -> Callable[..., int]:
+    def run(options: Any) -> int:
+        module, _, function = target.partition(":")
+        return int(getattr(import_module(f"pipelines.cli.{module}"), function)(options))
+
+    run.__annotations__ = {"options": Annotated[declared, flags.Flags]}
+    run.__defaults__ = (declared(),) if declared in OPTIONAL else None
+    return run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(prog="rcd", description="Residual Context Diffusion: runs and models.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, (module, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text)
-        if name in argv[:1]:
-            import_module(module).add_arguments(command)
-    options, unknown = parser.parse_known_args(argv)
-    if unknown:
-        print(f"error: {' '.join(unknown)} is not an option of this command; see --help", file=sys.stderr)
-        return 2
+    """Run a command. Returns the exit code: 2 and one line on stderr for what the user can correct."""
     try:
-        return int(import_module(COMMANDS[options.command][0]).run(options))
-    except UserError as error:
-        print(f"error: {_message(error)}", file=sys.stderr)
-        return 2
-
-
-def _message(error: UserError) -> str | None:
-    return str(error) if type(error) is UserError else user_message(error)
+        return int(make_app()(argv, exit_on_error=False, print_error=False) or 0)
+    except CycloptsError as error:
+        command = " ".join(("rcd", *(error.command_chain or ())))
+        message: str | None = f"{' '.join(str(error).split())} `{command} --help` lists the flags."
+    except Exception as error:
+        if (message := user_message(error)) is None:
+            raise
+    print(f"error: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

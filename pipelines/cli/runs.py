@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 
 from rich.console import Console
 from rich.table import Table
 
+from pipelines.cli.flags import RunsFlags
 from pipelines.run.directory import RunDirectory
 from pipelines.run.lease import describe_lease, read_lease
 from rcd_core.errors import UserError
 from rcd_core.io import storage
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--storage", default="~/rcd-runs", metavar="DIR", help="absolute directory or URI of the runs")
-
-
-def run(options: argparse.Namespace) -> int:
-    list_runs(os.path.expanduser(options.storage), Console())
+def runs(flags: RunsFlags) -> int:
+    list_runs(os.path.expanduser(flags.storage), Console())
     return 0
 
 

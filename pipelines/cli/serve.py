@@ -1,20 +1,16 @@
-"""`rcd serve check`: a Serve config, looked at as strictly as a recipe, before `serve deploy` takes it."""
+"""`rcd serve check`: validate a Serve config as strictly as a recipe before `serve deploy` takes it."""
 
 from __future__ import annotations
 
-import argparse
+from pipelines.cli.flags import ServeCheckFlags
+from pipelines.serving.config_file import is_ours, read_config
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(dest="action", required=True)
-    check = commands.add_parser("check", help="name every mistake in a Serve config; nothing is started")
-    check.add_argument("config", help="the YAML file for `serve deploy`")
-
-
-def run(options: argparse.Namespace) -> int:
-    from pipelines.serving.config_file import is_ours, read_config  # imports Ray Serve
-
-    for one in read_config(options.config)["applications"]:
-        what = f"serves {', '.join(one['args']['models'])}" if is_ours(one) else f"is made by {one['import_path']}"
-        print(f"{one.get('name', 'default')} {what}")
+def check(flags: ServeCheckFlags) -> int:
+    for application in read_config(flags.config)["applications"]:
+        if is_ours(application):
+            content = f"serves {', '.join(application['args']['models'])}"
+        else:
+            content = f"is made by {application['import_path']}"
+        print(f"{application.get('name', 'default')} {content}")
     return 0

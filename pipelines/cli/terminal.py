@@ -1,41 +1,45 @@
-"""What the commands that talk in a terminal have in common: turns in, answers and their statistics out."""
+"""What the commands share in a terminal: consoles, the loop of a chat, answers and their statistics."""
 
 from __future__ import annotations
 
-import argparse
+import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import Any
+
+from rich.console import Console
 
 from pipelines.cli.live_view import printable
 from rcd_core.errors import UserError
+from rcd_core.io import storage
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 
-def refuse_in_one_line(parser: argparse.ArgumentParser, command: str) -> None:
-    """Without the usage, which is long where every setting is a flag."""
+def absolute_path(path: str) -> str:
+    """URIs unchanged."""
+    return path if storage.is_uri(path) else os.path.abspath(os.path.expanduser(path))
 
-    def error(message: str) -> NoReturn:
-        print(f"error: {message}; `{command} --help` lists the flags", file=sys.stderr)
-        sys.exit(2)
 
-    parser.error = error  # type: ignore[assignment, method-assign]
+def can_draw(wanted: bool) -> bool:
+    """Whether to draw live: not in a file, nor in a terminal without cursor movements."""
+    console = Console()
+    return wanted and console.is_terminal and not console.is_dumb_terminal
 
 
 def converse(answer: Callable[[list[dict[str, str]]], str]) -> None:
-    """Turn by turn, until the end of input or /exit. answer: all messages so far -> the model's text. A turn that it
-    refuses (UserError) is said and forgotten."""
+    """Chat until the end of input or /exit. answer: all messages so far -> the model's text. A turn for which it raises
+    UserError is reported and dropped."""
     print("Ctrl-C stops an answer, /clear forgets the conversation, /exit ends it", file=sys.stderr)
     messages: list[dict[str, str]] = []
     while (text := ask()) is not None and text.strip() != "/exit":
         if text.strip() == "/clear":
             messages = []
         elif text.strip():
-            asked = [*messages, turn(text)]
+            with_turn = [*messages, turn(text)]
             try:
-                messages = [*asked, turn(answer(asked), "assistant")]
+                messages = [*with_turn, turn(answer(with_turn), "assistant")]
             except UserError as error:
                 print(f"error: {printable(str(error))}", file=sys.stderr)
 
@@ -48,19 +52,19 @@ def read_stdin() -> str:
     try:
         text = sys.stdin.read()
     except UnicodeDecodeError as error:
-        raise UserError(f"stdin is no valid {error.encoding} text: {error.reason}") from error
+        raise UserError(f"stdin is not valid {error.encoding}: {error.reason}") from error
     if not text.strip():
         raise UserError("--prompt is not given and stdin is empty; give one of them")
     return text.removesuffix("\n")
 
 
-def print_text(text: str) -> None:
-    """Escaped for a terminal, on which control characters act; as it is for a file or a pipe."""
-    print(printable(text) if sys.stdout.isatty() else text, flush=True)
+def print_text(text: str, end: str = "\n") -> None:
+    """Print text of a model: escaped for a terminal, where control characters have effects, else unchanged."""
+    print(printable(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
 def statistics_line(report: dict[str, Any], *notes: str) -> str:
-    """One line. report: num_tokens, tokens_per_forward, seconds, and forwards by kind, as the HTTP interface has it."""
+    """One line. report: num_tokens, tokens_per_forward, seconds, and forwards by kind, as in the HTTP API."""
     forwards = report["forwards"]
     kinds = [f"{forwards[kind]} {kind}" for kind in ("prefill", "store", "reference") if forwards[kind]]
     parts = [

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
-from pipelines.evaluation.decode_flags import errors_as_flags, given_settings
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.decoding.decoder import Decoder
 from rcd_core.decoding.sequence import Sequence
@@ -38,14 +37,13 @@ class Generator:
         return self.tokenizer is not None and bool(self.tokenizer.chat_template)
 
     def sequence(self, ids: list[int], infill: bool, trace: bool = False) -> Sequence:
-        """The request as the engine takes it. Raises UserError naming the flag."""
+        """The request as the engine takes it. Raises UserError naming the setting."""
         model, settings = self.decoder.model, replace(self.settings, trace=self.settings.trace or trace)
         if not infill and not self.fixed_length:
             block_length = settings.block_length or model.info.block_length
             room = (model.max_positions - len(ids)) // block_length * block_length
             settings = replace(settings, max_new_tokens=max(1, min(settings.max_new_tokens, room)))
-        with errors_as_flags():
-            return self.decoder.check(ids, settings, infill=infill)
+        return self.decoder.check(ids, settings, infill=infill)
 
     def encode(self, text: str, infill: bool = False) -> list[int]:
         try:
@@ -86,37 +84,53 @@ class Generator:
         return "".join(texts) if self.tokenizer else " ".join(str(i) for i in ids)
 
 
-def load_generator(options: argparse.Namespace) -> Generator:
-    """Load what the flags name. Raises UserError naming the flag."""
+def load_generator(
+    model_dir: str,
+    ref_model_dir: str | None,
+    given: Mapping[str, Any],
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    attention: str = "sdpa",
+    mask_id: int | None = None,
+    needs_tokenizer: bool = True,
+    verbose: bool = False,
+) -> Generator:
+    """Load a model, its tokenizer and the reference, if the settings use one.
+
+    given: fields of DecodeSettings that the user has set; the rest depends on the checkpoint. dtype "auto": the
+    checkpoint's. device None: CUDA if available. mask_id: raises if the checkpoint has another one. Raises UserError
+    naming the flag of `rcd generate`.
+    """
     from rcd_core.families.loading import checkpoint_directory
     from rcd_core.text.tokenizer import load_tokenizer, stop_token_ids
 
+    load = partial(_load, dtype=dtype, device=device, attention=attention)
     with _naming("--model_dir"):
-        directory = checkpoint_directory(options.model_dir)
+        directory = checkpoint_directory(model_dir)
         tokenizer = None
         if any((directory / name).exists() for name in TOKENIZER_FILES):
             tokenizer = load_tokenizer(directory)
-        elif not options.prompt_ids:
+        elif needs_tokenizer:
             files = " or ".join(TOKENIZER_FILES[:2])
             raise UserError(f"{directory} has no tokenizer ({files}); add one, or give token ids with --prompt_ids")
-        model = _load(directory, options)
-    if options.mask_id not in (None, model.mask_token_id):
-        raise UserError(f"--mask_id is {options.mask_id}; the checkpoint's is {model.mask_token_id}: leave it out")
-    given = given_settings(options)
+        model = load(directory)
+    if mask_id not in (None, model.mask_token_id):
+        raise UserError(f"--mask_id is {mask_id}; the checkpoint's is {model.mask_token_id}: leave it out")
     settings = DecodeSettings(**given)
     if tokenizer is not None and settings.stop_token_ids is None:
         stops = dict.fromkeys((*model.info.eos_token_ids, *stop_token_ids(tokenizer)))
         settings = replace(settings, stop_token_ids=tuple(stops))
-    settings = _with_residual_defaults(settings, given, options, model)
+    settings = _with_residual_defaults(settings, given, model, ref_model_dir is not None)
     reference = None
-    if options.ref_model_dir and settings.residual and "reference" in (settings.start, settings.residual_source):
+    if ref_model_dir and settings.residual and "reference" in (settings.start, settings.residual_source):
         with _naming("--ref_model_dir"):
-            reference = _load(options.ref_model_dir, options)
+            reference = load(ref_model_dir)
             _check_reference(reference, model)
-    elif options.ref_model_dir:
+    elif ref_model_dir:
         why = f"start is {settings.start!r}" if settings.residual else "residual is off"
         print(f"note: --ref_model_dir is not used, since {why}", file=sys.stderr)
-    if options.verbose:
+    if verbose:
         print(f"model: {_describe(model)}", file=sys.stderr)
         if reference is not None:
             print(f"reference: {_describe(reference)}", file=sys.stderr)
@@ -124,10 +138,9 @@ def load_generator(options: argparse.Namespace) -> Generator:
 
 
 def _with_residual_defaults(
-    settings: DecodeSettings, given: Mapping[str, Any], options: argparse.Namespace, model: DiffusionModel
+    settings: DecodeSettings, given: Mapping[str, Any], model: DiffusionModel, reference: bool
 ) -> DecodeSettings:
-    """Residuals are on where the checkpoint or a reference asks for them; a reference that is given is started from."""
-    reference = options.ref_model_dir is not None
+    """Residuals default to on for an RCD checkpoint and with a reference; with a reference, start defaults to it."""
     if "residual" not in given:
         settings = replace(settings, residual=bool(model.info.rcd) or reference)
     if reference and settings.start is None and settings.residual_source == "self":
@@ -148,19 +161,19 @@ def _describe(model: DiffusionModel) -> str:
     return f"{model.family}, {size}, {str(model.dtype).removeprefix('torch.')} on {model.device}"
 
 
-def _load(path: Any, options: argparse.Namespace) -> DiffusionModel:
+def _load(path: Any, *, dtype: str, device: str | None, attention: str) -> DiffusionModel:
     import torch
 
     from rcd_core.families.loading import load_model
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # a torch without CUDA says it by assert
         reason = str(error).splitlines()[0]
         raise UserError(f"--device is {device!r}, which cannot be used here: {reason}; try --device cpu") from error
-    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-    return load_model(path, dtype=dtype, device=device, attention=options.attention)
+    number = None if dtype == "auto" else getattr(torch, dtype)
+    return load_model(path, dtype=number, device=device, attention=attention)
 
 
 @contextmanager

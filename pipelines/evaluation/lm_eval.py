@@ -11,16 +11,14 @@ compare log-likelihoods are refused: a diffusion model has bounds of them at mos
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, NoReturn
 
 from lm_eval.api.model import LM  # type: ignore[import-not-found]
 from lm_eval.api.registry import register_model  # type: ignore[import-not-found]
 
-from pipelines.evaluation.decode_flags import FIELDS
 from pipelines.evaluation.generator import Generator, load_generator
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.decoding.decoder import Decoder
@@ -51,7 +49,7 @@ class RcdLM(LM):
         super().__init__()
         if target is None:
             raise UserError("model_args: target is not given; name a checkpoint, as in target=/path/to/model")
-        if unknown := sorted(set(settings) - set(FIELDS)):
+        if unknown := sorted(set(settings) - {field.name for field in fields(DecodeSettings)}):
             raise UserError(f"model_args: {unknown[0]} is neither target, reference, dtype, attention nor a setting")
         self.generator = _load(target, reference, dtype, attention, device, settings)
         self.name = target
@@ -130,19 +128,13 @@ def _load(
     target: str, reference: str | None, dtype: str, attention: str, device: str | None, settings: Mapping[str, Any]
 ) -> Generator:
     """As `rcd generate` loads: residuals on for an RCD checkpoint and with a reference, which is then started from."""
-    options = argparse.Namespace(
-        model_dir=target,
-        ref_model_dir=reference,
-        dtype=dtype,
-        attention=attention,
-        device=device,
-        mask_id=None,
-        prompt_ids=None,
-        verbose=False,
-        **settings,
-    )
+    given = dict(settings)
+    if given.get("top_k") == 0:  # off, as on the command line
+        given["top_k"] = None
+    if "stop_token_ids" in given:
+        given["stop_token_ids"] = tuple(given["stop_token_ids"])
     try:
-        return load_generator(options)
+        return load_generator(target, reference, given, dtype=dtype, attention=attention, device=device)
     except UserError as error:
         message = str(error).replace("--ref_model_dir", "reference").replace("--model_dir", "target")
         raise UserError(f"model_args: {message}") from error

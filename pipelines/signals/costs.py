@@ -13,19 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
 
 from pipelines.recipe.model import Recipe
 from pipelines.run.directory import RunDirectory
 from pipelines.signals.plan import planned_rows
 from rcd_core.errors import UserError
-from rcd_core.families.config import ModelConfig
-from rcd_core.families.loading import checkpoint_directory
-from rcd_core.training.plan import ModelShape
 
 PASSES = {"sdar": 2, "llada": 1}  # how often a row's tokens enter the model in one forward pass of training
 LOGPROB_BITS = 13  # of 16, after compression (plan.predicted_bytes)
@@ -112,22 +107,6 @@ def column_bytes(amounts: Volume, top_k: int) -> dict[str, float]:
         "entropy, tail_mass, masked_positions": 64 * amounts.masked,
     }
     return {name: value / 8 for name, value in bits.items()}
-
-
-def parameters(source: str | ModelConfig, vocab_size: int, flag: str) -> int:
-    """Parameters of a model to be created, or of a local checkpoint from its files' headers. Loads no weights.
-
-    Raises UserError, naming the flag that gives the number, for a checkpoint that is not on this machine.
-    """
-    if isinstance(source, ModelConfig):
-        return ModelShape.of(source, vocab_size).parameters
-    if not Path(source).is_dir():
-        raise UserError(f"checkpoint {source!r} is not on this machine; give its size with {flag}, e.g. 1.7e9")
-    total = 0
-    for path in sorted(checkpoint_directory(source).glob("*.safetensors")):
-        with safe_open(str(path), framework="numpy") as file:
-            total += sum(int(np.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
-    return total
 
 
 def costs(

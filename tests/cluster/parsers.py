@@ -11,7 +11,9 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import click
+from cyclopts import CycloptsError
 
+from pipelines.cli.main import make_app
 from tests.conftest import ROOT
 
 
@@ -26,7 +28,7 @@ def problem(words: list[str]) -> str | None:
     if program in ("ray", "serve"):
         return _click(program, arguments)
     if program == "rcd":
-        return _argparse("pipelines.cli.main", arguments)
+        return _rcd(arguments)
     if program == "make":
         return _make(arguments)
     if program in ("python", "python3") and arguments:
@@ -45,6 +47,14 @@ def _click(program: str, arguments: list[str]) -> str | None:
         command.make_context(program, list(arguments))
     except click.ClickException as error:
         return error.format_message()
+    return None
+
+
+def _rcd(arguments: list[str]) -> str | None:
+    try:
+        make_app().parse_args(arguments, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        return str(error)
     return None
 
 

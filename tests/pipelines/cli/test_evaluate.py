@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
@@ -16,6 +15,7 @@ import pytest
 
 from pipelines.cli import main as cli
 from pipelines.cli.evaluate import recipe_of
+from pipelines.cli.flags import EvaluateFlags
 from pipelines.recipe.load import load_recipe, parse_recipe
 from pipelines.recipe.settings_files import provenance, read_settings, settings_names
 from rcd_core import Decoder, DecodeSettings, load_model
@@ -75,14 +75,9 @@ def test_from_checkpoints_to_the_report(
     assert "evaluate.thresholds: [0.5] there, [0.9] now" in capsys.readouterr().err
 
 
-def options(*words: str) -> Any:
-    import argparse
-
-    from pipelines.cli.evaluate import add_arguments
-
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return parser.parse_args(words)
+def options(*words: str) -> EvaluateFlags:
+    _, bound, _ = cli.make_app().parse_args(["evaluate", *words], exit_on_error=False, print_error=False)
+    return bound.arguments["options"]
 
 
 def test_the_command_line_as_a_recipe(
@@ -111,13 +106,13 @@ def test_the_command_line_as_a_recipe(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--task=qa"], "--test, --output is not given"),
-        (["--task=qa", "--test=/t.jsonl", "--output=/tmp/x"], "neither --target nor --baseline is given"),
-        (["--task=qa", "--test=/t.jsonl", "--output=/tmp/x", "--target=/none"], "'/none' does not exist"),
-        (["--task=qa", "--test=/t.jsonl", "--output=/tmp/x", "--target=/x", "--model=m"], "give its --url"),
+        (["--task=qa"], "--test, --output"),
+        (["--task=qa", "--test=/t.jsonl", "--output=/tmp/x"], "--target nor --baseline"),
+        (["--task=qa", "--test=/t.jsonl", "--output=/tmp/x", "--target=/none"], "'/none'"),
+        (["--task=qa", "--test=/t.jsonl", "--output=/tmp/x", "--target=/x", "--model=m"], "--url"),
         (
             ["--task=qa", "--test=/t.jsonl", "--output=/tmp/x", "--target=/x", "--settings=paper-sdar-64"],
-            "did you mean",
+            "paper-sdar-b64",
         ),
     ],
 )

@@ -1,0 +1,341 @@
+"""The flags of every `rcd` command: one dataclass per command, whose docstring is the command's help.
+
+Commands import torch, Ray or pydantic, which takes seconds. This module does not, so that `--help` is immediate.
+`--a_b` and `--a-b` are the same flag.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_type_hints
+
+from cyclopts import Group, Parameter, Token
+
+from rcd_core.decode_settings import DecodeSettings
+
+
+def _whole(_: Any, tokens: Sequence[Token]) -> int:
+    return int(tokens[0].value)
+
+
+Int = Annotated[int, Parameter(converter=_whole)]  # cyclopts would round 2.5
+Flags = Parameter(name="*")  # the fields of a class become flags of their own
+FEW = {"consume_multiple": (1, 1 << 16)}  # several values after one flag
+
+
+def _section(title: str, about: str = "", sort_key: int = 0) -> Callable[..., Parameter]:
+    """A titled part of a command's help -> what declares a flag in it, from its help text."""
+    group = Group(title, help=about, sort_key=sort_key)
+    return lambda text, **options: Parameter(help=text, group=group, **options)
+
+
+# -- decoding --------------------------------------------------------------------------------------------------------
+
+DECODE_HELP = {
+    "block_length": "Tokens decoded together.",
+    "denoising_steps": "Passes planned for a block. Default: the block length.",
+    "max_new_tokens": "Upper limit of new tokens; lower if the model has fewer positions left.",
+    "policy": "Which tokens a pass commits.",
+    "confidence_threshold": "low_confidence_dynamic commits every token above it.",
+    "entropy_bound": "Nats, for entropy_bounded; SDAR's script uses 0.35.",
+    "temperature": "0 takes the most probable token.",
+    "top_k": "Sample from the k most probable tokens; 0 is off.",
+    "top_p": "Sample from the most probable tokens that sum to this probability.",
+    "seed": "Seed of sampling.",
+    "filtered_confidence": "Confidence after top-k and top-p, as in SDAR's generate.py.",
+    "cfg_scale": "Strength of classifier-free guidance; 0 is off.",
+    "logits_eos_inf": "LLaDA: never predict an end of sequence.",
+    "confidence_eos_eot_inf": "LLaDA: commit ends of sequence or turn last.",
+    "stop_token_ids": "Token ids that end the answer; the flag without ids turns stopping off.",
+    "cache": "What is kept between passes.",
+    "compat_passes": "Make exactly the passes of the authors' code.",
+    "residual": "RCD's residuals. Default: on for an RCD checkpoint or with a reference.",
+    "residual_source": "Model whose predictions become residuals.",
+    "start": "First residual of a block. Default with a reference: reference.",
+    "residual_temperature": "T_res. Default: the checkpoint's, else 1.",
+    "delta_temperature": "Temperature of the residual's distribution: 1, or T_res.",
+    "alpha": "Rule that weights the residual.",
+    "alpha_scale": "Nats, for calibrated_entropy, uniform and learned.",
+    "residual_top_k": "Sparse residuals of this many tokens.",
+    "residual_scope": "Positions that receive residuals.",
+    "trace": "Record every pass (see --json).",
+}
+# The names in the authors' scripts (semantics.md 1.5, 1.6).
+ALIASES = {
+    "policy": "--remasking_strategy",
+    "entropy_bound": "--eb_threshold",
+    "max_new_tokens": "--gen_length",
+    "stop_token_ids": "--stopping_criteria_idx",
+}
+
+
+def _decode_flags() -> dict[str, Any]:
+    """A flag for every field of DecodeSettings."""
+    section = _section("Decoding", "Without a default here: the checkpoint's, else off.", sort_key=9)
+    integers = {int: Int, int | None: Int | None, tuple[int, ...] | None: tuple[Int, ...] | None}
+    hints, flags = get_type_hints(DecodeSettings), {}
+    for setting in dataclasses.fields(DecodeSettings):
+        name, default = setting.name, setting.default
+        text = DECODE_HELP[name]
+        if default is not None and default is not False:
+            text += f" Default: {default}."
+        options = {"negative_bool": "no-", "consume_multiple": name == "stop_token_ids", "alias": ALIASES.get(name)}
+        flags[name] = Annotated[integers.get(hints[name], hints[name]), section(text, **options)]
+    return flags
+
+
+if TYPE_CHECKING:
+    DecodeFlags = dict[str, Any]
+else:  # a dictionary of the flags that were given: which ones is needed where defaults depend on the checkpoint
+    DecodeFlags = Annotated[TypedDict("DecodeFlags", _decode_flags(), total=False), Flags]
+
+
+def decode_settings(flags: DecodeFlags) -> dict[str, Any]:
+    """The settings given as flags, for DecodeSettings(**...), which checks them."""
+    return flags | {"top_k": None} if flags.get("top_k") == 0 else dict(flags)  # the authors' scripts write 0 for off
+
+
+# -- commands --------------------------------------------------------------------------------------------------------
+
+MODEL = _section("Model", sort_key=1)
+PROMPT = _section("Input", "One user turn each. Without any: stdin; in a terminal, a chat.", sort_key=2)
+OUTPUT = _section("Output", "Text on stdout, statistics on stderr.", sort_key=3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateFlags:
+    """Generate text with a checkpoint, in this process and without Ray.
+
+    rcd generate --model_dir MODEL --prompt "..." --show
+    echo "..." | rcd generate --model_dir MODEL
+    """
+
+    model_dir: Annotated[str, MODEL("Checkpoint: directory, URI or hub id.")]
+    ref_model_dir: Annotated[str | None, MODEL("Reference model, which warm-starts the residuals of a block.")] = None
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], MODEL("auto: the checkpoint's.")] = "auto"
+    device: Annotated[str | None, MODEL("Default: cuda if available, else cpu.")] = None
+    attention: Annotated[Literal["sdpa", "eager", "flex", "flash"], MODEL("Attention implementation.")] = "sdpa"
+    mask_id: Annotated[Int | None, MODEL("Must equal the checkpoint's mask token id, which is used.")] = None
+    trust_remote_code: Annotated[bool, MODEL("Accepted and ignored: a checkpoint's code is never run.")] = False
+
+    prompt: Annotated[tuple[str, ...], PROMPT("May be repeated: a batch.", allow_leading_hyphen=True)] = ()
+    prompt_ids: Annotated[tuple[str, ...], PROMPT('Token ids, as "1 2 3"; prints ids.')] = ()
+    raw: Annotated[bool, PROMPT("Continue the text without a chat template.")] = False
+    infill: Annotated[bool, PROMPT("Fill the <|MASK|> tokens of the text, and add nothing.")] = False
+    prompt_length: Annotated[Int | None, PROMPT("Refuse prompts of more tokens.")] = None
+
+    show: Annotated[bool, OUTPUT("Draw the denoising in the terminal.")] = False
+    delay: Annotated[float, OUTPUT("Seconds to wait after each pass drawn.")] = 0.0
+    json: Annotated[bool, OUTPUT("Print text, ids, settings and statistics as one JSON object.")] = False
+    verbose: Annotated[bool, OUTPUT("Print models and settings on stderr.")] = False
+
+    decode: DecodeFlags = dataclasses.field(default_factory=dict)
+
+
+SERVER = _section("Endpoint", "An API key is read from the environment variable RCD_API_KEY.", sort_key=1)
+TURN = _section("Input", "Without --prompt: stdin as one turn; in a terminal, a chat.", sort_key=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatFlags:
+    """Talk to a served model and see the denoising as it happens.
+
+    rcd chat --url http://127.0.0.1:8000
+    echo "..." | rcd chat --url http://127.0.0.1:8000 --model rcd-demo
+    """
+
+    url: Annotated[str, SERVER("For example http://127.0.0.1:8000")]
+    model: Annotated[str | None, SERVER("Model id. Default: the first that the endpoint lists.")] = None
+    prompt: Annotated[str | None, TURN("One turn instead of a chat.", allow_leading_hyphen=True)] = None
+    raw: Annotated[bool, TURN("Continue the text without a chat template (/v1/completions).")] = False
+    infill: Annotated[bool, TURN("Fill the <|MASK|> tokens of the text, and add nothing.")] = False
+    no_show: Annotated[bool, OUTPUT("Do not draw the denoising in a terminal.", name="--no-show")] = False
+    decode: DecodeFlags = dataclasses.field(default_factory=dict)
+
+
+CHECKPOINTS = _section("Checkpoints", "Directories, URIs or hub ids.", sort_key=1)
+ENDPOINT = _section("A live endpoint instead", "RCD_API_KEY or OPENAI_API_KEY is sent, if set.", sort_key=2)
+TASK = _section("Problems and settings", sort_key=3)
+WHERE = _section("Ray", "For checkpoints. Without an address: a local Ray that ends with the command.", sort_key=4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateFlags:
+    """Evaluate checkpoints, or a served model.
+
+    rcd evaluate --target RCD --baseline SEQD --task gsm8k --test /data/gsm8k_test.jsonl --output DIR
+    rcd evaluate --url http://127.0.0.1:8000/v1 --model rcd-demo --task gsm8k --test /data/gsm8k_test.jsonl --output DIR
+    """
+
+    target: Annotated[str | None, CHECKPOINTS("RCD model; without it only the baseline is evaluated.")] = None
+    baseline: Annotated[str | None, CHECKPOINTS("SeqD: same start and training, without residuals.")] = None
+    residual_off: Annotated[bool, CHECKPOINTS("Add the target without residuals; this is not SeqD.")] = False
+    reference: Annotated[str | None, CHECKPOINTS("Reference model; adds the reference start.")] = None
+
+    url: Annotated[str | None, ENDPOINT("OpenAI-compatible, for example http://127.0.0.1:8000/v1")] = None
+    model: Annotated[str | None, ENDPOINT("Model id.")] = None
+    baseline_model: Annotated[str | None, ENDPOINT("Model id of the endpoint to compare with.")] = None
+    concurrency: Annotated[Int, ENDPOINT("Requests at a time.")] = 8
+    reference_flops_weight: Annotated[float, ENDPOINT("Cost of a reference pass in target passes.")] = 1.0
+
+    task: Annotated[str | None, TASK("gsm8k, math500, aime24, sudoku, qa, ...; a wrong name lists all.")] = None
+    test: Annotated[tuple[str, ...], TASK(".jsonl, .parquet, hf://..., or synthetic; repeatable.", metavar="FILE")] = ()
+    output: Annotated[str | None, TASK("Directory or URI of the results; the same command resumes there.")] = None
+    settings: Annotated[str | None, TASK("Shipped settings file, for example paper-sdar-b64.")] = None
+    list_settings: Annotated[bool, TASK("List the shipped settings files and exit.")] = False
+    thresholds: Annotated[tuple[float, ...] | None, TASK("Confidence thresholds to sweep.", **FEW)] = None
+    starts: Annotated[tuple[str, ...] | None, TASK("First residual of a block: zero, reference.", **FEW)] = None
+    block_lengths: Annotated[tuple[Int, ...] | None, TASK("Default: the checkpoint's.", **FEW)] = None
+    samples: Annotated[Int | None, TASK("Answers per problem, for a temperature above 0.")] = None
+    num_examples: Annotated[Int | None, TASK("Use the first N problems. Default: all.")] = None
+    seed: Annotated[Int, TASK("Seed of sampling.")] = 0
+    set: Annotated[
+        tuple[str, ...],
+        TASK("Any key of a recipe; decode.x is short for evaluate.decode.x. Repeatable.", metavar="KEY=VALUE"),
+    ] = ()
+
+    address: Annotated[str | None, WHERE("Ray cluster. Default: RAY_ADDRESS.")] = None
+    actors: Annotated[Int | None, WHERE("Decoding processes. Default: one per GPU, else one.")] = None
+    redo: Annotated[tuple[str, ...], WHERE("Run a finished stage again: prepare, evaluate.", metavar="STAGE")] = ()
+    dry_run: Annotated[bool, WHERE("Print the recipe and the plan; start nothing.")] = False
+    verbose: Annotated[bool, WHERE("Show Ray's logs and progress bars.")] = False
+
+
+DATA = _section("Held-out training examples", "Never test problems, as T_res is fitted to them.", sort_key=2)
+CALIBRATION = _section("Output", "T_res on stdout, the search on stderr.", sort_key=3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateFlags:
+    """Choose T_res of a checkpoint, and measure what its discarded predictions are worth.
+
+    rcd calibrate --target RCD --reference REF --task gsm8k --data /data/held_out.jsonl
+    rcd calibrate --target ANY --task gsm8k --data /data/held_out.jsonl --report figures.html
+    """
+
+    target: Annotated[str, CHECKPOINTS("RCD model; T_res is written into it.")]
+    reference: Annotated[
+        str | None, CHECKPOINTS("Model whose signals it was trained on. Without it: only the discarded predictions.")
+    ] = None
+
+    task: Annotated[str, DATA("gsm8k, math, sudoku, qa, ...; a wrong name lists all.")]
+    data: Annotated[str, DATA(".jsonl or .parquet, as data.train of a recipe; or synthetic.", metavar="FILE")]
+    field: Annotated[tuple[str, ...], DATA("As data.fields of a recipe; repeatable.", metavar="OURS=COLUMN")] = ()
+    num_examples: Annotated[Int, DATA("Use the first N examples.")] = 256
+    match: Annotated[
+        Literal["decoding", "training"],
+        DATA("Query the reference on the states that decoding visits, or on examples under its training noise."),
+    ] = "decoding"
+    noise_seed: Annotated[Int, DATA("Seed of the masks for the reference.")] = 0
+    alpha_temperature: Annotated[float, DATA("Temperature of the signals.")] = 1.0
+
+    report: Annotated[str | None, CALIBRATION("Also write an HTML page with all curves.", metavar="FILE")] = None
+    json: Annotated[bool, CALIBRATION("Print all numbers as one JSON object.")] = False
+    dry_run: Annotated[bool, CALIBRATION("Write nothing into the checkpoint.")] = False
+
+    decode: DecodeFlags = dataclasses.field(default_factory=dict)
+
+
+FLAG = _section("Flags")
+RECIPE = FLAG("Name of a shipped recipe, or a YAML file.")
+SET = FLAG("Change a key of the recipe; repeatable.", metavar="KEY=VALUE")
+STATE = FLAG("File that remembers the running head.", metavar="FILE")
+MFU = FLAG("Model FLOPs utilisation: achieved share of the peak.")
+
+
+@dataclass(frozen=True)
+class ReportFlags:
+    """Compare the evaluations of runs, in the terminal and as one HTML page.
+
+    rcd report ~/rcd-runs/demo-s0 ~/rcd-runs/demo-s1 s3://bucket/rcd/sdar-4b-b32 --output compared.html
+    """
+
+    runs: Annotated[tuple[str, ...], FLAG("Directories or URIs of runs, or of `rcd evaluate --output`.")]
+    _: KW_ONLY
+    output: Annotated[str | None, FLAG("Also write one HTML page: a path or URI.", metavar="FILE")] = None
+    arms: Annotated[tuple[str, ...] | None, FLAG("Only these methods; patterns like 'target/*' work.", **FEW)] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunsFlags:
+    """List runs and the state of their stages."""
+
+    storage: Annotated[str, FLAG("Absolute directory or URI of the runs.", metavar="DIR")] = "~/rcd-runs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownFlags:
+    """Stop the local Ray head and every process that it started."""
+
+    state: Annotated[Path | None, STATE] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpFlags:
+    """Start a local Ray head, or reuse the running one."""
+
+    dashboard_port: Annotated[Int | None, FLAG("Port for jobs and the dashboard. Default: 8265.")] = None
+    port: Annotated[Int | None, FLAG("Port that the job's HTTP endpoint will use; it must be free.")] = None
+    state: Annotated[Path | None, STATE] = None
+
+
+@dataclass(frozen=True)
+class ServeCheckFlags:
+    """Name every mistake in a Serve config; start nothing.
+
+    rcd serve check cluster/serve.yaml
+    """
+
+    config: Annotated[str, FLAG("YAML file for `serve deploy`.")]
+
+
+@dataclass(frozen=True)
+class SignalsInspectFlags:
+    """Show what a directory of signals holds, and how faithful it is.
+
+    rcd signals inspect ~/rcd-runs/demo/signals --reference REF --target RCD
+    """
+
+    directory: Annotated[str, FLAG("<run>/signals of a finished stage; a directory or URI.")]
+    _: KW_ONLY
+    reference: Annotated[str | None, FLAG("To measure fidelity: the checkpoint the signals come from.")] = None
+    target: Annotated[str | None, FLAG("To measure fidelity: a checkpoint trained on them.")] = None
+    sample: Annotated[Int, FLAG("Masked positions to measure fidelity on.")] = 4096
+    output: Annotated[str | None, FLAG("PNG to write. Default: DIRECTORY.png.", metavar="FILE")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignalsPlanFlags:
+    """Estimate rows, bytes, device hours and break-even of a signal cache.
+
+    rcd signals plan --recipe demo
+    """
+
+    recipe: Annotated[str, RECIPE]
+    set: Annotated[tuple[str, ...], SET] = ()
+    peak_tflops: Annotated[float, FLAG("Peak of the device; 989 is an H100 in dense bf16.")] = 989.0
+    mfu: Annotated[float, MFU] = 0.4
+    reference_params: Annotated[float | None, FLAG("Parameters of a reference that is not on this machine.")] = None
+    target_params: Annotated[float | None, FLAG("Parameters of a target that is not on this machine.")] = None
+    storage_hours: Annotated[float, FLAG("Cost of keeping the cache, in device hours.")] = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPlanFlags:
+    """Estimate bytes per GPU by strategy, the fewest GPUs, FLOPs and hours of a training.
+
+    rcd train plan --recipe sdar-8b-b64 --device H100 --mfu 0.4
+    rcd train plan --recipe demo --gpus 4 --set target.train.strategy=fsdp2
+    """
+
+    recipe: Annotated[str, RECIPE]
+    set: Annotated[tuple[str, ...], SET] = ()
+    device: Annotated[Literal["A100", "H100", "H200", "B200", "L40S", "L4"], FLAG("GPU.")] = "H100"
+    gpus: Annotated[Int | None, FLAG("Number of GPUs. Default: resources.num_workers.")] = None
+    mfu: Annotated[float, MFU] = 0.4
+    examples: Annotated[Int | None, FLAG("Training examples, if the stage prepare has not run.")] = None
+    example_tokens: Annotated[float | None, FLAG("Mean tokens of an example. Default: data.max_length.")] = None
+    vocab_size: Annotated[Int | None, FLAG("Vocabulary, if the tokenizer is not on this machine.")] = None

@@ -1,0 +1,295 @@
+"""`rcd train plan` and `rcd signals plan`: what a recipe's training or signal cache needs, before any GPU is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.cli.flags import SignalsPlanFlags, TrainPlanFlags
+from pipelines.recipe.load import load_recipe
+from pipelines.recipe.model import Recipe
+from pipelines.recipe.rules import is_hub_id
+from pipelines.run.directory import RunDirectory
+from pipelines.run.messages import make_console
+from pipelines.signals.costs import PASSES, Volume, column_bytes, costs, volume
+from rcd_core.errors import UserError
+from rcd_core.families.config import ModelConfig
+from rcd_core.families.files import read_json
+from rcd_core.families.loading import checkpoint_directory, family_of
+from rcd_core.residual import ResidualSettings
+from rcd_core.training.plan import MEMORY, USABLE, Memory, ModelShape, fits, memory, step_shape, training_cost
+from rcd_core.training.settings import TrainSettings
+
+MAX_GPUS = 1024
+PARTS = ("weights", "gradients", "optimizer", "activations", "loss", "signals")
+SELF_FORWARDS = 1.5  # residual source self: one or two more passes over each row
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A strategy to compare, and the settings that select it."""
+
+    name: str
+    settings: dict[str, Any]
+
+    def apply(self, settings: TrainSettings) -> TrainSettings:
+        changes: dict[str, Any] = {"deepspeed": {}, "cpu_offload": False} | self.settings
+        return replace(settings, **changes)
+
+
+STRATEGIES = (
+    Strategy("ddp", {"strategy": "ddp"}),
+    Strategy("fsdp2", {"strategy": "fsdp2"}),
+    Strategy("fsdp2, offload", {"strategy": "fsdp2", "cpu_offload": True}),
+    *(
+        Strategy(f"deepspeed {stage}", {"strategy": "deepspeed", "deepspeed": {"zero_optimization": {"stage": stage}}})
+        for stage in (1, 2, 3)
+    ),
+    Strategy(
+        "deepspeed 3, offload",
+        {
+            "strategy": "deepspeed",
+            "deepspeed": {
+                "zero_optimization": {
+                    "stage": 3,
+                    "offload_optimizer": {"device": "cpu"},
+                    "offload_param": {"device": "cpu"},
+                }
+            },
+        },
+    ),
+)
+
+
+def plan_training(flags: TrainPlanFlags) -> int:
+    if not 0 < flags.mfu <= 1:
+        raise UserError(f"--mfu is {flags.mfu}; it must be in (0, 1]")
+    for name in ("gpus", "examples", "example_tokens", "vocab_size"):
+        value = getattr(flags, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}; it must be at least 1")
+    recipe = load_recipe(flags.recipe, flags.set)
+    console = make_console()
+    gpus = flags.gpus or recipe.resources.worker_counts[-1]
+    rows = _rows(recipe, flags)
+    for job in _jobs(recipe, flags.vocab_size):
+        _show(job, recipe, rows, gpus, flags, console)
+    return 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training of the recipe. forwards: additional passes over each row, in forward passes of the trained model."""
+
+    name: str
+    shape: ModelShape
+    settings: TrainSettings
+    residual: ResidualSettings | None
+    forwards: float
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Training examples: number, mean length in tokens, share of labelled tokens."""
+
+    examples: int | None
+    mean_tokens: float
+    labelled_share: float
+    source: str
+
+
+def _jobs(recipe: Recipe, vocab_size: int | None) -> Iterator[Job]:
+    reference = recipe.reference
+    if recipe.base:
+        shape = _shape("base.start", recipe.base.start, recipe, vocab_size)
+        yield Job("base", shape, recipe.base.train, None, 0.0)
+    smaller = None
+    if reference is not None and (reference.train or recipe.target.residual.source == "online"):
+        smaller = _shape("reference.start", reference.start, recipe, vocab_size)
+        if reference.train:
+            yield Job("reference", smaller, reference.train, None, 0.0)
+    start = recipe.target.start or (recipe.base.start if recipe.base else None)
+    assert start is not None  # a rule of the recipe
+    shape = _shape("target.start", start, recipe, vocab_size)
+    residual = recipe.target.residual
+    forwards = SELF_FORWARDS if residual.runs_model else 0.0
+    if residual.source == "online" and smaller is not None:
+        forwards = smaller.parameters / shape.parameters
+    yield Job("target", shape, recipe.training("target").train, residual, forwards)
+
+
+def _shape(key: str, start: str | ModelConfig, recipe: Recipe, vocab_size: int | None) -> ModelShape:
+    """From sizes in the recipe, or from a checkpoint's config.json; nothing is downloaded. key: names it in errors."""
+    if isinstance(start, ModelConfig):
+        return ModelShape.of(start, vocab_size or _vocab_size(recipe))
+    if "://" not in start and not Path(start).is_dir() and is_hub_id(start):
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(start, "config.json")
+        if not isinstance(cached, str):
+            raise UserError(
+                f"{key} is {start}, which is not in the hub's cache on this machine; download its config.json "
+                f"(hf download {start} config.json), or give the sizes: --set '{key}={{family: sdar, hidden_size: "
+                "..., num_layers: ..., num_heads: ..., num_kv_heads: ..., intermediate_size: ...}'"
+            )
+        start = str(Path(cached).parent)
+    directory = checkpoint_directory(start)
+    config = read_json(directory / "config.json")
+    family = family_of(config, directory)
+    return ModelShape.of_backbone(family.family, family.read_config(config, directory, has_head=True))  # type: ignore[arg-type]
+
+
+def _vocab_size(recipe: Recipe) -> int:
+    if manifest := RunDirectory(recipe.run_directory).manifest("prepare"):
+        return int(manifest["summary"]["vocab_size"])
+    if recipe.tokenizer.path is not None:
+        raise UserError(
+            f"tokenizer.path is {recipe.tokenizer.path}, whose vocabulary is not known before the stage prepare; give "
+            "--vocab_size"
+        )
+    return recipe.tokenizer.vocab_size
+
+
+def _rows(recipe: Recipe, flags: TrainPlanFlags) -> Rows:
+    manifest = RunDirectory(recipe.run_directory).manifest("prepare")
+    if manifest and (chunks := manifest["summary"].get("chunks")):
+        rows, tokens, labelled = (sum(chunks[name]) for name in ("rows", "tokens", "labelled"))
+        return Rows(rows, tokens / rows, labelled / tokens, "counted by the stage prepare")
+    mean = flags.example_tokens or float(recipe.data.max_length)
+    source = "given" if flags.example_tokens else "data.max_length for every example, an upper bound"
+    return Rows(flags.examples or recipe.data.num_train, mean, 1.0, source)
+
+
+def _show(job: Job, recipe: Recipe, rows: Rows, gpus: int, flags: TrainPlanFlags, console: Console) -> None:
+    shape, settings = job.shape, job.settings
+    layers = shape.num_layers * shape.layer_parameters
+    console.print(f"{job.name}: {shape.parameters:,} parameters, {layers:,} of them in {shape.num_layers} layers")
+    table = Table("strategy", title_justify="left")
+    for part in (*PARTS, "peak", "fits", "host", "fewest GPUs"):
+        table.add_column(part, justify="right")
+    own, *others = _strategies(settings)
+    most = USABLE * MEMORY[flags.device]
+    recompute = "on" if settings.activation_checkpointing else "off"
+    unit, name = (1e9, "GB") if _memory(job, recipe, rows, own.apply(settings), gpus).peak > 1e9 else (1e6, "MB")
+    table.title = (
+        f"{name} per GPU on {gpus} x {flags.device} ({most / unit:,.0f} usable), {settings.dtype}, activation "
+        f"checkpointing {recompute}"
+    )
+    for strategy in (own, *others):
+        changed = strategy.apply(settings)
+        need = _memory(job, recipe, rows, changed, gpus)
+        numbers = [f"{value / unit:,.1f}" for value in (*(getattr(need, part) for part in PARTS), need.peak)]
+        host = f"{need.host / unit:,.1f}" if need.host else ""
+        fewest = _fewest(job, recipe, rows, changed, flags.device)
+        table.add_row(strategy.name, *numbers, "yes" if fits(need, flags.device) else "no", host, fewest)
+    console.print(table)
+    other = replace(settings, activation_checkpointing=not settings.activation_checkpointing)
+    need = _memory(job, recipe, rows, other, gpus)
+    state = "on" if other.activation_checkpointing else "off"
+    console.print(f"with activation checkpointing {state}: activations {need.activations / unit:,.1f} {name}")
+    for line in _cost(job, rows, gpus, flags):
+        console.print(line)
+    console.print()
+
+
+def _strategies(settings: TrainSettings) -> Iterator[Strategy]:
+    own: dict[str, Any] = {n: getattr(settings, n) for n in ("strategy", "cpu_offload", "deepspeed")}
+    offload = ", offload" if settings.cpu_offload else ""
+    yield Strategy(f"recipe: {settings.strategy}{offload}", own)
+    yield from STRATEGIES
+
+
+def _memory(job: Job, recipe: Recipe, rows: Rows, settings: TrainSettings, gpus: int) -> Memory:
+    residual = job.residual.feeds_back if job.residual else False
+    kept = recipe.signals.top_k if residual else 0
+    step = step_shape(job.shape, settings, recipe.data.max_length, gpus, rows.labelled_share, kept)
+    return memory(job.shape, settings, step, gpus)
+
+
+def _fewest(job: Job, recipe: Recipe, rows: Rows, settings: TrainSettings, device: str) -> str:
+    """The smallest number of GPUs that divides the batch size and on which the training fits."""
+    counts = (n for n in range(1, min(MAX_GPUS, settings.batch_size) + 1) if settings.batch_size % n == 0)
+    return next((str(n) for n in counts if fits(_memory(job, recipe, rows, settings, n), device)), "none")
+
+
+def _cost(job: Job, rows: Rows, gpus: int, flags: TrainPlanFlags) -> Iterator[str]:
+    settings = job.settings
+    if settings.epochs is not None and rows.examples is None:
+        yield (
+            f"steps: {settings.epochs:g} epochs of an unknown number of examples; run the stage prepare, or give "
+            "--examples"
+        )
+        return
+    settings = settings.resolved(rows.examples or 0)
+    total = training_cost(
+        job.shape,
+        settings.steps * settings.batch_size,
+        rows.mean_tokens,
+        rows.labelled_share,
+        gpus,
+        flags.device,
+        flags.mfu,
+        job.forwards,
+    )
+    yield (
+        f"{settings.steps:,} steps of {settings.batch_size}: {total.tokens:,.0f} tokens ({rows.source}), "
+        f"{total.flops:.3g} FLOPs, {total.hours:,.1f} hours on {gpus} x {flags.device} at MFU {flags.mfu:g}"
+    )
+
+
+# -- signals ---
+
+
+def plan_signals(flags: SignalsPlanFlags) -> int:
+    for name in ("peak_tflops", "mfu"):
+        if not getattr(flags, name) > 0:
+            raise UserError(f"--{name} is {getattr(flags, name)}; it must be above 0")
+    recipe = load_recipe(flags.recipe, flags.set)
+    if recipe.reference is None:
+        raise UserError(f"recipe {recipe.name} has no reference, so there are no signals to plan; add the section")
+    size = volume(recipe)
+    reference = recipe.reference.start
+    target = recipe.target.start or (recipe.base.start if recipe.base else reference)
+    models = (("reference", reference, flags.reference_params), ("target", target, flags.target_params))
+    shapes = {k: _shape(f"{k}.start", start, recipe, size.vocab_size) for k, start, given in models if not given}
+    num_reference, num_target = (given or shapes[key].parameters for key, _, given in models)
+    families = [
+        *(shape.family for shape in shapes.values()),
+        *(s.family for _, s, _ in models if isinstance(s, ModelConfig)),
+    ]
+    passes = PASSES[families[0] if families else "sdar"]
+    speed = flags.peak_tflops * 1e12 * flags.mfu
+    cost = costs(size, passes, num_reference, num_target, speed, flags.storage_hours)
+    exact = "counted from the prepared examples" if size.exact else "at most, by the recipe's limits"
+    per_second = f"({flags.peak_tflops:g} TFLOP/s x {flags.mfu:g})"
+    num_targets = sum(r.source == "signals" for r in recipe.residuals().values())
+    lines = [
+        f"rows {size.rows:,} of {size.examples:,} examples x {recipe.noise.draws} draws; tokens {size.tokens:,}; "
+        f"masked tokens {size.masked:,} ({exact})",
+        *_byte_lines(size, recipe.signals.top_k, recipe.signals.keep_mass),
+        f"reference: 2 x {num_reference:.3g} parameters x {passes} x {size.tokens:,} tokens / {per_second} "
+        f"= {cost.reference_hours:.3g} device hours",
+        f"online, for every target: 2 x {num_reference:.3g} parameters x {passes} x {size.trained_tokens:,} tokens "
+        f"/ {per_second} = {cost.online_hours:.3g} device hours, {cost.online_hours / cost.target_hours:.1%} of its "
+        f"training (6 x {num_target:.3g} parameters, the same tokens: {cost.target_hours:.3g})",
+        f"break-even: (cached {cost.reference_hours:.3g} + storage {flags.storage_hours:g}) / online "
+        f"{cost.online_hours:.3g} = {cost.break_even:.2f} targets; this recipe trains {num_targets} from signals",
+    ]
+    console = Console(soft_wrap=True)
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
+    return 0
+
+
+def _byte_lines(size: Volume, top_k: int, keep_mass: float | None) -> list[str]:
+    columns = column_bytes(size, top_k)
+    total = sum(columns.values())
+    parts = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in columns.items())
+    most = "at most, as k is adaptive, " if keep_mass is not None else ""
+    per_token = total / max(1, size.masked)
+    return [f"bytes, predicted: {most}{total / 1e6:,.1f} MB, {per_token:.1f} per masked token; in MB: {parts}"]

@@ -1,0 +1,135 @@
+"""`rcd train plan`, with the recipes of published sizes, and `rcd signals plan`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipelines.cli.main import main, make_app
+from pipelines.recipe import inputs
+from pipelines.recipe.files import recipe_names
+from pipelines.recipe.load import load_recipe
+from pipelines.run.driver import main as full
+from pipelines.signals.costs import Volume, column_bytes, costs, volume
+from pipelines.signals.plan import predicted_bytes
+from rcd_core import load_model
+from rcd_core.errors import UserError
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+SIZES = "family: sdar, num_heads: 32, num_kv_heads: 8, head_dim: 128, num_layers: 36"
+SDAR_8B = f"target.start={{{SIZES}, hidden_size: 4096, intermediate_size: 12288}}"
+SDAR_4B = f"reference.start={{{SIZES}, hidden_size: 2560, intermediate_size: 9728}}"
+PUBLISHED = [name for name in recipe_names() if name.startswith(("sdar", "llada"))]
+
+
+def plan_signals(*arguments: str) -> int:
+    return int(make_app()(["signals", "plan", *arguments], exit_on_error=False, print_error=False))
+
+
+def plan(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
+    assert main(["train", "plan", *arguments]) == code
+    caught = capsys.readouterr()
+    return caught.err if code else caught.out
+
+
+def test_a_plan_of_a_published_size(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    sizes = ["--vocab_size", "151936", "--set", SDAR_8B, "--set", SDAR_4B]
+    out = plan(capsys, "--recipe", "sdar-8b-b64", *sizes, "--examples", "960", "--example_tokens", "4000")
+    assert "target: 8,190,735,360 parameters" in out and "reference: 4,411,424,256 parameters" in out
+    assert "50 steps of 96: 19,200,000 tokens (given)" in out, "5 epochs of 960 examples"
+    rows = {line.split("│")[1].strip(): line for line in out[out.index("target:") :].splitlines() if "│" in line}
+    assert "no" in rows["ddp"] and "none" in rows["ddp"] and "yes" in rows["recipe: fsdp2"]
+    assert float(rows["deepspeed 3"].split("│")[8]) < float(rows["deepspeed 1"].split("│")[8])
+    unknown = plan(capsys, "--recipe", "sdar-8b-b64", *sizes)
+    assert "5 epochs" in unknown and "--examples" in unknown
+
+
+def test_sizes_come_from_a_checkpoint_on_this_machine(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    tiny = str(GOLDEN / "sdar_tiny")
+    sets = ["base=null", f"target.start={tiny}", f"tokenizer.path={tiny}", f"storage={tmp_path}"]
+    arguments = [part for s in sets for part in ("--set", s)]
+    out = plan(capsys, "--recipe", "demo", "--vocab_size", "300", *arguments)
+    assert f"target: {load_model(tiny).num_parameters():,} parameters" in out
+
+
+def test_what_cannot_be_planned_is_said_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    refused = plan(capsys, "--recipe", "sdar-8b-b64", code=2)
+    assert "reference.start is JetLM/SDAR-1.7B-Chat" in refused
+    assert "hf download JetLM/SDAR-1.7B-Chat config.json" in refused
+    assert "--vocab_size" in plan(capsys, "--recipe", "sdar-8b-b64", "--set", SDAR_4B, code=2)
+    assert "--mfu is 4.0" in plan(capsys, "--recipe", "demo", "--mfu", "4", code=2)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipes_of_published_sizes_dry_run(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(inputs, "_require_datasets", lambda key: None)  # the extra `hub` is not installed for tests
+    assert full(["--recipe", name, "--storage", str(tmp_path), "--dry-run"]) == 0
+    assert "8 x (CPU 8, GPU 1)" in capsys.readouterr().out
+    recipe = load_recipe(name)
+    assert recipe.target.residual.dropout == 0 and recipe.target.residual.alpha == "normalized_entropy"
+    assert not any(tmp_path.iterdir()), "nothing is written"
+
+
+# -- rcd signals plan
+
+VOLUME = Volume(100, 400, 4000, 1500, 12_000, 300, exact=True)
+
+
+def test_costs_by_hand() -> None:
+    """Reference 10 and target 30 parameters, [noisy | clean], a device of 1 FLOP/s."""
+    found = costs(VOLUME, 2, 10, 30, 1.0, storage_hours=0.0)
+    assert found.reference_hours == pytest.approx(2 * 10 * 2 * 4000 / 3600)
+    assert found.online_hours == pytest.approx(3 * found.reference_hours), "three epochs over each cached row"
+    assert found.online_hours / found.target_hours == pytest.approx(2 * 10 / (6 * 30))
+    assert found.break_even == pytest.approx(1 / 3)
+    dearer = costs(VOLUME, 2, 10, 30, 1.0, storage_hours=found.online_hours)
+    assert dearer.break_even == pytest.approx(4 / 3)
+
+
+def test_columns_add_up_to_what_the_shards_are_planned_by() -> None:
+    total = sum(column_bytes(VOLUME, 32).values())
+    planned = predicted_bytes(VOLUME.rows, VOLUME.tokens, 2 * VOLUME.masked, vocab_size=300, top_k=32)
+    assert total == pytest.approx(planned, abs=1)
+    assert sum(column_bytes(replace(VOLUME, masked=0), 32).values()) < total
+
+
+def test_plan_before_and_after_prepare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Limits of the recipe first, the counts of prepare's manifest once there is one."""
+    recipe = load_recipe("demo", [f"storage={tmp_path}"])
+    limits = volume(recipe)
+    assert not limits.exact and limits.tokens == limits.rows * recipe.data.max_length
+    assert plan_signals("--recipe", "demo", "--set", f"storage={tmp_path}", "--storage-hours", "1e-6") == 0
+    shown = capsys.readouterr().out
+    assert f"rows {limits.rows:,}" in shown and "at most, by the recipe's limits" in shown and "break-even" in shown
+
+    chunks = {"file": [0, 0], "rows": [60, 40], "tokens": [600, 400], "labelled": [300, 100]}
+    directory = tmp_path / "demo" / "prepare"
+    directory.mkdir(parents=True)
+    (directory / "manifest.json").write_text(
+        json.dumps({"schema": 2, "key": "k", "summary": {"chunks": chunks, "vocab_size": 271}})
+    )
+    counted = volume(recipe)
+    rows = 100 * recipe.noise.draws
+    assert counted.exact and (counted.rows, counted.tokens, counted.vocab_size) == (rows, 10 * rows, 271)
+    assert counted.masked == round(4 * rows * (1 + recipe.noise.eps) / 2)
+    train = recipe.target.train
+    assert counted.trained_tokens == 10 * train.steps * train.batch_size
+
+
+def test_plan_says_what_it_cannot_know(tmp_path: Path) -> None:
+    here = f"storage={tmp_path}"
+    with pytest.raises(UserError, match="data.num_train is null"):
+        volume(load_recipe("gsm8k", [here, "data.train=/x.jsonl", "data.test=/x.jsonl"]))
+    with pytest.raises(UserError, match="tokenizer.path"):
+        volume(load_recipe("demo", [here, f"tokenizer.path={GOLDEN / 'sdar_tiny'}"]))
+    with pytest.raises(UserError, match="--mfu is 0"):
+        plan_signals("--recipe", "demo", "--set", here, "--mfu", "0")
