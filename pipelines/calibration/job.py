@@ -55,7 +55,7 @@ def calibrate_model(
     """The model's part of calibration.json, a pure function of the job and the problems. Uses a GPU if there is one."""
     # Imported here so that `rcd calibrate --help` starts without torch and transformers.
     from rcd_core.calibration.calibrate import calibrate, diagnose
-    from rcd_core.calibration.training_alphas import encode
+    from rcd_core.calibration.training_alphas import encode_examples
     from rcd_core.decoding.request import resolve_settings
     from rcd_core.families.loading import load_model
     from rcd_core.text.encoding import Encoder
@@ -72,7 +72,7 @@ def calibrate_model(
         job.pad_multiple or model.info.block_length,
         job.max_length or model.max_positions,
     )
-    examples = encode(encoder, problems, job.num_examples)
+    examples = encode_examples(encoder, problems, job.num_examples)
     if not job.calibrated:
         return diagnose(model, None, examples, resolve_settings(job.decode, model, False), encoder)
     return calibrate(
@@ -85,16 +85,16 @@ def calibrate_model(
         signal_rule=job.signal_rule,
         match=job.match,
         grade=_gradable(job.task),
-        say=say,
+        log=say,
     )
 
 
 def store(checkpoint: str, result: dict[str, Any]) -> str:
     """Write T_res next to a checkpoint's weights, where decoding reads it. Returns the file's path."""
-    from rcd_core.calibration.calibrate import stored  # torch, as above
+    from rcd_core.calibration.calibrate import stored_calibration  # torch, as above
 
     path = storage.join(checkpoint, CALIBRATION_FILE)
-    storage.write_json(path, stored(result))
+    storage.write_json(path, stored_calibration(result))
     return path
 
 

@@ -18,7 +18,7 @@ from pipelines.signals.inspect import (
     read_manifest,
     report_lines,
 )
-from rcd_core.calibration.distance import entropy_quantile
+from rcd_core.calibration.entropy_histogram import entropy_quantile
 from rcd_core.errors import UserError
 from rcd_core.io import storage
 

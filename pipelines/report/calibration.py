@@ -8,7 +8,7 @@ from typing import Any
 from pipelines.report.plots import Plot, both, colour, curve, figure, legend, marker, png
 from pipelines.report.render import render
 from pipelines.report.text import Cells
-from rcd_core.calibration.distance import LEAST_POSITIONS
+from rcd_core.calibration.distance import MIN_POSITIONS
 
 Result = Mapping[str, Any]  # of one model
 Calibration = Mapping[str, Result]  # stage or checkpoint -> its result
@@ -29,7 +29,7 @@ def view(calibration: Calibration) -> dict[str, Any]:
         "agreement": _agreement({n: r["agreement"] for n, r in calibrated.items() if "agreement" in r}),
         "staleness": _by_progress(stale, {"kl_fresh_stale": "KL(fresh ‖ stale)", "js": "JS"}) if stale else None,
         "discarded": _discarded({n: r["discarded"] for n, r in calibration.items() if "discarded" in r}),
-        "least_positions": LEAST_POSITIONS,
+        "least_positions": MIN_POSITIONS,
     }
 
 
@@ -246,9 +246,9 @@ def _title(name: str) -> str:
 def _points(
     edges: Sequence[float], values: Sequence[float | None], counts: Sequence[int]
 ) -> tuple[list[float], list[float]]:
-    """Middles in percent and values of the bins with at least LEAST_POSITIONS predictions."""
+    """Middles in percent and values of the bins with at least MIN_POSITIONS predictions."""
     bins = zip(edges, edges[1:], values, counts, strict=False)
-    pairs = [(50 * (a + b), v) for a, b, v, count in bins if v is not None and count >= LEAST_POSITIONS]
+    pairs = [(50 * (a + b), v) for a, b, v, count in bins if v is not None and count >= MIN_POSITIONS]
     return [x for x, _ in pairs], [y for _, y in pairs]
 
 

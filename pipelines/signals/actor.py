@@ -14,7 +14,7 @@ import pyarrow as pa
 from pipelines.ray_cluster.hardware import worker_device
 from pipelines.signals import files
 from pipelines.signals.plan import SignalJob, groups, plan_batches
-from rcd_core.calibration.distance import entropy_histogram
+from rcd_core.calibration.entropy_histogram import entropy_histogram
 from rcd_core.families.loading import checkpoint_directory, load_model
 from rcd_core.io import storage
 from rcd_core.signals import ReferenceSignals

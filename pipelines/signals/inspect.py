@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
-from rcd_core.calibration.distance import MAX_NATS, NUM_BINS
+from rcd_core.calibration.entropy_histogram import MAX_NATS, NUM_BINS
 from rcd_core.errors import UserError
 from rcd_core.evaluation.signal_fidelity import Report, Rule, kinds_up_to, measure
 from rcd_core.families.loading import load_model

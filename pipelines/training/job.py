@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipelines.run.directory import StageContext
-from rcd_core.calibration.distance import entropy_quantile
+from rcd_core.calibration.entropy_histogram import entropy_quantile
 from rcd_core.decode_settings import SCALED_RULES
 from rcd_core.families.config import ModelConfig
 from rcd_core.io import storage

@@ -1,4 +1,4 @@
-"""Held-out examples, and alpha as the target's training would have it on them: the reference's, under random noise.
+"""Held-out examples, and the alpha of the reference's predictions on them under training noise.
 
 Shapes: N masked positions, L tokens.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -32,25 +33,26 @@ _BATCH_ROWS = 32
 
 @dataclass(frozen=True)
 class Example:
-    """A held-out problem as training would have it and as decoding gets it."""
+    """A held-out problem, encoded for training and as a prompt for decoding."""
 
     example_id: str
     problem: Problem
-    trained: TrainExample
-    given: PromptExample
+    train: TrainExample
+    prompt: PromptExample
 
 
-def encode(encoder: Encoder, problems: Iterable[Problem], most: int) -> list[Example]:
-    """The first `most` that can be used. UserError where there is none."""
-    found: list[Example] = []
-    for problem in problems:
-        with suppress(BadRow):
-            found.append(Example(content_id(problem), problem, encoder.train(problem), encoder.test(problem)))
-        if len(found) == most:
-            break
-    if not found:
-        raise UserError("calibration: no held-out example can be used; are they of this task, and short enough?")
-    return found
+def encode_examples(encoder: Encoder, problems: Iterable[Problem], limit: int) -> list[Example]:
+    """The first `limit` usable problems. Raises UserError if there is none."""
+    usable = (example for problem in problems if (example := _encode(encoder, problem)))
+    if examples := list(islice(usable, limit)):
+        return examples
+    raise UserError("calibration: no held-out example is usable; are they of this task, and shorter than max_length?")
+
+
+def _encode(encoder: Encoder, problem: Problem) -> Example | None:
+    with suppress(BadRow):
+        return Example(content_id(problem), problem, encoder.train(problem), encoder.test(problem))
+    return None
 
 
 @torch.no_grad()
@@ -62,7 +64,7 @@ def training_alphas(
     noise: NoiseSettings,
     rule: SignalRule,
 ) -> Alphas:
-    """alpha that the target would be trained with at every masked position of every example, under the first draw."""
+    """Alpha of the target's training at every masked position of every example, under the first draw of the noise."""
     parts = []
     block_length = settings.block_length or target.info.block_length
     assert settings.alpha is not None
@@ -82,15 +84,15 @@ def training_alphas(
         )
         learned, groups = target.learned_alpha, masked_blocks(target, batch).to(reference.device)
         alpha = signals.alpha(target.vocab_size, settings.alpha, settings.alpha_scale, learned=learned, groups=groups)
-        together = target.attention_block(block_length)
-        parts.append((alpha.cpu().numpy(), np.concatenate([training_shares(row, together) for row in rows])))
+        attention_block = target.attention_block(block_length)
+        parts.append((alpha.cpu().numpy(), np.concatenate([training_shares(row, attention_block) for row in rows])))
     return Alphas(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def _noisy(examples: Sequence[Example], noise: NoiseSettings) -> Iterator[list[TrainingRow]]:
     rows = []
     for index, example in enumerate(examples):
-        ids, labels = (np.asarray(v, dtype=np.int64) for v in (example.trained.input_ids, example.trained.labels))
+        ids, labels = (np.asarray(v, dtype=np.int64) for v in (example.train.input_ids, example.train.labels))
         masked, p = mask_example(labels != IGNORED, example.example_id, 0, noise)
         rows.append(TrainingRow(index, example.example_id, 0, ids, labels, masked, p))
     for start in range(0, len(rows), _BATCH_ROWS):
@@ -98,7 +100,7 @@ def _noisy(examples: Sequence[Example], noise: NoiseSettings) -> Iterator[list[T
 
 
 def training_shares(row: TrainingRow, block_length: int | None) -> NDArray[np.float64]:
-    """(N,) masking ratio around each masked position of a training row: of its block, or of the row (None)."""
+    """(N,) masking ratio around each masked position of a training row: of its block, or (None) of the row."""
     blocks = np.arange(len(row.labels)) // (block_length or len(row.labels))
     labelled, masked = (np.bincount(blocks, weights=flags) for flags in (row.labels != IGNORED, row.masked))
     return (masked / np.maximum(labelled, 1))[blocks[row.masked]]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rcd_core import UserError, entropy_weight, inject_residual, soft_embedding
 from rcd_core.alpha import alpha_from_statistics
-from rcd_core.calibration.distance import MAX_NATS, NUM_BINS, entropy_histogram, entropy_quantile
+from rcd_core.calibration.entropy_histogram import MAX_NATS, NUM_BINS, entropy_histogram, entropy_quantile
 from rcd_core.noise import NoiseSettings, mask_example
 from rcd_core.residual import ResidualSettings
 

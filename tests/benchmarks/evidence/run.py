@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rcd_core.calibration.distance import entropy_histogram, entropy_quantile
+from rcd_core.calibration.entropy_histogram import entropy_histogram, entropy_quantile
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.decoding.decoder import Decoder
 from rcd_core.families.base import DiffusionModel

@@ -1,4 +1,4 @@
-"""T_res: the distance against closed forms, the search, what is stored and how decoding takes it."""
+"""T_res: the distance against closed forms, the search, the stored file and its use in decoding."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 
 from rcd_core import Decoder, DecodeSettings, UserError, load_model
 from rcd_core.calibration.distance import (
-    LEAST_POSITIONS,
+    MIN_POSITIONS,
     Alphas,
     alpha_distance,
-    nearest,
+    best_temperature,
     search_temperature,
     share_bins,
     wasserstein,
@@ -31,11 +31,11 @@ from tests.rcd_core.checkpoints import checkpoint, edit_config
 def test_wasserstein_of_simple_samples() -> None:
     a = np.random.default_rng(0).random(50)
     assert wasserstein(a, a) == 0.0
-    assert wasserstein(a, a + 0.25) == pytest.approx(0.25), "a shift is its own distance"
-    assert wasserstein(np.array([0.0, 1.0]), np.array([0.5])) == pytest.approx(0.5), "sizes may differ"
+    assert wasserstein(a, a + 0.25) == pytest.approx(0.25)
+    assert wasserstein(np.array([0.0, 1.0]), np.array([0.5])) == pytest.approx(0.5), "different sizes"
     assert wasserstein(np.array([0.0, 0.0, 0.0, 1.0]), np.array([0.0])) == pytest.approx(0.25)
     assert wasserstein(a, np.repeat(a, 3)) == pytest.approx(0.0)
-    assert wasserstein(np.zeros(9), np.ones(4)) == 1.0, "no overlap does not saturate below what it is"
+    assert wasserstein(np.zeros(9), np.ones(4)) == 1.0
 
 
 def test_shares_fall_into_tenths() -> None:
@@ -43,8 +43,8 @@ def test_shares_fall_into_tenths() -> None:
 
 
 def test_distance_is_within_bins_and_weighted() -> None:
-    """Two bins swapped: together the same alphas, in no bin the same."""
-    n = LEAST_POSITIONS
+    """Two swapped bins: equal alphas overall, different in every bin."""
+    n = MIN_POSITIONS
     low, high = np.full(n, 0.2), np.full(n, 0.8)
     shares = np.repeat([0.25, 0.95], n)
     own, other = Alphas(np.r_[low, high], shares), Alphas(np.r_[high, low], shares)
@@ -56,31 +56,31 @@ def test_distance_is_within_bins_and_weighted() -> None:
 
 
 def test_bins_with_few_positions_do_not_count() -> None:
-    n = LEAST_POSITIONS
+    n = MIN_POSITIONS
     own = Alphas(np.r_[np.full(n, 0.5), 0.9], np.r_[np.full(n, 0.25), 0.95])
     other = Alphas(np.r_[np.full(n, 0.4), np.full(n, 0.1)], np.r_[np.full(n, 0.25), np.full(n, 0.95)])
     assert alpha_distance(other, own, own.counts) == pytest.approx(0.1)
-    with pytest.raises(UserError, match="too few residuals.*num_examples"):
+    with pytest.raises(UserError, match="num_examples"):
         alpha_distance(other, Alphas(own.alpha[n:], own.masked_share[n:]), own.counts)
 
 
-@pytest.mark.parametrize("wanted", [0.1, 0.37, 1.0, 1.3, 3.9, 9.0])
-def test_the_search_finds_the_best_temperature(wanted: float) -> None:
-    asked: list[float] = []
+@pytest.mark.parametrize("best", [0.1, 0.37, 1.0, 1.3, 3.9, 9.0])
+def test_the_search_finds_the_best_temperature(best: float) -> None:
+    evaluated: list[float] = []
 
     def distance(t: float) -> float:
-        asked.append(t)
-        return abs(math.log(t / wanted))
+        evaluated.append(t)
+        return abs(math.log(t / best))
 
     curve = search_temperature(distance)
-    assert abs(math.log(nearest(curve) / wanted)) <= math.log(2) / 16 + 1e-4, "within half a step of 1/8 octave"
-    assert len(asked) == len(set(asked)) == len(curve) < 25 and 1.0 in asked
+    assert abs(math.log(best_temperature(curve) / best)) <= math.log(2) / 16 + 1e-4, "within half a step of 1/8 octave"
+    assert len(evaluated) == len(set(evaluated)) == len(curve) < 25 and 1.0 in evaluated
     assert [t for t, _ in curve] == sorted(t for t, _ in curve)
 
 
-def test_a_search_without_end_ends() -> None:
-    assert 16.0 <= nearest(search_temperature(lambda t: -t)) < 32.0
-    assert nearest(search_temperature(lambda _: 0.5)) == 1.0, "nothing to choose between: leave it"
+def test_the_search_is_bounded() -> None:
+    assert 16.0 <= best_temperature(search_temperature(lambda t: -t)) < 32.0
+    assert best_temperature(search_temperature(lambda _: 0.5)) == 1.0, "ties: stay at 1"
 
 
 def test_masking_ratio_of_training_rows() -> None:
@@ -97,12 +97,12 @@ def test_masking_ratio_of_training_rows() -> None:
 def calibrated(directory: Path, **content: Any) -> Path:
     checkpoint(directory)
     edit_config(directory, rcd={"alpha": "normalized_entropy", "residual_temperature": 1.0})
-    found = {"schema_version": 1, "residual_temperature": 0.7, "distance": 0.02, **content}
-    (directory / CALIBRATION_FILE).write_text(json.dumps(found))
+    stored = {"schema_version": 1, "residual_temperature": 0.7, "distance": 0.02, **content}
+    (directory / CALIBRATION_FILE).write_text(json.dumps(stored))
     return directory
 
 
-def test_decoding_uses_what_is_stored(tmp_path: Path) -> None:
+def test_decoding_uses_the_stored_temperature(tmp_path: Path) -> None:
     model = load_model(calibrated(tmp_path))
     assert model.info.rcd["residual_temperature"] == 0.7 and model.info.rcd["calibration"]["distance"] == 0.02
     on = DecodeSettings(residual=True, start="zero")
@@ -120,12 +120,12 @@ def test_a_broken_calibration_is_named(tmp_path: Path, wrong: dict[str, Any]) ->
         load_model(calibrated(tmp_path, **wrong))
 
 
-def test_a_checkpoint_that_was_never_calibrated_is_warned_of(tmp_path: Path) -> None:
+def test_an_uncalibrated_checkpoint_warns(tmp_path: Path) -> None:
     directory = calibrated(tmp_path)
     (directory / CALIBRATION_FILE).unlink()
     model = load_model(directory)
     on = DecodeSettings(residual=True, start="zero", max_new_tokens=2)
-    with pytest.warns(UserWarning, match="never calibrated.*rcd calibrate"):
+    with pytest.warns(UserWarning, match="rcd calibrate"):
         Decoder(model).generate([[5]], on)
     quiet = [
         DecodeSettings(max_new_tokens=2),
@@ -134,5 +134,5 @@ def test_a_checkpoint_that_was_never_calibrated_is_warned_of(tmp_path: Path) -> 
         DecodeSettings(residual=True, alpha="fixed"),
     ]
     assert uncalibrated(on, model) and not any(uncalibrated(settings, model) for settings in quiet)
-    model.info.rcd["residual_temperature"] = 0.92  # somebody's choice
+    model.info.rcd["residual_temperature"] = 0.92  # chosen by hand
     assert uncalibrated(on, model) is None
