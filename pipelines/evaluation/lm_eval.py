@@ -1,12 +1,12 @@
-"""The model `rcd` of lm-eval (EleutherAI's harness, 0.4.10 or newer): its generation tasks, decoded by diffusion.
+"""The model `rcd` for lm-eval (EleutherAI's harness, 0.4.10 or newer), which decodes generation tasks by diffusion.
 
 lm_eval --model rcd --model_args target=CKPT,reference=CKPT,confidence_threshold=0.9 --tasks gsm8k --apply_chat_template
 
-lm-eval finds it by the entry point `lm_eval.models`. Releases that do not look for entry points yet (0.4.13 and before)
-are run through this file, with the same arguments: python -m pipelines.evaluation.lm_eval --model rcd ...
+lm-eval finds it by the entry point `lm_eval.models`. Releases up to 0.4.13 ignore entry points; run them through this
+file with the same arguments: python -m pipelines.evaluation.lm_eval --model rcd ...
 
-model_args: target, reference, dtype, attention, and every field of DecodeSettings under its own name. Tasks that
-compare log-likelihoods are refused: a diffusion model has bounds of them at most.
+model_args: target, reference, dtype, attention, and every field of DecodeSettings by name. Tasks that compare
+log-likelihoods raise UserError, because a diffusion model only has bounds of them.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from rcd_core.noise import hash_key
 
 MAX_BATCH = 32
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-_HONOURED = {"until", "do_sample", "temperature", "top_p", "top_k", *_LENGTHS}
+_SUPPORTED = {"until", "do_sample", "temperature", "top_p", "top_k", *_LENGTHS}
 
 
 @register_model("rcd")
 class RcdLM(LM):
-    """UserError for arguments that there are not, and for a request whose generation arguments cannot be honoured."""
+    """Raises UserError for unknown model_args, and for requests with unsupported generation arguments."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class RcdLM(LM):
     ) -> None:
         super().__init__()
         if target is None:
-            raise UserError("model_args: target is not given; name a checkpoint, as in target=/path/to/model")
+            raise UserError("model_args: target is missing; name a checkpoint, as in target=/path/to/model")
         if unknown := sorted(set(settings) - {field.name for field in fields(DecodeSettings)}):
             raise UserError(f"model_args: {unknown[0]} is neither target, reference, dtype, attention nor a setting")
         self.generator = _load(target, reference, dtype, attention, device, settings)
@@ -67,32 +67,31 @@ class RcdLM(LM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if not self.generator.has_template:
             raise UserError(f"the tokenizer of {self.name} has no chat template; leave out --apply_chat_template")
-        found = self.generator.tokenizer.apply_chat_template(
+        text = self.generator.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
-        return str(found)
+        return str(text)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The answers in the order of the requests, each cut before the first of its `until` strings. A block is
-        finished before its text is looked at, so what was cut has cost passes too."""
+        """The answers in the order of the requests, each truncated at the first of its `until` strings. Whole
+        blocks are decoded, so the truncated part has cost passes too."""
         from tqdm import tqdm  # type: ignore[import-untyped]
 
-        asked = [request.args for request in requests]
-        seen: Counter[str] = Counter()
+        arguments = [request.args for request in requests]
+        repeats: Counter[str] = Counter()
         prompts, settings = [], []
-        for context, kwargs in asked:
+        for context, kwargs in arguments:
             prompts.append(self.generator.encode(context))
-            wanted = self._settings(kwargs)
-            settings.append(replace(wanted, seed=_seed(self.seed, context, seen[context])))
-            seen[context] += 1  # a task may ask several times for answers to one prompt
-        texts = [""] * len(asked)
-        finished = self.decoder.as_completed(prompts, settings, infill=False)
-        for i, output in tqdm(finished, total=len(asked), disable=disable_tqdm, desc="rcd"):
-            texts[i] = _cut(self.generator.decode(output.token_ids, special=False), _until(asked[i][1]))
-            self.cache_hook.add_partial("generate_until", asked[i], texts[i])
+            settings.append(replace(self._settings(kwargs), seed=_seed(self.seed, context, repeats[context])))
+            repeats[context] += 1  # a task may request several samples of one prompt
+        texts = [""] * len(arguments)
+        outputs = self.decoder.as_completed(prompts, settings, infill=False)
+        for i, output in tqdm(outputs, total=len(arguments), disable=disable_tqdm, desc="rcd"):
+            texts[i] = _truncate(self.generator.decode(output.token_ids, special=False), _until(arguments[i][1]))
+            self.cache_hook.add_partial("generate_until", arguments[i], texts[i])
         return texts
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> NoReturn:
@@ -102,26 +101,26 @@ class RcdLM(LM):
         _refuse()
 
     def _settings(self, kwargs: Mapping[str, Any]) -> DecodeSettings:
-        """What a task asks for, on top of model_args."""
-        if unknown := sorted(set(kwargs) - _HONOURED):
-            known = ", ".join(sorted(_HONOURED))
-            raise UserError(f"generation_kwargs: {unknown[0]} is {kwargs[unknown[0]]!r}; honoured are {known}")
-        given: dict[str, Any] = {}
+        """The generation arguments of a task on top of model_args."""
+        if unknown := sorted(set(kwargs) - _SUPPORTED):
+            known = ", ".join(sorted(_SUPPORTED))
+            raise UserError(f"generation_kwargs: {unknown[0]} is {kwargs[unknown[0]]!r}; supported are {known}")
+        changes: dict[str, Any] = {}
         if (length := next((kwargs[name] for name in _LENGTHS if kwargs.get(name) is not None), None)) is not None:
-            given["max_new_tokens"] = int(length)
-        given |= {name: kwargs[name] for name in ("top_p", "top_k") if kwargs.get(name) is not None}
-        if given.get("top_k") in (0, -1):  # both mean that all are kept
-            given["top_k"] = None
+            changes["max_new_tokens"] = int(length)
+        changes |= {name: kwargs[name] for name in ("top_p", "top_k") if kwargs.get(name) is not None}
+        if changes.get("top_k") in (0, -1):  # both switch it off
+            changes["top_k"] = None
         sample, temperature = kwargs.get("do_sample"), kwargs.get("temperature")
         if sample and temperature is not None and not float(temperature):
-            raise UserError("generation_kwargs: do_sample is true but temperature is 0, where nothing is drawn")
+            raise UserError("generation_kwargs: do_sample is true but temperature is 0")
         if sample is False:
-            given["temperature"] = 0.0
+            changes["temperature"] = 0.0
         elif temperature is not None:
-            given["temperature"] = float(temperature)
+            changes["temperature"] = float(temperature)
         elif sample and not self.generator.settings.temperature:
-            given["temperature"] = 1.0  # what others take it for
-        return replace(self.generator.settings, **given)
+            changes["temperature"] = 1.0  # the default of other models
+        return replace(self.generator.settings, **changes)
 
 
 def _load(
@@ -142,8 +141,8 @@ def _load(
 
 def _refuse() -> NoReturn:
     raise UserError(
-        "the model rcd answers generate_until tasks only: log-likelihoods of a diffusion model are bounds by sampling, "
-        "not what this task compares; choose a generative variant of the task"
+        "the model rcd supports generate_until tasks only: a diffusion model has bounds of log-likelihoods, which this "
+        "task cannot compare; choose a generative variant of the task"
     )
 
 
@@ -156,13 +155,13 @@ def _until(kwargs: Mapping[str, Any]) -> list[str]:
     return [text for text in ([until] if isinstance(until, str) else until) if text]
 
 
-def _cut(text: str, until: Sequence[str]) -> str:
-    ends = [place for stop in until if (place := text.find(stop)) >= 0]
+def _truncate(text: str, until: Sequence[str]) -> str:
+    ends = [index for stop in until if (index := text.find(stop)) >= 0]
     return text[: min(ends)] if ends else text
 
 
 def main() -> None:
-    """lm-eval's own command line, where the model `rcd` is known."""
+    """The command line of lm-eval, with the model `rcd` registered."""
     from lm_eval.__main__ import cli_evaluate  # type: ignore[import-not-found]
 
     cli_evaluate()

@@ -1,4 +1,4 @@
-"""The model `rcd` in lm-eval itself, over a tiny checkpoint and tasks made here."""
+"""The model `rcd` in lm-eval, with a tiny checkpoint and a local task."""
 
 from __future__ import annotations
 
@@ -42,39 +42,40 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(target: Path, **args: Any) -> Any:
     from lm_eval.api.registry import get_model
 
-    import pipelines.evaluation.lm_eval  # noqa: F401  what the entry point does
+    import pipelines.evaluation.lm_eval  # noqa: F401  as the entry point does
 
     text = ",".join(f"{name}={value}" for name, value in ({"target": target} | args).items())
     return get_model("rcd").create_from_arg_string(text, {"batch_size": 2, "device": "cpu"})
 
 
-def instances(*asked: tuple[str, dict[str, Any]]) -> list[Any]:
+def instances(*arguments: tuple[str, dict[str, Any]]) -> list[Any]:
     from lm_eval.api.instance import Instance
 
-    return [Instance("generate_until", {}, args, i) for i, args in enumerate(asked)]
+    return [Instance("generate_until", {}, args, i) for i, args in enumerate(arguments)]
 
 
-def test_answers_are_the_librarys(target: Path) -> None:
-    """In the order of the requests, cut before the first stop, each drawn with a seed of its own."""
+def test_answers_equal_those_of_the_library(target: Path) -> None:
+    """In the order of the requests, truncated at the first stop string, each sampled with its own seed."""
     rcd = model(target, residual=True, start="zero", confidence_threshold=0.5, temperature=0.8)
     prompt = rcd.apply_chat_template([{"role": "user", "content": "words"}])
     texts = ["digits", prompt, "digits", "12"]
-    asked = [(text, {"max_gen_toks": 8 * (i + 1)}) for i, text in enumerate(texts)]
-    found = rcd.generate_until(instances(*asked), disable_tqdm=True)
+    arguments = [(text, {"max_gen_toks": 8 * (i + 1)}) for i, text in enumerate(texts)]
+    answers = rcd.generate_until(instances(*arguments), disable_tqdm=True)
     tokenizer, decoder = load_tokenizer(target), Decoder(load_model(target))
-    for (text, kwargs), answer, number in zip(asked, found, (0, 0, 1, 0), strict=True):
+    for (text, kwargs), answer, number in zip(arguments, answers, (0, 0, 1, 0), strict=True):
         settings = DecodeSettings(
             residual=True, start="zero", confidence_threshold=0.5, temperature=0.8,
-            max_new_tokens=kwargs["max_gen_toks"], seed=_seed(text, number), stop_token_ids=_stops(rcd),
+            max_new_tokens=kwargs["max_gen_toks"], seed=_seed(text, number),
+            stop_token_ids=tuple(rcd.generator.settings.stop_token_ids),
         )  # fmt: skip
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        wanted = decoder.generate([ids], settings)[0].token_ids
-        assert answer == tokenizer.decode(wanted, skip_special_tokens=True)
-    assert found == rcd.generate_until(instances(*asked), disable_tqdm=True)
-    whole = found[3]
+        token_ids = decoder.generate([ids], settings)[0].token_ids
+        assert answer == tokenizer.decode(token_ids, skip_special_tokens=True)
+    assert answers == rcd.generate_until(instances(*arguments), disable_tqdm=True)
+    whole = answers[3]
     stop = whole[len(whole) // 2]
-    cut = rcd.generate_until(instances(("12", asked[3][1] | {"until": ["never said", stop]})), disable_tqdm=True)
-    assert cut == [whole[: whole.index(stop)]]
+    until = arguments[3][1] | {"until": ["absent", stop]}
+    assert rcd.generate_until(instances(("12", until)), disable_tqdm=True) == [whole[: whole.index(stop)]]
 
 
 def _seed(text: str, number: int) -> int:
@@ -83,51 +84,45 @@ def _seed(text: str, number: int) -> int:
     return seed_of(0, text, number)
 
 
-def _stops(rcd: Any) -> tuple[int, ...]:
-    return tuple(rcd.generator.settings.stop_token_ids)
-
-
-def test_generation_arguments_are_honoured_or_refused(target: Path) -> None:
+def test_generation_arguments_are_applied_or_refused(target: Path) -> None:
     rcd = model(target, temperature=0.3, max_new_tokens=24)
     assert rcd._settings({}).temperature == 0.3 and rcd._settings({}).max_new_tokens == 24
     assert rcd._settings({"do_sample": False, "temperature": 0.9}).temperature == 0
     assert rcd._settings({"temperature": 0.9, "top_p": 0.5, "top_k": 0, "max_tokens": 7}).top_p == 0.5
     assert rcd._settings({"max_gen_toks": 9, "max_tokens": 7}).max_new_tokens == 9
     assert model(target)._settings({"do_sample": True}).temperature == 1
-    for kwargs, says in (
-        ({"num_beams": 4}, "num_beams is 4; honoured are do_sample"),
-        ({"do_sample": True, "temperature": 0.0}, "do_sample is true but temperature is 0"),
+    for kwargs, named in (
+        ({"num_beams": 4}, "num_beams is 4"),
+        ({"do_sample": True, "temperature": 0.0}, "do_sample"),
         ({"temperature": -1.0}, "temperature is -1"),
     ):
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=named):
             rcd._settings(kwargs)
-    with pytest.raises(UserError, match="generate_until tasks only"):
-        rcd.loglikelihood([])
-    with pytest.raises(UserError, match="generate_until tasks only"):
-        rcd.loglikelihood_rolling([])
+    for refused in (rcd.loglikelihood, rcd.loglikelihood_rolling):
+        with pytest.raises(UserError, match="generate_until"):
+            refused([])
 
 
-def test_residuals_are_on_with_a_reference(target: Path) -> None:
+def test_a_reference_switches_residuals_on(target: Path) -> None:
     warm = model(target, reference=target.parent / "reference").generator
     assert warm.settings.residual and warm.settings.start == "reference" and warm.decoder.reference is not None
-    for args, says in (
-        ({"thresholds": 0.5}, "thresholds is neither target"),
+    for args, named in (
+        ({"thresholds": 0.5}, "thresholds"),
         ({"reference": "/none"}, "model_args: reference: "),
         ({"confidence_threshold": 2}, "confidence_threshold is 2"),
     ):
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=named):
             model(target, **args)
 
 
 @pytest.mark.drill
-def test_lm_evals_own_command_runs_a_task(target: Path, tmp_path: Path) -> None:
-    """With a task of this test, from a local file: what it scores is what the model says."""
+def test_the_command_of_lm_eval_runs_a_task(target: Path, tmp_path: Path) -> None:
+    """On a task from a local file: its score and its samples are those of the model."""
     rcd = model(target, confidence_threshold=0.5)
     prompts = ["words 1", "digits 2", "words 3"]
-    said = rcd.generate_until(instances(*((p, {"until": ["3"], "max_gen_toks": 16}) for p in prompts)))
-    rows = [
-        {"question": p, "answer": s if i else "not this"} for i, (p, s) in enumerate(zip(prompts, said, strict=True))
-    ]
+    answers = rcd.generate_until(instances(*((p, {"until": ["3"], "max_gen_toks": 16}) for p in prompts)))
+    correct = ["wrong", *answers[1:]]
+    rows = [{"question": prompt, "answer": text} for prompt, text in zip(prompts, correct, strict=True)]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "tasks").mkdir()
@@ -138,9 +133,9 @@ def test_lm_evals_own_command_runs_a_task(target: Path, tmp_path: Path) -> None:
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
     ran = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True, timeout=240)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    (found,) = (tmp_path / "out").rglob("results_*.json")
-    results = json.loads(found.read_text())
+    (file,) = (tmp_path / "out").rglob("results_*.json")
+    results = json.loads(file.read_text())
     assert results["results"]["words"]["exact_match,none"] == pytest.approx(2 / 3)
     (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
-    answers = [json.loads(line)["filtered_resps"][0] for line in samples.read_text().splitlines()]
-    assert sorted(answers) == sorted(said)
+    logged = [json.loads(line)["filtered_resps"][0] for line in samples.read_text().splitlines()]
+    assert sorted(logged) == sorted(answers)
