@@ -4,19 +4,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rcd_core.alpha import entropy_weight
-    from rcd_core.decode_settings import DecodeSettings
-    from rcd_core.decoding.decoder import Decoder
-    from rcd_core.decoding.engine import Engine
-    from rcd_core.decoding.generation import Generation
-    from rcd_core.decoding.reference import LocalReference, Reference, WarmStart
-    from rcd_core.errors import UserError
-    from rcd_core.families.base import DiffusionModel
-    from rcd_core.families.config import ModelConfig
-    from rcd_core.families.loading import load_model, new_model
-    from rcd_core.residual import inject_residual, soft_embedding
-    from rcd_core.signals import ReferenceSignals
-    from rcd_core.training.objective import TrainingBatch, training_loss
+    from rcd_core.alpha import entropy_weight as entropy_weight
+    from rcd_core.decode_settings import DecodeSettings as DecodeSettings
+    from rcd_core.decoding.decoder import Decoder as Decoder
+    from rcd_core.decoding.engine import Engine as Engine
+    from rcd_core.decoding.generation import Generation as Generation
+    from rcd_core.decoding.reference import (
+        LocalReference as LocalReference,
+    )
+    from rcd_core.decoding.reference import (
+        Reference as Reference,
+    )
+    from rcd_core.decoding.reference import (
+        WarmStart as WarmStart,
+    )
+    from rcd_core.errors import UserError as UserError
+    from rcd_core.families.base import DiffusionModel as DiffusionModel
+    from rcd_core.families.config import ModelConfig as ModelConfig
+    from rcd_core.families.loading import load_model as load_model
+    from rcd_core.families.loading import new_model as new_model
+    from rcd_core.residual import inject_residual as inject_residual
+    from rcd_core.residual import soft_embedding as soft_embedding
+    from rcd_core.signals import ReferenceSignals as ReferenceSignals
+    from rcd_core.training.objective import TrainingBatch as TrainingBatch
+    from rcd_core.training.objective import training_loss as training_loss
 
 _HOMES = {
     "rcd_core.alpha": ("entropy_weight",),
@@ -42,23 +53,4 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_HOME_OF[name]), name)
 
 
-__all__ = [
-    "DecodeSettings",
-    "Decoder",
-    "DiffusionModel",
-    "Engine",
-    "Generation",
-    "LocalReference",
-    "ModelConfig",
-    "Reference",
-    "ReferenceSignals",
-    "TrainingBatch",
-    "UserError",
-    "WarmStart",
-    "entropy_weight",
-    "inject_residual",
-    "load_model",
-    "new_model",
-    "soft_embedding",
-    "training_loss",
-]
+__all__ = sorted(_HOME_OF)

@@ -17,6 +17,8 @@ from rcd_core.decoding.sequence import Sequence
 from rcd_core.decoding.stream import Event, stream
 from rcd_core.families.base import DiffusionModel
 
+Settings = DecodeSettings | Many[DecodeSettings] | None  # one for all requests, or one per request
+
 
 class Decoder:
     """Decodes prompts or fills canvases with a target and, for warm starts, a reference (a model or a remote one).
@@ -37,22 +39,15 @@ class Decoder:
         self.max_batch = max_batch
         self.observer = observer
 
-    def generate(
-        self, prompts: Many[Many[int]], settings: DecodeSettings | Many[DecodeSettings] | None = None
-    ) -> list[Generation]:
-        """Continue each prompt (token ids). settings: one for all prompts, or one per prompt. Raises UserError for a
-        request that the model does not support."""
-        return self._decode(prompts, settings, infill=False)
+    def generate(self, prompts: Many[Many[int]], settings: Settings = None) -> list[Generation]:
+        """Continue each prompt (token ids). Raises UserError for a request that the model does not support."""
+        return self._in_order(self.as_completed(prompts, settings, infill=False))
 
-    def infill(
-        self, canvases: Many[Many[int]], settings: DecodeSettings | Many[DecodeSettings] | None = None
-    ) -> list[Generation]:
+    def infill(self, canvases: Many[Many[int]], settings: Settings = None) -> list[Generation]:
         """Fill every mask token of each canvas (token ids), wherever it stands, and change nothing else."""
-        return self._decode(canvases, settings, infill=True)
+        return self._in_order(self.as_completed(canvases, settings, infill=True))
 
-    def stream(
-        self, prompts: Many[Many[int]], settings: DecodeSettings | Many[DecodeSettings] | None = None
-    ) -> Iterator[Event]:
+    def stream(self, prompts: Many[Many[int]], settings: Settings = None) -> Iterator[Event]:
         """Like `generate`, but yields events: BlockDone with final tokens, PassDone if settings.trace, Finished."""
         sequences = self._sequences(prompts, settings, infill=False)
         return stream(self._engine(sequences), sequences)
@@ -62,7 +57,7 @@ class Decoder:
         return make_sequence(self.model, list(ids), settings, infill=infill, has_reference=self.reference is not None)
 
     def as_completed(
-        self, inputs: Many[Many[int]], settings: DecodeSettings | Many[DecodeSettings] | None = None, *, infill: bool
+        self, inputs: Many[Many[int]], settings: Settings = None, *, infill: bool
     ) -> Iterator[tuple[int, Generation]]:
         """Like `generate` or `infill`, but yields (index of the input, generation) in the order of completion."""
         sequences = self._sequences(inputs, settings, infill=infill)
@@ -75,15 +70,11 @@ class Decoder:
             for sequence in engine.step():
                 yield index[sequence], sequence.output()
 
-    def _decode(
-        self, inputs: Many[Many[int]], settings: DecodeSettings | Many[DecodeSettings] | None, *, infill: bool
-    ) -> list[Generation]:
-        results = dict(self.as_completed(inputs, settings, infill=infill))
-        return [results[i] for i in range(len(results))]
+    @staticmethod
+    def _in_order(results: Iterator[tuple[int, Generation]]) -> list[Generation]:
+        return [generation for _, generation in sorted(results, key=lambda pair: pair[0])]
 
-    def _sequences(
-        self, inputs: Many[Many[int]], settings: DecodeSettings | Many[DecodeSettings] | None, *, infill: bool
-    ) -> list[Sequence]:
+    def _sequences(self, inputs: Many[Many[int]], settings: Settings, *, infill: bool) -> list[Sequence]:
         if settings is None or isinstance(settings, DecodeSettings):
             settings = [settings or DecodeSettings()] * len(inputs)
         if message := next(filter(None, (uncalibrated(s, self.model) for s in settings)), None):

@@ -23,10 +23,11 @@ from rcd_core.decoding.cache import Slots
 from rcd_core.decoding.generation import Step
 from rcd_core.decoding.model_runner import ModelRunner, group_rows
 from rcd_core.decoding.observer import Observed, Observer
+from rcd_core.decoding.policies import Bools
 from rcd_core.decoding.reference import AsyncReference, Reference, WarmStart
 from rcd_core.decoding.residual_state import dirichlet_signals
 from rcd_core.decoding.sampler import choose_commits
-from rcd_core.decoding.sequence import MaskedPositions, PassRow, Sequence
+from rcd_core.decoding.sequence import MaskedPositions, PassRow, Positions, Sequence
 from rcd_core.decoding.statistics import Statistics
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
@@ -199,11 +200,9 @@ class Engine:
         tokens, confidence, entropy = predictions[0].astype(np.int64), predictions[1], predictions[2]
         commit = choose_commits(self.model, masked, confidence, entropy)
         if self.observer is not None and hidden is not None:
-            has_residual, starting = (
-                np.array(flags)[masked.owner]
-                for flags in ([s.has_residual for s in masked.sequences], [s.is_start_pass for s in masked.sequences])
-            )
-            self.observer(Observed(masked, hidden, alpha, has_residual, commit & ~starting))
+            has_residual = masked.per_request(lambda s: s.has_residual) > 0
+            commits = masked.per_request(lambda s: not s.is_start_pass) > 0
+            self.observer(Observed(masked, hidden, alpha, has_residual, commit & commits))
         committed, new_tokens, still_masked = masked.positions[commit], tokens[commit], masked.positions[~commit]
         num_committed = np.concatenate([[0], commit.cumsum()])
         for s, part in zip(masked.sequences, masked.slices(), strict=True):
@@ -223,14 +222,7 @@ class Engine:
         return finished
 
 
-def _trace(
-    s: Sequence,
-    tokens: NDArray[np.int64],
-    confidence: Floats,
-    entropy: Floats,
-    commit: NDArray[np.bool_],
-    alpha: Floats,
-) -> Step:
+def _trace(s: Sequence, tokens: Positions, confidence: Floats, entropy: Floats, commit: Bools, alpha: Floats) -> Step:
     """The step's trace, of the block's positions only. All arrays are (n,), aligned with s.masked_positions."""
     inside = s.masked_positions < s.block[1]
     return Step(

@@ -96,8 +96,7 @@ def choose_commits(
     if "entropy_bounded" in policies:
         grids[1].ravel()[cells] = entropy[inside]
     if "random" in policies:
-        pairs = zip(owner.tolist(), masked.positions.tolist(), strict=True)
-        grids[2].ravel()[cells] = np.array([_random_score(sequences[i], p) for i, p in pairs])[inside]
+        grids[2].ravel()[cells] = _keyed_uniforms(masked, lambda s: s.settings.policy == "random", "lot")[inside]
     quota = np.array([s.quota() for s in sequences])
     threshold = np.array([s.settings.confidence_threshold for s in sequences])
     bound = np.array([s.settings.entropy_bound or 0.0 for s in sequences])
@@ -120,18 +119,18 @@ def choose_commits(
     return commit
 
 
-def _random_score(s: Sequence, position: int) -> float:
-    if s.settings.policy != "random":
-        return 0.0
-    return float(uniforms(hash_key("lot", s.settings.seed, position, s.step), 1)[0])
+def _keyed_uniforms(masked: MaskedPositions, needs: Callable[[Sequence], bool], *key: str) -> NDArray[np.float64]:
+    """(N,) numbers in [0, 1), each a function of (key, seed, position, pass); 0 for requests that do not need one."""
+    result = np.zeros(len(masked.positions))
+    for s, part in zip(masked.sequences, masked.slices(), strict=True):
+        if needs(s):
+            positions = masked.positions[part].tolist()
+            result[part] = [uniforms(hash_key(*key, s.settings.seed, p, s.step), 1)[0] for p in positions]
+    return result
 
 
 def _sampling_columns(model: DiffusionModel, masked: MaskedPositions) -> SamplingColumns:
-    uniform = np.zeros(len(masked.positions))
-    for i, (owner, position) in enumerate(zip(masked.owner.tolist(), masked.positions.tolist(), strict=True)):
-        s = masked.sequences[owner]
-        if s.settings.temperature > 0:
-            uniform[i] = uniforms(hash_key(s.settings.seed, position, s.step), 1)[0]
+    uniform = _keyed_uniforms(masked, lambda s: s.settings.temperature > 0)
 
     def column(value: Callable[[Sequence], float], dtype: torch.dtype) -> Tensor:
         return torch.from_numpy(masked.per_request(value)).to(dtype).to(model.device)

@@ -44,8 +44,8 @@ class PassRow(NamedTuple):
 
 @dataclass(eq=False)
 class Sequence:
-    """The state of one request. Between two passes a block is in one of three states: its prompt is not yet prefilled,
-    it has masks, or it is done and `advance` moves on."""
+    """The state of one request. Each step of the engine calls `next_pass`, `pass_done` when that pass has run, and
+    `predicted` if it was a denoising pass."""
 
     model: DiffusionModel
     settings: ResolvedSettings
