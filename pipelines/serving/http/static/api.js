@@ -1,6 +1,6 @@
-// Requests and their streams, as the HTTP interface has them.
+// HTTP requests and the events of their streams.
 
-/** A failure that the server explained, in its own words. */
+/** An error with the server's message. */
 export class ApiError extends Error {
   constructor(message, status = 0) {
     super(message);
@@ -8,41 +8,40 @@ export class ApiError extends Error {
   }
 }
 
-/** Path and body of a request. settings: what the form gives, empty values left out. */
+/** Path and body of a request. settings: values of the form, without empty ones. */
 export function request(mode, model, text, settings) {
   const body = { model, stream: true, return_trace: "steps", stream_options: { include_usage: true }, ...settings };
   if (mode === "chat") return ["v1/chat/completions", { ...body, messages: [{ role: "user", content: text }] }];
   if (mode === "infill") {
-    delete body.max_tokens; // every mask is filled, nothing is added
+    delete body.max_tokens; // an infill adds nothing
     body.infill = true;
   }
   return ["v1/completions", { ...body, prompt: text }];
 }
 
 export async function getJson(path, key) {
-  const answer = await fetch(path, { headers: headers(key) });
-  if (!answer.ok) throw await failure(answer);
-  return answer.json();
+  const response = await fetch(path, { headers: headers(key) });
+  if (!response.ok) throw await failure(response);
+  return response.json();
 }
 
-/** Post and yield {text}, {step} and, towards the end, {tokens} and {done: what the server says under `rcd`}. Throws
- *  ApiError. */
+/** POST a request and yield {text}, {step} and, at the end, {tokens} and {done: the answer's `rcd`}. Throws ApiError. */
 export async function* decode(path, body, key, signal) {
-  const answer = await fetch(path, {
+  const response = await fetch(path, {
     method: "POST",
     headers: { "Content-Type": "application/json", ...headers(key) },
     body: JSON.stringify(body),
     signal,
   });
-  if (!answer.ok) throw await failure(answer);
-  for await (const data of serverSentEvents(answer.body)) {
+  if (!response.ok) throw await failure(response);
+  for await (const data of serverSentEvents(response.body)) {
     if (data === "[DONE]") return;
-    yield* understood(JSON.parse(data));
+    yield* parseChunk(JSON.parse(data));
   }
-  throw new ApiError("the stream broke off before its end");
+  throw new ApiError("the stream ended before the answer did");
 }
 
-export function* understood(chunk) {
+export function* parseChunk(chunk) {
   if (chunk.error) throw new ApiError(chunk.error.message);
   const [choice] = chunk.choices ?? [];
   const text = choice?.delta?.content ?? choice?.text;
@@ -52,7 +51,7 @@ export function* understood(chunk) {
   else if (chunk.rcd?.forwards) yield { done: chunk.rcd };
 }
 
-/** The data of each event of a byte stream, however it is cut. */
+/** The data of each event of a byte stream. */
 export async function* serverSentEvents(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -80,7 +79,7 @@ function headers(key) {
   return key ? { Authorization: `Bearer ${key}` } : {};
 }
 
-async function failure(answer) {
-  const body = await answer.json().catch(() => ({}));
-  return new ApiError(body.error?.message ?? `the server answered ${answer.status}`, answer.status);
+async function failure(response) {
+  const body = await response.json().catch(() => ({}));
+  return new ApiError(body.error?.message ?? `the server answered ${response.status}`, response.status);
 }

@@ -1,20 +1,20 @@
-// What the tokens look like after each pass, from the trace: no DOM, so that it can be tested by itself.
+// The state of the tokens after each pass, from the trace. Without DOM, so that it can be tested alone.
 
 export const MASK = "<|MASK|>";
 
-/** Share in [0, 1) of an entropy in nats: 0 for one candidate, 1/2 for two that are equally likely, 0.9 for ten. */
+/** An entropy in nats, mapped to [0, 1): 0 for one candidate, 0.5 for two equally likely ones, 0.9 for ten. */
 export function uncertainty(nats) {
   return 1 - Math.exp(-Math.max(0, nats));
 }
 
-/** The columns of a square board of digits (a Sudoku), 0 for any other text. A leading # is no cell. */
+/** Columns of a square board of digits (a Sudoku), 0 for other texts. A leading # is not a cell. */
 export function boardColumns(template) {
   const cells = template.replace(/^#/, "").replaceAll(MASK, ".");
   const side = Math.sqrt(cells.length);
   return side >= 2 && Number.isInteger(side) && /^[0-9.]+$/.test(cells) ? side : 0;
 }
 
-/** The steps of one request. template: the text with its masks for an infill, null for text that is added. */
+/** The steps of one request. template: the text with masks of an infill, else null. */
 export class Trace {
   constructor(template = null) {
     this.template = template;
@@ -29,19 +29,19 @@ export class Trace {
     return this.steps.length;
   }
 
-  /** The tokens after `count` passes, in order, each with its state: given, unseen, guess or committed. `fresh`:
-   *  committed in the last of these passes. `block` counts up from 0. */
+  /** The tokens after `count` passes, in order, each with its state: given, unseen, guess or committed. fresh:
+   *  committed in the last of these passes. block: number of its block, from 0. */
   at(count) {
-    const found = new Map();
+    const byPosition = new Map();
     let block = -1;
     for (const [i, step] of this.steps.slice(0, count).entries()) {
       const committed = new Set(step.committed);
-      block += step.masked.some((position) => !found.has(position));
+      block += step.masked.some((position) => !byPosition.has(position));
       step.masked.forEach((position, n) => {
         const done = committed.has(position);
-        found.set(position, {
+        byPosition.set(position, {
           position,
-          block: found.get(position)?.block ?? block,
+          block: byPosition.get(position)?.block ?? block,
           state: done ? "committed" : "guess",
           fresh: done && i === count - 1,
           pass: i + 1,
@@ -52,11 +52,11 @@ export class Trace {
         });
       });
     }
-    const tokens = [...found.values()].sort((a, b) => a.position - b.position);
+    const tokens = [...byPosition.values()].sort((a, b) => a.position - b.position);
     return this.template === null ? tokens : this.#filled(tokens);
   }
 
-  // Blocks come in order and the first pass of each sees all of its masks: the n-th position is the n-th mask.
+  // Blocks come in order, and the first pass of each has all of its masks, so the n-th position is the n-th mask.
   #filled(tokens) {
     const board = boardColumns(this.template) > 0;
     const texts = (board ? this.template.replace(/^#/, "") : this.template).split(MASK);
@@ -70,7 +70,7 @@ export class Trace {
   }
 }
 
-/** What is told of a pass: its number, tokens committed so far and in it, and those still masked. */
+/** Counts after a pass: its number, tokens committed so far and in it, tokens still masked. */
 export function summary(tokens, count) {
   const of = (test) => tokens.filter(test).length;
   return {

@@ -1,4 +1,4 @@
-// The page: the form, the two requests it makes, and the pass that is shown.
+// The page: the form, its one or two requests, and the pass on display.
 
 import { ApiError, decode, getJson, request } from "./api.js";
 import { MASK } from "./canvas.js";
@@ -8,28 +8,28 @@ const $ = (id) => document.getElementById(id);
 const form = $("form");
 const NO_TEMPLATE = "no chat template";
 
-const narrow = matchMedia("(max-width: 56rem)"); // as in style.css: the output is below the form
+const narrow = matchMedia("(max-width: 56rem)"); // as in style.css, which then puts the output below the form
 
 let models = []; // {id, baseline, settings}
 let panels = [];
-let running = null; // AbortController of what is under way
-let playing = false; // the pass shown runs after the passes there are
-let last = 0; // when a pass was shown, ms
+let running = null; // AbortController of the running requests
+let playing = false; // the display follows the passes
+let last = 0; // time of the last display, ms
 
-// -- what is asked
+// -- the requests
 
 function mode() {
   return form.elements.mode.value;
 }
 
 function settings() {
-  const given = {};
+  const values = {};
   for (const field of document.querySelectorAll(".settings [name]")) {
     if (field.value === "" || field.closest("[hidden]")) continue;
-    if (field.dataset.kind === "boolean") given[field.name] = field.value === "true";
-    else given[field.name] = field.type === "number" ? Number(field.value) : field.value;
+    if (field.dataset.kind === "boolean") values[field.name] = field.value === "true";
+    else values[field.name] = field.type === "number" ? Number(field.value) : field.value;
   }
-  return given;
+  return values;
 }
 
 function chosen() {
@@ -38,23 +38,23 @@ function chosen() {
 
 function sides() {
   const model = chosen();
-  // The chosen model, and beside it the baseline that is deployed, else itself without residuals.
-  const mine = { model: model.id, title: model.id, note: residualNote(model, settings()), settings: settings() };
-  if (!$("compare").checked || $("compare-field").hidden) return [mine];
+  // The chosen model, and to compare with, its deployed baseline or else itself without residuals.
+  const main = { model: model.id, title: model.id, note: residualNote(model, settings()), settings: settings() };
+  if (!$("compare").checked || $("compare-field").hidden) return [main];
   const other = { ...settings(), residual: false };
   delete other.start;
   if (model.baseline) {
-    return [mine, { model: model.baseline, title: model.baseline, note: "baseline model, trained without residuals",
+    return [main, { model: model.baseline, title: model.baseline, note: "baseline model, trained without residuals",
       settings: other }];
   }
   const title = `${model.id}, residual off`;
-  return [mine, { model: model.id, title, note: "the same checkpoint with residual off; no baseline is deployed",
+  return [main, { model: model.id, title, note: "the same checkpoint with residual off; no baseline is deployed",
     settings: other }];
 }
 
-function residualNote(model, given) {
-  const on = given.residual ?? model.settings.residual;
-  return on ? `residual on, start ${given.start ?? model.settings.start ?? "of the checkpoint"}` : "residual off";
+function residualNote(model, values) {
+  const on = values.residual ?? model.settings.residual;
+  return on ? `residual on, start ${values.start ?? model.settings.start ?? "of the checkpoint"}` : "residual off";
 }
 
 // -- running
@@ -67,21 +67,21 @@ async function run() {
   $("run").disabled = true;
   $("stop").disabled = false;
   const template = mode() === "infill" ? $("prompt").value : null;
-  const asked = sides();
-  panels = asked.map((side) => new Panel(side.title, side.note, template));
+  const requests = sides();
+  panels = requests.map((side) => new Panel(side.title, side.note, template));
   $("panels").replaceChildren(...panels.map((panel) => panel.root));
-  limits();
+  updateRange();
   show(0);
   play(true);
   if (narrow.matches) $("outputs").scrollIntoView();
   try {
-    await Promise.all(asked.map((side, i) => follow(side, panels[i], controller.signal)));
+    await Promise.all(requests.map((side, i) => follow(side, panels[i], controller.signal)));
     $("status").textContent = panels.map(sentence).join(" ");
   } catch (error) {
-    controller.abort(); // one side alone compares nothing
+    controller.abort(); // the other side too
     if (error instanceof ApiError && error.message.includes(NO_TEMPLATE) && mode() === "chat") {
       setMode($("prompt").value.includes(MASK) ? "infill" : "completion");
-      return run().then(() => $("status").prepend("This model does not chat: its prompt was completed. "));
+      return run().then(() => $("status").prepend("This model has no chat template, so it does not chat: the prompt was continued. "));
     }
     const stopped = error.name === "AbortError";
     $("status").textContent = stopped ? "Stopped" : "";
@@ -100,10 +100,10 @@ async function follow(side, panel, signal) {
   const [path, body] = request(mode(), side.model, $("prompt").value, side.settings);
   for await (const event of decode(path, body, $("key").value, signal)) {
     if (event.step) panel.trace.add(event.step);
-    if (event.text) panel.say(event.text);
+    if (event.text) panel.append(event.text);
     if (event.tokens !== undefined) panel.tokens = event.tokens;
     if (event.done) panel.finish(event.done);
-    limits();
+    updateRange();
   }
 }
 
@@ -113,23 +113,23 @@ function sentence(panel) {
   return `${title}: ${forwards.denoise} passes, ${rate.toFixed(2)} tokens per forward.`;
 }
 
-// -- the pass that is shown
+// -- the pass on display
 
-function limits() {
+function updateRange() {
   const most = Math.max(0, ...panels.map((panel) => panel.trace.length));
   $("pass").max = most;
   $("pass").disabled = $("play").disabled = most === 0;
-  number();
+  updateNumber();
 }
 
-function number() {
+function updateNumber() {
   $("pass-number").textContent = `${$("pass").value} / ${$("pass").max}`;
   $("pass").setAttribute("aria-valuetext", `pass ${$("pass").value} of ${$("pass").max}`);
 }
 
 function show(pass) {
   $("pass").value = pass;
-  number();
+  updateNumber();
   for (const panel of panels) panel.show(pass);
   play(playing);
 }
@@ -146,7 +146,7 @@ function tick(now) {
     last = now;
   } else if (playing && pass >= most && running === null) {
     playing = false;
-    show(most); // with the server's figures
+    show(most); // with the server's statistics
   }
   requestAnimationFrame(tick);
 }
@@ -165,7 +165,7 @@ function describe() {
   const model = chosen();
   const defaults = model?.settings ?? {};
   $("compare-field").hidden = !model?.baseline && !defaults.residual; // nothing to compare with
-  $("compare-label").textContent = model?.baseline ? `Beside it: ${model.baseline}` : "Beside it: residual off";
+  $("compare-label").textContent = `Compare with ${model?.baseline ?? "residual off"}`;
   for (const field of document.querySelectorAll(".settings [name]")) {
     const value = defaults[field.name === "max_tokens" ? "max_new_tokens" : field.name] ?? null;
     const text = typeof value === "boolean" ? (value ? "on" : "off") : String(value ?? "default");

@@ -1,8 +1,8 @@
-// One model's side of the page: its tokens at a pass, its figures and its text.
+// One model's side of the page: its tokens at a pass, statistics and text.
 
 import { Trace, boardColumns, summary, uncertainty } from "./canvas.js";
 
-const FLIP = 0.59; // where both inks have a contrast of at least 4.5 to the mixture of --certain and --uncertain
+const FLIP = 0.59; // where black and white both have a contrast of at least 4.5 to the background
 
 export class Panel {
   constructor(title, note, template) {
@@ -14,8 +14,8 @@ export class Panel {
     this.answer = root.querySelector(".answer");
     this.rows = root.querySelector("tbody");
     this.table = root.querySelector("details.table");
-    this.result = null; // what the server says in the end,
-    this.tokens = null; // and how many tokens it counts
+    this.result = null; // the answer's `rcd`
+    this.tokens = null; // the server's count
     this.shown = 0;
     root.querySelector("h2").textContent = title;
     root.querySelector(".note").textContent = note;
@@ -26,8 +26,8 @@ export class Panel {
     this.show(0);
   }
 
-  say(text) {
-    this.answer.append(text); // appended, so that a screen reader says only what is new
+  append(text) {
+    this.answer.append(text); // not replaced, so that a screen reader reads only the new text
   }
 
   finish(result) {
@@ -40,24 +40,24 @@ export class Panel {
     this.root.querySelector(".rest").textContent = parts.join(" · ");
   }
 
-  /** Draw the state after `count` passes; beyond its last, the end. */
+  /** Draw the state after `count` passes, at most all of them. */
   show(count) {
     this.shown = Math.min(count, this.trace.length);
     const tokens = this.trace.at(this.shown);
-    const told = summary(tokens, this.shown);
+    const counts = summary(tokens, this.shown);
     const ended = this.result !== null && this.shown === this.trace.length;
-    // The server's own figures at the end: they know of passes without a trace and of tokens after the stop.
-    const passes = ended ? this.result.forwards.denoise : told.passes;
-    const rate = ended ? this.result.tokens_per_forward : told.committed / Math.max(1, told.passes);
+    // At the end the server's counts, which include passes without a trace and exclude tokens after the stop.
+    const passes = ended ? this.result.forwards.denoise : counts.passes;
+    const rate = ended ? this.result.tokens_per_forward : counts.committed / Math.max(1, counts.passes);
     this.#figure("passes", passes);
-    this.#figure("tokens", ended ? this.tokens ?? told.committed : told.committed);
+    this.#figure("tokens", ended ? this.tokens ?? counts.committed : counts.committed);
     this.#figure("rate", passes ? rate.toFixed(2) : "–");
-    this.canvas.setAttribute("aria-label", label(told));
-    this.canvas.replaceChildren(...this.#drawn(tokens));
+    this.canvas.setAttribute("aria-label", label(counts));
+    this.canvas.replaceChildren(...this.#draw(tokens));
     this.#numbers();
   }
 
-  #drawn(tokens) {
+  #draw(tokens) {
     const current = Math.max(-1, ...tokens.map((t) => t.block ?? -1));
     const groups = [];
     for (const token of tokens) {
@@ -65,11 +65,11 @@ export class Panel {
       if (last && last.block === token.block) last.tokens.push(token);
       else groups.push({ block: token.block, tokens: [token] });
     }
-    return groups.map(({ block, tokens: mine }) => {
+    return groups.map(({ block, tokens }) => {
       const group = document.createElement("span");
       group.className = "block";
-      group.classList.toggle("current", block === current && mine.some((t) => t.state === "guess"));
-      group.append(...mine.map(drawnToken));
+      group.classList.toggle("current", block === current && tokens.some((t) => t.state === "guess"));
+      group.append(...tokens.map(drawToken));
       return group;
     });
   }
@@ -92,7 +92,7 @@ export class Panel {
   }
 }
 
-function drawnToken(token) {
+function drawToken(token) {
   const span = document.createElement("span");
   span.className = `token ${token.state}`;
   span.classList.toggle("fresh", Boolean(token.fresh));
@@ -108,7 +108,7 @@ function drawnToken(token) {
   return span;
 }
 
-/** The darker the less certain; the ink turns where white reads as well as black. */
+/** Shade a token: darker means less certain. The text turns white on dark shades. */
 export function shade(span, u, confidence) {
   span.style.setProperty("--u", u.toFixed(3));
   span.style.setProperty("--confidence", confidence);

@@ -1,6 +1,6 @@
-"""The page at /: its files, and what a real browser makes of it with the real HTTP interface over small models.
+"""The playground: its files, and the page in a real browser over small models.
 
-The browser is the Chromium that is installed; without one those tests are skipped.
+The browser is the installed Chromium; without one its tests are skipped.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def browser() -> Iterator[Any]:
 
 
 class Page:
-    """A tab. Whatever it asks for elsewhere, or complains of, fails the test that used it."""
+    """A tab. complaints: script errors and requests to other hosts."""
 
     def __init__(self, browser: Any, url: str, pace: str = "0", **context: Any) -> None:
         self.tab = browser.new_page(**context)
@@ -73,7 +73,7 @@ class Page:
         self.tab.wait_for_selector(selector, state="attached")
 
     def ended(self) -> None:
-        """The replay has arrived at its last pass."""
+        """Wait until the replay is at its last pass."""
         self.wait("#play:has-text('Replay'):enabled")
 
     def go_to(self, number: int) -> None:
@@ -97,8 +97,8 @@ def page(browser: Any, app: Served) -> Iterator[Page]:
     assert page.complaints == []
 
 
-def ask(app: Served, prompt: str, **body: Any) -> dict[str, Any]:
-    """The whole answer that the page's stream is a telling of."""
+def complete(app: Served, prompt: str, **body: Any) -> dict[str, Any]:
+    """The whole answer to the request that the page streams."""
     answer = httpx.post(f"{app.url}/v1/completions", json={"model": MODEL, "prompt": prompt, **body}, timeout=END_S)
     return dict(answer.raise_for_status().json())
 
@@ -106,18 +106,18 @@ def ask(app: Served, prompt: str, **body: Any) -> dict[str, Any]:
 # -- files
 
 
-def test_the_page_and_its_files_are_served_and_bound_to_this_server(app: Served) -> None:
+def test_the_page_and_its_files_use_only_this_server(app: Served) -> None:
     page = httpx.get(app.url)
     assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in page.headers["content-security-policy"]
-    named = re.findall(r'(?:src|href)="(playground/[^"]+)"', page.text)
-    assert len(named) == 3
+    links = re.findall(r'(?:src|href)="(playground/[^"]+)"', page.text)
+    assert len(links) == 3
     types = {"js": "javascript", "css": "css", "svg": "svg", "html": "html"}
-    for path in {*named, *(f"playground/{file.name}" for file in FILES.iterdir() if file.suffix != ".png")}:
+    for path in {*links, *(f"playground/{file.name}" for file in FILES.iterdir() if file.suffix != ".png")}:
         file = httpx.get(f"{app.url}/{path}")
         assert file.status_code == 200 and types[path.rpartition(".")[2]] in file.headers["content-type"]
         assert file.headers["x-content-type-options"] == "nosniff"
-        assert "http" not in file.text.replace("http://www.w3.org/2000/svg", "")  # nothing from elsewhere
+        assert "http" not in file.text.replace("http://www.w3.org/2000/svg", "")
     assert httpx.get(f"{app.url}/playground/../playground.py").status_code == 404
     assert not [path for path in httpx.get(f"{app.url}/openapi.json").json()["paths"] if "playground" in path]
 
@@ -131,9 +131,9 @@ def test_models_are_listed_with_their_defaults_and_baseline(app: Served) -> None
 # -- in a browser
 
 
-def test_the_denoising_is_shown_and_replayed_pass_by_pass(page: Page, app: Served) -> None:
-    steps = ask(app, PUZZLE, infill=True, return_trace="steps")["choices"][0]["rcd"]["steps"]
-    assert page.tab.input_value("#prompt") == PUZZLE  # the example that the server names, with its mode
+def test_denoising_is_drawn_and_replayed_pass_by_pass(page: Page, app: Served) -> None:
+    steps = complete(app, PUZZLE, infill=True, return_trace="steps")["choices"][0]["rcd"]["steps"]
+    assert page.tab.input_value("#prompt") == PUZZLE  # the server's example
     page.tab.select_option("#pace", "120")
     page.run()
     page.ended()
@@ -147,8 +147,8 @@ def test_the_denoising_is_shown_and_replayed_pass_by_pass(page: Page, app: Serve
         assert len(page.tokens(1, ".fresh")) == len(step["committed"])
         assert len(page.tokens(1, ".guess")) == len(step["masked"]) - len(step["committed"])
         assert page.texts("#pass-number")[0].startswith(f"{number} / ")
-        told = page.tab.get_attribute(".panel:first-child .canvas", "aria-label")
-        assert told == f"After pass {number}: {len(filled)} tokens committed, {len(step['committed'])} of them in " + (
+        label = page.tab.get_attribute(".panel:first-child .canvas", "aria-label")
+        assert label == f"After pass {number}: {len(filled)} tokens committed, {len(step['committed'])} of them in " + (
             f"this pass, {PUZZLE.count(MASK_TEXT) - len(filled)} masked"
         )
     page.go_to(0)
@@ -160,7 +160,7 @@ def test_the_denoising_is_shown_and_replayed_pass_by_pass(page: Page, app: Serve
 
 
 def test_the_shade_of_a_guess_grows_with_its_entropy(page: Page, app: Served) -> None:
-    steps = ask(app, "the fox", return_trace="steps")["choices"][0]["rcd"]["steps"]
+    steps = complete(app, "the fox", return_trace="steps")["choices"][0]["rcd"]["steps"]
     number, step = max(enumerate(steps, start=1), key=lambda n: len(n[1]["masked"]) - len(n[1]["committed"]))
     page.tab.check("input[value=completion]")
     page.tab.fill("#prompt", "the fox")
@@ -175,7 +175,7 @@ def test_the_shade_of_a_guess_grows_with_its_entropy(page: Page, app: Served) ->
     assert len(set(colours)) > 3 and len(shades) == len(entropies)
 
 
-def test_beside_the_model_stands_the_baseline_that_is_deployed(page: Page, app: Served) -> None:
+def test_the_model_is_compared_with_its_baseline(page: Page, app: Served) -> None:
     page.run()
     page.ended()
     assert page.texts(".panel h2") == [MODEL, BASELINE]
@@ -187,7 +187,7 @@ def test_beside_the_model_stands_the_baseline_that_is_deployed(page: Page, app: 
         assert f"{model}: {passes} passes" in page.texts("#status")[0]
 
 
-def test_without_a_baseline_the_same_checkpoint_without_residual_is_labelled_so(browser: Any) -> None:
+def test_without_a_baseline_the_model_is_compared_with_itself(browser: Any) -> None:
     with served(baseline=False) as app:
         page = Page(browser, app.url)
         page.tab.fill("#prompt", f"the {MASK_TEXT}{MASK_TEXT} dog{MASK_TEXT}")  # switches to infill by itself
@@ -203,9 +203,9 @@ def test_settings_reach_the_model_under_their_own_names(page: Page, app: Served)
     page.tab.check("input[value=completion]")
     page.tab.fill("#prompt", "the fox")
     page.tab.uncheck("#compare")
-    given = {"confidence_threshold": "0.4", "block_length": "4", "max_tokens": "12", "temperature": "0.7", "seed": "3"}
-    for name, value in given.items():
-        page.tab.fill(f"[name={name}]", value)
+    numbers = {"confidence_threshold": 0.4, "block_length": 4, "max_tokens": 12, "temperature": 0.7, "seed": 3}
+    for name, value in numbers.items():
+        page.tab.fill(f"[name={name}]", str(value))
     page.tab.select_option("[name=residual]", "true")
     page.tab.select_option("[name=start]", "self")
     page.tab.select_option("[name=policy]", "entropy_bounded")
@@ -213,10 +213,9 @@ def test_settings_reach_the_model_under_their_own_names(page: Page, app: Served)
     page.run()
     page.ended()
     [body] = page.bodies
-    wanted = {name: float(value) for name, value in given.items()}
-    wanted |= {"residual": True, "start": "self", "policy": "entropy_bounded", "entropy_bound": 0.35}
-    about = {"model", "prompt", "stream", "stream_options", "return_trace"}
-    assert {name: value for name, value in body.items() if name not in about} == wanted
+    choices = {"residual": True, "start": "self", "policy": "entropy_bounded", "entropy_bound": 0.35}
+    other = {"model", "prompt", "stream", "stream_options", "return_trace"}
+    assert {name: value for name, value in body.items() if name not in other} == {**numbers, **choices}
     settings = replace(
         SETTINGS, confidence_threshold=0.4, block_length=4, max_new_tokens=12, temperature=0.7, seed=3,
         start="self", policy="entropy_bounded", entropy_bound=0.35,
@@ -225,19 +224,19 @@ def test_settings_reach_the_model_under_their_own_names(page: Page, app: Served)
     assert page.figures(1)[1] == 12
 
 
-def test_chat_works_and_gives_way_where_the_model_does_not_chat(page: Page, browser: Any, app: Served) -> None:
+def test_chat_falls_back_to_completion_without_a_chat_template(page: Page, browser: Any, app: Served) -> None:
     page.tab.check("input[value=chat]")
     page.tab.fill("#prompt", "the fox")
     page.run()
     assert page.texts(".answer")[0] == app.text(app.turns("the fox"), SETTINGS)
     with served(template=False, baseline=False) as other:
-        silent = Page(browser, other.url)
-        silent.tab.fill("#prompt", "the fox")
-        silent.run()
-        assert silent.texts(".answer")[0] == other.text(other.ids("the fox"), SETTINGS)
-        assert silent.tab.is_checked("input[value=completion]")
-        assert "does not chat" in silent.texts("#status")[0]
-        silent.tab.close()
+        fallback = Page(browser, other.url)
+        fallback.tab.fill("#prompt", "the fox")
+        fallback.run()
+        assert fallback.texts(".answer")[0] == other.text(other.ids("the fox"), SETTINGS)
+        assert fallback.tab.is_checked("input[value=completion]")
+        assert "chat template" in fallback.texts("#status")[0]
+        fallback.tab.close()
 
 
 def test_a_refusal_is_an_alert(page: Page) -> None:
@@ -245,10 +244,10 @@ def test_a_refusal_is_an_alert(page: Page) -> None:
     page.run()
     page.wait("#alert:has-text('block_length is 9999')")
     assert page.tab.get_attribute("#alert", "role") == "alert"
-    page.complaints = [text for text in page.complaints if "400 (Bad Request)" not in text]  # Chromium's own note
+    page.complaints = [text for text in page.complaints if "400 (Bad Request)" not in text]  # logged by Chromium
 
 
-def test_a_key_is_asked_for_where_one_is_needed(browser: Any) -> None:
+def test_the_page_asks_for_an_api_key(browser: Any) -> None:
     with served(baseline=False, keys=("s3cret",)) as app:
         page = Page(browser, app.url)
         page.tab.fill("#prompt", "the fox")
@@ -285,7 +284,7 @@ def test_stop_cancels_on_the_server(page: Page, app: Served, monkeypatch: pytest
         time.sleep(0.05)
 
 
-def test_what_is_written_is_text_and_no_markup(page: Page) -> None:
+def test_model_output_is_never_markup(page: Page) -> None:
     evil = f"<img src=x onerror=alert(1)>{MASK_TEXT}<script>alert(2)</script>"
     page.tab.fill("#prompt", evil)
     page.run()
@@ -294,7 +293,7 @@ def test_what_is_written_is_text_and_no_markup(page: Page) -> None:
     assert page.tab.locator("#panels img, #panels script").count() == 0
 
 
-def test_keys_are_enough_and_every_control_has_a_name(page: Page) -> None:
+def test_the_page_works_by_keyboard_and_every_control_has_a_name(page: Page) -> None:
     page.tab.focus("#prompt")
     page.tab.keyboard.press("Control+Enter")
     page.wait("#run:enabled")
@@ -309,19 +308,19 @@ def test_keys_are_enough_and_every_control_has_a_name(page: Page) -> None:
     )
     assert unnamed == []
     page.tab.focus(".skip")
-    reached = []
+    focused = []
     for _ in range(30):
         page.tab.keyboard.press("Tab")
-        reached.append(page.tab.evaluate("document.activeElement.id || document.activeElement.name"))
+        focused.append(page.tab.evaluate("document.activeElement.id || document.activeElement.name"))
     order = ["prompt", "run", "model", "compare", "confidence_threshold", "play", "pass", "pace"]
-    assert [name for name in reached if name in order][: len(order)] == order
+    assert [name for name in focused if name in order][: len(order)] == order
     assert page.tab.get_attribute(".answer >> nth=0", "aria-live") == "polite"
     page.tab.click("details.table summary >> nth=0")
     page.wait(".panel:first-child tbody tr")
 
 
 def test_light_dark_and_narrow(browser: Any, app: Served) -> None:
-    papers = set()
+    backgrounds = set()
     for context in (
         {"color_scheme": "light"},
         {"color_scheme": "dark"},
@@ -329,20 +328,20 @@ def test_light_dark_and_narrow(browser: Any, app: Served) -> None:
     ):
         page = Page(browser, app.url, **context)
         page.run()
-        papers.add(page.tab.evaluate("getComputedStyle(document.body).backgroundColor"))
+        backgrounds.add(page.tab.evaluate("getComputedStyle(document.body).backgroundColor"))
         wide = page.tab.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert wide == 0, f"the page is {wide} px too wide for {context}"
         assert page.complaints == []
         page.tab.close()
-    assert len(papers) == 2
+    assert len(backgrounds) == 2
 
 
-def test_events_are_found_however_the_stream_is_cut(page: Page) -> None:
-    found = page.tab.evaluate(
+def test_events_are_parsed_however_the_stream_is_cut(page: Page) -> None:
+    result = page.tab.evaluate(
         r"""async () => {
-          const { serverSentEvents, understood } = await import("/playground/api.js");
-          const said = ': ping\n\ndata: {"a":"ü漢"}\r\n\r\ndata:x\ndata: y\n\ndata: [DONE]\n\n';
-          const bytes = new TextEncoder().encode(said);
+          const { serverSentEvents, parseChunk } = await import("/playground/api.js");
+          const text = ': ping\n\ndata: {"a":"ü漢"}\r\n\r\ndata:x\ndata: y\n\ndata: [DONE]\n\n';
+          const bytes = new TextEncoder().encode(text);
           const all = new Set();
           for (let size = 1; size <= bytes.length; size++) {
             const stream = new ReadableStream({
@@ -356,8 +355,8 @@ def test_events_are_found_however_the_stream_is_cut(page: Page) -> None:
             all.add(JSON.stringify(events));
           }
           let failed = "";
-          try { [...understood({ error: { message: "lost" } })]; } catch (error) { failed = error.message; }
+          try { [...parseChunk({ error: { message: "lost" } })]; } catch (error) { failed = error.message; }
           return [[...all], failed];
         }"""
     )
-    assert found == [['["{\\"a\\":\\"ü漢\\"}","x\\ny","[DONE]"]'], "lost"]
+    assert result == [['["{\\"a\\":\\"ü漢\\"}","x\\ny","[DONE]"]'], "lost"]
