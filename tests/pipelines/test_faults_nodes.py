@@ -97,7 +97,7 @@ def lose_a_node_under_load(storage: str) -> dict[str, Any]:
             lost = time.monotonic()
             cluster.remove_node(nodes[0], allow_graceful=False)
             cluster.add_node(**node)
-            found = [future.result(timeout=300)["text"] for future in [*streams, *whole]]
+            found = [future.result(timeout=300).text for future in [*streams, *whole]]
         until(lambda: len(test_serve_faults.alive("Target")) == 2, seconds=200)
         seconds = time.monotonic() - lost
         retries = metrics(ctx)["retries_total"]

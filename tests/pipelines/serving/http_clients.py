@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -42,8 +43,8 @@ class Reply:
         return self.ended - self.started
 
 
-def ask(http: httpx.Client, url: str, body: dict[str, Any]) -> Reply:
-    """POST a completion; read a stream to the end. Raises nothing."""
+def ask(http: httpx.Client, url: str, body: dict[str, Any], started: threading.Semaphore | None = None) -> Reply:
+    """POST a completion; read a stream to the end. Raises nothing. started: released at the first text of a stream."""
     reply = Reply(body)
     try:
         with http.stream("POST", url + "/v1/completions", json=body) as answer:
@@ -51,7 +52,7 @@ def ask(http: httpx.Client, url: str, body: dict[str, Any]) -> Reply:
             if answer.status_code != 200:
                 reply.problem = answer.read().decode()
             elif body.get("stream"):
-                _read(reply, answer)
+                _read(reply, answer, started)
             else:
                 _take(reply, json.loads(answer.read()))
     except httpx.HTTPError as error:
@@ -60,7 +61,19 @@ def ask(http: httpx.Client, url: str, body: dict[str, Any]) -> Reply:
     return reply
 
 
-def _read(reply: Reply, answer: httpx.Response) -> None:
+def keep_asking(
+    url: str, number: int, seeds: Sequence[int], tokens: int, stop: threading.Event, pause_s: float = 0.0
+) -> list[Reply]:
+    """Client `number`: streams and whole answers in turn, until `stop` is set."""
+    replies: list[Reply] = []
+    with httpx.Client(timeout=300, trust_env=False) as http:
+        while not stop.wait(pause_s):
+            i = number + len(replies)
+            replies.append(ask(http, url, words(seeds[i % len(seeds)], tokens, stream=i % 2 == 0)))
+    return replies
+
+
+def _read(reply: Reply, answer: httpx.Response, started: threading.Semaphore | None) -> None:
     for event in EventSource(answer).iter_sse():
         if event.data == "[DONE]":
             return
@@ -68,7 +81,10 @@ def _read(reply: Reply, answer: httpx.Response) -> None:
         if "error" in chunk:
             reply.problem = event.data
             return
+        silent = not reply.parts
         _take(reply, chunk)
+        if started and silent and reply.parts:
+            started.release()
     reply.problem = "the stream ended early"
 
 
@@ -90,18 +106,18 @@ def in_double_precision(context: StageContext) -> StageContext:
     return context
 
 
-def words(seed: int, tokens: int, stream: bool) -> dict[str, Any]:
-    """A request to a run of serve_run.py, decoded with SETTINGS: one token per pass."""
+def words(seed: int, tokens: int, stream: bool, **changes: Any) -> dict[str, Any]:
+    """A request to a run of serve_run.py, decoded with SETTINGS, by default one token per pass."""
     options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
-    settings = {"temperature": 1.0, "stop_token_ids": [], "residual_top_k": 16, "policy": "sequential"}
+    settings = {"temperature": 1.0, "stop_token_ids": [], "residual_top_k": 16, "policy": "sequential", **changes}
     return {"model": "tiny-rcd", "prompt": "words", "max_tokens": tokens, "seed": seed, **settings, **options}
 
 
-def texts(context: StageContext, seeds: Sequence[int], tokens: int) -> dict[int, str]:
+def texts(context: StageContext, seeds: Sequence[int], tokens: int, **changes: Any) -> dict[int, str]:
     """The library's answers to `words`, by seed."""
     model, reference = (load_model(context.checkpoint(name)) for name in ("target", "reference"))
     ids = tokenizer()("words", add_special_tokens=False)["input_ids"]
-    settings = [replace(SETTINGS, max_new_tokens=tokens, seed=seed) for seed in seeds]
+    settings = [replace(SETTINGS, max_new_tokens=tokens, seed=seed, **changes) for seed in seeds]
     answers = Decoder(model, reference).generate([ids] * len(seeds), settings)
     decoded = [tokenizer().decode(answer.token_ids, skip_special_tokens=True) for answer in answers]
     return dict(zip(seeds, decoded, strict=True))

@@ -8,23 +8,25 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any
 
-import openai
+import httpx
 import pytest
 import ray
 from ray import serve as ray_serve
 
 from pipelines import serve
 from pipelines.run.directory import StageContext
-from rcd_core import Decoder, DecodeSettings, load_model
 from tests.fault_table import FaultTable
-from tests.pipelines.serving.serve_run import BLOCK, metrics, serve_context, tokenizer, until
+from tests.pipelines.serving import http_clients as clients
+from tests.pipelines.serving.http_clients import Reply, texts, words
+from tests.pipelines.serving.serve_run import BLOCK, metrics, serve_context, until
 from tests.pipelines.serving.test_metrics import of_ray
 
 pytestmark = [pytest.mark.drill, pytest.mark.timeout(600)]
 SLOWER = {"hidden_size": 128, "num_layers": 4, "intermediate_size": 256}  # so that answers take seconds
 TOKENS = 400
+POLICY = "low_confidence_dynamic"
 
 
 @pytest.fixture(scope="module")
@@ -50,47 +52,14 @@ def kill_one(deployment: str) -> None:
         ray.kill(actor)
 
 
-def ask(context: StageContext, seed: int, stream: bool, started: threading.Semaphore | None = None) -> dict[str, Any]:
-    """Text, usage and `rcd` of an answer. started: released at the first text."""
-    client = openai.OpenAI(base_url=serve.endpoint(context.recipe) + "/v1", api_key="none", max_retries=0, timeout=200)
-    options: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
-    answer: Any = client.completions.create(
-        model="tiny-rcd",
-        prompt="words",
-        max_tokens=TOKENS,
-        temperature=1.0,
-        seed=seed,
-        extra_body={"stop_token_ids": [], "residual_top_k": 16},
-        **options,
-    )
-    if not stream:
-        return {"text": answer.choices[0].text, "usage": answer.usage, **answer.model_extra["rcd"]}
-    text = ""
-    for chunk in answer:
-        if chunk.choices and chunk.choices[0].text:
-            if not text and started is not None:
-                started.release()
-            text += chunk.choices[0].text
-    return {"text": text, "usage": chunk.usage, **chunk.model_extra["rcd"]}
+def ask(context: StageContext, seed: int, stream: bool, started: threading.Semaphore | None = None) -> Reply:
+    with httpx.Client(timeout=200, trust_env=False) as http:
+        return clients.ask(http, serve.endpoint(context.recipe), words(seed, TOKENS, stream, policy=POLICY), started)
 
 
-def undisturbed(context: StageContext, seeds: range, start: Literal["zero", "reference"] = "reference") -> list[str]:
-    model, reference = (load_model(context.checkpoint(name)) for name in ("target", "reference"))
-    settings = [
-        DecodeSettings(
-            max_new_tokens=TOKENS,
-            temperature=1.0,
-            seed=seed,
-            stop_token_ids=(),
-            residual=True,
-            start=start,
-            residual_top_k=16,
-        )
-        for seed in seeds
-    ]
-    ids = tokenizer()("words", add_special_tokens=False)["input_ids"]
-    answers = Decoder(model, reference).generate([ids] * len(seeds), settings)
-    return [tokenizer().decode(answer.token_ids, skip_special_tokens=True) for answer in answers]
+def undisturbed(context: StageContext, seeds: range, **changes: Any) -> list[str]:
+    """The library's answers."""
+    return list(texts(context, seeds, TOKENS, policy=POLICY, **changes).values())
 
 
 def reused_tokens() -> float:
@@ -105,9 +74,9 @@ def test_the_blocks_of_a_request_reach_the_replica_that_caches_its_context(deplo
     before = reused_tokens()  # of other tests
     with ThreadPoolExecutor(6) as threads:
         answers = list(threads.map(lambda seed: ask(deployed, seed, stream=False), range(101, 107)))
-    starts = [answer["forwards"]["reference"] for answer in answers]
+    starts = [answer.rcd["forwards"]["reference"] for answer in answers]
     expected = sum(BLOCK * (n - 1) * (n - 2) // 2 for n in starts)  # the prompt is shorter than a block
-    assert min(starts) >= TOKENS // BLOCK and all(answer["reference_failures"] == 0 for answer in answers)
+    assert min(starts) >= TOKENS // BLOCK and all(answer.rcd["reference_failures"] == 0 for answer in answers)
     until(lambda: reused_tokens() - before >= expected, seconds=60)
     assert reused_tokens() - before == expected
 
@@ -125,8 +94,8 @@ def test_a_killed_target_fails_no_request_and_changes_no_text(deployed: StageCon
             assert started.acquire(timeout=100)
         kill_one("Target")
         answers = [future.result(timeout=300) for future in [*streams, *whole]]
-    assert [answer["text"] for answer in answers] == expected
-    assert all(answer["usage"].completion_tokens == TOKENS for answer in answers)
+    assert [answer.text for answer in answers] == expected
+    assert all(answer.tokens == TOKENS for answer in answers)
     assert metrics(deployed)["retries_total"] > 0, "no request was on the killed replica"
     until(lambda: len(alive("Target")) == 2)
     fault_table.add("those of 16 requests that ran on it were resumed elsewhere", "no request failed, the same texts")
@@ -153,13 +122,13 @@ def test_decoding_continues_without_the_reference_and_reports_it(
         finally:
             stop.set()
         killer.result()
-    assert answer["usage"].completion_tokens == TOKENS
-    assert answer["reference_failures"] > 0 and answer["forwards"]["reference"] > 0
+    assert answer.tokens == TOKENS
+    assert answer.rcd["reference_failures"] > 0 and answer.rcd["forwards"]["reference"] > 0
     until(lambda: len(alive("Reference")) == 2, seconds=200)
 
     def recovered() -> bool:
         answer = ask(deployed, 5, False)
-        return bool(answer["reference_failures"] == 0 and answer["text"] == expected)
+        return bool(answer.rcd["reference_failures"] == 0 and answer.text == expected)
 
     until(recovered, seconds=100)
     fault_table.add(

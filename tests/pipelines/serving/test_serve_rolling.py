@@ -16,7 +16,7 @@ from ray import serve as ray_serve
 
 from pipelines import serve
 from pipelines.run.directory import StageContext
-from tests.pipelines.serving.http_clients import Reply, ask, in_double_precision, texts, words
+from tests.pipelines.serving.http_clients import Reply, ask, in_double_precision, keep_asking, texts, words
 from tests.pipelines.serving.serve_run import START, save_model, serve_context, until
 from tests.pipelines.serving.test_serve_faults import alive
 
@@ -49,21 +49,12 @@ def test_a_rolling_update_fails_no_request(contexts: tuple[StageContext, StageCo
     stop = threading.Event()
     [before] = alive("Target")
 
-    def client(number: int) -> list[Reply]:
-        """Streams and whole answers in turn."""
-        replies: list[Reply] = []
-        with httpx.Client(timeout=300, trust_env=False) as http:
-            while not stop.is_set():
-                i = number + len(replies)
-                replies.append(ask(http, url, words(SEEDS[i % len(SEEDS)], SHORT, stream=i % 2 == 0)))
-        return replies
-
     def ask_once(seed: int) -> Reply:
         with httpx.Client(timeout=300, trust_env=False) as http:
             return ask(http, url, words(seed, LONG, stream=seed % 2 == 0))
 
     with ThreadPoolExecutor(8) as threads:
-        short = [threads.submit(client, number) for number in range(4)]
+        short = [threads.submit(keep_asking, url, number, SEEDS, SHORT, stop) for number in range(4)]
         long = [threads.submit(ask_once, seed) for seed in range(3)]
         try:
             until(lambda: any(future.running() for future in long), 60)

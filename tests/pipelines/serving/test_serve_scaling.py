@@ -7,17 +7,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
 import pytest
 from ray import serve as ray_serve
 
 from pipelines import serve
 from pipelines.run.directory import StageContext
 from pipelines.serving.description import Description, parse_description
-from tests.pipelines.serving.http_clients import Reply, ask, in_double_precision, texts, words
+from tests.pipelines.serving.http_clients import in_double_precision, keep_asking, texts
 from tests.pipelines.serving.serve_run import metrics, serve_context, until
 from tests.pipelines.serving.test_serve_faults import SLOWER
 
@@ -59,18 +58,12 @@ def test_replicas_follow_the_load(deployed: StageContext) -> None:
     assert counts() == [{"RUNNING": 1}] * 2
     stop_load, stop_all = threading.Event(), threading.Event()
 
-    def client(number: int, stop: threading.Event, pause_s: float) -> list[Reply]:
-        replies: list[Reply] = []
-        with httpx.Client(timeout=200, trust_env=False) as http:
-            while not stop.wait(pause_s):
-                i = number + len(replies)
-                replies.append(ask(http, url, words(SEEDS[i % len(SEEDS)], TOKENS, stream=i % 2 == 0)))
-        return replies
-
     started = time.monotonic()
     with ThreadPoolExecutor(CLIENTS + 1) as threads:
-        clients: list[Future[list[Reply]]] = [threads.submit(client, n, stop_load, 0.0) for n in range(CLIENTS)]
-        clients.append(threads.submit(client, 0, stop_all, 2.0))  # also while replicas are removed
+        clients = [threads.submit(keep_asking, url, n, SEEDS, TOKENS, stop_load) for n in range(CLIENTS)]
+        clients.append(
+            threads.submit(keep_asking, url, 0, SEEDS, TOKENS, stop_all, 2.0)
+        )  # also while replicas are removed
         try:
             until(lambda: counts() == [{"RUNNING": 2}] * 2 and metrics(deployed)["replicas"] == 2, 200)
             print(f"\ntwo replicas of each after {time.monotonic() - started:.0f} s of {CLIENTS} clients")
