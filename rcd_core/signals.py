@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -26,6 +26,13 @@ from rcd_core.ops.residual_embedding import SparseResidual
 from rcd_core.signal_arrow import from_table, to_table
 
 _TILE_BYTES = 64 << 20  # fp32 logits that from_hidden holds at a time
+
+
+class AlphaInputs(TypedDict, total=False):
+    """What some rules need for alpha in addition to the prediction, as in `alpha_from_statistics`."""
+
+    learned: LearnedAlpha | None
+    groups: Tensor | None
 
 
 class _Signals(ABC):
@@ -48,12 +55,10 @@ class _Signals(ABC):
         vocab_size: int,
         rule: AlphaRule = "normalized_entropy",
         alpha_scale: float | None = None,
-        *,
-        learned: LearnedAlpha | None = None,
-        groups: Tensor | None = None,
+        **more: Unpack[AlphaInputs],
     ) -> Tensor:
         """(N,) alpha in [0, 1] by Eq. 3 or another rule; arguments as in `alpha_from_statistics`."""
-        return alpha_from_statistics(rule, *self.uncertainty(), vocab_size, alpha_scale, learned=learned, groups=groups)
+        return alpha_from_statistics(rule, *self.uncertainty(), vocab_size, alpha_scale, **more)
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class ReferenceSignals(_Signals):
         row that is -inf everywhere, or an argument out of range.
         """
         _check(logits, "logits", "(positions, vocabulary)", k, mass, alpha_temperature, delta_temperature)
-        return cls._encode(logits, None, k, mass, alpha_temperature, delta_temperature)
+        return cls._encode(logits, None, k, mass, (alpha_temperature, delta_temperature))
 
     @classmethod
     def from_hidden(
@@ -107,21 +112,15 @@ class ReferenceSignals(_Signals):
                 f"hidden has shape {tuple(hidden.shape)}, lm_head_weight {tuple(lm_head_weight.shape)}; "
                 "(positions, width) and (vocabulary, width) of one width are needed"
             )
-        return cls._encode(hidden, lm_head_weight, k, mass, alpha_temperature, delta_temperature)
+        return cls._encode(hidden, lm_head_weight, k, mass, (alpha_temperature, delta_temperature))
 
     @classmethod
     @torch.no_grad()
     def _encode(
-        cls,
-        rows: Tensor,
-        head: Tensor | None,
-        k: int,
-        mass: float | None,
-        alpha_temperature: float,
-        delta_temperature: float,
+        cls, rows: Tensor, head: Tensor | None, k: int, mass: float | None, temperatures: tuple[float, float]
     ) -> ReferenceSignals:
         """rows: logits, or hidden states if there is a head."""
-        vocab_size, temperatures = (rows if head is None else head.T).shape[1], (alpha_temperature, delta_temperature)
+        vocab_size = (rows if head is None else head.T).shape[1]
         k = min(k, vocab_size)
         if not len(rows):
             return cls.empty(k, *temperatures).to(rows.device)
@@ -307,13 +306,11 @@ def sparse_residual(
     vocab_size: int,
     rule: AlphaRule,
     alpha_scale: float | None,
-    *,
-    learned: LearnedAlpha | None = None,
-    groups: Tensor | None = None,
+    **more: Unpack[AlphaInputs],
 ) -> SparseResidual:
     """`residual_state` as weights on rows of the embedding table, for training steps."""
     weights, share = signals.mixture(vocab_size)
-    ids, alpha = signals.topk_ids, signals.alpha(vocab_size, rule, alpha_scale, learned=learned, groups=groups)
+    ids, alpha = signals.topk_ids, signals.alpha(vocab_size, rule, alpha_scale, **more)
     if rule == "top1":
         ids, weights, share = ids[:, :1], torch.ones_like(weights[:, :1]), torch.zeros_like(share)
     return SparseResidual(alpha, ids, weights, share)
@@ -324,11 +321,9 @@ def residual_state(
     embedding_weight: Tensor,
     rule: AlphaRule,
     alpha_scale: float | None,
-    *,
-    learned: LearnedAlpha | None = None,
-    groups: Tensor | None = None,
+    **more: Unpack[AlphaInputs],
 ) -> tuple[Tensor, Tensor]:
     """(alpha (N,), delta (N, D)) of masked positions under a rule, from either form of signals."""
-    alpha = signals.alpha(len(embedding_weight), rule, alpha_scale, learned=learned, groups=groups)
+    alpha = signals.alpha(len(embedding_weight), rule, alpha_scale, **more)
     delta = embedding_weight[signals.top1()] if rule == "top1" else signals.soft_embedding(embedding_weight)
     return alpha, delta

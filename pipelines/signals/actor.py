@@ -98,7 +98,7 @@ class SignalActor:
             pad_token_id=model.info.pad_token_id,
             block_length=self.job.block_length,
         )
-        signals = reference_signals(model, batch.to(model.device), **vars(self.job.rule))
+        signals = reference_signals(model, batch.to(model.device), self.job.rule)
         return encode(rows, signals.to("cpu"), self.job.adaptive)
 
 

@@ -139,7 +139,7 @@ def validation(
             pad_token_id=model.info.pad_token_id,
             block_length=job.block_length,
         )
-        signals = reference_signals(reference, batch.to(device), **vars(job.signal_rule))
+        signals = reference_signals(reference, batch.to(device), job.signal_rule)
         rows[row.index] = replace(row, signals=signals.to("cpu"))
     return Validation(RowsInMemory(rows), num_rows)
 

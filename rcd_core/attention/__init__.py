@@ -1,11 +1,7 @@
-"""Attention: layouts say which query sees which key, backends compute it inside transformers' layers."""
+"""Attention: layouts say which query sees which key; backends compute it inside transformers' layers."""
 
-from rcd_core.attention.backends import BACKENDS as BACKENDS
-from rcd_core.attention.backends import backend_key as backend_key
-from rcd_core.attention.backends import reads_pools as reads_pools
-from rcd_core.attention.layouts import PADDING as PADDING
-from rcd_core.attention.layouts import Layout as Layout
-from rcd_core.attention.layouts import PackedTokens as PackedTokens
-from rcd_core.attention.layouts import bidirectional as bidirectional
-from rcd_core.attention.layouts import block_causal as block_causal
-from rcd_core.attention.layouts import block_diffusion as block_diffusion
+from rcd_core.attention.backends import BACKENDS, backend_key, reads_pools
+from rcd_core.attention.layouts import PADDING, Layout, PackedTokens, bidirectional, block_causal, block_diffusion
+
+__all__ = ["BACKENDS", "PADDING", "Layout", "PackedTokens", "backend_key", "bidirectional", "block_causal"]
+__all__ += ["block_diffusion", "reads_pools"]

@@ -87,8 +87,7 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout | 
     return out.view(q.shape)  # type: ignore[no-any-return]
 
 
-Backend = Callable[[Tensor, Tensor, Tensor, Layout | None, float], Tensor]
-FUNCTIONS: dict[str, Backend] = {
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "sdpa": sdpa_attention,
     "eager": eager_attention,
     "flex": flex_attention,
@@ -97,18 +96,10 @@ FUNCTIONS: dict[str, Backend] = {
 BACKENDS = {name: f"rcd_{name}" for name in FUNCTIONS}  # our name -> key in transformers' registry
 
 
-def _register(name: str, backend: Backend) -> None:
-    def attention(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Layout | None,
-        scaling: float,
-        **_: Any,
-    ) -> tuple[Tensor, None]:
-        """transformers' calling convention."""
-        return backend(query, key, value, attention_mask, scaling), None
+def _register(name: str, backend: Callable[..., Tensor]) -> None:
+    def attention(module: nn.Module, *inputs: Any, scaling: float, **_: Any) -> tuple[Tensor, None]:
+        """transformers' calling convention; inputs: query, key, value and, as the mask, the layout."""
+        return backend(*inputs, scaling), None
 
     AttentionInterface.register(BACKENDS[name], attention)
 

@@ -240,7 +240,7 @@ class _Run:
     def _signals(self, micro: MicroBatch) -> ReferenceSignals | None:
         if self.residual.source == "online":
             assert self.reference is not None
-            return reference_signals(self.reference, micro.batch, **vars(self.signal_rule))
+            return reference_signals(self.reference, micro.batch, self.signal_rule)
         if self.residual.source != "signals":
             return None
         if micro.signals is None and any(len(row.input_ids) for row in micro.rows):

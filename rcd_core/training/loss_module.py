@@ -7,15 +7,13 @@ Shapes: B rows, L tokens, N masked positions, N' masked positions of an earlier 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from rcd_core.decode_settings import AlphaRule
 from rcd_core.families.base import DiffusionModel
 from rcd_core.residual import ResidualSettings
-from rcd_core.signals import ReferenceSignals, residual_state, sparse_residual
+from rcd_core.signals import AlphaInputs, ReferenceSignals, residual_state, sparse_residual
 from rcd_core.training.controls import on_policy_batch
 from rcd_core.training.data.batches import MicroBatch
 from rcd_core.training.objective import LossWeight, Residual, TrainingBatch, loss_parts, masked_blocks, masked_hidden
@@ -42,8 +40,8 @@ class LossModule(nn.Module):
         residual: Residual | None = None
         if signals is not None:
             kept = signals if self.settings.top_k is None else signals.largest(self.settings.top_k)
-            rule, options = self._alpha_rule(batch)
-            residual = sparse_residual(kept, self.model.vocab_size, *rule, **options).scaled(micro.keep)
+            rule, more = self._alpha_rule(batch)
+            residual = sparse_residual(kept, self.model.vocab_size, *rule, **more).scaled(micro.keep)
         elif self.settings.source == "on_policy":
             assert micro.noisier_masks is not None
             batch = on_policy_batch(self.model, batch, micro.noisier_masks[-1])
@@ -53,7 +51,7 @@ class LossModule(nn.Module):
         loss, losses = loss_parts(self.model, batch, residual, self.weight)
         return loss, _statistics(batch, losses, residual)
 
-    def _alpha_rule(self, batch: TrainingBatch) -> tuple[tuple[AlphaRule, float | None], dict[str, Any]]:
+    def _alpha_rule(self, batch: TrainingBatch) -> tuple[tuple[AlphaRule, float | None], AlphaInputs]:
         groups = masked_blocks(self.model, batch) if self.settings.alpha == "uniform" else None
         rule = (self.settings.alpha, self.settings.alpha_scale)
         return rule, {"learned": self.model.learned_alpha, "groups": groups}
@@ -74,8 +72,8 @@ class LossModule(nn.Module):
                 )[following[masked]]
             last = number + 2 == len(masks)
             with torch.set_grad_enabled(last and torch.is_grad_enabled()):
-                rule, options = self._alpha_rule(micro.batch.remasked(following, self.model.mask_token_id))
-                alpha, delta = residual_state(signals, self.model.embedding.weight.detach(), *rule, **options)
+                rule, more = self._alpha_rule(micro.batch.remasked(following, self.model.mask_token_id))
+                alpha, delta = residual_state(signals, self.model.embedding.weight.detach(), *rule, **more)
             # A row with fewer passes has no residual until its first one.
             started = micro.num_passes[following] >= len(micro.noisier_masks) - number
             residual = (alpha * started, delta)

@@ -23,6 +23,7 @@ from rcd_core.ops.fused_loss import weighted_cross_entropy
 from rcd_core.ops.residual_embedding import SparseResidual, residual_embedding
 from rcd_core.residual import inject_residual
 from rcd_core.signals import DenseSignals, ReferenceSignals, Signals, residual_state, sparse_residual
+from rcd_core.training.settings import SignalRule
 
 IGNORED = -100
 
@@ -107,25 +108,11 @@ def masked_hidden(model: DiffusionModel, batch: TrainingBatch, residual: Residua
 
 
 @torch.no_grad()
-def reference_signals(
-    reference: DiffusionModel,
-    batch: TrainingBatch,
-    top_k: int,
-    *,
-    keep_mass: float | None = None,
-    alpha_temperature: float = 1.0,
-    delta_temperature: float = 1.0,
-) -> ReferenceSignals:
-    """(N) signals of the frozen reference at the masked positions, both for the cache and online. Arguments as in
-    SignalRule."""
-    return ReferenceSignals.from_hidden(
-        masked_hidden(reference, batch, None),
-        reference.lm_head_weight,
-        top_k,
-        keep_mass,
-        alpha_temperature=alpha_temperature,
-        delta_temperature=delta_temperature,
-    )
+def reference_signals(reference: DiffusionModel, batch: TrainingBatch, rule: SignalRule) -> ReferenceSignals:
+    """(N) signals of the frozen reference at the masked positions, both for the cache and online."""
+    hidden = masked_hidden(reference, batch, None)
+    temperatures = {"alpha_temperature": rule.alpha_temperature, "delta_temperature": rule.delta_temperature}
+    return ReferenceSignals.from_hidden(hidden, reference.lm_head_weight, rule.top_k, rule.keep_mass, **temperatures)
 
 
 def masked_blocks(model: DiffusionModel, batch: TrainingBatch) -> Tensor:

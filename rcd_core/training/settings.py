@@ -62,21 +62,20 @@ class TrainSettings:
             raise UserError(f"train.epochs is {self.epochs} and train.steps {self.steps}; set epochs null or steps 0")
         if self.epochs is None and self.steps < 1:
             raise UserError(f"train.steps is {self.steps}; it must be at least 1, or set train.epochs")
-        for name in ("batch_size", "checkpoint_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("micro_batch_size", "pack_length", "validate_every"):
+        optional = ("micro_batch_size", "pack_length", "validate_every")
+        for name in ("batch_size", "checkpoint_every", "log_every", *optional):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"train.{name} is {value}; it must be at least 1, or null")
-        if self.max_skipped_steps < 0:
-            raise UserError(f"train.max_skipped_steps is {self.max_skipped_steps}; it must be at least 0")
-        if not self.learning_rate > 0:
-            raise UserError(f"train.learning_rate is {self.learning_rate}; it must be above 0")
-        if not 0.0 <= self.warmup < 1.0:
-            raise UserError(f"train.warmup is {self.warmup}; it is a share of the steps, in [0, 1)")
-        if not self.clip_norm > 0:
-            raise UserError(f"train.clip_norm is {self.clip_norm}; it must be above 0")
+                allowed = "at least 1, or null" if name in optional else "at least 1"
+                raise UserError(f"train.{name} is {value}; it must be {allowed}")
+        for name, valid, range_ in (
+            ("max_skipped_steps", self.max_skipped_steps >= 0, "be at least 0"),
+            ("learning_rate", self.learning_rate > 0, "be above 0"),
+            ("warmup", 0.0 <= self.warmup < 1.0, "lie in [0, 1): a share of the steps"),
+            ("clip_norm", self.clip_norm > 0, "be above 0"),
+        ):
+            if not valid:
+                raise UserError(f"train.{name} is {getattr(self, name)}; it must {range_}")
 
     def resolved(self, num_examples: int) -> TrainSettings:
         """These settings with steps instead of epochs: `epochs` passes, rounded up to whole batches."""

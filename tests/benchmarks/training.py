@@ -36,7 +36,7 @@ from rcd_core.training.loop import Callbacks, train
 from rcd_core.training.loss_module import LossModule
 from rcd_core.training.meter import peak_flops
 from rcd_core.training.objective import reference_signals
-from rcd_core.training.settings import TrainSettings
+from rcd_core.training.settings import SignalRule, TrainSettings
 from rcd_core.training.strategies import adamw
 from tests.benchmarks.probe import header
 
@@ -175,7 +175,7 @@ def whole_models(repeats: int) -> dict[str, Any]:
         reference = make_model("sdar-1.7b", 28, VOCAB, device, seed=1).to(torch.bfloat16).requires_grad_(False).eval()
         micro = make_micro_batch(VOCAB, length, device)
         signals = make_signals(int(micro.batch.masked.sum()), VOCAB, device)
-        online = partial(reference_signals, reference, micro.batch, TOP_K)
+        online = partial(reference_signals, reference, micro.batch, SignalRule(top_k=TOP_K))
         torch.cuda.reset_peak_memory_stats()
         times = step_times(model, micro, {"sft": None, "rcd": signals, "online": online}, repeats)
         assert micro.batch.packed is not None

@@ -313,7 +313,7 @@ def test_held_out_rows_get_the_signals_that_training_has(tmp_path: Path) -> None
     assert found.num_rows == 6 and sorted(found.source.rows) == [1, 3, 5]
     rows = [found.source.row(g) for g in (1, 3, 5)]
     batch, mine = collate_packed([[row] for row in rows], mask_token_id=511, pad_token_id=0, block_length=BLOCK)
-    together = reference_signals(load_model(reference), batch, **vars(job.signal_rule))
+    together = reference_signals(load_model(reference), batch, job.signal_rule)
     assert mine is not None and len(mine.entropy) == sum(int(row.masked.sum()) for row in rows)
     torch.testing.assert_close(mine.entropy, together.entropy, atol=1e-5, rtol=1e-5)
 

@@ -26,7 +26,7 @@ from rcd_core.residual import ResidualSettings
 from rcd_core.training.data.batches import collate
 from rcd_core.training.loop import Callbacks, train
 from rcd_core.training.objective import reference_signals
-from rcd_core.training.settings import TrainSettings
+from rcd_core.training.settings import SignalRule, TrainSettings
 from tests.benchmarks.evidence.plan import Arm, Experiment, Plan
 from tests.benchmarks.evidence.world import MemorySource, World
 
@@ -153,7 +153,7 @@ class Runner:
                 pad_token_id=source.info.pad_token_id,
                 block_length=source.info.block_length,
             )
-            signals = reference_signals(source, batch.to(self.device), SIGNAL_TOP_K)
+            signals = reference_signals(source, batch.to(self.device), SignalRule(top_k=SIGNAL_TOP_K))
             histogram = histogram + entropy_histogram(signals.entropy.float().cpu().numpy())
         return replace(residual, alpha_scale=entropy_quantile(histogram, residual.alpha_quantile))
 

@@ -15,6 +15,7 @@ from rcd_core.alpha import entropy_weight
 from rcd_core.residual import inject_residual, soft_embedding
 from rcd_core.signals import DenseSignals, ReferenceSignals
 from rcd_core.training.objective import masked_hidden, reference_signals
+from rcd_core.training.settings import SignalRule
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 SDAR, LLADA, RCD = (GOLDEN / f"{n}_vectors.json" for n in ("sdar", "llada", "rcd/rcd"))
@@ -181,7 +182,7 @@ def test_reference_signals_are_those_of_its_logits(vectors: dict[str, Any]) -> N
     masked = vectors["sdar"]["train_single_b4_masked_half"].bool()
     noisy = ids.masked_fill(masked, model.mask_token_id)
     batch = TrainingBatch(ids, ids, noisy, masked, torch.ones(ids.shape), 4)
-    signals = reference_signals(model, batch, 16)
+    signals = reference_signals(model, batch, SignalRule(top_k=16))
     with torch.no_grad():
         want = ReferenceSignals.from_logits(model.head(masked_hidden(model, batch, None)), 16)
     assert torch.equal(signals.topk_ids, want.topk_ids)

@@ -22,7 +22,7 @@ from rcd_core.training.data.examples import ExampleSource
 from rcd_core.training.data.rows import TrainingRow
 from rcd_core.training.loop import Callbacks, learning_rate, train
 from rcd_core.training.objective import reference_signals
-from rcd_core.training.settings import TrainSettings
+from rcd_core.training.settings import SignalRule, TrainSettings
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 BLOCK = 4
@@ -121,14 +121,14 @@ def test_any_number_of_workers_trains_the_same_model(world: int, examples: str, 
 class Cached:
     """Rows with signals already attached, as the cache on disk gives them."""
 
-    def __init__(self, source: ExampleSource, reference: Any, top_k: int) -> None:
-        self.source, self.reference, self.top_k = source, reference, top_k
+    def __init__(self, source: ExampleSource, reference: Any) -> None:
+        self.source, self.reference, self.rule = source, reference, SignalRule()
 
     def row(self, index: int) -> TrainingRow:
         row = self.source.row(index)
         ids = {"mask_token_id": self.reference.mask_token_id, "pad_token_id": 500, "block_length": BLOCK}
         batch, _ = collate([row], **ids)
-        return TrainingRow(**{**vars(row), "signals": reference_signals(self.reference, batch, self.top_k)})
+        return TrainingRow(**{**vars(row), "signals": reference_signals(self.reference, batch, self.rule)})
 
 
 @pytest.mark.parametrize("family", ["sdar", "llada"])
@@ -137,7 +137,7 @@ def test_cached_signals_equal_online(examples: str, family: str) -> None:
     reference = load_model(GOLDEN / "rcd" / f"{family}_ref_tiny")
     before = copy.deepcopy(reference.state_dict())
     online, _ = run(examples, family, ResidualSettings(source="online", dropout=0.25), reference=reference)
-    source = Cached(ExampleSource([examples], NoiseSettings(draws=2)), reference, 32)
+    source = Cached(ExampleSource([examples], NoiseSettings(draws=2)), reference)
     cached, _ = run(examples, family, ResidualSettings(source="signals", dropout=0.25), source=source)
     for a, b in zip(online.parameters(), cached.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=2e-3, rtol=1e-2)  # eight Adam steps over fp16 log-probabilities

@@ -24,6 +24,7 @@ from rcd_core.training.data.rows import RowOrder, TrainingRow
 from rcd_core.training.data.signal_cache import SignalSource, noise_record, require_match
 from rcd_core.training.data.signal_format import SCHEMA_VERSION, SignalGroup, encode, parquet_options, schema
 from rcd_core.training.objective import loss_sum, normalizer, reference_signals
+from rcd_core.training.settings import SignalRule
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 BLOCK = 4
@@ -227,7 +228,7 @@ def signal_rows(
 ) -> tuple[list[TrainingRow], ReferenceSignals]:
     ids = {"mask_token_id": model.mask_token_id, "pad_token_id": 500, "block_length": BLOCK}
     batch, _ = collate(rows, **ids)
-    return rows, reference_signals(model, batch, 8, keep_mass=keep_mass, alpha_temperature=0.9)
+    return rows, reference_signals(model, batch, SignalRule(top_k=8, keep_mass=keep_mass, alpha_temperature=0.9))
 
 
 @pytest.fixture
