@@ -23,7 +23,7 @@ from ray.data import ActorPoolStrategy
 from ray.data.exceptions import ExecutionTimeoutError
 
 from pipelines.ray_cluster.resources import describe_bundles
-from pipelines.ray_cluster.waiting import Waiting
+from pipelines.ray_cluster.waiting import WaitReporter
 from pipelines.run.directory import StageContext
 from pipelines.signals.actor import SignalActor
 from pipelines.signals.files import remove_leftovers, remove_shard, sidecar_path
@@ -94,7 +94,7 @@ def _compute(ctx: StageContext, job: SignalJob, shards: list[int]) -> Iterator[i
     # node. The recipe decides instead, and meanwhile a line says what the job waits for.
     data.context.execution_no_progress_timeout_s = timeout_s or -1
     pool = describe_bundles([resources.worker_bundle("signals")] * actors)
-    with Waiting(ctx.console, f"signals: waiting for a shard, of up to {pool},", len(shards)) as waiting:
+    with WaitReporter(ctx.console, f"signals: waiting for a shard, of up to {pool},", len(shards)) as waiting:
         try:
             for row in data.iter_rows():
                 waiting.progress()

@@ -1,11 +1,11 @@
-"""prepare: rows of a data set -> tokenised examples in Parquet, and the tokenizer they were made with.
+"""Stage prepare: rows of a data set -> tokenised examples in Parquet, and their tokenizer.
 
     python pipelines/prepare.py --recipe demo
 
-Ray Data reads and tokenises in parallel; the result is sorted by example id and cut into files of a fixed number of
-rows, so it is the same whatever the cluster and the layout of blocks. A row that cannot be used is left out, counted
-by reason and listed in bad.parquet; more than data.max_bad_rows of them stop the run. A row above data.max_length is
-such a row; one below data.min_length was excluded by request and is counted apart.
+Ray Data reads and tokenises in parallel. The result is sorted by example id and split into files of a fixed number of
+rows, so it does not depend on the cluster or the layout of blocks. Bad rows, for example those above data.max_length,
+are counted by reason and listed in bad.parquet; more than data.max_bad_rows of them fail the stage. Rows below
+data.min_length are dropped and counted separately.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ from rcd_core.tasks.rows import BadRow, Row, read_rows
 from rcd_core.text.encoding import TOO_SHORT, UNLABELLED, Encoder, content_id
 from rcd_core.text.tokenizer import load_tokenizer, mask_token_id, tokenizer_sha256, train_tokenizer
 
-VALIDATION = "validation"  # directory of the training examples that are held out
+VALIDATION = "validation"  # directory of the held-out training examples
 ROWS_PER_FILE = 4096
-ROWS_PER_GROUP = 1024  # a chunk: what training shuffles, and holds in memory, at a time
+ROWS_PER_GROUP = 1024  # a chunk: training shuffles and loads one at a time
 ROWS_PER_BATCH = 512
-TOKENIZER_ROWS = 10_000  # the tokenizer is trained on the first so many good rows
+TOKENIZER_ROWS = 10_000  # good rows that the tokenizer is trained on
 
 _IDS = pa.list_(pa.int32())
 SCHEMAS = {
@@ -69,7 +69,7 @@ _ROWS = pa.unify_schemas([_ORIGIN, pa.schema({"values": pa.list_(pa.string())})]
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """How rows become examples; hashable, so that a worker loads its tokenizer once."""
+    """How rows become examples. Hashable, so that a worker caches its tokenizer."""
 
     task: str
     split: str
@@ -84,8 +84,7 @@ class Encoding:
 
 
 def run(ctx: StageContext) -> dict[str, Any]:
-    """Write train/, validation/, test/, tokenizer/ and bad.parquet. The summary has file names in order, counts and
-    digests."""
+    """Write train/, validation/, test/, tokenizer/ and bad.parquet. Returns file names in order, counts and digests."""
     check_sources(ctx.recipe)
     for split in SPLITS:
         storage.remove(storage.join(ctx.directory, split))
@@ -96,7 +95,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     for split in sources:
         with ctx.console.status(f"prepare: tokenising the {split} rows"):
             encoded[split] = _encode(ctx, split, sources[split]).materialize()
-    counts = _set_bad_rows_aside(ctx, encoded)
+    counts = _write_bad_rows(ctx, encoded)
     files: dict[str, list[str]] = {split: [] for split in SPLITS}
     held_out: list[str] = []
     chunks: dict[str, list[int]] = {name: [] for name in ("file", "rows", "tokens", "labelled")}
@@ -105,7 +104,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
         with ctx.console.status(f"prepare: writing the {split} examples"):
             files[split], counted = _write(ctx, split, encoded[split], fingerprint, chunks, held_out)
         counts[split] |= counted
-    fingerprint.update(str(chunks["rows"]).encode())  # the order of training rows follows them
+    fingerprint.update(str(chunks["rows"]).encode())  # the order of training rows depends on them
     storage.remove(storage.join(ctx.directory, "sources"))
     return {
         **files,
@@ -123,7 +122,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
 
 
 def _save_tokenizer(ctx: StageContext, sources: list[Source]) -> Any:
-    """The recipe's tokenizer, or one trained on the first TOKENIZER_ROWS training rows; a copy goes to tokenizer/."""
+    """Load or train the tokenizer, and write a copy to tokenizer/."""
     settings = ctx.recipe.tokenizer
     if settings.path is not None:
         tokenizer = load_tokenizer(settings.path)
@@ -140,16 +139,16 @@ def _save_tokenizer(ctx: StageContext, sources: list[Source]) -> Any:
 
 
 def _encode(ctx: StageContext, split: str, sources: list[Source]) -> ray.data.Dataset:
-    """A row of the result is an example, or has a reason why it is none."""
+    """Rows that are an example, or have a `reason` why not."""
     recipe, limit = ctx.recipe, row_limit(ctx.recipe, split)
     read: Any
     if not sources:
-        limit = limit or 0  # a recipe with synthetic data says how many
+        limit = limit or 0  # rules.py requires a number for synthetic data
         read = partial(_synthetic_rows, task=recipe.data.task_of(split), split=split, seed=recipe.seed)
         rows = ray.data.range(limit, override_num_blocks=-(-limit // ROWS_PER_FILE))
         rows = rows.map_batches(read, batch_size=ROWS_PER_BATCH, batch_format="pyarrow")
     else:
-        # "The first so many rows" is one task's work; without a limit each file is read by a task of its own.
+        # With a limit one task reads the first rows; without one, each file has its own task.
         groups = [sources] if limit else [[source] for source in sources]
         read = partial(_file_rows, groups=groups, columns=columns_of(recipe, split), limit=limit)
         rows = ray.data.range(len(groups), override_num_blocks=len(groups))
@@ -169,16 +168,18 @@ def _encode(ctx: StageContext, split: str, sources: list[Source]) -> ray.data.Da
 
 
 def _synthetic_rows(indices: pa.Table, task: str, split: str, seed: int) -> pa.Table:
-    of = get_task(task)
-    return _row_table((SYNTHETIC, Row(i, values=of.synthetic(i, split, seed))) for i in indices["id"].to_pylist())
+    generator = get_task(task)
+    return _row_table(
+        (SYNTHETIC, Row(i, values=generator.synthetic(i, split, seed))) for i in indices["id"].to_pylist()
+    )
 
 
 def _file_rows(
     index: pa.Table, groups: list[list[Source]], columns: dict[str, str], limit: int | None
 ) -> Iterator[pa.Table]:
     sources = groups[index["id"][0].as_py()]
-    every = ((source.label, row) for source in sources for row in read_rows(source.path, columns))
-    rows = islice(every, limit)
+    labelled = ((source.label, row) for source in sources for row in read_rows(source.path, columns))
+    rows = islice(labelled, limit)
     while batch := list(islice(rows, ROWS_PER_FILE)):
         yield _row_table(batch)
 
@@ -223,8 +224,8 @@ def _example(encoder: Encoder, split: str, record: dict[str, Any]) -> dict[str, 
 # -- results
 
 
-def _set_bad_rows_aside(ctx: StageContext, encoded: dict[str, ray.data.Dataset]) -> dict[str, dict[str, Any]]:
-    """Write bad.parquet, count; UserError where a split has more bad rows than allowed, or no good one."""
+def _write_bad_rows(ctx: StageContext, encoded: dict[str, ray.data.Dataset]) -> dict[str, dict[str, Any]]:
+    """Write bad.parquet and count. Raises UserError when a split has too many bad rows, or no good one."""
     path = storage.join(ctx.directory, "bad.parquet")
     counts, tables, problems = {}, [], []
     for split, data in encoded.items():
@@ -244,7 +245,7 @@ def _set_bad_rows_aside(ctx: StageContext, encoded: dict[str, ray.data.Dataset])
     if problems:
         raise UserError("\n".join(problems) + f"\nall bad rows are listed in {path}")
     if len(table):
-        ctx.console.print(f"prepare: left out {len(table)} bad rows, listed in {path}", soft_wrap=True)
+        ctx.console.print(f"prepare: skipped {len(table)} bad rows, listed in {path}", soft_wrap=True)
     return counts
 
 
@@ -253,7 +254,7 @@ def _too_many(recipe: Recipe, split: str, bad: pa.Table, reasons: dict[str, int]
     return (
         f"data.{split}: {len(bad)} of {num_rows} rows cannot be used, more than data.max_bad_rows "
         f"({recipe.data.max_bad_rows:g}) allows: {', '.join(f'{n} x {reason}' for reason, n in reasons.items())}; "
-        "mend them, or raise data.max_bad_rows to go on without them. The first:\n  " + "\n  ".join(first)
+        "fix them, or raise data.max_bad_rows to skip them. The first:\n  " + "\n  ".join(first)
     )
 
 
@@ -265,15 +266,15 @@ def _write(
     chunks: dict[str, list[int]],
     held_out: list[str],
 ) -> tuple[list[str], dict[str, int]]:
-    """Files of ROWS_PER_FILE rows in the order of example ids; an example that occurs twice is trained on once.
+    """Write files of ROWS_PER_FILE rows in the order of example ids. Returns file names and counts.
 
-    `chunks` gets a line per row group of the training files: number of the file, rows, tokens, labelled tokens. The
-    first data.num_validation training examples (of files: in the order of content hashes, so any) go to files of their
-    own, whose names `held_out` gets.
+    Training examples that occur twice are written once. `chunks` gets an entry per row group of the training files:
+    index of the file, rows, tokens, labelled tokens. The first data.num_validation training examples go to separate
+    files, whose names `held_out` gets; their order by content hash makes them a random sample.
     """
     files: list[str] = []
     previous, copies, num_examples, num_duplicates = "", 0, 0, 0
-    to_hold = ctx.recipe.data.num_validation if split == "train" else 0
+    remaining = ctx.recipe.data.num_validation if split == "train" else 0
     for table in in_order(encoded, SCHEMAS[split], "example_id", ROWS_PER_FILE):
         ids, keep = [], []
         for example_id in table["example_id"].to_pylist():
@@ -283,11 +284,11 @@ def _write(
             keep.append(split == "test" or not copies)
             ids.append(f"{example_id}-{copies}" if copies else example_id)
         table = table.set_column(0, "example_id", pa.array(ids)).filter(pa.array(keep))
-        if to_hold:
-            held, table = table.slice(0, to_hold), table.slice(to_hold)
-            to_hold -= len(held)
-            held_out.append(_write_file(ctx, VALIDATION, len(held_out), held))
-            _digest(held, fingerprint)
+        if remaining:
+            validation, table = table.slice(0, remaining), table.slice(remaining)
+            remaining -= len(validation)
+            held_out.append(_write_file(ctx, VALIDATION, len(held_out), validation))
+            _digest(validation, fingerprint)
             if not len(table):
                 continue
         files.append(_write_file(ctx, split, len(files), table))
@@ -301,8 +302,7 @@ def _write(
         _digest(table, fingerprint)
     if not files and held_out:
         raise UserError(
-            f"data.num_validation is {ctx.recipe.data.num_validation}, but there are only so many training examples; "
-            "lower it"
+            f"data.num_validation is {ctx.recipe.data.num_validation}, which leaves no training example; lower it"
         )
     return files, {"examples": num_examples, "duplicates": num_duplicates}
 
@@ -319,7 +319,7 @@ def _unused(rows: pa.Table) -> pa.Table:
 
 
 def _digest(table: pa.Table, digest: Any) -> None:
-    """Feed the content of a table; the bytes of its file would also depend on the version of the writer."""
+    """Hash the content of a table, as the bytes of its file depend on the writer's version."""
     for column in table.columns:
         if pa.types.is_list(column.type):
             digest.update(pc.list_value_length(column).to_numpy().astype("<i4").tobytes())

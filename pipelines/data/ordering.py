@@ -1,4 +1,4 @@
-"""The rows of a Ray data set in one fixed order, whatever the layout of its blocks and the number of workers."""
+"""The rows of a Ray Data dataset in a fixed order, independent of its blocks and of the number of workers."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 
-BYTES_AT_ONCE = 1 << 30  # of rows in the driver's memory
+BYTES_AT_ONCE = 1 << 30  # rows in the driver's memory
 
 
 def in_order(data: ray.data.Dataset, schema: pa.Schema, key: str, size: int) -> Iterator[pa.Table]:
-    """Rows by their text `key`, in tables of exactly `size` rows, the last one excepted; rows without a key are left.
+    """Yield rows sorted by the string column `key`, in tables of `size` rows (the last may be shorter).
 
-    data: materialised. It is read a range of keys at a time, so that one range fits the driver's memory.
-    Dataset.sort would do for the largest data, but its shuffle takes seconds where the rows are few.
+    data: materialised; rows with a null key are dropped. Reads one range of keys at a time, which fits the driver's
+    memory. Dataset.sort would work too, but its shuffle takes seconds even for few rows.
     """
     return _rebatch(_ranges(data, schema, key), size)
 
 
 def collect(data: ray.data.Dataset, function: Any, schema: pa.Schema) -> pa.Table:
-    """What `function` keeps of each block, brought to the driver in no particular order."""
+    """The rows that `function` returns for each block, as one table in no particular order."""
     batches: Any = data.map_batches(function, batch_size=None, batch_format="pyarrow").iter_batches(
         batch_size=None, batch_format="pyarrow"
     )
@@ -44,18 +44,18 @@ def _keys(rows: pa.Table, key: str) -> pa.Table:
 
 
 def _between(rows: pa.Table, key: str, low: str, high: str | None) -> pa.Table:
-    chosen = pc.greater_equal(rows[key], low)  # null where there is no key, which filter() takes for false
+    chosen = pc.greater_equal(rows[key], low)  # null for a null key, which filter() treats as false
     return rows.filter(chosen if high is None else pc.and_(chosen, pc.less(rows[key], high)))
 
 
 def _rebatch(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
-    """The same rows in tables of exactly `size`, the last one excepted."""
-    held: list[pa.Table] = []
+    """The same rows in tables of `size` rows; the last may be shorter."""
+    pending: list[pa.Table] = []
     for table in tables:
-        held.append(table)
-        while sum(map(len, held)) >= size:
-            rows = pa.concat_tables(held)
+        pending.append(table)
+        while sum(map(len, pending)) >= size:
+            rows = pa.concat_tables(pending)
             yield rows.slice(0, size)
-            held = [rows.slice(size)]
-    if sum(map(len, held)):
-        yield pa.concat_tables(held)
+            pending = [rows.slice(size)]
+    if sum(map(len, pending)):
+        yield pa.concat_tables(pending)

@@ -1,4 +1,4 @@
-"""The test problems of a recipe as text, for whoever sends them to a model elsewhere: no tokenizer, no cluster."""
+"""The test problems of a recipe as text, for models behind an HTTP endpoint. Needs no tokenizer and no cluster."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rcd_core.text.encoding import content_id
 
 @dataclass(frozen=True, kw_only=True)
 class TestProblem:
-    """example_id: the one that the stage `prepare` gives the same problem."""
+    """One problem. example_id: the same as in stage prepare."""
 
     example_id: str
     prompt: str
@@ -27,7 +27,7 @@ class TestProblem:
 
 
 def read_problems(ctx: StageContext) -> list[TestProblem]:
-    """In the order of their ids. UserError where more rows than data.max_bad_rows allows are no problems."""
+    """The problems in the order of their ids. Raises UserError when more rows are bad than data.max_bad_rows allows."""
     recipe, data = ctx.recipe, ctx.recipe.data
     check_sources(recipe)
     task = get_task(data.task_of("test"))
@@ -60,9 +60,9 @@ def _rows(ctx: StageContext) -> Iterator[tuple[str, Row]]:
     sources = local_sources(ctx, "test")
     if sources:
         columns = columns_of(recipe, "test")
-        found = (((source.label, row) for row in read_rows(source.path, columns)) for source in sources)
-        yield from islice(chain.from_iterable(found), limit)
+        rows = (((source.label, row) for row in read_rows(source.path, columns)) for source in sources)
+        yield from islice(chain.from_iterable(rows), limit)
         return
     task = get_task(recipe.data.task_of("test"))
-    for i in range(limit or 0):  # a rule of the recipe: synthetic data says how many
+    for i in range(limit or 0):  # rules.py requires a number for synthetic data
         yield SYNTHETIC, Row(i, values=task.synthetic(i, "test", recipe.seed))

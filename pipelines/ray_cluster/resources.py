@@ -1,4 +1,4 @@
-"""The Ray side of a job: connecting to whatever cluster it runs on, and waiting for resources with a deadline."""
+"""Waits until the cluster has the resources of a stage, with a deadline."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pipelines.ray_cluster.holders import holders
 from rcd_core.errors import UserError
 
 Bundle = Mapping[str, float]
-_SAY_EVERY_S = 10.0
-_GROUP = "ray.io/node-group"  # label of nodes that a launcher has started, with the name of their group
+_REPORT_EVERY_S = 10.0
+_GROUP = "ray.io/node-group"  # label that launchers set on their nodes
 
 
 def wait_for_resources(
@@ -22,19 +22,18 @@ def wait_for_resources(
     free: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Wait until the cluster could ever hold the bundles, each on one node (free: until that much is idle as well).
+    """Wait until the cluster can hold the bundles, each on one node; with free, until they are idle as well.
 
-    Nodes that a launcher has made (ray up, KubeRay) may become more when more is asked for: there only what is to be
-    free is waited for, and asked for meanwhile by a placement group, which is what an autoscaler looks at. Other nodes
-    may be added by hand. Raises UserError at the deadline, with what is wanted, what there is, who holds it, and the
-    remedy.
+    On nodes of a launcher (ray up, KubeRay) an autoscaler may add more, so only free resources are waited for there. A
+    placement group requests them, as autoscalers react to those. Other nodes may be added by hand. Raises UserError at
+    the deadline, with the wanted and present resources, their holders and the remedy.
     """
     import ray
     from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
     start = time.monotonic()
-    said = start - _SAY_EVERY_S
-    asked: PlacementGroup | None = None
+    last_report = start - _REPORT_EVERY_S
+    group: PlacementGroup | None = None
     try:
         while True:
             alive = [node for node in ray.nodes() if node["Alive"]]
@@ -42,45 +41,45 @@ def wait_for_resources(
             idle = ray.available_resources() if free else _total(nodes)
             fits = _fits(bundles, nodes)
             enough = fits and all(idle.get(k, 0.0) >= v for k, v in _total(bundles).items())
-            may_come = not free and any(_GROUP in node["Labels"] for node in alive)
-            if asked.wait(timeout_seconds=1) if asked is not None else enough or may_come:
+            may_grow = not free and any(_GROUP in node["Labels"] for node in alive)
+            if group.wait(timeout_seconds=1) if group is not None else enough or may_grow:
                 return
             now = time.monotonic()
             late = now - start >= timeout_s
-            if late or now - said >= _SAY_EVERY_S:
-                said, state = now, _state(bundles, nodes, idle if fits else None)
+            if late or now - last_report >= _REPORT_EVERY_S:
+                last_report, state = now, _state(bundles, nodes, idle if fits else None)
                 if late:
                     raise UserError(f"no resources for {what} after {timeout_s:g} s: {state}; {_remedy(fits)}")
                 say(f"waiting for resources for {what}: {state}; {timeout_s - (now - start):.0f} s left")
-            if free and asked is None:
-                asked = placement_group([dict(bundle) for bundle in bundles if bundle], strategy="PACK")
+            if free and group is None:
+                group = placement_group([dict(bundle) for bundle in bundles if bundle], strategy="PACK")
             time.sleep(min(1.0, max(0.05, timeout_s - (now - start))))
     finally:
-        if asked is not None:  # what it holds is for the stage, which asks for it now
-            remove_placement_group(asked)
+        if group is not None:  # the stage requests the resources itself
+            remove_placement_group(group)
 
 
 def _state(bundles: Sequence[Bundle], nodes: Sequence[Bundle], idle: Bundle | None) -> str:
-    """idle: where the nodes would do, what of them is not in use."""
-    said = f"wanted {describe_bundles(bundles)}; present {_describe(_total(nodes), bundles)} on {len(nodes)} node(s)"
+    """idle: the unused resources, where the nodes would be large enough."""
+    text = f"wanted {describe_bundles(bundles)}; present {_describe(_total(nodes), bundles)} on {len(nodes)} node(s)"
     if idle is not None:
-        said += f", of which idle {_describe(idle, bundles)}"
-        if held := holders(_total(bundles)):
-            said += f"; held by {', '.join(held)}"
-    return said
+        text += f", of which idle {_describe(idle, bundles)}"
+        if names := holders(_total(bundles)):
+            text += f"; held by {', '.join(names)}"
+    return text
 
 
 def _remedy(would_fit: bool) -> str:
     if would_fit:
         return (
-            "stop what holds them: a job with `ray job stop`, the model that a recipe serves with full.py --teardown; "
+            "stop what holds them: a job with `ray job stop`, a served model with full.py --teardown; "
             "or raise resources.timeout_s"
         )
-    return "add nodes, lower resources.num_workers and its like in the recipe, or raise resources.timeout_s"
+    return "add nodes, lower resources.num_workers or similar keys of the recipe, or raise resources.timeout_s"
 
 
 def _fits(bundles: Sequence[Bundle], nodes: Sequence[Bundle]) -> bool:
-    """First-fit decreasing: exact for equal bundles, which is what stages ask for."""
+    """First-fit decreasing, which is exact for equal bundles, as all stages have them."""
     room = [dict(node) for node in nodes]
     for bundle in sorted(bundles, key=lambda b: (b.get("GPU", 0), b.get("CPU", 0)), reverse=True):
         node = next((r for r in room if all(r.get(k, 0.0) >= v for k, v in bundle.items())), None)
@@ -102,6 +101,6 @@ def _describe(amounts: Bundle, like: Sequence[Bundle]) -> str:
 
 
 def describe_bundles(bundles: Sequence[Bundle]) -> str:
-    """Bundles in words: "2 x (CPU 1, GPU 1)"."""
+    """Bundles as text: "2 x (CPU 1, GPU 1)"."""
     kinds = Counter(_describe(bundle, [bundle]) for bundle in bundles)
     return " and ".join(f"{count} x ({kind})" for kind, count in kinds.items())
