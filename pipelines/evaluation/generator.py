@@ -1,4 +1,4 @@
-"""What `rcd generate` decodes with: the models that the flags name, their tokenizer, and text to ids and back."""
+"""Loads a model with its tokenizer and reference, for `rcd generate` and lm-eval, and converts text to ids and back."""
 
 from __future__ import annotations
 
@@ -22,10 +22,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 
 @dataclass
 class Generator:
-    """A decoder with what turns texts into ids and back. tokenizer None: ids only. settings: the flags', unresolved.
-
-    fixed_length: max_new_tokens was asked for; else it gives way where the model has fewer positions left.
-    """
+    """A decoder with its tokenizer (None: token ids only). settings: of the user, without the checkpoint's defaults.
+    fixed_length: the user has set max_new_tokens; otherwise it shrinks to the positions that the model has left."""
 
     decoder: Decoder
     tokenizer: Any
@@ -37,7 +35,7 @@ class Generator:
         return self.tokenizer is not None and bool(self.tokenizer.chat_template)
 
     def sequence(self, ids: list[int], infill: bool, trace: bool = False) -> Sequence:
-        """The request as the engine takes it. Raises UserError naming the setting."""
+        """A request for the engine. Raises UserError naming the setting."""
         model, settings = self.decoder.model, replace(self.settings, trace=self.settings.trace or trace)
         if not infill and not self.fixed_length:
             block_length = settings.block_length or model.info.block_length
@@ -49,7 +47,7 @@ class Generator:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"the prompt is no valid Unicode text: {error.reason}") from error
+            raise UserError(f"the prompt is not valid Unicode text: {error.reason}") from error
         if infill:
             mask = self.tokenizer.convert_ids_to_tokens(self.decoder.model.mask_token_id)
             if mask is None:
@@ -58,7 +56,7 @@ class Generator:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def converse(self, messages: list[dict[str, str]]) -> list[int]:
-        """The ids of a conversation, by the chat template."""
+        """The token ids of a conversation in the chat template."""
         from jinja2 import TemplateError
 
         try:
@@ -73,8 +71,8 @@ class Generator:
         return str(self.tokenizer.decode(ids, skip_special_tokens=not special))
 
     def text(self, sequence: Sequence) -> str:
-        """What was committed: the answer without special tokens, or the canvas. After a Ctrl-C masks may be left, of
-        which those before committed text show."""
+        """The committed text: the answer without special tokens, or the canvas. After Ctrl-C, masks that precede
+        committed tokens are shown."""
         output, mask_id = sequence.output(), self.decoder.model.mask_token_id
         ids = output.canvas_ids if sequence.infill else output.token_ids
         while not sequence.infill and ids and ids[-1] == mask_id:
@@ -87,7 +85,7 @@ class Generator:
 def load_generator(
     model_dir: str,
     ref_model_dir: str | None,
-    given: Mapping[str, Any],
+    explicit: Mapping[str, Any],
     *,
     dtype: str = "auto",
     device: str | None = None,
@@ -98,7 +96,7 @@ def load_generator(
 ) -> Generator:
     """Load a model, its tokenizer and the reference, if the settings use one.
 
-    given: fields of DecodeSettings that the user has set; the rest depends on the checkpoint. dtype "auto": the
+    explicit: fields of DecodeSettings that the user has set; the rest depends on the checkpoint. dtype "auto": the
     checkpoint's. device None: CUDA if available. mask_id: raises if the checkpoint has another one. Raises UserError
     naming the flag of `rcd generate`.
     """
@@ -106,7 +104,7 @@ def load_generator(
     from rcd_core.text.tokenizer import load_tokenizer, stop_token_ids
 
     load = partial(_load, dtype=dtype, device=device, attention=attention)
-    with _naming("--model_dir"):
+    with _prefix_errors("--model_dir"):
         directory = checkpoint_directory(model_dir)
         tokenizer = None
         if any((directory / name).exists() for name in TOKENIZER_FILES):
@@ -117,31 +115,31 @@ def load_generator(
         model = load(directory)
     if mask_id not in (None, model.mask_token_id):
         raise UserError(f"--mask_id is {mask_id}; the checkpoint's is {model.mask_token_id}: leave it out")
-    settings = DecodeSettings(**given)
+    settings = DecodeSettings(**explicit)
     if tokenizer is not None and settings.stop_token_ids is None:
         stops = dict.fromkeys((*model.info.eos_token_ids, *stop_token_ids(tokenizer)))
         settings = replace(settings, stop_token_ids=tuple(stops))
-    settings = _with_residual_defaults(settings, given, model, ref_model_dir is not None)
+    settings = _with_residual_defaults(settings, explicit, model, ref_model_dir is not None)
     reference = None
     if ref_model_dir and settings.residual and "reference" in (settings.start, settings.residual_source):
-        with _naming("--ref_model_dir"):
+        with _prefix_errors("--ref_model_dir"):
             reference = load(ref_model_dir)
             _check_reference(reference, model)
     elif ref_model_dir:
-        why = f"start is {settings.start!r}" if settings.residual else "residual is off"
-        print(f"note: --ref_model_dir is not used, since {why}", file=sys.stderr)
+        reason = f"start is {settings.start!r}" if settings.residual else "residual is off"
+        print(f"note: --ref_model_dir is not used, since {reason}", file=sys.stderr)
     if verbose:
         print(f"model: {_describe(model)}", file=sys.stderr)
         if reference is not None:
             print(f"reference: {_describe(reference)}", file=sys.stderr)
-    return Generator(Decoder(model, reference), tokenizer, settings, "max_new_tokens" in given)
+    return Generator(Decoder(model, reference), tokenizer, settings, "max_new_tokens" in explicit)
 
 
 def _with_residual_defaults(
-    settings: DecodeSettings, given: Mapping[str, Any], model: DiffusionModel, reference: bool
+    settings: DecodeSettings, explicit: Mapping[str, Any], model: DiffusionModel, reference: bool
 ) -> DecodeSettings:
     """Residuals default to on for an RCD checkpoint and with a reference; with a reference, start defaults to it."""
-    if "residual" not in given:
+    if "residual" not in explicit:
         settings = replace(settings, residual=bool(model.info.rcd) or reference)
     if reference and settings.start is None and settings.residual_source == "self":
         settings = replace(settings, start="reference")
@@ -149,11 +147,11 @@ def _with_residual_defaults(
 
 
 def _check_reference(reference: DiffusionModel, model: DiffusionModel) -> None:
-    """Residuals mix the target's embeddings by the reference's token ids: both must number tokens alike."""
+    """Residuals mix the target's embeddings by the reference's token ids, so both need the same vocabulary."""
     for name in ("vocab_size", "mask_token_id"):
-        own, wanted = getattr(reference, name), getattr(model, name)
-        if own != wanted:
-            raise UserError(f"its {name} is {own}, that of --model_dir {wanted}; give one with the same tokenizer")
+        own, expected = getattr(reference, name), getattr(model, name)
+        if own != expected:
+            raise UserError(f"its {name} is {own}, that of --model_dir {expected}; give one with the same tokenizer")
 
 
 def _describe(model: DiffusionModel) -> str:
@@ -169,16 +167,16 @@ def _load(path: Any, *, dtype: str, device: str | None, attention: str) -> Diffu
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # a torch without CUDA says it by assert
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
         reason = str(error).splitlines()[0]
         raise UserError(f"--device is {device!r}, which cannot be used here: {reason}; try --device cpu") from error
-    number = None if dtype == "auto" else getattr(torch, dtype)
-    return load_model(path, dtype=number, device=device, attention=attention)
+    torch_dtype = None if dtype == "auto" else getattr(torch, dtype)
+    return load_model(path, dtype=torch_dtype, device=device, attention=attention)
 
 
 @contextmanager
-def _naming(flag: str) -> Iterator[None]:
-    """One line that begins with a flag, for UserErrors that do not know of flags."""
+def _prefix_errors(flag: str) -> Iterator[None]:
+    """Put the flag in front of UserErrors that do not name one, on one line."""
     try:
         yield
     except UserError as error:

@@ -126,14 +126,14 @@ class RcdLM(LM):
 def _load(
     target: str, reference: str | None, dtype: str, attention: str, device: str | None, settings: Mapping[str, Any]
 ) -> Generator:
-    """As `rcd generate` loads: residuals on for an RCD checkpoint and with a reference, which is then started from."""
-    given = dict(settings)
-    if given.get("top_k") == 0:  # off, as on the command line
-        given["top_k"] = None
-    if "stop_token_ids" in given:
-        given["stop_token_ids"] = tuple(given["stop_token_ids"])
+    """With the defaults of `rcd generate`: a reference, or an RCD checkpoint, switches residuals on."""
+    explicit = dict(settings)
+    if explicit.get("top_k") == 0:  # off, as in `rcd generate`
+        explicit["top_k"] = None
+    if "stop_token_ids" in explicit:
+        explicit["stop_token_ids"] = tuple(explicit["stop_token_ids"])
     try:
-        return load_generator(target, reference, given, dtype=dtype, attention=attention, device=device)
+        return load_generator(target, reference, explicit, dtype=dtype, attention=attention, device=device)
     except UserError as error:
         message = str(error).replace("--ref_model_dir", "reference").replace("--model_dir", "target")
         raise UserError(f"model_args: {message}") from error

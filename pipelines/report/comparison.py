@@ -38,7 +38,7 @@ class Run:
 
     def method(self, name: str) -> dict[str, Any] | None:
         """The entry of results.json."""
-        return next((arm for arm in self.results["arms"] if arm["name"] == name), None)
+        return next((method for method in self.results["arms"] if method["name"] == name), None)
 
     def ratios(self, method: str) -> dict[str, dict[str, Any]]:
         """Speed of the method over its baseline's, by where it was compared; empty for the baseline itself."""
@@ -89,7 +89,9 @@ def _load(directory: str, label: str) -> Run:
     if storage.exists(recipe):
         raw = parse_yaml(storage.read_bytes(recipe).decode(), recipe)
     else:
-        decode = {arm["name"]: {k: v for k, v in arm["decode"].items() if k != "seed"} for arm in results["arms"]}
+        decode = {
+            method["name"]: {k: v for k, v in method["decode"].items() if k != "seed"} for method in results["arms"]
+        }
         raw = {"recipe": results["recipe"], "task": results["task"], "decode": decode}
     config = {k: v for k, v in flatten(raw).items() if k not in _NAMES and not k.startswith(_SECTIONS)}
     return Run(label, results, config)
@@ -137,7 +139,7 @@ def differences(groups: Sequence[Group]) -> Cells:
 
 def methods_of(groups: Sequence[Group]) -> dict[str, str]:
     """Name -> title of the methods of all runs."""
-    return {arm["name"]: arm["title"] for group in groups for run in group.runs for arm in run.results["arms"]}
+    return {method["name"]: method["title"] for group in groups for run in group.runs for method in run.results["arms"]}
 
 
 def method_table(groups: Sequence[Group], name: str) -> Cells:

@@ -138,8 +138,11 @@ def _results_without_passes(
 
 def _page_without_passes(results: Results) -> str:
     settings = [
-        [arm["title"], ", ".join(f"{name} {value}" for name, value in arm["decode"].items()) or "endpoint defaults"]
-        for arm in results["arms"]
+        [
+            method["title"],
+            ", ".join(f"{name} {value}" for name, value in method["decode"].items()) or "endpoint defaults",
+        ]
+        for method in results["arms"]
     ]
     return render(
         "endpoint.html.j2",
@@ -153,8 +156,8 @@ def _page_without_passes(results: Results) -> str:
 
 def _speed_table(results: Results) -> Cells:
     rows = [
-        [arm["title"], text.accuracy(p), f"{p['tokens_per_second']:.1f}", f"{p['mean_tokens']:.1f}", NOT_REPORTED]
-        for arm in results["arms"]
-        for p in arm["curve"]
+        [method["title"], text.accuracy(p), f"{p['tokens_per_second']:.1f}", f"{p['mean_tokens']:.1f}", NOT_REPORTED]
+        for method in results["arms"]
+        for p in method["curve"]
     ]
     return ["model", "accuracy, %", "tokens/s", "tokens per answer", "tokens per pass"], rows

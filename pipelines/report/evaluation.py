@@ -58,7 +58,7 @@ def print_tables(results: Results, console: Console) -> None:
 
 def plots_of(results: Results) -> dict[str, Plot]:
     """Plots by name: pareto, and throughput if the time was measured."""
-    timed = any(p["tokens_per_second"] is not None for arm in results["arms"] for p in arm["curve"])
+    timed = any(p["tokens_per_second"] is not None for method in results["arms"] for p in method["curve"])
     return {name: plots.both(partial(plot, results, name)) for name in _SPEEDS if timed or name != "throughput"}
 
 
@@ -66,13 +66,13 @@ def plot(results: Results, name: str, dark: bool = False) -> bytes:
     """PNG: accuracy with its 95 % interval against a speed, a line per method along the thresholds."""
     speed, label = _SPEEDS[name]
     figure, axes = plots.figure(dark)
-    for i, arm in enumerate(results["arms"]):
-        points = sorted((p for p in arm["curve"] if p[speed] is not None), key=lambda point: point["threshold"])
+    for i, method in enumerate(results["arms"]):
+        points = sorted((p for p in method["curve"] if p[speed] is not None), key=lambda point: point["threshold"])
         y = [100 * p["accuracy"] for p in points]
         bars = [
             [abs(100 * p[end] - v) for p, v in zip(points, y, strict=True)] for end in ("accuracy_low", "accuracy_high")
         ]
-        plots.curve(axes, [p[speed] for p in points], y, i, dark, arm["title"], bars)
+        plots.curve(axes, [p[speed] for p in points], y, i, dark, method["title"], bars)
     axes.set_xlabel(label)
     axes.set_ylabel("accuracy, %")
     axes.set_title(text.title(results), fontsize=11)

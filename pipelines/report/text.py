@@ -26,7 +26,7 @@ def measured(results: Results) -> str:
     seeds = ", each sample with its own seed" if results["num_samples"] > 1 else ""
     return (
         f"{results['num_problems']} held-out problems of the task {results['task']}. Every method decodes each of them "
-        f"at every threshold{seeds}. Accuracies have 95 % intervals ({results['statistics']['accuracy_interval']})."
+        f"at every threshold{seeds}. Accuracies have intervals ({results['statistics']['accuracy_interval']})."
     )
 
 
@@ -34,7 +34,7 @@ def costs(results: Results) -> str:
     """How passes are counted."""
     text = "Tokens per pass: generated tokens per pass that chooses tokens. Passes that only fill a cache do not count."
     flops, parameters = (
-        " or ".join(sorted({f"{arm[name]:.2f}" for arm in results["arms"] if arm[name]}))
+        " or ".join(sorted({f"{method[name]:.2f}" for method in results["arms"] if method[name]}))
         for name in ("reference_flops_weight", "reference_weight")
     )
     if flops:
@@ -117,7 +117,7 @@ def settings_file_line(results: Results) -> str:
 
 
 def titles(results: Results) -> dict[str, str]:
-    return {arm["name"]: arm["title"] for arm in results["arms"]}
+    return {method["name"]: method["title"] for method in results["arms"]}
 
 
 def curve_table(results: Results) -> Cells:
@@ -125,8 +125,8 @@ def curve_table(results: Results) -> Cells:
     rows = []
     for threshold in results["thresholds"]:
         row = [f"{threshold:g}"]
-        for arm in results["arms"]:
-            p = next((p for p in arm["curve"] if p["threshold"] == threshold), None)
+        for method in results["arms"]:
+            p = next((p for p in method["curve"] if p["threshold"] == threshold), None)
             row.append(f"{100 * p['accuracy']:.1f} @ {p['tokens_per_pass']:.2f}" if p else "")
         rows.append(row)
     return ["threshold", *titles(results).values()], rows
@@ -157,12 +157,12 @@ def _ratio_cell(level: dict[str, Any]) -> str:
 def aup_table(results: Results) -> Cells:
     """Area under the accuracy-parallelism curve, and its difference to the baseline."""
     comparisons = {c["arm"]: c for c in results["comparisons"]}
-    head, rows = ["method"], [[arm["title"]] for arm in results["arms"]]
+    head, rows = ["method"], [[method["title"]] for method in results["arms"]]
     for measure, unit in MEASURE_NAMES.items():
         head += [f"AUP over {unit}", "difference to the baseline"]
-        for row, arm in zip(rows, results["arms"], strict=True):
-            difference = comparisons[arm["name"]][measure]["aup"] if arm["name"] in comparisons else None
-            row += [number(arm["aup"][measure], ".0f"), number(difference, "+.0f") if difference else ""]
+        for row, method in zip(rows, results["arms"], strict=True):
+            difference = comparisons[method["name"]][measure]["aup"] if method["name"] in comparisons else None
+            row += [number(method["aup"][measure], ".0f"), number(difference, "+.0f") if difference else ""]
     return head, rows
 
 
@@ -170,13 +170,13 @@ def throughput_table(results: Results) -> Cells:
     """A row per point: accuracy with its interval, and all measures of speed."""
     rows = [
         [
-            arm["title"],
+            method["title"],
             f"{p['threshold']:g}",
             accuracy(p),
             "not measured" if p["tokens_per_second"] is None else f"{p['tokens_per_second']:.0f}",
             *(f"{p[name]:.2f}" for name in (*MEASURE_NAMES, "tokens_per_pass_by_parameters")),
         ]
-        for arm, p in _points(results)
+        for method, p in _points(results)
     ]
     head = ["method", "threshold", "accuracy, %", "tokens/s", *MEASURE_NAMES.values(), "tokens per pass, by parameters"]
     return head, rows
@@ -186,8 +186,8 @@ def passes_table(results: Results) -> Cells:
     """Mean passes per answer, by kind."""
     names = ("tokens", *_PASSES)
     rows = [
-        [arm["title"], f"{p['threshold']:g}", *(f"{p[f'mean_{name}']:.2f}" for name in names)]
-        for arm, p in _points(results)
+        [method["title"], f"{p['threshold']:g}", *(f"{p[f'mean_{name}']:.2f}" for name in names)]
+        for method, p in _points(results)
     ]
     return ["method", "threshold", *names], rows
 
@@ -195,14 +195,14 @@ def passes_table(results: Results) -> Cells:
 def samples_table(results: Results) -> Cells:
     """Accuracy of the first, second, ... sample of every problem, one column each."""
     rows = [
-        [arm["title"], f"{p['threshold']:g}", *(f"{100 * a:.1f}" for a in p["accuracy_by_sample"])]
-        for arm, p in _points(results)
+        [method["title"], f"{p['threshold']:g}", *(f"{100 * a:.1f}" for a in p["accuracy_by_sample"])]
+        for method, p in _points(results)
     ]
     return ["method", "threshold", *(f"sample {i}" for i in range(results["num_samples"]))], rows
 
 
 def _points(results: Results) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    return ((arm, point) for arm in results["arms"] for point in arm["curve"])
+    return ((method, point) for method in results["arms"] for point in method["curve"])
 
 
 def statistics_table(results: Results) -> Cells:
@@ -214,7 +214,7 @@ def statistics_table(results: Results) -> Cells:
 
 def common_settings(results: Results) -> list[tuple[str, str]]:
     """(name, value) of the decoding settings that all methods share."""
-    first, *others = (_settings(arm) for arm in results["arms"])
+    first, *others = (_settings(method) for method in results["arms"])
     shared = {k: v for k, v in first.items() if all(k in other and other[k] == v for other in others)}
     thresholds = ", ".join(f"{t:g}" for t in results["thresholds"])
     return [("confidence_threshold", f"swept: {thresholds}"), *((k, _value(v)) for k, v in shared.items())]
@@ -222,20 +222,20 @@ def common_settings(results: Results) -> list[tuple[str, str]]:
 
 def differing_settings(results: Results) -> Cells:
     """A column per method: decoding settings that differ, and how the models were trained."""
-    arms = results["arms"]
+    methods = results["arms"]
     shared = {name for name, _ in common_settings(results)}
-    names = [name for name in dict.fromkeys(k for arm in arms for k in _settings(arm)) if name not in shared]
-    rows = [[name, *(_value(arm["decode"].get(name)) for arm in arms)] for name in names]
-    rows.append(["model", *(arm["model"] for arm in arms)])
-    trained = [arm["trained_with"] or {} for arm in arms]
+    names = [name for name in dict.fromkeys(k for method in methods for k in _settings(method)) if name not in shared]
+    rows = [[name, *(_value(method["decode"].get(name)) for method in methods)] for name in names]
+    rows.append(["model", *(method["model"] for method in methods)])
+    trained = [method["trained_with"] or {} for method in methods]
     for name in dict.fromkeys(k for settings in trained for k in settings):
         rows.append([f"trained with {name}", *(_value(s[name]) if name in s else "" for s in trained)])
     return ["", *titles(results).values()], rows
 
 
-def _settings(arm: dict[str, Any]) -> dict[str, Any]:
+def _settings(method: dict[str, Any]) -> dict[str, Any]:
     """Without `trace`, which does not change what is decoded."""
-    return {name: value for name, value in arm["decode"].items() if name != "trace"}
+    return {name: value for name, value in method["decode"].items() if name != "trace"}
 
 
 def _value(value: Any) -> str:

@@ -25,8 +25,8 @@ from tests.pipelines.serving.served_app import BASELINE, MODEL, SETTINGS, Served
 
 @pytest.fixture(scope="module")
 def app() -> Iterator[Served]:
-    with served() as found:
-        yield found
+    with served() as app:
+        yield app
 
 
 @pytest.fixture
