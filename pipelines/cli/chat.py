@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from pipelines.cli.flags import ChatFlags, decode_settings
-from pipelines.cli.live_view import TraceCanvas, trace_view
+from pipelines.cli.live_view import TraceCanvas, live_view
 from pipelines.cli.terminal import INTERRUPTED, can_draw, converse, print_text, read_stdin, statistics_line, turn
 from pipelines.client import Endpoint
 from rcd_core.decode_settings import DecodeSettings
@@ -82,7 +82,7 @@ def _reply(client: Endpoint, flags: ChatFlags, messages: list[dict[str, str]]) -
     started = time.monotonic()
     try:
         with ExitStack() as stack:
-            draw = stack.enter_context(trace_view(reply.canvas, Console())) if live else None
+            draw = stack.enter_context(live_view(reply.canvas, Console())) if live else None
             stream: Any = client.stream(path, body)
             for chunk in stack.enter_context(closing(stream)):
                 text = reply.take(chunk)

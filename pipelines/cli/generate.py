@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from pipelines.cli.flags import GenerateFlags, decode_settings
-from pipelines.cli.live_view import live_view
+from pipelines.cli.live_view import SequenceCanvas, live_view
 from pipelines.cli.terminal import INTERRUPTED, can_draw, converse, print_text, read_stdin, statistics_line, turn
 from pipelines.evaluation.generator import Generator, load_generator
 from rcd_core.decode_settings import DecodeSettings
@@ -139,7 +139,7 @@ def _decode(generator: Generator, flags: GenerateFlags, sequences: list[Sequence
             while engine.busy and not interrupted:
                 engine.step()
         else:
-            with live_view(sequences[0], generator.decode, Console()) as draw:
+            with live_view(SequenceCanvas(sequences[0], generator.decode), Console()) as draw:
                 while engine.busy and not interrupted:
                     engine.step()
                     draw()

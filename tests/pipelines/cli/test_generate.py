@@ -18,7 +18,7 @@ import torch
 
 from pipelines.cli import main as cli
 from pipelines.cli.flags import CalibrateFlags, GenerateFlags, TrainPlanFlags, decode_settings
-from pipelines.cli.live_view import canvas_text, printable
+from pipelines.cli.live_view import SequenceCanvas, printable
 from rcd_core import Decoder, DecodeSettings, Engine, ModelConfig, load_model, new_model
 from rcd_core.attention.backends import BACKENDS
 from rcd_core.calibration.distance import Match
@@ -366,20 +366,19 @@ def test_the_drawing_holds_given_committed_and_masked_tokens(checkpoints: Path) 
     sequence = decoder.check(ids, DecodeSettings(residual=True, trace=True), infill=True)
     engine = Engine(decoder.model, None, max_batch=1, max_length=len(ids))
     engine.add(sequence)
-    assert canvas_text(sequence, tokenizer.decode, coloured=True, most=99).plain == "漢·the··"
+    canvas = SequenceCanvas(sequence, tokenizer.decode)
+    assert canvas.text(coloured=True).plain == "漢·the··"
     engine.step()
     step, left = sequence.steps[-1], sequence.masked_positions.tolist()
     assert left and set(left) == set(step.masked) - set(step.committed)
     guesses = {p: printable(tokenizer.decode([i]), "↵") for p, i in zip(step.masked, step.argmax, strict=True)}
-    text = canvas_text(sequence, tokenizer.decode, coloured=True, most=99)
+    text = canvas.text(coloured=True)
     want = "漢" + guesses[ids.index(decoder.model.mask_token_id)] + "the"
     assert text.plain == want + "".join(guesses[p] for p in sorted(guesses)[1:])
     assert sum("on rgb" in str(span.style) for span in text.spans) == len(left)
-    plain = canvas_text(sequence, tokenizer.decode, coloured=False, most=99).plain
+    plain = canvas.text(coloured=False).plain
     assert len(plain) == len(text.plain) + len(left)
     while engine.busy:
         engine.step()
-    assert canvas_text(sequence, tokenizer.decode, coloured=True, most=99).plain == printable(
-        tokenizer.decode(sequence.output().canvas_ids)
-    )
-    assert canvas_text(sequence, tokenizer.decode, coloured=True, most=1).plain != ""
+    assert canvas.text(coloured=True).plain == printable(tokenizer.decode(sequence.output().canvas_ids))
+    assert canvas.text(coloured=True, limit=1).plain != ""
