@@ -85,7 +85,7 @@ class Description(Section):
 
     @property
     def bundles(self) -> list[dict[str, float]]:
-        """Resources of each replica that is started at first."""
+        """Resources of the replicas that are started at first."""
         return [bundle(replicas) for replicas in self.replicas for _ in range(replicas.min_replicas)]
 
 
@@ -117,16 +117,10 @@ def describe(recipe: Recipe, checkpoint: Callable[[str], str]) -> Description:
         num_gpus=min(1.0, resources.gpus_per_worker / (len(served) + shares_gpus)),
         resources=nodes,
     )
+    limits = deploy.model_dump(include={"max_batch", "max_queue", "max_length"})
+    limits["replicas"] = replicas.model_copy(update={"target_ongoing_requests": deploy.target_ongoing_requests})
     models = {
-        model_id: DescribedModel(
-            checkpoint=path,
-            decode=decode,
-            deployment=name,
-            max_batch=deploy.max_batch,
-            max_queue=deploy.max_queue,
-            max_length=deploy.max_length,
-            replicas=replicas.model_copy(update={"target_ongoing_requests": deploy.target_ongoing_requests}),
-        )
+        model_id: DescribedModel(checkpoint=path, decode=decode, deployment=name, **limits)
         for model_id, (name, path, decode) in served.items()
     }
     reference = None

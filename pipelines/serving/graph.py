@@ -14,16 +14,21 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
 
 from pipelines.run.keys import key_of
+from pipelines.serving.backend import ServedModel
 from pipelines.serving.config_file import app_args
 from pipelines.serving.description import INGRESS, REFERENCE, Description, Replicas, parse_description
+from pipelines.serving.http.app import create_app
 from pipelines.serving.http.guard import ApiLimits, api_keys
-from pipelines.serving.ingress import Ingress
 from pipelines.serving.reference import REFERENCE_SESSIONS, REFERENCE_THREADS, Reference
+from pipelines.serving.remote_model import RemoteModel
 from pipelines.serving.target import MAX_LENGTH, Target
+from rcd_core.decode_settings import DecodeSettings
 
 INGRESS_REQUESTS = 4096  # at once; the targets refuse requests beyond their queues
 SPARE_REQUESTS = 32  # beyond an engine's batch and queue: refusals in progress, statistics, /ready
@@ -42,6 +47,37 @@ LEAN_INGRESS = {**LEAN, "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
 STICKY = RequestRouterConfig(
     request_router_class="ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"  # type: ignore[arg-type]
 )
+
+
+@serve.ingress()
+class Ingress:
+    """Answers even while models load or restart. about: the body of /version."""
+
+    def __init__(
+        self,
+        targets: dict[str, DeploymentHandle],
+        defaults: dict[str, DecodeSettings],
+        about: dict[str, Any],
+        limits: ApiLimits,
+    ) -> None:
+        self.about, self.limits = about, limits
+        created = int(about["created"])
+        self.models = {
+            name: ServedModel(backend=RemoteModel(handle), defaults=defaults[name], created=created)
+            for name, handle in targets.items()
+        }
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        # Serve's proxy adds X-Request-Id itself.
+        return create_app(self.models, self.about, self.limits, add_request_id=False)
+
+    async def version(self) -> dict[str, Any]:
+        """The body of /version, for callers with a handle."""
+        return self.about
+
+    async def limits_id(self) -> str:
+        """ApiLimits.id of the limits in force, for callers with a handle."""
+        return self.limits.id
 
 
 def application(
@@ -84,7 +120,7 @@ def application(
         ).bind(
             model.checkpoint,
             _device(model.replicas),
-            reference=reference if model.uses_reference else None,
+            reference if model.uses_reference else None,
             reference_top_k=described.top_k if described else 1,
             reference_sessions=sessions,
             max_batch=model.max_batch,

@@ -26,23 +26,15 @@ class ApiMetrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._requests = Counter(
-            "rcd_http_requests", "Requests answered, by route and status", ["route", "status"], registry=self.registry
-        )
-        self._seconds = Histogram(
-            "rcd_http_request_seconds",
-            "Time to the end of an answer",
-            ["route"],
-            registry=self.registry,
-            buckets=_BUCKETS,
-        )
-        self._failed_streams = Counter(
-            "rcd_http_failed_streams", "Streams that ended with an error event", ["status"], registry=self.registry
-        )
-        self._tokens = Counter(
-            "rcd_http_tokens", "Tokens of complete answers", ["model", "kind"], registry=self.registry
-        )
+        self._requests = self._counter("requests", "Requests answered, by route and status", "route", "status")
+        text = "Time to the end of an answer"
+        self._seconds = Histogram("rcd_http_request_seconds", text, ["route"], buckets=_BUCKETS, registry=self.registry)
+        self._failed_streams = self._counter("failed_streams", "Streams that ended with an error event", "status")
+        self._tokens = self._counter("tokens", "Tokens of complete answers", "model", "kind")
         self._open = Gauge("rcd_http_decodes_open", "Choices being decoded", registry=self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"rcd_http_{name}", text, labels, registry=self.registry)
 
     def answered(self, scope: Scope, status: int, seconds: float) -> None:
         """Count a request. status 0: the client disconnected before there was one."""
