@@ -12,38 +12,38 @@ from pipelines.recipe.model import Recipe
 from pipelines.run.directory import StageContext
 from pipelines.signals.actor import SignalActor
 from pipelines.signals.plan import SignalJob
-from tests.pipelines.signal_run import Result, context, prepared, recipe, shards_of
+from tests.pipelines.signal_run import Result, context, make_recipe, prepare_run, shards_of
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Recipe:
-    made = recipe(tmp_path)
-    prepared(made)
-    return made
+def prepared(tmp_path: Path) -> Recipe:
+    recipe = make_recipe(tmp_path)
+    prepare_run(recipe)
+    return recipe
 
 
 @pytest.fixture(scope="session")
 def undisturbed(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """What two actors make when nothing goes wrong."""
-    made = recipe(tmp_path_factory.mktemp("undisturbed"))
-    prepared(made)
-    ctx = context(made)
+    """The signals of two actors without any fault."""
+    recipe = make_recipe(tmp_path_factory.mktemp("undisturbed"))
+    prepare_run(recipe)
+    ctx = context(recipe)
     summary = precompute.run(ctx)
     return Result(ctx, summary, shards_of(ctx))
 
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """An actor in this process instead of Ray, where the test is about files; the shards it was asked for."""
-    asked: list[int] = []
+    """Computes signals in this process instead of on Ray. Returns the list of computed shards."""
+    computed: list[int] = []
 
     def compute(ctx: StageContext, job: SignalJob, shards: list[int]) -> Iterator[int]:
         actor = SignalActor(job) if shards else None
         for shard in shards:
             assert actor is not None
             actor.compute(shard)
-            asked.append(shard)
+            computed.append(shard)
             yield shard
 
     monkeypatch.setattr(precompute, "_compute", compute)
-    return asked
+    return computed

@@ -1,4 +1,4 @@
-"""What the tests of the stage `signals` share: a small prepared run, its context, and looks at what it leaves."""
+"""A small prepared run for the tests of the stage `signals`, its context, and readers of its results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 BLOCK = 4
 
 
-def recipe(tmp_path: Path, **changes: Any) -> Recipe:
+def make_recipe(tmp_path: Path, **changes: Any) -> Recipe:
     train = {"steps": 30, "batch_size": 4, "learning_rate": 1e-3, **changes.pop("train", {})}
     raw = {
         "name": changes.pop("name", "run"),
@@ -42,12 +42,12 @@ def recipe(tmp_path: Path, **changes: Any) -> Recipe:
     return parse_recipe(raw)
 
 
-def prepared(made: Recipe, poison: Callable[[int, dict[str, Any]], dict[str, Any]] = lambda i, e: e) -> None:
-    """A run with 60 examples in two files, chunks of 16, and the checkpoint that stands for the reference."""
-    run = RunDirectory(made.run_directory)
-    Path(str(made.tokenizer.path)).mkdir()
-    Path(str(made.tokenizer.path), "tokenizer_config.json").write_text("{}")
-    stages = {name: key_material(stages_of(made)[name], made, {}) for name in ("prepare", "reference")}
+def prepare_run(recipe: Recipe, poison: Callable[[int, dict[str, Any]], dict[str, Any]] = lambda i, e: e) -> None:
+    """A run with 60 examples in two files, chunks of 16, and a checkpoint as its reference. poison changes examples."""
+    run = RunDirectory(recipe.run_directory)
+    Path(str(recipe.tokenizer.path)).mkdir()
+    Path(str(recipe.tokenizer.path), "tokenizer_config.json").write_text("{}")
+    stages = {name: key_material(stages_of(recipe)[name], recipe, {}) for name in ("prepare", "reference")}
     for name, material in stages.items():
         run.begin(name, material)
     directory = Path(run.stage_directory("prepare")) / "train"
@@ -60,9 +60,9 @@ def prepared(made: Recipe, poison: Callable[[int, dict[str, Any]], dict[str, Any
     fields = pa.schema({"example_id": pa.string(), "input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32())})
     for number, part in enumerate((examples[:40], examples[40:])):
         pq.write_table(pa.Table.from_pylist(part, fields), directory / f"part-{number}.parquet", row_group_size=16)
-        for held in (part[i : i + 16] for i in range(0, len(part), 16)):
-            tokens = sum(len(e["input_ids"] or ()) for e in held)
-            for name, value in (("file", number), ("rows", len(held)), ("tokens", tokens), ("labelled", tokens // 2)):
+        for chunk in (part[i : i + 16] for i in range(0, len(part), 16)):
+            tokens = sum(len(e["input_ids"] or ()) for e in chunk)
+            for name, value in (("file", number), ("rows", len(chunk)), ("tokens", tokens), ("labelled", tokens // 2)):
                 chunks[name].append(value)
     summary = {
         "train": ["part-0.parquet", "part-1.parquet"],
@@ -71,23 +71,23 @@ def prepared(made: Recipe, poison: Callable[[int, dict[str, Any]], dict[str, Any
         "mask_token_id": 511,
         "tokenizer_sha256": "0" * 64,
     }
-    contents = {"prepare": summary, "reference": {"checkpoint": made.reference.start}}
+    contents = {"prepare": summary, "reference": {"checkpoint": recipe.reference.start}}
     for name, material in stages.items():
         run.finish(name, material, contents[name], datetime.now(), 0.0)
 
 
-def context(made: Recipe, stage: str = "signals") -> StageContext:
+def context(recipe: Recipe, stage: str = "signals") -> StageContext:
     return StageContext(
-        recipe=made,
-        run=RunDirectory(made.run_directory),
+        recipe=recipe,
+        run=RunDirectory(recipe.run_directory),
         stage=stage,
         key="k",
-        inputs=stages_of(made)[stage].inputs,
+        inputs=stages_of(recipe)[stage].inputs,
         console=Console(file=io.StringIO(), width=200),
     )
 
 
-def said(ctx: StageContext) -> str:
+def printed(ctx: StageContext) -> str:
     text: str = ctx.console.file.getvalue()  # type: ignore[attr-defined]
     return text
 
@@ -104,7 +104,7 @@ def shards_of(ctx: StageContext) -> dict[str, bytes]:
 
 
 def check_rows(ctx: StageContext, summary: dict[str, Any]) -> None:
-    """Each planned row once, with the example, the noise and the signals that belong to it."""
+    """Asserts that each planned row occurs once, with its example, noise and signals."""
     directory = Path(ctx.directory)
     tables = [pq.read_table(directory / name) for name in summary["shards"]]
     assert [len(t) for t in tables] == np.diff(summary["row_offsets"]).tolist()

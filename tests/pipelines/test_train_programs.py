@@ -1,0 +1,176 @@
+"""Trainings as programs that the command line starts: in an S3 bucket with a killed worker, and stopped by signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.run.directory import RunDirectory
+from pipelines.training.checkpoints import NUM_TO_KEEP
+from pipelines.training.metrics import read_metrics
+from rcd_core import load_model
+from rcd_core.io import storage
+from tests.fault_table import FaultTable
+from tests.pipelines.test_job import FEW, ROOT
+from tests.pipelines.training_run import checkpoint_steps, losses, training_workers
+from tests.s3_server import s3_server
+
+STAGES = ("prepare", "base", "reference", "signals", "target")
+SETTINGS = [*FEW, "data.num_train=256", "data.num_test=6", "variants={}", "resources.num_workers=2"]
+SETTINGS += ["base.train.log_every=1"]
+pytestmark = [pytest.mark.drill, pytest.mark.timeout(600)]
+
+
+def start(
+    program: str, root: str, stages: Sequence[str], *settings: str, environment: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """Start a stage file on the session's cluster. Its workers get `environment`, as with --runtime-env-json."""
+    command = [sys.executable, str(ROOT / "pipelines" / program), "--recipe", "demo", "--storage", root]
+    command += ["--stages", ",".join(stages), *(word for s in [*SETTINGS, *settings] for word in ("--set", s))]
+    own = {"OMP_NUM_THREADS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3"}
+    if environment:
+        own["RAY_JOB_CONFIG_JSON_ENV_VAR"] = json.dumps({"runtime_env": {"env_vars": environment}})
+    streams: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, cwd=ROOT, text=True, env={**os.environ, **own}, **streams)
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    try:
+        out = process.communicate(timeout=400)[0]
+    finally:
+        process.kill()  # has no effect on a process that has ended
+    assert process.returncode == code, out
+    return out
+
+
+# -- in a bucket
+
+
+@pytest.fixture
+def bucket() -> Iterator[dict[str, str]]:
+    with s3_server("bucket") as environment:
+        yield environment
+
+
+def result(run: RunDirectory, stage: str) -> dict[str, Any]:
+    """The summary of a finished stage without the path of a checkpoint."""
+    manifest = run.manifest(stage)
+    assert manifest is not None, f"{stage} is not done"
+    return {key: value for key, value in manifest["summary"].items() if key != "reference_checkpoint"}
+
+
+class Watcher:
+    """Counts the checkpoints of a stage during training, and sends SIGKILL to one worker at `step`."""
+
+    def __init__(self, directory: str, step: int) -> None:
+        self.directory, self.step = directory, step
+        self.before: list[dict[str, float]] = []  # metrics up to the last checkpoint registered at the kill
+        self.kept: list[int] = []  # checkpoints registered by Ray
+        self.directories: list[int] = []  # directories of checkpoints; one may be incomplete
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Watcher:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.over.set()
+        self.thread.join()
+
+    def _watch(self) -> None:
+        while not self.over.wait(0.05):
+            try:
+                (ray,) = storage.list_directories(storage.join(self.directory, "ray"))
+                snapshot = storage.read_json(storage.join(ray, "checkpoint_manager_snapshot.json"))
+                lines = read_metrics(self.directory)
+            except (OSError, ValueError, IndexError):
+                continue
+            self.kept.append(len(snapshot["checkpoint_results"]))
+            names = [storage.basename(path) for path in storage.list_directories(ray)]
+            self.directories.append(len([name for name in names if name.startswith("step-")]))
+            if not self.before and lines[-1]["step"] >= self.step:
+                os.kill(training_workers()[-1].pid, signal.SIGKILL)
+                whole = max(int(one["checkpoint_dir_name"].split("-")[1]) for one in snapshot["checkpoint_results"])
+                self.before = lines[:whole]
+
+
+def test_a_run_in_a_bucket_with_a_killed_worker_gives_the_results_of_a_local_run(
+    ray_cluster: str, tmp_path: Path, bucket: dict[str, str]
+) -> None:
+    often = ("base.train.strategy=fsdp2", "base.train.checkpoint_every=5")
+    finish(start("full.py", str(tmp_path), STAGES, *often))
+    local, remote = RunDirectory(str(tmp_path / "demo")), RunDirectory("s3://bucket/rcd/demo")
+    base = remote.stage_directory("base")
+    with Watcher(base, 23) as watcher:
+        out = finish(start("full.py", "s3://bucket/rcd", STAGES, *often, environment=bucket))
+    assert 5 <= len(watcher.before) < 60 and "base: lost a worker" in out
+    assert len(storage.read_bytes(storage.join(base, "restarts.jsonl")).splitlines()) == 1
+    for stage in STAGES:
+        assert result(local, stage) == result(remote, stage), stage
+    lines = read_metrics(base)
+    assert [line["step"] for line in lines] == list(range(1, 61)), "no step is logged twice"
+    assert lines[: len(watcher.before)] == watcher.before, "same speeds: these steps did not run again"
+
+    assert max(watcher.kept) == NUM_TO_KEEP
+    assert max(watcher.directories) <= NUM_TO_KEEP + 1, "those kept and the one being uploaded"
+    assert not storage.exists(storage.join(base, "ray"))
+    assert storage.list_files(storage.join(base, "tensorboard"))
+    model, same = load_model(storage.join(base, "model")), load_model(str(tmp_path / "demo" / "base" / "model"))
+    assert all(a.equal(b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
+
+
+# -- stopped
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        assert process is None or process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+@pytest.mark.faults("SIGTERM, then Ctrl-C, to the driver", "base")
+def test_a_stopped_training_leaves_no_worker_and_resumes_from_its_last_checkpoint(
+    ray_cluster: str, tmp_path: Path, fault_table: FaultTable
+) -> None:
+    """SIGTERM to train.py during a training, then Ctrl-C to its second start; the third gives the same bits as an
+    undisturbed run."""
+    often = "base.train.checkpoint_every=10"
+    finish(start("full.py", str(tmp_path / "quiet"), ("prepare", "base"), often))
+    finish(start("prepare.py", str(tmp_path), ("prepare",), often))
+    stage = tmp_path / "demo" / "base"
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        before = checkpoint_steps(stage)[-1:]
+        process = start("train.py", str(tmp_path), ("base",), often)
+        wait_until(lambda: checkpoint_steps(stage)[-1:] > before, process)  # noqa: B023
+        assert training_workers()
+        process.send_signal(number)
+        out = finish(process, code)
+        assert out.count(f"stopped by {number.name}; run the same command again to resume") == 1, out
+        assert "Traceback" not in out and "error" not in out.lower(), out
+        wait_until(lambda: not training_workers())
+        assert not (stage / "manifest.json").exists()
+    assert 10 < checkpoint_steps(stage)[-1] < 60
+    kept = read_metrics(str(stage))[: checkpoint_steps(stage)[-1]]
+    out = finish(start("train.py", str(tmp_path), ("base",), often))
+    assert "base: starts, was interrupted, resumes" in out
+
+    lines = read_metrics(str(stage))
+    assert lines[: len(kept)] == kept, "same speeds: these steps did not run again"
+    quiet = tmp_path / "quiet" / "demo" / "base"
+    assert losses(str(stage)) == losses(str(quiet)) and len(lines) == 60
+    assert (stage / "model/model.safetensors").read_bytes() == (quiet / "model/model.safetensors").read_bytes()
+    assert not (stage / "restarts.jsonl").exists()
+    fault_table.add("no worker was left; the same command resumed from the last checkpoint", "the same bytes")

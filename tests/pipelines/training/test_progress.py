@@ -1,0 +1,89 @@
+"""metrics.jsonl, Ray's gauges, and TensorBoard while a training runs and at its end."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pipelines.run.directory import RunDirectory, StageContext
+from pipelines.training import progress
+from pipelines.training.metrics import MetricsLog, read_metrics
+from pipelines.training.progress import LiveEvents, Progress, write_events
+from rcd_core.io import storage
+from tests.pipelines.training_run import make_recipe
+from tests.s3_server import s3_server
+
+
+def test_metrics_go_to_file_and_gauges_and_a_resumed_run_drops_later_lines(tmp_path: Path) -> None:
+    first = MetricsLog("demo", "target", str(tmp_path), 0, 0)
+    for step in (1, 2, 3):
+        first.log({"step": step, "loss": 0.5 * step, "loss_p0.25": 1.0})
+    assert first.gauges["loss_p0.25"].info["name"] == "rcd_train_loss_p0_25"
+    assert first.gauges["loss"].info["default_tags"] == {"run": "demo", "stage": "target"}
+    MetricsLog("demo", "target", str(tmp_path), 1, 2).log({"step": 9})
+    second = MetricsLog("demo", "target", str(tmp_path), 0, 2)
+    second.log({"step": 3, "loss": 7.0})
+    assert [(m["step"], m["loss"]) for m in read_metrics(str(tmp_path))] == [(1, 0.5), (2, 1.0), (3, 7.0)]
+
+
+def losses(board: EventAccumulator) -> list[tuple[int, float]]:
+    """(step, loss) that an open TensorBoard shows next."""
+    board.Reload()
+    return [(event.step, event.value) for event in board.Scalars("train/loss")] if board.Tags()["scalars"] else []
+
+
+@pytest.fixture(params=["local", "s3"])
+def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "local":
+        yield str(tmp_path)
+    else:
+        with s3_server("bucket"):
+            yield "s3://bucket/stage"
+
+
+def test_an_open_tensorboard_follows_a_run(directory: str) -> None:
+    """Also across a restart, which repeats steps. Events of an interrupted job do not show."""
+    path = storage.join(directory, "tensorboard")
+    write_events(path, [{"step": 99, "loss": 9.0}])
+    lines = [{"step": step, "loss": step / 8} for step in range(1, 8)]
+    live = LiveEvents(path)
+    live.update(lines[:3])
+    board = EventAccumulator(path)
+    assert losses(board) == [(1, 0.125), (2, 0.25), (3, 0.375)]
+    live.update(lines[:2])  # resumed at step 2
+    live.update(lines[:5])
+    assert losses(board) == [(step, step / 8) for step in range(1, 6)]
+    assert len(storage.list_files(path)) == 1, "it only grows"
+    live.update(lines)
+    live.close()
+    assert losses(board) == [(step, step / 8) for step in range(1, 8)]
+
+
+def test_a_running_stage_brings_its_board_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "INTERVAL_S", 0.02)
+    recipe = make_recipe(tmp_path, "board")
+    run, console = RunDirectory(recipe.run_directory), Console(file=io.StringIO())
+    ctx = StageContext(recipe=recipe, run=run, stage="target", key="", inputs=(), console=console)
+    path = Path(ctx.directory) / "tensorboard"
+    log = MetricsLog("board", "target", ctx.directory, 0, 0)
+
+    def shown(count: int) -> list[tuple[int, float]]:
+        while not (path.exists() and len(events := losses(EventAccumulator(str(path)))) == count):
+            time.sleep(0.05)
+        return events
+
+    with Progress(ctx, 8):
+        log.log({"step": 1, "loss": 0.5})
+        assert shown(1) == [(1, 0.5)]
+        log.log({"step": 2, "loss": 0.25})
+        assert shown(2) == [(1, 0.5), (2, 0.25)]
+        # A restart whose metrics differ, as times do.
+        MetricsLog("board", "target", ctx.directory, 0, 1).log({"step": 2, "loss": 0.75})
+    write_events(str(path), read_metrics(ctx.directory))
+    assert losses(EventAccumulator(str(path))) == [(1, 0.5), (2, 0.75)], "in the end those of metrics.jsonl"
