@@ -1,4 +1,4 @@
-"""Passes as a GPU captures them: few shapes, no look back at the host. The same code, called instead of captured."""
+"""Passes of fixed shape, as a GPU captures them: few shapes, no host synchronisation. Here they are called directly."""
 
 from __future__ import annotations
 
@@ -12,44 +12,38 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from rcd_core import DecodeSettings, LocalReference
+from rcd_core import DecodeSettings
 from rcd_core.decoding.cuda_graphs import GraphCache
 from rcd_core.decoding.engine import Engine
-from rcd_core.decoding.request import make_sequence
 from rcd_core.ops import encode, top_k
-from tests.rcd_core.decoding.test_decoding import FAMILIES, any_settings, decoder, many, model, prompts
+from tests.rcd_core.decoding.test_decoding import FAMILIES, any_settings, decoder, many, prompts
+from tests.rcd_core.decoding.test_engine import engine, request, run
 
 Request = tuple[list[int], DecodeSettings]
 
 
-def run(family: str, several: list[Request], engine: Engine) -> list[Any]:
-    requests = [make_sequence(model(family), p, s, infill=False, has_reference=True) for p, s in several]
-    for request in requests:
-        engine.add(request)
-    while engine.busy:
-        engine.step()
-    return [r.output() for r in requests]
+def decode(family: str, several: list[Request], fixed: Engine) -> list[Any]:
+    return run(fixed, *(request(family, prompt, settings) for prompt, settings in several))
 
 
-def engine(family: str, fixed: bool = True) -> Engine:
-    reference = LocalReference(model(f"{family}_ref_tiny"))
-    return Engine(model(family), reference, max_batch=5, max_length=64, fixed_shapes=fixed)
+def fixed_engine(family: str) -> Engine:
+    return engine(family, max_batch=5, fixed_shapes=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @many
 @given(data=st.data())
 def test_fixed_shapes_change_no_token(family: str, data: st.DataObject) -> None:
-    """Rows, keys and positions beyond what is asked for leave no trace."""
+    """The extra rows, keys and positions change no result."""
     several = data.draw(st.lists(st.tuples(prompts, any_settings(family)), min_size=1, max_size=7))
-    found = run(family, several, engine(family))
+    found = decode(family, several, fixed_engine(family))
     for (prompt, s), out in zip(several, found, strict=True):
         alone = decoder(family).generate([prompt], s)[0]
         assert out.token_ids == alone.token_ids and out.num_forwards.denoise == alone.num_forwards.denoise
 
 
 class Recorded(GraphCache):
-    """Notes the keys, and runs the warmup first, as a capture does: it must change nothing."""
+    """Records the keys, and runs the warmup first, as a capture does; it must change nothing."""
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
@@ -68,20 +62,20 @@ RESIDUAL = replace(GREEDY, residual=True, start="zero")
 
 
 @pytest.mark.parametrize("s", [GREEDY, RESIDUAL, replace(RESIDUAL, residual_top_k=8)], ids=["seqd", "dense", "sparse"])
-def test_few_shapes_occur_and_a_warmup_changes_nothing(s: DecodeSettings) -> None:
+def test_few_shapes_occur_and_the_warmup_changes_nothing(s: DecodeSettings) -> None:
     several = [(list(range(3, 3 + n)), replace(s, max_new_tokens=8 + n)) for n in (4, 9, 17, 22, 27)]
-    e = engine("sdar")
+    e = fixed_engine("sdar")
     e._runner.graphs = recorded = Recorded()
-    found = run("sdar", several, e)
-    assert len(recorded.keys) > 3 * len(set(recorded.keys)), "passes of one key come again and again"
+    found = decode("sdar", several, e)
+    assert len(recorded.keys) > 3 * len(set(recorded.keys)), "keys repeat"
     for (prompt, settings), out in zip(several, found, strict=True):
         assert out.token_ids == decoder("sdar").generate([prompt], settings)[0].token_ids
 
 
 @pytest.mark.parametrize("s", [GREEDY, RESIDUAL, replace(RESIDUAL, residual_top_k=8)], ids=["seqd", "dense", "sparse"])
-def test_a_pass_never_waits_for_a_value(s: DecodeSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With tensors that have a shape but no content, whatever needs a value fails; a capture would fail there too."""
-    # What GPUs use: no sorting by numpy, sums that torch.compile fuses.
+def test_a_pass_never_synchronises_with_the_host(s: DecodeSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On fake tensors, which have a shape but no content, reading a value fails, as it would during a capture."""
+    # The GPU path: no sorting by numpy, and sums that torch.compile fuses.
     monkeypatch.setattr(top_k, "_SORTED_VOCAB", 0)
     monkeypatch.setattr(encode, "tail_sums_plain", encode.tail_sums_fused)
 
@@ -94,14 +88,14 @@ def test_a_pass_never_waits_for_a_value(s: DecodeSettings, monkeypatch: pytest.M
             self.checked += 1
             return super().__call__(key, numbers, warmup_inputs, run)
 
-    e = engine("sdar")
+    e = fixed_engine("sdar")
     e._runner.graphs = checked = Checked(torch.device("cpu"))
-    assert e._runner.forward.cache and e._runner.sampler.table.sum is not None, "made once, outside of passes"
-    out = run("sdar", [([3, 4, 5, 6], s)], e)[0]
+    assert e._runner.forward.cache and e._runner.sampler.table.sum is not None, "made before the pass"
+    out = decode("sdar", [([3, 4, 5, 6], s)], e)[0]
     assert checked.checked == out.num_forwards.denoise
 
-    def looks(numbers: torch.Tensor) -> torch.Tensor:
+    def reads_a_value(numbers: torch.Tensor) -> torch.Tensor:
         return numbers if bool(numbers[0] > 0) else -numbers
 
     with FakeTensorMode() as mode, pytest.raises(DataDependentOutputException):
-        looks(mode.from_tensor(torch.from_numpy(np.ones(2, dtype=np.int64))))
+        reads_a_value(mode.from_tensor(torch.from_numpy(np.ones(2, dtype=np.int64))))

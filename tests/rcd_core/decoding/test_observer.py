@@ -1,4 +1,4 @@
-"""Looking on changes nothing, and what is seen is what happened."""
+"""Observers change nothing, and see the predictions and commits of every step."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcd_core import DecodeSettings, LocalReference
-from rcd_core.decoding.engine import Engine
+from rcd_core import DecodeSettings
 from rcd_core.decoding.observer import Observed
-from rcd_core.decoding.request import make_sequence
 from tests.rcd_core.decoding.test_decoding import FAMILIES, any_settings, decoder, many, model, prompts
+from tests.rcd_core.decoding.test_engine import engine, request, run
 
 
-class Seen:
-    """Copies what an observer is shown, keyed by request."""
+class Recorder:
+    """An observer that records each step by request."""
 
     def __init__(self, family: str) -> None:
         self.family = family
@@ -28,39 +27,34 @@ class Seen:
         logits = model(self.family).head(seen.hidden)
         assert len(logits) == len(seen.alpha) == len(seen.committed) == len(seen.has_residual) == len(seen.masked_share)
         for i, s in enumerate(seen.masked.sequences):
-            mine = seen.masked.owner == i
-            positions = seen.masked.positions[mine]
-            assert (s.canvas[positions] == s.model.mask_token_id).all(), "the canvas is as the pass saw it"
+            own = seen.masked.owner == i
+            positions = seen.masked.positions[own]
+            assert (s.canvas[positions] == s.model.mask_token_id).all(), "nothing is committed yet"
             self.steps.setdefault(id(s), []).append(
                 {
                     "masked": positions.tolist(),
-                    "logits": logits[torch.from_numpy(mine)].clone(),
-                    "alpha": seen.alpha[mine].tolist(),
-                    "fed": seen.has_residual[mine].tolist(),
-                    "committed": positions[seen.committed[mine]].tolist(),
-                    "share": seen.masked_share[mine],
+                    "logits": logits[torch.from_numpy(own)].clone(),
+                    "alpha": seen.alpha[own].tolist(),
+                    "has_residual": seen.has_residual[own].tolist(),
+                    "committed": positions[seen.committed[own]].tolist(),
+                    "share": seen.masked_share[own],
                 }
             )
 
 
-def run(family: str, several: list[Any], observer: Any, fixed: bool) -> list[Any]:
-    reference = LocalReference(model(f"{family}_ref_tiny"))
-    engine = Engine(model(family), reference, max_batch=3, max_length=64, fixed_shapes=fixed, observer=observer)
-    requests = [make_sequence(model(family), p, s, infill=False, has_reference=True) for p, s in several]
-    for request in requests:
-        engine.add(request)
-    while engine.busy:
-        engine.step()
+def decode(family: str, several: list[Any], observer: Any, fixed: bool) -> list[Any]:
+    requests = [request(family, prompt, settings) for prompt, settings in several]
+    run(engine(family, max_batch=3, fixed_shapes=fixed, observer=observer), *requests)
     return requests
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @many
 @given(data=st.data())
-def test_decoding_with_an_observer_is_decoding_without(family: str, data: st.DataObject) -> None:
+def test_an_observer_changes_nothing(family: str, data: st.DataObject) -> None:
     several = data.draw(st.lists(st.tuples(prompts, any_settings(family)), min_size=1, max_size=4))
-    seen, fixed = Seen(family), data.draw(st.booleans())
-    plain, observed = run(family, several, None, fixed), run(family, several, seen, fixed)
+    seen, fixed = Recorder(family), data.draw(st.booleans())
+    plain, observed = decode(family, several, None, fixed), decode(family, several, seen, fixed)
     for one, other in zip(plain, observed, strict=True):
         assert one.output().token_ids == other.output().token_ids
         assert one.output().num_forwards == other.output().num_forwards
@@ -72,33 +66,35 @@ def test_decoding_with_an_observer_is_decoding_without(family: str, data: st.Dat
             assert [step["alpha"][i] for i in inside] == pytest.approx(traced.alpha)
 
 
-def test_the_hidden_states_are_those_the_tokens_came_from() -> None:
+def test_the_head_on_the_hidden_states_gives_the_tokens() -> None:
     settings = DecodeSettings(
         block_length=4, max_new_tokens=12, policy="low_confidence_static", residual=True, start="zero", trace=True
     )
     for family in FAMILIES:
-        seen = Seen(family)
-        (request,) = run(family, [([5, 6, 7, 8], settings)], seen, False)
+        seen = Recorder(family)
+        (request,) = decode(family, [([5, 6, 7, 8], settings)], seen, False)
         steps = seen.steps[id(request)]
         assert len(steps) == len(request.steps) > 3
         for step, traced in zip(steps, request.steps, strict=True):
             logits = step["logits"].index_fill(1, torch.tensor([model(family).mask_token_id]), -torch.inf)
             assert logits.argmax(-1).tolist() == traced.argmax
-        assert not any(steps[0]["fed"]) and all(steps[1]["fed"]), "a zero start has no residuals in its first pass"
+        assert not any(steps[0]["has_residual"]) and all(steps[1]["has_residual"]), (
+            "a zero start has no residuals in its first pass"
+        )
 
 
 def test_masked_share_is_of_the_block_or_of_the_canvas() -> None:
     settings = DecodeSettings(block_length=4, max_new_tokens=8, policy="sequential", stop_token_ids=())
     shares = {}
     for family in FAMILIES:
-        seen = Seen(family)
-        (request,) = run(family, [([5, 6, 7, 8], settings)], seen, False)
+        seen = Recorder(family)
+        (request,) = decode(family, [([5, 6, 7, 8], settings)], seen, False)
         shares[family] = [step["share"][0] for step in seen.steps[id(request)]]
     assert shares["sdar"] == [1.0, 0.75, 0.5, 0.25] * 2
     assert shares["llada"] == [i / 8 for i in range(8, 0, -1)]
 
 
-def test_a_decoder_hands_its_observer_on() -> None:
+def test_a_decoder_passes_its_observer_on() -> None:
     sizes: list[int] = []
     found = decoder("sdar", observer=lambda seen: sizes.append(len(seen.alpha))).generate(
         [[1, 2], [3]], DecodeSettings(block_length=4, max_new_tokens=4)
