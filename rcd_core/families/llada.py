@@ -38,38 +38,18 @@ _TOP_NAMES = {
 # The one network that LLaDA's switches describe in its releases (semantics.md 2.1). The class defaults differ, so an
 # export writes all switches.
 _SWITCHES: dict[str, Any] = {
-    "activation_type": "silu",
-    "alibi": False,
-    "attention_layer_norm": False,
-    "bias_for_layer_norm": False,
-    "block_group_size": 1,
-    "block_type": "llama",
-    "include_bias": False,
-    "include_qkv_bias": False,
-    "input_emb_norm": False,
-    "layer_norm_type": "rms",
-    "layer_norm_with_affine": True,
-    "rope": True,
+    "activation_type": "silu", "alibi": False, "attention_layer_norm": False, "bias_for_layer_norm": False,
+    "block_group_size": 1, "block_type": "llama", "include_bias": False, "include_qkv_bias": False,
+    "input_emb_norm": False, "layer_norm_type": "rms", "layer_norm_with_affine": True, "rope": True,
     "scale_logits": False,
-}
+}  # fmt: skip
 # Written as in the releases; nothing computed here depends on them.
 _INERT: dict[str, Any] = {
-    "alibi_bias_max": 8.0,
-    "attention_dropout": 0.0,
-    "attention_layer_norm_with_affine": True,
-    "embedding_dropout": 0.0,
-    "flash_attention": False,
-    "init_cutoff_factor": None,
-    "init_device": "meta",
-    "init_fn": "mitchell",
-    "init_std": 0.02,
-    "mlp_ratio": 4,
-    "multi_query_attention": None,
-    "precision": "amp_bf16",
-    "residual_dropout": 0.0,
-    "rope_full_precision": True,
-    "use_cache": False,
-}
+    "alibi_bias_max": 8.0, "attention_dropout": 0.0, "attention_layer_norm_with_affine": True,
+    "embedding_dropout": 0.0, "flash_attention": False, "init_cutoff_factor": None, "init_device": "meta",
+    "init_fn": "mitchell", "init_std": 0.02, "mlp_ratio": 4, "multi_query_attention": None, "precision": "amp_bf16",
+    "residual_dropout": 0.0, "rope_full_precision": True, "use_cache": False,
+}  # fmt: skip
 _LLADA_LAYER_NAMES = {llama: llada for llada, llama in _LAYER_NAMES.items()}
 _LLADA_TOP_NAMES = {llama: llada for llada, llama in _TOP_NAMES.items()}
 

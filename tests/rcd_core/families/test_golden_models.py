@@ -1,4 +1,4 @@
-"""Logits, training losses and gradients of the authors' own code, and the RCD equations in float64 (tests/golden)."""
+"""Logits, losses and gradients of the authors' code, and the RCD equations in float64 (vectors in tests/golden)."""
 
 from __future__ import annotations
 
@@ -44,24 +44,30 @@ def test_forward(vectors: dict[str, Any], attention: str) -> None:
 
 
 def check_gradients(model: Any, norms: dict[str, float]) -> None:
-    found = dict(model.official_files()[1])  # official names -> parameters' data
+    weights = model.official_files()[1]
     by_data = {p.data_ptr(): p for p in model.parameters()}
     for name, norm in norms.items():
-        gradient = by_data[found[name].data_ptr()].grad
+        gradient = by_data[weights[name].data_ptr()].grad
         assert gradient is not None
         assert gradient.norm().item() == pytest.approx(norm, rel=1e-3), name
 
 
+def sample_numbers(positions: torch.Tensor, case: dict[str, Any]) -> torch.Tensor:
+    """(B, L) positions of packed samples -> the sample that each token belongs to, -1 for padding."""
+    samples = (positions == 0).cumsum(1) - 1
+    samples[:, sum(case["sample_lengths"]) :] = -1
+    return samples
+
+
 @pytest.mark.parametrize("case", SDAR_TRAIN, ids=lambda c: c["name"])
 def test_sdar_training(vectors: dict[str, Any], case: dict[str, Any]) -> None:
-    """The loss of SDAR's own path, though noisy blocks without masks and unread clean blocks are left out."""
+    """SDAR's loss, although our path omits noisy blocks without masks and clean blocks that nothing attends to."""
     v, name = vectors["sdar"], case["name"]
     masked = v[f"{name}_masked_half"].bool()
     ids, positions = v[f"{name}_input_ids"], v[f"{name}_position_ids"]
     p_mask = torch.ones(ids.shape)
     p_mask[masked] = v[f"{name}_p_mask_at_masked"].reshape(-1)
-    samples = (positions == 0).cumsum(1) - 1
-    samples[:, sum(case["sample_lengths"]) :] = -1
+    samples = sample_numbers(positions, case)
     model = load_model(GOLDEN / "sdar_tiny").train()
     noisy = ids.masked_fill(masked, model.mask_token_id)
     batch = TrainingBatch(ids, v[f"{name}_labels"], noisy, masked, p_mask, case["block_length"], samples, positions)
@@ -70,10 +76,8 @@ def test_sdar_training(vectors: dict[str, Any], case: dict[str, Any]) -> None:
     assert loss.item() == pytest.approx(case["loss"], rel=1e-5)
     check_gradients(model, case["grad_norms"])
     parameters = dict(model.backbone.named_parameters())
-    for stored, parameter in (
-        ("grad_final_norm", "model.norm.weight"),
-        ("grad_l0_q_norm", "model.layers.0.self_attn.q_norm.weight"),
-    ):
+    pairs = {"grad_final_norm": "model.norm.weight", "grad_l0_q_norm": "model.layers.0.self_attn.q_norm.weight"}
+    for stored, parameter in pairs.items():
         torch.testing.assert_close(parameters[parameter].grad, v[f"{name}_{stored}"].reshape(-1), rtol=1e-3, atol=1e-4)
 
 
@@ -97,7 +101,7 @@ def test_llada_training(vectors: dict[str, Any], case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("case", RCD_LOSS, ids=lambda c: c["name"])
 def test_rcd_loss(vectors: dict[str, Any], case: dict[str, Any]) -> None:
-    """Eq. 4 on reference distributions at the same noisy input, gradients through delta's embedding table included."""
+    """Eq. 4 on reference distributions at the same noisy input, with gradients through delta's embedding table."""
     v, family, name = vectors["rcd"], case["family"], case["name"]
     ids, noisy = (v[f"loss_{family}_{k}"].reshape(-1, v[f"loss_{family}_ids"].shape[-1]) for k in ("ids", "noisy"))
     model = load_model(GOLDEN / f"{family}_tiny").train()
@@ -131,15 +135,8 @@ def test_one_state(vectors: dict[str, Any], family: str, source: str, temperatur
     """Eq. 1-3 on one stored state, dense and sparse with k = V."""
     v = vectors["rcd"]
     logits = v[f"{family}_step_{'ref' if source == 'ref' else 'target_plain'}_logits"]
-    name = next(
-        k.removesuffix("_alpha")
-        for k in v
-        if k.startswith(f"{family}_step_")
-        and k.endswith("_alpha")
-        and source in k
-        and str(temperature) in k
-        and variant in k
-    )
+    names = (k.removesuffix("_alpha") for k in v if k.startswith(f"{family}_step_") and k.endswith("_alpha"))
+    name = next(n for n in names if source in n and str(temperature) in n and variant in n)
     model = load_model(GOLDEN / f"{family}_tiny")
     table = model.embedding.weight.detach()
     alpha = entropy_weight(logits, temperature=temperature)
@@ -160,19 +157,18 @@ def test_one_state(vectors: dict[str, Any], family: str, source: str, temperatur
 
 
 def test_masked_hidden_is_what_the_whole_forward_gives(vectors: dict[str, Any]) -> None:
-    """Leaving dead blocks out of [noisy | clean] changes nothing: compare with the stored logits of all tokens."""
+    """Omitting unused blocks of [noisy | clean] changes nothing, compared with the stored logits of all tokens."""
     v, name = vectors["sdar"], "train_packed_b4"
     case = next(c for c in SDAR_TRAIN if c["name"] == name)
     model = load_model(GOLDEN / "sdar_tiny")
     masked, ids = v[f"{name}_masked_half"].bool(), v[f"{name}_input_ids"]
     positions = v[f"{name}_position_ids"]
-    samples = (positions == 0).cumsum(1) - 1
-    samples[:, sum(case["sample_lengths"]) :] = -1
+    samples = sample_numbers(positions, case)
     noisy = ids.masked_fill(masked, model.mask_token_id)
     batch = TrainingBatch(ids, ids, noisy, masked, torch.ones(ids.shape), 4, samples, positions)
     with torch.no_grad():
-        found = model.head(masked_hidden(model, batch, None))
-    torch.testing.assert_close(found, v[f"{name}_logits"][v[f"{name}_loss_rows"].bool()], atol=1e-4, rtol=0)
+        logits = model.head(masked_hidden(model, batch, None))
+    torch.testing.assert_close(logits, v[f"{name}_logits"][v[f"{name}_loss_rows"].bool()], atol=1e-4, rtol=0)
 
 
 def test_reference_signals_are_those_of_its_logits(vectors: dict[str, Any]) -> None:

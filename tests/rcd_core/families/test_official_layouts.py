@@ -1,8 +1,7 @@
-"""The releases' own file layouts at their real widths: config fields, names, shards, ids (semantics.md 1.3, 2.1).
+"""File layouts of the releases at their real widths: config fields, names, shards, ids (semantics.md 1.3, 2.1).
 
-One layer each, LLaDA-8B and the tied SDAR-1.7B with their whole vocabulary, the others with a shorter one; what that
-leaves out, the names and shapes of all layers and rows, is compared on the meta device with the published sizes. Some
-8 GB are written, and removed test by test.
+One layer each; LLaDA-8B and the tied SDAR-1.7B with the whole vocabulary, the others with a shorter one. Names and
+shapes of all layers are compared on the meta device with the published sizes. Tests write about 8 GB and remove them.
 """
 
 from __future__ import annotations
@@ -31,65 +30,25 @@ SDAR_SIZES = {
     "SDAR-8B-Chat": (4096, 36, 32, 12288),
 }
 SDAR_GENERATION = {
-    "bos_token_id": 151643,
-    "do_sample": True,
-    "eos_token_id": [151645, 151643],
-    "pad_token_id": 151643,
-    "temperature": 0.6,
-    "top_k": 20,
-    "top_p": 0.95,
-    "transformers_version": "4.52.4",
-}
+    "bos_token_id": 151643, "do_sample": True, "eos_token_id": [151645, 151643], "pad_token_id": 151643,
+    "temperature": 0.6, "top_k": 20, "top_p": 0.95, "transformers_version": "4.52.4",
+}  # fmt: skip
 LLADA_CONFIG = {
-    "activation_type": "silu",
-    "alibi": False,
-    "alibi_bias_max": 8.0,
-    "architectures": ["LLaDAModelLM"],
-    "attention_dropout": 0.0,
-    "attention_layer_norm": False,
-    "attention_layer_norm_with_affine": True,
+    "activation_type": "silu", "alibi": False, "alibi_bias_max": 8.0, "architectures": ["LLaDAModelLM"],
+    "attention_dropout": 0.0, "attention_layer_norm": False, "attention_layer_norm_with_affine": True,
     "auto_map": {"AutoConfig": "configuration_llada.LLaDAConfig", "AutoModel": "modeling_llada.LLaDAModelLM"},
-    "bias_for_layer_norm": False,
-    "block_group_size": 1,
-    "block_type": "llama",
-    "d_model": 4096,
-    "embedding_dropout": 0.0,
-    "embedding_size": 126464,
-    "eos_token_id": 126081,
-    "flash_attention": False,
-    "include_bias": False,
-    "include_qkv_bias": False,
-    "init_cutoff_factor": None,
-    "init_device": "meta",
-    "init_fn": "mitchell",
-    "init_std": 0.02,
-    "input_emb_norm": False,
-    "layer_norm_type": "rms",
-    "layer_norm_with_affine": True,
-    "mask_token_id": 126336,
-    "max_sequence_length": 4096,
-    "mlp_hidden_size": 12288,
-    "mlp_ratio": 4,
-    "model_type": "llada",
-    "multi_query_attention": None,
-    "n_heads": 32,
-    "n_kv_heads": 32,
-    "n_layers": 32,
-    "pad_token_id": 126081,
-    "precision": "amp_bf16",
-    "residual_dropout": 0.0,
-    "rms_norm_eps": 1e-5,
-    "rope": True,
-    "rope_full_precision": True,
-    "rope_theta": 500000.0,
-    "scale_logits": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.46.3",
-    "use_cache": False,
-    "vocab_size": 126464,
+    "bias_for_layer_norm": False, "block_group_size": 1, "block_type": "llama", "d_model": 4096,
+    "embedding_dropout": 0.0, "embedding_size": 126464, "eos_token_id": 126081, "flash_attention": False,
+    "include_bias": False, "include_qkv_bias": False, "init_cutoff_factor": None, "init_device": "meta",
+    "init_fn": "mitchell", "init_std": 0.02, "input_emb_norm": False, "layer_norm_type": "rms",
+    "layer_norm_with_affine": True, "mask_token_id": 126336, "max_sequence_length": 4096, "mlp_hidden_size": 12288,
+    "mlp_ratio": 4, "model_type": "llada", "multi_query_attention": None, "n_heads": 32, "n_kv_heads": 32,
+    "n_layers": 32, "pad_token_id": 126081, "precision": "amp_bf16", "residual_dropout": 0.0, "rms_norm_eps": 1e-5,
+    "rope": True, "rope_full_precision": True, "rope_theta": 500000.0, "scale_logits": False,
+    "torch_dtype": "bfloat16", "transformers_version": "4.46.3", "use_cache": False, "vocab_size": 126464,
     "weight_tying": False,
-}
-# Fields that an export leaves out: they name code that is not ours to ship, or nothing of the network.
+}  # fmt: skip
+# Fields that an export omits: they name code that we do not ship, or do not describe the network.
 NOT_EXPORTED = {"auto_map", "bos_token_id", "transformers_version", "fuse_cross_entropy"}
 
 
@@ -97,37 +56,16 @@ def sdar_config(name: str, form: str = "published") -> dict[str, Any]:
     """form "training" has block_size and mask_token_id, "published" neither (semantics.md 1.3)."""
     hidden, layers, heads, intermediate = SDAR_SIZES[name]
     config = {
-        "architectures": ["SDARForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "auto_map": {
-            "AutoConfig": "configuration_sdar.SDARConfig",
-            "AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM",
-        },
-        "bos_token_id": 151643,
-        "eos_token_id": 151643,
-        "head_dim": 128,
-        "hidden_act": "silu",
-        "hidden_size": hidden,
-        "initializer_range": 0.02,
-        "intermediate_size": intermediate,
-        "max_position_embeddings": 32768,
-        "max_window_layers": layers,
-        "model_type": "sdar",
-        "num_attention_heads": heads,
-        "num_hidden_layers": layers,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-6,
-        "rope_scaling": None,
-        "rope_theta": 1000000,
-        "sliding_window": None,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.52.4",
-        "use_cache": True,
-        "use_sliding_window": False,
-        "vocab_size": 151936,
-    }
+        "architectures": ["SDARForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "auto_map": {"AutoConfig": "configuration_sdar.SDARConfig",
+                     "AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM"},
+        "bos_token_id": 151643, "eos_token_id": 151643, "head_dim": 128, "hidden_act": "silu", "hidden_size": hidden,
+        "initializer_range": 0.02, "intermediate_size": intermediate, "max_position_embeddings": 32768,
+        "max_window_layers": layers, "model_type": "sdar", "num_attention_heads": heads, "num_hidden_layers": layers,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 1000000,
+        "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "4.52.4", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
+    }  # fmt: skip
     if form == "training":
         config |= {"block_size": 4, "mask_token_id": 151669, "fuse_cross_entropy": True}
     return config
@@ -173,7 +111,7 @@ def llada_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]
 
 
 def random_bits(shape: tuple[int, ...]) -> torch.Tensor:
-    """bf16 of random sign and mantissa, of size 1/64 to 1/32; the first 1009 rows again and again, which is quick."""
+    """bf16 with random sign and mantissa, magnitude 1/64 to 1/32. The first 1009 rows repeat, which is fast."""
     bits = torch.empty(min(shape[0], 1009), *shape[1:], dtype=torch.int16).random_(-0x8000, 0x8000)
     rows = bits.bitwise_and_(~0x7F80).bitwise_or_(0x3C80).view(torch.bfloat16)
     return rows[torch.arange(shape[0]) % len(rows)]
@@ -182,7 +120,7 @@ def random_bits(shape: tuple[int, ...]) -> torch.Tensor:
 def release(
     directory: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]], generation: dict[str, Any] | None
 ) -> Path:
-    """A release as Hugging Face lays it out: shards, index, json files, and code beside them."""
+    """A release as on Hugging Face: shards, index, JSON files and code."""
     directory.mkdir()
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     for name, shape in shapes.items():
@@ -201,14 +139,14 @@ def release(
         (directory / "generation_config.json").write_text(json.dumps(generation))
     family = config["model_type"]
     for module in (f"modeling_{family}", f"configuration_{family}"):
-        # What a loader that trusts the checkpoint would import, from wherever it copies it.
+        # A loader that trusts the checkpoint's code would import this, and create the file.
         (directory / f"{module}.py").write_text(f"open({str(directory / 'imported')!r}, 'w').close()\n")
     return directory
 
 
 @pytest.fixture
 def scratch(tmp_path: Path) -> Iterator[Path]:
-    """A directory that does not outlive its test, passed or failed."""
+    """A directory that is removed after its test, passed or failed."""
     yield tmp_path
     shutil.rmtree(tmp_path)
 
@@ -232,7 +170,7 @@ def check(source: Path, directory: Path, ids: dict[str, Any], mask_token_id: int
     with torch.no_grad():
         logits = model.logits(tokens)
     assert logits.shape == (1, 5, config["vocab_size"]) and torch.isfinite(logits).all()
-    assert logits.std() > 0 and not torch.equal(logits[0, 2], logits[0, 4]), "both are masks: positions must count"
+    assert logits.std() > 0 and not torch.equal(logits[0, 2], logits[0, 4]), "two masks: positions must matter"
 
     model.save_pretrained(directory, max_shard_bytes=SHARD_BYTES)
     saved = json.loads((directory / "config.json").read_text())
@@ -266,7 +204,7 @@ def test_sdar(name: str, form: str, changes: dict[str, Any], block_length: int, 
     sizes = next(known for known in SDAR_SIZES if known.split("-")[1] in name)
     config = sdar_config(sizes, form) | {"num_hidden_layers": 1, "max_window_layers": 1} | changes
     generation = dict(SDAR_GENERATION)
-    if "vocab_size" in changes:  # the ids of a vocabulary that is not the released one
+    if "vocab_size" in changes:  # ids inside the shorter vocabulary
         generation |= {"bos_token_id": 19_000, "eos_token_id": [19_001, 19_000], "pad_token_id": 19_000}
         config |= {"bos_token_id": 19_000, "eos_token_id": 19_000}
     source = release(scratch / name, config, dict(sdar_shapes(config)), generation)
@@ -295,12 +233,12 @@ def test_llada(scratch: Path) -> None:
     ],
 )
 def test_names_and_shapes_of_the_whole_model(name: str, total_size: int | None) -> None:
-    """All layers, nothing computed: the bytes that the releases' indexes state (for LLaDA twice its parameters)."""
+    """All layers, without computation; total_size as in the releases' indexes (LLaDA: twice its parameters)."""
     family: Any = LLaDAModel if name == "LLaDA" else SDARModel
     config = LLADA_CONFIG if name == "LLaDA" else sdar_config(name)
-    wanted = dict(llada_shapes(config) if name == "LLaDA" else sdar_shapes(config))
+    expected = dict(llada_shapes(config) if name == "LLaDA" else sdar_shapes(config))
     with torch.device("meta"):
         backbone = family.backbone_class(family.read_config(config, Path(name), has_head=True))
-    found = {key: tuple(tensor.shape) for key, tensor in backbone.state_dict().items()}
-    assert found == {family.backbone_name(key): shape for key, shape in wanted.items()}
-    assert total_size is None or num_bytes(wanted.values()) == total_size
+    shapes = {key: tuple(tensor.shape) for key, tensor in backbone.state_dict().items()}
+    assert shapes == {family.backbone_name(key): shape for key, shape in expected.items()}
+    assert total_size is None or num_bytes(expected.values()) == total_size

@@ -78,14 +78,10 @@ DIFFERENT = [
 ]
 
 
-@pytest.mark.parametrize(("found", "expected"), SAME)
-def test_equal_answers(found: str, expected: str) -> None:
-    assert same_math(found, expected)
-
-
-@pytest.mark.parametrize(("found", "expected"), DIFFERENT)
-def test_different_answers(found: str, expected: str) -> None:
-    assert not same_math(found, expected)
+@pytest.mark.parametrize("equal", [True, False])
+def test_equal_and_different_answers(equal: bool) -> None:
+    pairs = SAME if equal else DIFFERENT
+    assert [pair for pair in pairs if same_math(*pair) is not equal] == []
 
 
 @pytest.mark.parametrize(
