@@ -186,7 +186,7 @@ def test_a_foreign_endpoint_has_accuracy_and_speed_but_no_curve(
 
     def respond(body: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
         bodies.append(body)
-        return reply("the answer is " + body["messages"][0]["content"].split()[3][0])
+        return reply("<script> the answer is " + body["messages"][0]["content"].split()[3][0])
 
     monkeypatch.setenv("RCD_API_KEY", "s3cret")
     out = tmp_path / "out"
@@ -208,7 +208,10 @@ def test_a_foreign_endpoint_has_accuracy_and_speed_but_no_curve(
     assert "does not report passes" in capsys.readouterr().err
     page = (out / "report.html").read_text()
     assert (
-        "does not report its passes" in page and "not reported" in page and "s3cret" not in page + json.dumps(results)
+        "does not report its passes" in page
+        and "not reported" in page
+        and "<script" not in page
+        and "s3cret" not in page + json.dumps(results)
     )
 
 

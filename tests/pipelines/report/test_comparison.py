@@ -16,7 +16,17 @@ from pipelines.cli.main import main
 from pipelines.evaluation.actor import ROWS
 from pipelines.evaluation.results import analyse
 from pipelines.recipe.load import dump_recipe, load_recipe
-from pipelines.report.comparison import differences, group_runs, load_runs, mean_curve, mean_sd, method_table
+from pipelines.report.comparison import (
+    Group,
+    Run,
+    differences,
+    group_runs,
+    load_runs,
+    mean_curve,
+    mean_sd,
+    method_table,
+)
+from pipelines.report.comparison_page import html
 from rcd_core import UserError
 from rcd_core.io import storage
 from tests.pipelines.report.made_results import info
@@ -142,10 +152,19 @@ def test_the_command_prints_and_writes_one_page(
     assert main(["report", *runs, "--output", str(page), "--arms", "target/*"]) == 0
     printed = capsys.readouterr().out
     assert "32.5 ± 2.5" in printed and "signals.top_k" in printed and "SeqD" not in printed
-    html = page.read_text()
-    assert html.count("data:image/png;base64,") == 2 and "demo (3 seeds), sparse" in html
-    assert "<h2>RCD, zero start</h2>" in html and "signals.top_k" in html
-    assert "http://" not in html and "https://" not in html
+    content = page.read_text()
+    assert content.count("data:image/png;base64,") == 2 and "demo (3 seeds), sparse" in content
+    assert "<h2>RCD, zero start</h2>" in content and "signals.top_k" in content
+    assert "http://" not in content and "https://" not in content
+
+
+def test_names_on_the_page_are_escaped() -> None:
+    made = results()
+    made["arms"][1]["title"] = "<script>title"
+    group = Group("<script>label", (Run("run", made, {"key": "<script>value"}),))
+    page = html([group, Group("other", (Run("other", made, {}),))], {"target/zero": "<script>title"})
+    assert "<script" not in page
+    assert all(f"&lt;script&gt;{name}" in page for name in ("title", "label", "value"))
 
 
 def test_runs_that_cannot_be_compared_cause_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
