@@ -13,8 +13,10 @@ from pipelines.calibration.job import CalibrationJob, calibrate_model, store, sy
 from pipelines.cli.flags import CalibrateFlags, decode_settings
 from pipelines.cli.terminal import absolute_path
 from pipelines.recipe.rules import SYNTHETIC
+from pipelines.report.calibration import html_page
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.errors import UserError
+from rcd_core.families.loading import checkpoint_directory
 from rcd_core.io import storage
 from rcd_core.noise import NoiseSettings
 from rcd_core.tasks import Problem, get_task
@@ -24,12 +26,10 @@ from rcd_core.training.settings import SignalRule
 
 def calibrate(flags: CalibrateFlags) -> int:
     job = _job(flags)
-    problems = list(islice(_problems(flags), 2 * job.num_examples))  # some may be too long
+    problems = list(islice(_problems(flags), 2 * job.num_examples))  # twice as many, as some may be too long
     result = calibrate_model(job, problems, say=lambda text: print(text, file=sys.stderr))
     name = storage.basename(flags.target)
     if flags.report:
-        from pipelines.report.calibration import html_page
-
         page = html_page(f"{name}: {job.task}", {name: result})
         storage.write_bytes(absolute_path(flags.report), page.encode())
         print(f"report: {flags.report}", file=sys.stderr)
@@ -46,8 +46,6 @@ def calibrate(flags: CalibrateFlags) -> int:
 
 
 def _job(flags: CalibrateFlags) -> CalibrationJob:
-    from rcd_core.families.loading import checkpoint_directory
-
     given = decode_settings(flags.decode)
     if "residual_temperature" in given:
         raise UserError("--residual_temperature is the result of rcd calibrate; leave it out")
@@ -55,7 +53,7 @@ def _job(flags: CalibrateFlags) -> CalibrationJob:
         raise UserError(f"--num_examples is {flags.num_examples}; it must be at least 1")
     calibrated = flags.reference is not None
     decode = DecodeSettings(**given)
-    # A hub id becomes its directory in the cache, where the result is written too.
+    # A hub id becomes its directory in the cache; the result is written there.
     target = flags.target if storage.is_uri(flags.target) else str(checkpoint_directory(flags.target))
     return CalibrationJob(
         stage="target",
@@ -80,7 +78,7 @@ def _problems(flags: CalibrateFlags) -> Iterator[Problem]:
     columns = {name: name for name in task.fields} | _fields(flags, task)
     check_columns(path, columns, "--data")
     for row in read_rows(path, columns):
-        with suppress(UserError):  # no problem of the task
+        with suppress(UserError):  # skip rows that are not problems of the task
             if row.values is not None:
                 yield task.problem(row.values)
 

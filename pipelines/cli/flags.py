@@ -107,7 +107,7 @@ OUTPUT = _section("Output", "Text on stdout, statistics on stderr.", sort_key=3)
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateFlags:
-    """Generate text with a checkpoint, in this process and without Ray.
+    """Generate text with a checkpoint in this process, without Ray.
 
     rcd generate --model_dir MODEL --prompt "..." --show
     echo "..." | rcd generate --model_dir MODEL
@@ -166,8 +166,8 @@ WHERE = _section("Ray", "For checkpoints. Without an address: a local Ray that e
 class EvaluateFlags:
     """Evaluate checkpoints, or a served model.
 
-    rcd evaluate --target RCD --baseline SEQD --task gsm8k --test /data/gsm8k_test.jsonl --output DIR
-    rcd evaluate --url http://127.0.0.1:8000/v1 --model rcd-demo --task gsm8k --test /data/gsm8k_test.jsonl --output DIR
+    rcd evaluate --target RCD --task gsm8k --test test.jsonl --output DIR
+    rcd evaluate --url URL --model ID --task gsm8k --test test.jsonl --output DIR
     """
 
     target: Annotated[str | None, CHECKPOINTS("RCD model; without it only the baseline is evaluated.")] = None
@@ -188,7 +188,7 @@ class EvaluateFlags:
     list_settings: Annotated[bool, TASK("List the shipped settings files and exit.")] = False
     thresholds: Annotated[tuple[float, ...] | None, TASK("Confidence thresholds to sweep.", **FEW)] = None
     starts: Annotated[tuple[str, ...] | None, TASK("First residual of a block: zero, reference.", **FEW)] = None
-    block_lengths: Annotated[tuple[Int, ...] | None, TASK("Default: the checkpoint's.", **FEW)] = None
+    block_lengths: Annotated[tuple[Int, ...] | None, TASK("Default: that of the checkpoint.", **FEW)] = None
     samples: Annotated[Int | None, TASK("Answers per problem, for a temperature above 0.")] = None
     num_examples: Annotated[Int | None, TASK("Use the first N problems. Default: all.")] = None
     seed: Annotated[Int, TASK("Seed of sampling.")] = 0
@@ -210,10 +210,10 @@ CALIBRATION = _section("Output", "T_res on stdout, the search on stderr.", sort_
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateFlags:
-    """Choose T_res of a checkpoint, and measure what its discarded predictions are worth.
+    """Choose T_res of a checkpoint; measure how good its discarded predictions are.
 
-    rcd calibrate --target RCD --reference REF --task gsm8k --data /data/held_out.jsonl
-    rcd calibrate --target ANY --task gsm8k --data /data/held_out.jsonl --report figures.html
+    rcd calibrate --target RCD --reference REF --task gsm8k --data held_out.jsonl
+    rcd calibrate --target ANY --task gsm8k --data held_out.jsonl --report a.html
     """
 
     target: Annotated[str, CHECKPOINTS("RCD model; T_res is written into it.")]
@@ -250,7 +250,7 @@ MFU = FLAG("Model FLOPs utilisation: achieved share of the peak.")
 class ReportFlags:
     """Compare the evaluations of runs, in the terminal and as one HTML page.
 
-    rcd report ~/rcd-runs/demo-s0 ~/rcd-runs/demo-s1 s3://bucket/rcd/sdar-4b-b32 --output compared.html
+    rcd report ~/rcd-runs/demo-s0 s3://bucket/rcd/demo-s1 --output compared.html
     """
 
     runs: Annotated[tuple[str, ...], FLAG("Directories or URIs of runs, or of `rcd evaluate --output`.")]

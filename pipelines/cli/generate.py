@@ -73,7 +73,7 @@ def _check(flags: GenerateFlags) -> None:
 
 
 def _inputs(generator: Generator, flags: GenerateFlags) -> list[Sequence]:
-    """The requests that flags or stdin make."""
+    """Requests from the flags, or from stdin."""
     if flags.prompt_ids:
         try:
             prompts = [[int(i) for i in text.replace(",", " ").split()] for text in flags.prompt_ids]
@@ -85,7 +85,7 @@ def _inputs(generator: Generator, flags: GenerateFlags) -> list[Sequence]:
 
 
 def _ids(generator: Generator, flags: GenerateFlags, messages: list[dict[str, str]]) -> list[int]:
-    """The conversation; or, with --raw, --infill or a tokenizer without a chat template, its last text as it stands."""
+    """Token ids of a conversation; with --raw, --infill or without a chat template, of its last text alone."""
     if flags.raw or flags.infill or not generator.has_template:
         return generator.encode(messages[-1]["content"], flags.infill)
     return generator.converse(messages)
@@ -99,7 +99,7 @@ def _request(generator: Generator, flags: GenerateFlags, ids: list[int]) -> Sequ
 
 
 def _answer(generator: Generator, flags: GenerateFlags, sequences: list[Sequence]) -> int:
-    """Decode, print the texts in order and the statistics. Returns the exit code."""
+    """Decode; print the texts in order, then the statistics. Returns the exit code."""
     if flags.verbose:
         print(f"settings: {json.dumps(asdict(sequences[0].settings))}", file=sys.stderr)
     started = time.monotonic()
@@ -124,7 +124,7 @@ def _answer(generator: Generator, flags: GenerateFlags, sequences: list[Sequence
 
 
 def _decode(generator: Generator, flags: GenerateFlags, sequences: list[Sequence]) -> bool:
-    """Run the engine until all are done. False: Ctrl-C came first, and the sequences hold what was committed."""
+    """Run the engine until all are finished. Returns False after Ctrl-C; the sequences then hold what was committed."""
     decoder = generator.decoder
     engine = Engine(
         decoder.model,
@@ -149,17 +149,17 @@ def _decode(generator: Generator, flags: GenerateFlags, sequences: list[Sequence
 
 @contextmanager
 def _interruptible() -> Iterator[list[int]]:
-    """Ctrl-C fills the list, so that a pass is never left half done; a second one raises KeyboardInterrupt."""
-    seen: list[int] = []
+    """Yields a list to which Ctrl-C adds, so that a pass is never cut short. A second one raises KeyboardInterrupt."""
+    signals: list[int] = []
 
-    def note(number: int, _: Any) -> None:
-        if seen:
+    def record(number: int, _: Any) -> None:
+        if signals:
             raise KeyboardInterrupt
-        seen.append(number)
+        signals.append(number)
 
-    before = signal.signal(signal.SIGINT, note)
+    before = signal.signal(signal.SIGINT, record)
     try:
-        yield seen
+        yield signals
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -168,7 +168,7 @@ def _interruptible() -> Iterator[list[int]]:
 
 
 def _report(generator: Generator, sequences: list[Sequence], seconds: float) -> dict[str, Any]:
-    """What --json prints; the names are those of the HTTP interface."""
+    """What --json prints. The names are those of the HTTP API."""
     results = [_result(generator, s) for s in sequences]
     forwards = {kind: sum(r["forwards"][kind] for r in results) for kind in results[0]["forwards"]}
     num_tokens = sum(r["num_tokens"] for r in results)
@@ -208,7 +208,7 @@ def _chat(generator: Generator, flags: GenerateFlags) -> int:
     def answer(messages: list[dict[str, str]]) -> str:
         sequence = _request(generator, flags, _ids(generator, flags, messages))
         _answer(generator, flags, [sequence])
-        return generator.text(sequence).replace(MASK_TEXT, "")  # left by a Ctrl-C, and refused in a prompt
+        return generator.text(sequence).replace(MASK_TEXT, "")  # left by Ctrl-C; a prompt must not contain them
 
     converse(answer)
     return 0

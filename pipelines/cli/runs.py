@@ -1,4 +1,4 @@
-"""`rcd runs`: the runs of a storage directory and the state of their stages."""
+"""`rcd runs`: lists the runs of a storage directory and the state of their stages."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def runs(flags: RunsFlags) -> int:
 
 
 def list_runs(directory: str, console: Console) -> None:
-    """Print one row per run of a storage directory. Raises UserError when there is no such directory."""
+    """Print one row per run of a storage directory. Raises UserError if the directory does not exist."""
     if not storage.exists(directory):
-        raise UserError(f"--storage {directory} does not exist; give the storage of your recipes, or run one first")
+        raise UserError(f"--storage {directory} does not exist; give the `storage` of your recipes, or run one first")
     table = Table("run", "done", "partial", "in use by")
     for path in storage.list_directories(directory):
         if storage.exists(storage.join(path, "recipe.yaml")):
@@ -38,7 +38,7 @@ def list_runs(directory: str, console: Console) -> None:
 
 
 def stage_states(run_directory: str) -> tuple[list[str], list[str]]:
-    """(finished stages, begun but unfinished ones), each in the order in which they finished or were begun."""
+    """(finished stages in the order of finishing, stages that have started but not finished)."""
     run = RunDirectory(run_directory)
     names = [storage.basename(path) for path in storage.list_directories(run_directory)]
     manifests = {name: run.manifest(name) for name in names}

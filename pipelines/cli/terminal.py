@@ -1,4 +1,4 @@
-"""What the commands share in a terminal: consoles, the loop of a chat, answers and their statistics."""
+"""Shared by the commands: paths, the loop of a chat, printing answers and their statistics."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from pipelines.cli.live_view import printable
 from rcd_core.errors import UserError
 from rcd_core.io import storage
 
-INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+INTERRUPTED = 130  # exit code after Ctrl-C, as in shells
 
 
 def absolute_path(path: str) -> str:
-    """URIs unchanged."""
+    """URIs are returned unchanged."""
     return path if storage.is_uri(path) else os.path.abspath(os.path.expanduser(path))
 
 
-def can_draw(wanted: bool) -> bool:
-    """Whether to draw live: not in a file, nor in a terminal without cursor movements."""
+def can_draw(requested: bool) -> bool:
+    """Whether to draw live. False for files, pipes and terminals without cursor movements."""
     console = Console()
-    return wanted and console.is_terminal and not console.is_dumb_terminal
+    return requested and console.is_terminal and not console.is_dumb_terminal
 
 
 def converse(answer: Callable[[list[dict[str, str]]], str]) -> None:
@@ -82,7 +82,7 @@ def ask() -> str | None:
     with suppress(ImportError):
         import readline  # noqa: F401  (gives input() its line editing)
     prompt = "> "
-    if not sys.stdout.isatty():  # input() would write it there
+    if not sys.stdout.isatty():  # input() would write the prompt to stdout
         print(prompt, end="", file=sys.stderr, flush=True)
         prompt = ""
     try:

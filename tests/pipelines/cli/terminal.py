@@ -21,9 +21,9 @@ COLUMNS, ROWS = 100, 24
 
 
 class Screen:
-    """A terminal. It knows the few sequences that are wanted and fails at any other.
+    """A terminal that knows the few control sequences the commands may send, and fails at any other.
 
-    frames: what stood there each time before something was erased.
+    frames: the text before each erasure.
     """
 
     def __init__(self) -> None:
@@ -69,10 +69,10 @@ class Screen:
 def in_terminal(
     command: str, *arguments: Any, keys: Sequence[tuple[str, str]] = (), **environment: str
 ) -> tuple[Screen, int]:
-    """Run `rcd command` under a pseudo terminal until it ends; keys: (type this once that was seen since, ...)."""
+    """Run `rcd command` under a pseudo terminal until it ends. keys: pairs (output to wait for, what to type then)."""
     pid, terminal = pty.fork()
     if pid == 0:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell ignores it for what it runs in the background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # shells ignore it for background processes
         os.chdir(ROOT)
         os.environ.update({"TERM": "xterm-256color", "COLORTERM": "truecolor", "INPUTRC": "/dev/null", **environment})
         os.execv(sys.executable, [sys.executable, "-m", "pipelines.cli.main", command, *map(str, arguments)])
@@ -81,10 +81,10 @@ def in_terminal(
     while select.select([terminal], [], [], 60)[0]:
         try:
             sent += os.read(terminal, 1 << 16)
-        except OSError:  # how Linux says that the other side has closed
+        except OSError:  # on Linux: the other side has closed
             break
-        while waiting and (found := sent.find(waiting[0][0].encode(), looked_at)) >= 0:
-            looked_at = found + len(waiting[0][0].encode())
+        while waiting and (index := sent.find(waiting[0][0].encode(), looked_at)) >= 0:
+            looked_at = index + len(waiting[0][0].encode())
             os.write(terminal, waiting.pop(0)[1].encode())
     else:
         os.kill(pid, signal.SIGKILL)

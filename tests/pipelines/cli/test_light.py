@@ -13,7 +13,7 @@ PROGRAM = """
 import sys
 from pipelines.cli import main as cli
 cli.main(sys.argv[1:])
-print("found:", *(name for name in ("torch", "transformers", "ray") if name in sys.modules))
+print("imported:", *(name for name in ("torch", "transformers", "ray") if name in sys.modules))
 """
 
 
@@ -21,12 +21,12 @@ print("found:", *(name for name in ("torch", "transformers", "ray") if name in s
     "arguments",
     [
         *([*command.split(), "--help"] for command in ("", *GROUPS, *COMMANDS)),
-        ["chat", "--url", "http://127.0.0.1:9", "--prompt", "p"],  # up to the first request; nothing listens there
+        ["chat", "--url", "http://127.0.0.1:9", "--prompt", "p"],  # up to the first request; no server listens there
     ],
     ids=" ".join,
 )
 def test_help_and_chat_import_neither_torch_nor_ray(arguments: list[str]) -> None:
-    ran = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, timeout=60)
-    assert ran.stdout.splitlines()[-1].split() == ["found:"], ran.stdout + ran.stderr
-    assert "--help" not in arguments or "Usage: rcd" in ran.stdout
-    assert "--help" in arguments or ran.stderr.startswith("error: --url")
+    result = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, timeout=60)
+    assert result.stdout.splitlines()[-1].split() == ["imported:"], result.stdout + result.stderr
+    assert "--help" not in arguments or "Usage: rcd" in result.stdout
+    assert "--help" in arguments or result.stderr.startswith("error: --url")
