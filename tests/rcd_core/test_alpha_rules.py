@@ -1,4 +1,4 @@
-"""The alpha rules that look at more than one position or that are trained: uniform, learned, ramp."""
+"""The alpha rules that depend on the block or are trained: uniform, learned, ramp."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def model(name: str = "sdar_tiny") -> Any:
 
 
 def untrained(learned: LearnedAlpha | None = None) -> LearnedAlpha:
-    """A network that is no longer what it began as."""
+    """A network with random weights in place of its initial ones."""
     learned = learned or LearnedAlpha()
     for i, weight in enumerate(learned.parameters()):
         weight.data = torch.randn(weight.shape, generator=torch.Generator().manual_seed(i))
@@ -49,7 +49,7 @@ def untrained(learned: LearnedAlpha | None = None) -> LearnedAlpha:
 def test_uniform_gives_each_block_the_weight_it_has_under_the_method(groups: list[int], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     entropy, top = torch.rand(2, len(groups), generator=generator)
-    at = torch.tensor(groups) * 7  # numbers need not be dense
+    at = torch.tensor(groups) * 7  # group numbers need not be consecutive
     for scale, method in ((None, "normalized_entropy"), (0.6, "calibrated_entropy")):
         found = alpha_from_statistics("uniform", entropy, top, 11, scale, groups=at)
         plain = alpha_from_statistics(method, entropy, top, 11, scale)  # type: ignore[arg-type]
@@ -79,13 +79,13 @@ def batch(packed: bool = True) -> TrainingBatch:
     )
 
 
-def test_blocks_of_a_batch_are_those_of_attention() -> None:
+def test_blocks_of_a_batch_are_the_blocks_of_attention() -> None:
     assert masked_blocks(model(), batch()).tolist() == [0, 0, 4, 4, 8, 8, 8, 12, 16, 16, 16, 16]
     assert masked_blocks(model("llada_tiny"), batch()).tolist() == [0, 0, 0, 0, 8, 8, 8] + [12] * 5, "whole samples"
 
 
-def test_a_trained_block_takes_no_weight_from_another() -> None:
-    """Two samples packed into one row train on what they give in rows of their own."""
+def test_uniform_stays_within_a_block_in_training() -> None:
+    """Two samples packed into one row get the alpha that they get in separate rows."""
     logits = torch.randn(12, 512, generator=torch.Generator().manual_seed(1)) * 4
     signals, target = ReferenceSignals.from_logits(logits, 8), model()
     whole = training_loss(target, batch(), signals, alpha="uniform")
@@ -106,7 +106,7 @@ def test_learning_starts_from_the_calibrated_rule() -> None:
     share = torch.tensor([0.0, 0.2, 0.5, 1.0])
     found = LearnedAlpha()(share, torch.rand(4))
     torch.testing.assert_close(found, share.clamp(LOGIT_MARGIN, 1 - LOGIT_MARGIN))
-    assert torch.equal(LearnedAlpha().hidden.weight, LearnedAlpha().hidden.weight), "on every worker the same"
+    assert torch.equal(LearnedAlpha().hidden.weight, LearnedAlpha().hidden.weight), "the same on every worker"
     entropy = torch.tensor([0.3, 3.0])
     for scale in (None, 2.0):
         found = alpha_from_statistics("learned", entropy, torch.rand(2), 8, scale, learned=LearnedAlpha())
@@ -116,7 +116,7 @@ def test_learning_starts_from_the_calibrated_rule() -> None:
 
 @pytest.mark.parametrize("keep", [1.0, 0.0])
 def test_alpha_learns_from_the_gradient_of_the_inputs(keep: float) -> None:
-    """The one operation of a training step against lookup, soft embedding and injection written out in fp64."""
+    """The fused operation of a training step against lookup, soft embedding and injection in fp64."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 22, (2, 7), generator=generator)
     masked = torch.rand(2, 7, generator=generator) < 0.6
@@ -139,7 +139,7 @@ def test_alpha_learns_from_the_gradient_of_the_inputs(keep: float) -> None:
 
 
 class Rows:
-    """Eight rows of three blocks, the first a prompt, over and over."""
+    """Eight rows of three blocks, the first block a prompt, repeated."""
 
     def row(self, index: int) -> TrainingRow:
         name = str(index % 8)
@@ -162,29 +162,29 @@ def test_the_network_is_trained_stored_and_used_in_decoding(source: Any, tmp_pat
     residual = ResidualSettings(source=source, alpha="learned", alpha_scale=5.0, dropout=0.25)
     target = trained(residual)
     assert target.learned_alpha is not None
-    assert not torch.equal(target.learned_alpha.out.weight, torch.zeros(1, 16)), "it learned something"
+    assert not torch.equal(target.learned_alpha.out.weight, torch.zeros(1, 16)), "training changed it"
     target.info.rcd = {"alpha": "learned", "alpha_scale": 5.0}
     target.save_pretrained(tmp_path)
     loaded = load_model(tmp_path)
     for mine, stored in zip(target.learned_alpha.parameters(), loaded.learned_alpha.parameters(), strict=True):
         assert torch.equal(mine, stored)
 
-    asked = DecodeSettings(block_length=8, max_new_tokens=8, confidence_threshold=1.0, residual=True, trace=True)
+    settings = DecodeSettings(block_length=8, max_new_tokens=8, confidence_threshold=1.0, residual=True, trace=True)
     for top_k in (None, 16):
         (out,) = Decoder(loaded).generate(
-            [[1, 2, 3]], DecodeSettings(**{**vars(asked), "start": "zero", "residual_top_k": top_k})
+            [[1, 2, 3]], DecodeSettings(**{**vars(settings), "start": "zero", "residual_top_k": top_k})
         )
         _follows(out.steps, lambda h, c: loaded.learned_alpha((h / 5.0).clamp(0, 1), c))
 
     plain = trained(ResidualSettings(source="online"), loaded.requires_grad_(True), steps=1)
-    assert plain.learned_alpha is None, "trained on with another rule"
+    assert plain.learned_alpha is None, "trained further with another rule"
     plain.info.rcd = {}
     plain.save_pretrained(tmp_path)
     assert not (tmp_path / ALPHA_FILE).exists()
 
 
 def _follows(steps: Any, rule: Any) -> None:
-    """Each pass's alpha is the rule of the pass before: confidence is the argmax's, as none of these is the mask."""
+    """Each pass's alpha follows from the predictions of the pass before. No argmax here is the mask."""
     assert len(steps) > 8
     for before, after in zip(steps, steps[1:], strict=False):
         if not set(after.masked) < set(before.masked):  # another block
@@ -203,7 +203,7 @@ def test_resumed_learning_equals_uninterrupted(tmp_path: Path) -> None:
         assert torch.equal(a, b)
 
 
-def test_a_checkpoint_says_what_is_missing_or_broken(tmp_path: Path) -> None:
+def test_a_missing_or_damaged_network_is_named(tmp_path: Path) -> None:
     target = model()
     target.info.rcd = {"alpha": "learned"}
     target.learned_alpha = LearnedAlpha()
@@ -223,7 +223,7 @@ def test_a_checkpoint_says_what_is_missing_or_broken(tmp_path: Path) -> None:
 # -- in decoding
 
 
-ASKED: dict[str, Any] = {
+SETTINGS: dict[str, Any] = {
     "block_length": 8,
     "max_new_tokens": 16,
     "stop_token_ids": (),
@@ -236,12 +236,12 @@ ASKED: dict[str, Any] = {
 
 def steps_of(**changes: Any) -> Any:
     decoder = Decoder(load_model(GOLDEN / "sdar_tiny"), load_model(GOLDEN / "rcd" / "sdar_ref_tiny"))
-    return decoder.generate([[1, 2, 3]], DecodeSettings(**{**ASKED, **changes}))[0].steps
+    return decoder.generate([[1, 2, 3]], DecodeSettings(**{**SETTINGS, **changes}))[0].steps
 
 
 @pytest.mark.parametrize("scale", [None, 4.0])
 @pytest.mark.parametrize("start", ["zero", "reference", "dirichlet", "self"])
-def test_uniform_decoding_spreads_the_weight_of_what_stays_masked(start: str, scale: float | None) -> None:
+def test_uniform_decoding_is_the_mean_over_what_stays_masked(start: str, scale: float | None) -> None:
     steps = steps_of(alpha="uniform", alpha_scale=scale, start=start)
     plain = steps_of(alpha="calibrated_entropy" if scale else None, alpha_scale=scale, start=start)
     assert steps[0].alpha == pytest.approx([np.mean(plain[0].alpha)] * len(plain[0].alpha), abs=1e-6)
@@ -253,11 +253,11 @@ def test_uniform_decoding_spreads_the_weight_of_what_stays_masked(start: str, sc
     assert sum(s.alpha[0] > 0 for s in steps) > 8
 
 
-def test_ramp_grows_with_the_passes_of_a_block_whatever_is_predicted() -> None:
+def test_ramp_grows_with_the_passes_of_a_block() -> None:
     steps = steps_of(alpha="ramp", start="zero")
     lengths = [len(s.masked) for s in steps]
     blocks = [i for i, n in enumerate(lengths) if i == 0 or n > lengths[i - 1]]
-    assert blocks == [0, 5, 13]  # three masks beside the prompt, eight, and the rest
+    assert blocks == [0, 5, 13]  # three masks after the prompt, eight, and the rest
     for i, step in enumerate(steps):
         n = i - max(b for b in blocks if b <= i)
         assert step.alpha == pytest.approx([ramp_weight(n) if n else 0.0] * len(step.alpha))
@@ -266,25 +266,25 @@ def test_ramp_grows_with_the_passes_of_a_block_whatever_is_predicted() -> None:
     assert warm[0].alpha == pytest.approx([0.15] * 5)
 
 
-def test_the_reference_at_every_pass_weighs_by_the_rule_too() -> None:
-    """The paper's Fig. 5 with an untrained target; nothing of the target's own prediction is fed back."""
+def test_residuals_of_the_reference_follow_the_rule() -> None:
+    """The paper's Fig. 5: every residual comes from the reference, none from the target."""
     steps = steps_of(alpha="fixed", residual_source="reference", start="zero")
     assert all(a == pytest.approx(0.3) for step in steps for a in step.alpha)
     steps = steps_of(alpha="ramp", residual_source="reference", start="zero")
     assert [round(s.alpha[0], 2) for s in steps[5:9]] == [0.15, 0.15, 0.17, 0.19]
 
 
-def test_training_knows_no_passes() -> None:
+def test_training_refuses_the_ramp() -> None:
     with pytest.raises(UserError, match="residual.alpha is 'ramp'"):
         ResidualSettings(alpha="ramp")
     with pytest.raises(UserError, match="alpha is 'ramp'"):
         training_loss(model(), batch(), ReferenceSignals.from_logits(torch.randn(12, 512), 8), alpha="ramp")
 
 
-# -- how many ids of the signals
+# -- ids of the signals
 
 
-def test_fewer_ids_of_the_signals_are_signals_of_fewer_ids() -> None:
+def test_largest_keeps_the_signals_of_fewer_ids() -> None:
     logits = torch.randn(9, 40, generator=torch.Generator().manual_seed(0)) * 3
     for mass in (None, 0.8):
         many, few = (ReferenceSignals.from_logits(logits, k, mass) for k in (40, 5))
@@ -292,11 +292,11 @@ def test_fewer_ids_of_the_signals_are_signals_of_fewer_ids() -> None:
         assert torch.equal(found.topk_ids, few.topk_ids)
         torch.testing.assert_close(found.entropy, few.entropy)
         torch.testing.assert_close(found.topk_logprobs, few.topk_logprobs)
-        torch.testing.assert_close(found.tail_mass, few.tail_mass, atol=2e-3, rtol=0)  # the dropped were fp16
+        torch.testing.assert_close(found.tail_mass, few.tail_mass, atol=2e-3, rtol=0)  # the dropped ones were fp16
     assert torch.equal(few.largest(9).topk_ids, few.topk_ids)
 
 
-def test_training_on_fewer_ids_is_another_training() -> None:
+def test_training_uses_top_k_ids() -> None:
     few, all_of_them, again = (
         trained(ResidualSettings(source="online", top_k=k, dropout=0.0), steps=2) for k in (1, None, 32)
     )

@@ -1,4 +1,4 @@
-"""Eq. 1-3 and the alpha rules against hand-made cases; the noise that everything is drawn from."""
+"""Eq. 1-3 and the alpha rules against cases computed by hand; training noise."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rcd_core.residual import ResidualSettings
 UNIFORM, CERTAIN = torch.zeros(1, 8), torch.tensor([[60.0] + [0.0] * 7])
 
 
-def test_alpha_is_one_where_nothing_is_known_and_zero_where_all_is() -> None:
+def test_alpha_is_one_for_uniform_and_zero_for_certain_predictions() -> None:
     assert entropy_weight(UNIFORM).item() == pytest.approx(1.0)
     assert entropy_weight(CERTAIN).item() == pytest.approx(0.0, abs=1e-6)
     half = torch.tensor([[0.0, 0.0] + [-math.inf] * 6])
@@ -93,7 +93,7 @@ def test_noise_per_block_has_one_probability_in_each_block() -> None:
         NoiseSettings(block_length=0)
 
 
-def test_an_example_without_labels_is_refused() -> None:
+def test_an_example_without_labels_raises() -> None:
     with pytest.raises(UserError, match="'x'"):
         mask_example(np.zeros(4, dtype=bool), "x", 0, NoiseSettings())
 

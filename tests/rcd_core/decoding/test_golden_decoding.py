@@ -1,7 +1,7 @@
-"""Generation traces of the authors' own code (tests/golden): ids, committed positions and pass counts exactly.
+"""Generation traces of the authors' own code (tests/golden): ids, committed positions and pass counts must be equal.
 
-The RCD traces come from an independent float64 implementation of the equations (semantics.md 4 in the notes they were
-made from): warm and cold starts, T_res, delta from T_res or T = 1, scope block and all_masked.
+The RCD traces come from an independent float64 implementation of the equations: warm and cold starts, T_res, delta from
+T_res or T = 1, scope block and all_masked.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def test_sdar_confidence_after_filtering(models: dict[str, Any]) -> None:
 
 
 def test_sdar_saving_passes_changes_nothing(models: dict[str, Any]) -> None:
-    """Merged store passes and no cache at all give the same text; merging saves one pass per block. One batch."""
+    """Merged store passes and no cache give the same text; merging saves one pass per block. One batch."""
     cases = [c for c in SDAR if c["stop"] is None]
     for changes in ({"compat_passes": False}, {"cache": "none"}):
         settings = [sdar_settings(c, **changes) for c in cases]
@@ -162,7 +162,7 @@ def test_rcd(models: dict[str, Any], case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("family", ["sdar", "llada"])
 def test_rcd_batched_with_different_settings_equals_single(models: dict[str, Any], family: str) -> None:
-    """All traces of a family at once, every request with its own settings and start."""
+    """All traces of a family in one batch, each request with its own settings."""
     cases = [c for c in RCD if c["family"] == family]
     decoder = Decoder(models[family], reference=models[family + "_ref"], max_batch=20)
     outs = decoder.generate([c["prompt"] for c in cases], [rcd_settings(c) for c in cases])

@@ -41,15 +41,15 @@ def test_a_tied_head_gets_both_gradients() -> None:
     torch.testing.assert_close(found, want, atol=1e-5 * float(want.abs().max()), rtol=1e-4)
 
 
-def test_only_what_is_asked_for_is_computed() -> None:
+def test_only_needed_gradients_are_computed() -> None:
     hidden, head, labels, weights = problem()
     loss, _ = weighted_cross_entropy(hidden, head.detach(), labels, weights)
     assert loss.grad_fn is not None and loss.grad_fn.saved_tensors[1] is None  # type: ignore[attr-defined]
     with torch.no_grad():
         assert not weighted_cross_entropy(hidden, head, labels, weights)[0].requires_grad
-    nothing = weighted_cross_entropy(hidden[:0], head, labels[:0], weights[:0])[0]
-    assert nothing == 0
-    nothing.backward()
+    empty = weighted_cross_entropy(hidden[:0], head, labels[:0], weights[:0])[0]
+    assert empty == 0
+    empty.backward()
     assert head.grad is not None and not head.grad.any()
 
 
