@@ -1,9 +1,10 @@
-"""Fixtures of the tests of the stage `signals`."""
+"""Fixtures of the tests of the stages `signals` and `calibrate`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from pipelines.recipe.model import Recipe
 from pipelines.run.directory import StageContext
 from pipelines.signals.actor import SignalActor
 from pipelines.signals.plan import SignalJob
+from tests.pipelines.calibration_run import run_job, save_models
 from tests.pipelines.signal_run import Result, context, make_recipe, prepare_run, shards_of
 
 
@@ -47,3 +49,16 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(precompute, "_compute", compute)
     return computed
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models")
+    save_models(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def calibration(tiny_models: Path) -> dict[str, Any]:
+    """The result of calibrating the tiny target."""
+    return run_job(tiny_models)

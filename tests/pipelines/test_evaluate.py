@@ -32,12 +32,9 @@ from rcd_core.families.config import ModelConfig
 from rcd_core.tasks import get_task, grade, math_grader
 from rcd_core.text.tokenizer import load_tokenizer, mask_token_id, stop_token_ids
 from tests.fault_table import FaultTable
+from tests.pipelines.calibration_run import SIZES, TRAIN
 
-SIZES = {
-    "family": "sdar", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 32,
-}  # fmt: skip
 SMALLER = {**SIZES, "hidden_size": 8, "intermediate_size": 16}
-TRAIN = {"steps": 1, "batch_size": 1}
 STAGES = ("baseline", "target", "target-paper", "reference")
 
 

@@ -22,16 +22,7 @@ from rcd_core.errors import UserError
 from rcd_core.tasks.boxed import INSTRUCTION
 from rcd_core.text.encoding import UNLABELLED
 from rcd_core.text.tokenizer import load_tokenizer, mask_token_id
-
-MODEL = {
-    "family": "sdar",
-    "hidden_size": 16,
-    "num_layers": 1,
-    "num_heads": 2,
-    "num_kv_heads": 1,
-    "intermediate_size": 32,
-}
-TRAIN = {"steps": 1, "batch_size": 1}
+from tests.pipelines.calibration_run import SIZES, TRAIN
 
 
 @pytest.fixture
@@ -46,8 +37,8 @@ def context(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Sta
                 "block_length": 8,
                 "tokenizer": {"vocab_size": 300},
                 "data": {"task": "gsm8k", **data},
-                "base": {"start": MODEL, "train": TRAIN},
-                "reference": {"start": MODEL, "train": TRAIN},
+                "base": {"start": SIZES, "train": TRAIN},
+                "reference": {"start": SIZES, "train": TRAIN},
                 "target": {"train": TRAIN},
                 **sections,
             }
