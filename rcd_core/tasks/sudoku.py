@@ -34,16 +34,11 @@ class Sudoku:
         self.name, self.size, self.num_givens = name, size, givens
         self.cells = size * size
         self.digits = "123456789"[:size]
-        rows = [cell // size for cell in range(self.cells)]
-        columns = [cell % size for cell in range(self.cells)]
         box_columns = size // box_rows
-        boxes = [r // box_rows * box_rows + c // box_columns for r, c in zip(rows, columns, strict=True)]
-        self._of_cell = list(zip(rows, columns, boxes, strict=True))
-        self._units = [
-            [cell for cell in range(self.cells) if of[cell] == unit]
-            for of in (rows, columns, boxes)
-            for unit in range(size)
-        ]
+        cells = ((cell // size, cell % size) for cell in range(self.cells))
+        # Units are rows, columns and boxes; every cell is in three of them.
+        self._units_of = [(r, size + c, 2 * size + r // box_rows * box_rows + c // box_columns) for r, c in cells]
+        self._units = [[c for c, units in enumerate(self._units_of) if unit in units] for unit in range(3 * size)]
 
     def synthetic(self, index: int, split: str, seed: int) -> dict[str, str]:
         num_order = self.cells * self.size
@@ -82,30 +77,25 @@ class Sudoku:
     def _fill(self, draws: NDArray[np.float64]) -> str:
         """A board by backtracking that tries each cell's digits in random order. draws: (cells * size,) in [0, 1)."""
         order = draws.reshape(self.cells, self.size).argsort(axis=1).tolist()
-        rows, columns, boxes = ([0] * self.size for _ in range(3))  # digits used, one bit each
-        tried = [0] * self.cells
-        digit = [0] * self.cells
+        used = [0] * (3 * self.size)  # digits of each unit, one bit each
+        tried, digit = [0] * self.cells, [0] * self.cells
         cell = 0
         while cell < self.cells:
-            r, c, b = self._of_cell[cell]
-            used = rows[r] | columns[c] | boxes[b]
+            a, b, c = self._units_of[cell]
+            taken = used[a] | used[b] | used[c]
             for position in range(tried[cell], self.size):
                 bit = 1 << order[cell][position]
-                if not used & bit:
-                    rows[r] |= bit
-                    columns[c] |= bit
-                    boxes[b] |= bit
-                    digit[cell] = bit
-                    tried[cell] = position + 1
+                if not taken & bit:
+                    digit[cell], tried[cell] = bit, position + 1
+                    for unit in (a, b, c):
+                        used[unit] |= bit
                     cell += 1
                     break
             else:  # no digit fits: go back to the previous cell
                 tried[cell] = 0
                 cell -= 1
-                r, c, b = self._of_cell[cell]
-                rows[r] ^= digit[cell]
-                columns[c] ^= digit[cell]
-                boxes[b] ^= digit[cell]
+                for unit in self._units_of[cell]:
+                    used[unit] ^= digit[cell]
         return "".join(str(bit.bit_length()) for bit in digit)
 
     def _hide(self, board: str, draws: NDArray[np.float64]) -> str:

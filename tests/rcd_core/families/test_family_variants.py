@@ -10,12 +10,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rcd_core import ModelConfig, UserError, load_model, new_model
-from rcd_core.families.base import CheckpointInfo
+from rcd_core import UserError, load_model
 from tests.rcd_core.checkpoints import GOLDEN, checkpoint, edit_config, same_weights
-
-SIZES = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 48}
-INFO = CheckpointInfo(mask_token_id=9, eos_token_ids=(1, 2), pad_token_id=1, block_length=5)
+from tests.rcd_core.families.test_families import fresh
 
 
 def test_plain_qwen3_loads_as_a_start(tmp_path: Path) -> None:
@@ -98,7 +95,7 @@ def test_llama3_rotary_scaling_survives_saving(written: str, tmp_path: Path) -> 
 
 def test_other_shapes_of_llama_are_saved_as_llama(tmp_path: Path) -> None:
     # 4 heads of 16 are not the width of 32, and LLaDA has no field for the head width.
-    model = new_model(ModelConfig(family="llada", head_dim=16, **SIZES), vocab_size=50, info=INFO, seed=3)
+    model = fresh("llada", head_dim=16)
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llama"
     assert same_weights(load_model(tmp_path), model)
