@@ -185,10 +185,7 @@ class ReferenceSignals(_Signals):
     def soft_embedding(self, embedding_weight: Tensor) -> Tensor:
         weights, share = self.mixture(len(embedding_weight))
         delta = torch.nn.functional.embedding_bag(
-            self.topk_ids.long(),
-            embedding_weight,
-            per_sample_weights=weights.to(embedding_weight.dtype),
-            mode="sum",
+            self.topk_ids.long(), embedding_weight, per_sample_weights=weights.to(embedding_weight.dtype), mode="sum"
         )
         return delta + share.to(delta.dtype)[:, None] * embedding_weight.sum(0)
 
@@ -302,11 +299,7 @@ Signals = ReferenceSignals | DenseSignals
 
 
 def sparse_residual(
-    signals: ReferenceSignals,
-    vocab_size: int,
-    rule: AlphaRule,
-    alpha_scale: float | None,
-    **more: Unpack[AlphaInputs],
+    signals: ReferenceSignals, vocab_size: int, rule: AlphaRule, alpha_scale: float | None, **more: Unpack[AlphaInputs]
 ) -> SparseResidual:
     """`residual_state` as weights on rows of the embedding table, for training steps."""
     weights, share = signals.mixture(vocab_size)
@@ -317,11 +310,7 @@ def sparse_residual(
 
 
 def residual_state(
-    signals: Signals,
-    embedding_weight: Tensor,
-    rule: AlphaRule,
-    alpha_scale: float | None,
-    **more: Unpack[AlphaInputs],
+    signals: Signals, embedding_weight: Tensor, rule: AlphaRule, alpha_scale: float | None, **more: Unpack[AlphaInputs]
 ) -> tuple[Tensor, Tensor]:
     """(alpha (N,), delta (N, D)) of masked positions under a rule, from either form of signals."""
     alpha = signals.alpha(len(embedding_weight), rule, alpha_scale, **more)

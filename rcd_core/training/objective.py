@@ -138,10 +138,7 @@ def normalizer(batch: TrainingBatch, family: str, weight: LossWeight) -> Tensor:
 
 
 def loss_sum(
-    model: DiffusionModel,
-    batch: TrainingBatch,
-    residual: Residual | None = None,
-    weight: LossWeight = "inverse_t",
+    model: DiffusionModel, batch: TrainingBatch, residual: Residual | None = None, weight: LossWeight = "inverse_t"
 ) -> Tensor:
     """Scalar: the weighted sum over the masked positions, not normalised."""
     return loss_parts(model, batch, residual, weight)[0]

@@ -111,10 +111,7 @@ def test_noise_of_a_row_is_its_own(files: list[str], tmp_path: Path) -> None:
     alone = write(tmp_path / "c.parquet", [example(60)], 16)
     both = [
         {(r.example_id, r.draw): r for r in map(s.row, range(n))}
-        for s, n in (
-            (ExampleSource(files, NOISE), 3 * 87),
-            (ExampleSource([alone], NOISE), 3),
-        )
+        for s, n in ((ExampleSource(files, NOISE), 3 * 87), (ExampleSource([alone], NOISE), 3))
     ]
     for key, row in both[1].items():
         assert np.array_equal(row.masked, both[0][key].masked) and np.array_equal(row.p, both[0][key].p)
