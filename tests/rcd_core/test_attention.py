@@ -23,7 +23,7 @@ few = settings(max_examples=25, deadline=None, derandomize=True)
 
 
 def by_definition(masked: Tensor, samples: Tensor, positions: Tensor, b: int) -> Tensor:
-    """(2L, 2L) of one row, [noisy | clean], word for word as semantics.md 1.9 has it."""
+    """(2L, 2L) mask of one row, [noisy | clean], as semantics.md 1.9 states it."""
     n = masked.shape[0]
     allowed = torch.zeros(2 * n, 2 * n, dtype=torch.bool)
     for q in range(2 * n):
@@ -63,32 +63,32 @@ def packed_rows(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, int]:
 
 @few
 @given(packed_rows())
-def test_block_diffusion_is_the_definition_without_what_nobody_reads(case: Any) -> None:
+def test_block_diffusion_is_the_definition_without_unread_tokens(case: Any) -> None:
     masked, samples, positions, b = case
     packed = block_diffusion(masked, samples, positions, b)
     visible = packed.layout.visible()[:, 0]
     for r in range(len(masked)):
-        want = by_definition(masked[r], samples[r], positions[r], b)
+        expected = by_definition(masked[r], samples[r], positions[r], b)
         kept = (packed.source[r] + (~packed.noisy[r]) * masked.shape[1])[packed.valid[r]]
         n = len(kept)
-        assert torch.equal(visible[r, :n, :n], want[kept][:, kept])
+        assert torch.equal(visible[r, :n, :n], expected[kept][:, kept])
         assert not visible[r, :n, n:].any() and visible[r].any(-1).all()
-        # What was left out is read by no noisy token with a mask, directly or through other tokens.
-        reach = torch.zeros(len(want), dtype=torch.bool)
-        reach[: len(masked[r])] = masked[r]
+        # No masked noisy token reads a dropped token, directly or through other tokens.
+        read = torch.zeros(len(expected), dtype=torch.bool)
+        read[: len(masked[r])] = masked[r]
         for _ in range(3):
-            reach |= want[reach].any(0)
-        assert set(reach.nonzero().flatten().tolist()) <= set(kept.tolist())
+            read |= expected[read].any(0)
+        assert set(read.nonzero().flatten().tolist()) <= set(kept.tolist())
 
 
 def test_block_causal_is_the_definition() -> None:
     positions = torch.tensor([[4, 5, 6, 7], [2, 3, 4, 4]])
     layout = block_causal(positions, torch.tensor([8, 5]), 9, torch.tensor([4, 3]))
-    want = [
+    expected = [
         [[k < n and k // b <= q // b for k in range(9)] for q in row]
         for row, n, b in zip(positions.tolist(), (8, 5), (4, 3), strict=True)
     ]
-    assert torch.equal(layout.visible()[:, 0], torch.tensor(want))
+    assert torch.equal(layout.visible()[:, 0], torch.tensor(expected))
     everyone = block_causal(positions, torch.tensor([8, 5]), 9, None).visible()[:, 0]
     assert everyone.sum(-1).tolist() == [[8] * 4, [5] * 4]
 
@@ -142,13 +142,13 @@ def run(name: str, kind: str, grad: bool = True) -> list[Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sdpa_and_its_tiles_equal_eager(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    want = run("eager", kind)
+    eager = run("eager", kind)
     for dense_pairs in (1 << 23, 0):
         monkeypatch.setattr(attention, "DENSE_PAIRS", dense_pairs)
         for tile in (64, 1000):
             monkeypatch.setattr(attention, "TILE", tile)
-            for found, expected in zip(run("sdpa", kind), want, strict=True):
-                torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+            for actual, expected in zip(run("sdpa", kind), eager, strict=True):
+                torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -165,7 +165,7 @@ def test_flex_tiles_cover_what_is_visible_and_skip_what_can_be_skipped(kind: str
     size = attention.FLEX_TILE
     pooled = torch.nn.functional.max_pool2d(visible, size, ceil_mode=True).bool()
     dense = mask.to_dense()[:, 0].bool()
-    assert not (pooled & ~dense).any(), "a visible pair lies in a tile that is not computed"
+    assert not (pooled & ~dense).any(), "a visible pair is in a tile that is not computed"
     full = torch.zeros_like(dense)
     for r in range(dense.shape[0]):
         for q in range(dense.shape[1]):
@@ -177,27 +177,27 @@ def test_flex_tiles_cover_what_is_visible_and_skip_what_can_be_skipped(kind: str
         assert full.any()
 
 
-def test_flex_model_decodes_alike_and_will_not_train_on_a_cpu() -> None:
+def test_flex_model_equals_sdpa_and_does_not_train_on_a_cpu() -> None:
     ids = torch.randint(0, 490, (2, 21), generator=torch.Generator().manual_seed(1))
     for name in ("sdar_tiny", "llada_tiny"):
         plain, flex = (load_model(GOLDEN / name, attention=a) for a in ("sdpa", "flex"))
         with torch.no_grad():
             torch.testing.assert_close(flex.logits(ids, 4), plain.logits(ids, 4), atol=1e-4, rtol=1e-4)
-    with pytest.raises(UserError, match="cannot train on a CPU"):
+    with pytest.raises(UserError, match="attention is 'flex'"):
         flex.requires_grad_(True).logits(ids)
 
 
-# -- flash-attn (no package and no GPU here: its functions are written out, the calls are ours)
+# -- flash-attn (without the package and a GPU: the tests replace its functions and check our calls)
 
 
-def test_flash_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None if name == "flash_attn" else name)
-    with pytest.raises(UserError, match=r"flash-attn is not installed.*rcd-ray\[flash\]"):
+    with pytest.raises(UserError, match=r"attention is 'flash'.*rcd-ray\[flash\]"):
         load_model(GOLDEN / "sdar_tiny", attention="flash")
-    with pytest.raises(UserError, match="allowed: sdpa, eager, flex, flash"):
+    with pytest.raises(UserError, match="attention is 'fast'.*sdpa"):
         load_model(GOLDEN / "sdar_tiny", attention="fast")
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: name)
-    with pytest.raises(UserError, match="runs on CUDA"):
+    with pytest.raises(UserError, match="device is cpu"):
         load_model(GOLDEN / "sdar_tiny", attention="flash")
 
 
@@ -245,33 +245,33 @@ def flash_package(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 def test_flash_decodes_from_the_cache_without_copies(
     family: str, flash_package: types.ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Requests that leave and join put the others into slots that are no neighbours."""
+    """Requests that leave and join put the others into slots that are not adjacent."""
     prompts = [list(range(5, 5 + n)) for n in (3, 9, 14, 6, 11)]
     cache: Any = "block" if family == "sdar" else "dual"
-    wanted = [
+    requests = [
         DecodeSettings(block_length=4, max_new_tokens=n, stop_token_ids=(), cache=cache) for n in (12, 4, 16, 8, 12)
     ]
     model = load_model(GOLDEN / f"{family}_tiny")
-    want = [g.token_ids for g in Decoder(model, max_batch=3).generate(prompts, wanted)]
-    asked = []
+    expected = [g.token_ids for g in Decoder(model, max_batch=3).generate(prompts, requests)]
+    slots = []
     inner = plain_flash_cache
     package: Any = flash_package
-    package.flash_attn_with_kvcache = lambda *a, **k: (asked.append(k["cache_batch_idx"].tolist()), inner(*a, **k))[1]
+    package.flash_attn_with_kvcache = lambda *a, **k: (slots.append(k["cache_batch_idx"].tolist()), inner(*a, **k))[1]
     monkeypatch.setattr(model.config, "_attn_implementation", attention.BACKENDS["flash"])
-    assert [g.token_ids for g in Decoder(model, max_batch=3).generate(prompts, wanted)] == want
-    assert [0, 2] in asked and [0, 1, 2] in asked
+    assert [g.token_ids for g in Decoder(model, max_batch=3).generate(prompts, requests)] == expected
+    assert [0, 2] in slots and [0, 1, 2] in slots
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_flash_is_asked_for_the_same_attention(kind: str, flash_package: types.ModuleType) -> None:
+def test_flash_equals_eager(kind: str, flash_package: types.ModuleType) -> None:
     layout = layouts(kind)
-    found, want = run("flash", kind, grad=False)[0], run("eager", kind, grad=False)[0]
-    if kind == "padded":  # padding queries may see anything that is finite
-        assert layout is not None and layout.lengths is not None and torch.isfinite(found).all()
+    actual, expected = run("flash", kind, grad=False)[0], run("eager", kind, grad=False)[0]
+    if kind == "padded":  # padding queries may see anything finite
+        assert layout is not None and layout.lengths is not None and torch.isfinite(actual).all()
         for r, n in enumerate(layout.lengths.tolist()):
-            torch.testing.assert_close(found[r, :n], want[r, :n], atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(actual[r, :n], expected[r, :n], atol=2e-5, rtol=1e-4)
     else:
-        torch.testing.assert_close(found, want, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
 
 
 # -- packing
@@ -280,7 +280,7 @@ def test_flash_is_asked_for_the_same_attention(kind: str, flash_package: types.M
 @pytest.mark.parametrize("weight", ["uniform", "inverse_t"])
 @pytest.mark.parametrize("family", ["sdar", "llada"])
 def test_packed_samples_train_as_if_alone(family: str, weight: Any) -> None:
-    """Two samples in one row and padding behind: the loss is the sum of both alone, and so are the gradients."""
+    """Two samples and padding in one row: loss and gradients are the sums of both alone."""
     model = load_model(GOLDEN / f"{family}_tiny").requires_grad_(True)
     generator = torch.Generator().manual_seed(5)
     sizes, b = (8, 12), 4
@@ -307,5 +307,5 @@ def test_packed_samples_train_as_if_alone(family: str, weight: Any) -> None:
     samples = torch.tensor([[0] * sizes[0] + [1] * sizes[1] + [-1] * 3])
     positions = torch.cat([torch.arange(n) for n in (*sizes, 3)])[None]
     together = gradients(batch(slice(None), 3, sample_ids=samples, positions=positions))
-    for found, want in zip(together, gradients(batch(first), batch(second)), strict=True):
-        torch.testing.assert_close(found, want, atol=1e-5 * float(want.abs().max()), rtol=1e-4)
+    for actual, expected in zip(together, gradients(batch(first), batch(second)), strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-4)

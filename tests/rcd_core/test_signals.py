@@ -1,4 +1,4 @@
-"""ReferenceSignals: fidelity, travel, and the refusals."""
+"""ReferenceSignals: fidelity, serialisation, errors."""
 
 from __future__ import annotations
 
@@ -51,33 +51,33 @@ def test_all_kept_equals_dense(logits: torch.Tensor, table: torch.Tensor) -> Non
     torch.testing.assert_close(s.soft_embedding(table), dense, atol=4e-3, rtol=0)
 
 
-def test_tail_goes_on_the_mean_of_what_is_left(logits: torch.Tensor, table: torch.Tensor) -> None:
-    """By hand for one position; and the gradient reaches ids that were not kept."""
+def test_tail_mass_is_on_the_mean_of_the_other_ids(logits: torch.Tensor, table: torch.Tensor) -> None:
+    """Written out for one position; the gradient reaches ids that were not kept."""
     s = ReferenceSignals.from_logits(logits, k=4)
     weight = table.clone().requires_grad_()
     delta = s.soft_embedding(weight)
     ids = s.topk_ids[0].long()
     left = [i for i in range(VOCAB) if i not in ids.tolist()]
-    want = (s.topk_logprobs[0].float().exp()[:, None] * table[ids]).sum(0) + s.tail_mass[0] * table[left].mean(0)
-    torch.testing.assert_close(delta[0], want, atol=1e-5, rtol=1e-5)
+    expected = (s.topk_logprobs[0].float().exp()[:, None] * table[ids]).sum(0) + s.tail_mass[0] * table[left].mean(0)
+    torch.testing.assert_close(delta[0], expected, atol=1e-5, rtol=1e-5)
     delta[0].sum().backward()
     assert weight.grad is not None and (weight.grad[left[0]] > 0).all()
 
 
-def test_more_entries_are_more_faithful(logits: torch.Tensor, table: torch.Tensor) -> None:
+def test_more_entries_are_more_accurate(logits: torch.Tensor, table: torch.Tensor) -> None:
     dense = DenseSignals(logits).soft_embedding(table)
     errors = [(ReferenceSignals.from_logits(logits, k=k).soft_embedding(table) - dense).norm() for k in (1, 4, 16, 50)]
     assert errors == sorted(errors, reverse=True)
 
 
-def test_temperatures_belong_to_the_signal(logits: torch.Tensor) -> None:
+def test_temperatures_are_part_of_the_signals(logits: torch.Tensor) -> None:
     s = ReferenceSignals.from_logits(logits, k=8, alpha_temperature=2.0, delta_temperature=0.5)
     torch.testing.assert_close(s.entropy, entropy(logits / 2.0))
-    want = torch.log_softmax(logits / 0.5, -1).gather(1, s.topk_ids.long())
-    torch.testing.assert_close(s.topk_logprobs.float(), want, atol=2e-2, rtol=1e-3)
+    expected = torch.log_softmax(logits / 0.5, -1).gather(1, s.topk_ids.long())
+    torch.testing.assert_close(s.topk_logprobs.float(), expected, atol=2e-2, rtol=1e-3)
     back = ReferenceSignals.from_bytes(s.to_bytes())
     assert (back.alpha_temperature, back.delta_temperature) == (2.0, 0.5)
-    with pytest.raises(UserError, match="different temperatures"):
+    with pytest.raises(UserError, match=r"1\.0.*2\.0"):
         ReferenceSignals.cat([s, ReferenceSignals.from_logits(logits, k=8)])
 
 
@@ -87,18 +87,18 @@ def same(a: ReferenceSignals, b: ReferenceSignals) -> bool:
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(num=st.integers(1, 9), k=st.integers(1, 12), cut=st.integers(0, 9))
-def test_travel_slice_and_join(num: int, k: int, cut: int) -> None:
+def test_serialise_slice_and_concatenate(num: int, k: int, cut: int) -> None:
     s = ReferenceSignals.from_logits(torch.randn(num, 12), k=k)
     assert same(ReferenceSignals.from_arrow(s.to_arrow()), s)
     assert same(ReferenceSignals.from_bytes(s.to_bytes()), s)
     assert same(ReferenceSignals.cat([s[:cut], s[cut:]]), s)
     wider = ReferenceSignals.cat([s, ReferenceSignals.from_logits(torch.randn(2, 12), k=12)])
-    assert same(ReferenceSignals.from_arrow(wider.to_arrow()), wider), "padding is not written, and comes back"
+    assert same(ReferenceSignals.from_arrow(wider.to_arrow()), wider), "padding is not stored but restored"
 
 
 def test_from_hidden_equals_from_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of 4 rows, the last one shorter: what the whole product gives. Small integers: exact in bf16 too, and full
-    of ties, so that a row whose answer hung on its neighbours would show."""
+    """Tiles of 4 rows, the last one shorter. Small integers are exact in bf16 and full of ties, which would show if a
+    row depended on its neighbours."""
     monkeypatch.setattr("rcd_core.signals._TILE_BYTES", 4 * 4 * VOCAB)
     generator = torch.Generator().manual_seed(0)
     hidden, head = (torch.randint(-2, 3, (n, WIDTH), generator=generator).float() for n in (33, VOCAB))
@@ -107,7 +107,7 @@ def test_from_hidden_equals_from_logits(monkeypatch: pytest.MonkeyPatch) -> None
         close(ReferenceSignals.from_hidden(h, w, 6, 0.9), ReferenceSignals.from_logits(h @ w.T, 6, 0.9))
     assert len(ReferenceSignals.from_hidden(hidden[:0], head, k=6)) == 0
     trained = ReferenceSignals.from_hidden(hidden.clone().requires_grad_(), head.clone().requires_grad_(), k=6)
-    assert not trained.entropy.requires_grad, "a frozen reference's"
+    assert not trained.entropy.requires_grad
 
 
 def close(a: ReferenceSignals, b: ReferenceSignals) -> None:
@@ -116,8 +116,8 @@ def close(a: ReferenceSignals, b: ReferenceSignals) -> None:
         torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-3, atol=1e-5)
 
 
-def test_from_hidden_never_holds_the_logits() -> None:
-    """The largest tensor made while encoding is a tile, not (N, V)."""
+def test_from_hidden_never_allocates_all_logits() -> None:
+    """The largest tensor during encoding is a tile, not (N, V)."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     largest = 0
@@ -137,20 +137,20 @@ def test_from_hidden_never_holds_the_logits() -> None:
 
 
 def test_a_small_tail_is_as_accurate_as_a_large_one() -> None:
-    """Against float64. 1 - sum of the kept would be 0 or noise from 1e-7 on; so would the entropy from p log p."""
+    """Against float64. 1 - (sum of the kept) would be 0 or noise below 1e-7, as would an entropy from p log p."""
     z = torch.full((12, 1000), 0.0)
     z[:, :4] = torch.arange(5.0, 65.0, 5.0)[:, None] + torch.tensor([0.3, 0.2, 0.1, 0.0])
     s = ReferenceSignals.from_logits(z, k=4)
     exact = z.double()
-    want = (exact[:, 4:].logsumexp(1) - exact.logsumexp(1)).exp()
-    assert want.min() < 1e-20 and want.max() > 0.5
-    torch.testing.assert_close(s.tail_mass.double(), want, rtol=1e-5, atol=0)
+    expected = (exact[:, 4:].logsumexp(1) - exact.logsumexp(1)).exp()
+    assert expected.min() < 1e-20 and expected.max() > 0.5
+    torch.testing.assert_close(s.tail_mass.double(), expected, rtol=1e-5, atol=0)
     sharp = torch.zeros(12, 1000)
     sharp[:, 0] = torch.arange(5.0, 65.0, 5.0)
     p = sharp.double().softmax(1)
     rest = p[:, 1:].sum(1)
-    want = -torch.log1p(-rest) * p[:, 0] - (p * sharp.double().log_softmax(1))[:, 1:].sum(1)
-    torch.testing.assert_close(ReferenceSignals.from_logits(sharp, k=4).entropy.double(), want, rtol=1e-5, atol=0)
+    expected = -torch.log1p(-rest) * p[:, 0] - (p * sharp.double().log_softmax(1))[:, 1:].sum(1)
+    torch.testing.assert_close(ReferenceSignals.from_logits(sharp, k=4).entropy.double(), expected, rtol=1e-5, atol=0)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -163,10 +163,10 @@ def test_a_small_tail_is_as_accurate_as_a_large_one() -> None:
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 9),
 )
-def test_every_way_to_the_top_k_gives_the_same(
+def test_all_top_k_algorithms_agree(
     num: int, vocab_size: int, k: int, scale: float, grid: bool, dtype: torch.dtype, seed: int
 ) -> None:
-    """Whole rows sorted, by blocks, or torch.topk; with ties (a coarse grid of logits) and without."""
+    """Sorted rows, blocks, or torch.topk; with ties (a coarse grid of logits) and without."""
     z = torch.randn(num, vocab_size, generator=torch.Generator().manual_seed(seed)) * scale
     z = (z.round() if grid else z).to(dtype)
     k = min(k, vocab_size)
@@ -181,7 +181,7 @@ def test_every_way_to_the_top_k_gives_the_same(
 
 
 def hard_logits() -> torch.Tensor:
-    """Ties at the edge of what is kept, a flat row, impossible tokens, a cut-off maximum, one possible token."""
+    """Ties at the k-th entry, a flat row, impossible tokens, a clipped maximum, one possible token."""
     z = torch.randn(13, 300, generator=torch.Generator().manual_seed(0)) * 4
     z[0], z[1], z[2] = z[0].round(), 0.0, z[2] * 20
     z[2, 50:] = -math.inf
@@ -197,8 +197,8 @@ def sums_agree(fused: TailSums, z: torch.Tensor, k: int, temperature: float) -> 
         torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-30)
 
 
-def test_no_corner_of_the_vocabulary_is_missed() -> None:
-    """The largest entries in the first block, the last whole one and the shorter one behind it."""
+def test_top_k_covers_every_block_of_the_vocabulary() -> None:
+    """The largest entries in the first, the last whole and the shorter last block."""
     z = torch.zeros(3, 64 * 100 + 5)
     for row, first in enumerate((0, 64 * 99, 64 * 100)):
         z[row, first : first + 4] = torch.tensor([1.0, 4.0, 2.0, 3.0])
@@ -209,7 +209,7 @@ def test_no_corner_of_the_vocabulary_is_missed() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_sums_equal_plain_ones(dtype: torch.dtype) -> None:
-    """What is compiled for CUDA, here on CPU."""
+    """The functions compiled for CUDA, on the CPU."""
     z = hard_logits().to(dtype)
     for k, temperature in ((1, 1.0), (8, 1.0), (300, 1.0), (8, 0.7)):
         sums_agree(tail_sums_fused, z, k, temperature)
@@ -225,7 +225,7 @@ def test_compiled_sums_equal_plain_ones() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_a_gpu_gives_what_the_cpu_gives() -> None:
+def test_gpu_equals_cpu() -> None:
     hidden, head = torch.randn(500, 64), torch.randn(20_000, 64) / 4
     for dtype in (torch.float32, torch.bfloat16):
         h, w = hidden.to(dtype), head.to(dtype)
@@ -252,7 +252,7 @@ def test_adaptive_k_keeps_the_fewest_that_reach_the_mass(logits: torch.Tensor, t
     assert torch.equal(s.entropy, full.entropy), "entropy is that of the whole distribution"
     assert len(s.to_arrow()["topk_ids"].combine_chunks().flatten()) == int(kept.sum()), "ragged in Arrow"
     assert same(ReferenceSignals.from_bytes(s.to_bytes()), s)
-    for i, count in enumerate(kept.sum(1).tolist()):  # padding weighs nothing, and the mean is over all not kept
+    for i, count in enumerate(kept.sum(1).tolist()):  # padding has weight 0; the mean is over all ids not kept
         alone = ReferenceSignals.from_logits(logits[i : i + 1], count)
         torch.testing.assert_close(s[i : i + 1].soft_embedding(table), alone.soft_embedding(table))
     one = ReferenceSignals.from_logits(logits, k, 1e-9)
@@ -262,28 +262,28 @@ def test_adaptive_k_keeps_the_fewest_that_reach_the_mass(logits: torch.Tensor, t
     torch.testing.assert_close(everything.soft_embedding(table), dense, atol=4e-3, rtol=0)
 
 
-def test_broken_logits_are_refused(logits: torch.Tensor, table: torch.Tensor) -> None:
+def test_broken_logits_raise(logits: torch.Tensor, table: torch.Tensor) -> None:
     wide = torch.randn(4, 40_000)
     for rows in (logits, wide):
         for bad in (math.nan, math.inf):
             broken = rows.clone()
             broken[2, 3] = bad
-            with pytest.raises(ValueError, match="row 2 of the logits has NaN or"):
+            with pytest.raises(ValueError, match="row 2 .*NaN"):
                 ReferenceSignals.from_logits(broken, k=8)
         nothing = rows.clone()
         nothing[1] = -math.inf
-        with pytest.raises(ValueError, match="row 1 of the logits is -inf everywhere"):
+        with pytest.raises(ValueError, match="row 1 .*-inf"):
             ReferenceSignals.from_logits(nothing, k=8)
     impossible = logits.clone()
     impossible[:, 5:] = -math.inf
     s = ReferenceSignals.from_logits(impossible, k=8)
     assert torch.isfinite(s.soft_embedding(table)).all() and torch.isfinite(s.entropy).all()
     assert same(ReferenceSignals.from_arrow(s.to_arrow()), s)
-    with pytest.raises(UserError, match="share one vocabulary"):
+    with pytest.raises(UserError, match="id [0-9]+ .* 10 rows"):
         ReferenceSignals.from_logits(logits, k=50).soft_embedding(table[:10])
 
 
-def test_bad_arguments_are_refused_by_name(logits: torch.Tensor) -> None:
+def test_bad_arguments_raise_by_name(logits: torch.Tensor) -> None:
     for arguments, message in (
         ({"k": 0}, "k is 0"),
         ({"mass": 0.0}, "mass is 0.0"),

@@ -1,18 +1,15 @@
-"""The training loop's promises: resumed = uninterrupted, workers do not matter, cached = online, dropout = plain."""
+"""The training loop: resumed = uninterrupted, any number of workers, cached = online, full dropout = plain."""
 
 from __future__ import annotations
 
 import copy
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from rcd_core import UserError, load_model
 from rcd_core.noise import NoiseSettings
@@ -23,29 +20,15 @@ from rcd_core.training.data.rows import TrainingRow
 from rcd_core.training.loop import Callbacks, learning_rate, train
 from rcd_core.training.objective import reference_signals
 from rcd_core.training.settings import SignalRule, TrainSettings
+from tests.rcd_core.training.helpers import BLOCK, GOLDEN, spawn, write_examples
 
-GOLDEN = Path(__file__).parents[2] / "golden"
-BLOCK = 4
 PLAIN = ResidualSettings(source="none", dropout=0.0)
 SETTINGS = TrainSettings(steps=8, batch_size=6, learning_rate=1e-3, schedule="cosine", log_every=4, checkpoint_every=3)
 
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Twenty rows of two to five blocks, the first block a prompt."""
-    generator = np.random.default_rng(0)
-    lengths = generator.integers(2, 6, 20) * BLOCK
-    ids = [generator.integers(0, 500, n).tolist() for n in lengths]
-    labels = [[-100] * BLOCK + row[BLOCK:] for row in ids]
-    path = str(tmp_path_factory.mktemp("examples") / "part.parquet")
-    int_lists = pa.list_(pa.int32())
-    table = {
-        "example_id": [f"{i:03d}" for i in range(20)],
-        "input_ids": pa.array(ids, int_lists),
-        "labels": pa.array(labels, int_lists),
-    }
-    pq.write_table(pa.table(table), path)
-    return path
+    return write_examples(tmp_path_factory.mktemp("examples"), 20)
 
 
 def run(
@@ -74,7 +57,7 @@ def test_training_lowers_the_loss_and_logs(examples: str) -> None:
 
 @pytest.mark.parametrize("residual", [PLAIN, ResidualSettings(source="online")], ids=["plain", "rcd"])
 def test_resumed_equals_uninterrupted(examples: str, tmp_path: Path, residual: ResidualSettings) -> None:
-    """Equal tensors, not close ones. Step 6's checkpoint lies past an epoch of 20 rows (36 rows seen)."""
+    """Equal tensors, not close ones. The checkpoint of step 6 (36 rows) is past an epoch of 20 rows."""
     reference = load_model(GOLDEN / "rcd" / "sdar_ref_tiny")
     whole, lines = run(examples, residual=residual, reference=reference)
     run(examples, residual=residual, reference=reference, checkpoint=lambda step, save: save(tmp_path / str(step)))
@@ -86,32 +69,24 @@ def test_resumed_equals_uninterrupted(examples: str, tmp_path: Path, residual: R
 
 def test_accumulation_changes_rounding_only(examples: str) -> None:
     whole, _ = run(examples)
-    settings = TrainSettings(**{**vars(SETTINGS), "micro_batch_size": 2})
+    settings = replace(SETTINGS, micro_batch_size=2)
     parts, _ = run(examples, settings=settings)
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
 
 
-EIGHT = TrainSettings(**{**vars(SETTINGS), "batch_size": 8})  # divides among two and four workers
+EIGHT = replace(SETTINGS, batch_size=8)  # divides among two and four workers
 
 
-def _worker(rank: int, world: int, examples: str, port: int, out: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+def _worker(rank: int, examples: str, out: Path) -> None:
     model, _ = run(examples, settings=EIGHT)
     if rank == 0:
         torch.save(model.state_dict(), out)
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_any_number_of_workers_trains_the_same_model(world: int, examples: str, tmp_path: Path) -> None:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(_worker, (world, examples, port, str(tmp_path / "several.pt")), nprocs=world)
+    spawn(_worker, world, examples, tmp_path / "several.pt")
     several = torch.load(tmp_path / "several.pt", weights_only=True)
     one, _ = run(examples, settings=EIGHT)
     for name, tensor in one.state_dict().items():
@@ -119,7 +94,7 @@ def test_any_number_of_workers_trains_the_same_model(world: int, examples: str, 
 
 
 class Cached:
-    """Rows with signals already attached, as the cache on disk gives them."""
+    """Rows with signals attached, as the cache on disk gives them."""
 
     def __init__(self, source: ExampleSource, reference: Any) -> None:
         self.source, self.reference, self.rule = source, reference, SignalRule()
@@ -128,12 +103,12 @@ class Cached:
         row = self.source.row(index)
         ids = {"mask_token_id": self.reference.mask_token_id, "pad_token_id": 500, "block_length": BLOCK}
         batch, _ = collate([row], **ids)
-        return TrainingRow(**{**vars(row), "signals": reference_signals(self.reference, batch, self.rule)})
+        return replace(row, signals=reference_signals(self.reference, batch, self.rule))
 
 
 @pytest.mark.parametrize("family", ["sdar", "llada"])
 def test_cached_signals_equal_online(examples: str, family: str) -> None:
-    """Computed row by row beforehand or in the step's own padded batch: neighbours and padding leave no trace."""
+    """Neighbours and padding do not change signals: computed row by row, or in the step's own padded batch."""
     reference = load_model(GOLDEN / "rcd" / f"{family}_ref_tiny")
     before = copy.deepcopy(reference.state_dict())
     online, _ = run(examples, family, ResidualSettings(source="online", dropout=0.25), reference=reference)
@@ -150,11 +125,10 @@ def test_full_dropout_is_plain_training(examples: str) -> None:
     plain, _ = run(examples)
     dropped, _ = run(examples, residual=ResidualSettings(source="online", dropout=1.0), reference=reference)
     for a, b in zip(plain.parameters(), dropped.parameters(), strict=True):
-        torch.testing.assert_close(
-            a, b, atol=2e-5, rtol=1e-4
-        )  # the mask embedding's gradient is summed in another order
-    fed, lines = run(examples, residual=ResidualSettings(source="online", dropout=0.0), reference=reference)
-    assert not equal(plain, fed)
+        # Not equal: the mask embedding's gradient is summed in another order.
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+    target, lines = run(examples, residual=ResidualSettings(source="online", dropout=0.0), reference=reference)
+    assert not equal(plain, target)
     assert 0.0 < lines[-1]["mean_alpha"] < 1.0
 
 
@@ -167,31 +141,30 @@ def test_an_untrained_batch_is_overfitted_with_residual_inputs(examples: str) ->
             return super().row(index % 4)
 
     source = OneBatch([examples], NoiseSettings(draws=1))
-    _, logged = run(
-        examples,
-        residual=ResidualSettings(source="online", dropout=0.0),
-        reference=reference,
-        settings=settings,
-        source=source,
-    )
+    residual = ResidualSettings(source="online", dropout=0.0)
+    _, logged = run(examples, residual=residual, reference=reference, settings=settings, source=source)
     assert logged[-1]["loss"] < 0.1
 
 
-def test_what_stops_training_says_where(examples: str) -> None:
-    with pytest.raises(UserError, match=r"not finite at step \d+ .*last good"):
-        run(examples, settings=TrainSettings(steps=40, batch_size=6, learning_rate=1e30, warmup=0.0))
-    with pytest.raises(UserError, match="reference is None"):
-        run(examples, residual=ResidualSettings(source="online"))
-    with pytest.raises(UserError, match="rows have none"):
-        run(examples, residual=ResidualSettings(source="signals"))
+@pytest.mark.parametrize(
+    ("changes", "residual", "message"),
+    [
+        ({"learning_rate": 1e30, "warmup": 0.0}, PLAIN, r"step \d+ .*train\.max_skipped_steps"),
+        ({}, ResidualSettings(source="online"), r"residual\.source is 'online'"),
+        ({}, ResidualSettings(source="signals"), r"residual\.source is 'signals'"),
+    ],
+)
+def test_errors_name_the_step_or_the_setting(
+    changes: dict[str, Any], residual: ResidualSettings, message: str, examples: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run(examples, residual=residual, settings=TrainSettings(**{"steps": 40, "batch_size": 6, **changes}))
 
 
 def test_schedules() -> None:
     s = TrainSettings(steps=100, batch_size=1, learning_rate=1.0, warmup=0.1)
     assert learning_rate(0, s) == pytest.approx(0.1)
     assert learning_rate(50, s) == 1.0
-    cosine = TrainSettings(**{**vars(s), "schedule": "cosine"})
-    assert learning_rate(55, cosine) == pytest.approx(0.5)
-    linear = TrainSettings(**{**vars(s), "schedule": "linear"})
-    assert learning_rate(55, linear) == pytest.approx(0.5)
+    cosine, linear = replace(s, schedule="cosine"), replace(s, schedule="linear")
+    assert learning_rate(55, cosine) == learning_rate(55, linear) == pytest.approx(0.5)
     assert learning_rate(99, linear) == pytest.approx(1 / 90)

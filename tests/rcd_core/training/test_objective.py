@@ -1,4 +1,4 @@
-"""training_loss as others call it: labels or prompt lengths, objects or mappings, and what it refuses."""
+"""training_loss, the public function: labels or prompt lengths, objects or mappings, errors."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ def case(request: pytest.FixtureRequest) -> tuple[Any, dict[str, Any]]:
 
 def test_prompt_lengths_are_labels(case: Any) -> None:
     model, c = case
-    want = training_loss(model, TrainingBatch(labels=c["labels"], **c["batch"]))
+    expected = training_loss(model, TrainingBatch(labels=c["labels"], **c["batch"]))
     for batch in ({"labels": c["labels"]}, {"prompt_lengths": c["prompt_lengths"]}):
-        assert torch.equal(training_loss(model, {**c["batch"], **batch}), want)
-    # By hand: the mean over answers (LLaDA: of each row's mean) of masked cross entropies over p.
+        assert torch.equal(training_loss(model, {**c["batch"], **batch}), expected)
+    # LLaDA, written out: the mean of each row's mean of masked cross entropies over p.
     with torch.no_grad():
-        assert want.isfinite() and want > 0
+        assert expected.isfinite() and expected > 0
         if model.family == "llada":
             logp = model.logits(c["batch"]["noisy_ids"]).log_softmax(-1)
             ce = -logp.gather(2, c["batch"]["input_ids"][..., None])[..., 0] / 0.6
             rows = (ce * c["batch"]["masked"]).sum(1) / (c["labels"] >= 0).sum(1)
-            torch.testing.assert_close(want, rows.mean(), rtol=1e-5, atol=0)
+            torch.testing.assert_close(expected, rows.mean(), rtol=1e-5, atol=0)
 
 
-def test_signals_are_their_alpha_and_delta(case: Any) -> None:
+def test_signals_equal_their_alpha_and_delta(case: Any) -> None:
     """k = V is the dense residual; alpha 0 is plain training; the rule matters."""
     model, c = case
     batch = {**c["batch"], "labels": c["labels"]}
@@ -56,19 +56,19 @@ def test_signals_are_their_alpha_and_delta(case: Any) -> None:
     dense = torch.softmax(logits, -1) @ model.embedding.weight
     alpha = entropy_weight(logits)
     with torch.no_grad():
-        found = training_loss(model, batch, signals)
-        torch.testing.assert_close(found, training_loss(model, batch, (alpha, dense)), rtol=2e-3, atol=0)
+        loss = training_loss(model, batch, signals)
+        torch.testing.assert_close(loss, training_loss(model, batch, (alpha, dense)), rtol=2e-3, atol=0)
         assert torch.equal(training_loss(model, batch, (alpha * 0, dense)), training_loss(model, batch))
         one = training_loss(model, batch, signals, alpha="one")
         torch.testing.assert_close(one, training_loss(model, batch, (alpha * 0 + 1, dense)), rtol=2e-3, atol=0)
-        assert abs(one - found) > 1e-3
+        assert abs(one - loss) > 1e-3
 
 
-def test_what_is_refused(case: Any) -> None:
+def test_errors(case: Any) -> None:
     model, c = case
-    with pytest.raises(UserError, match="neither labels nor prompt_lengths"):
+    with pytest.raises(UserError, match="labels.*prompt_lengths"):
         training_loss(model, c["batch"])
-    with pytest.raises(UserError, match="label is -100"):
+    with pytest.raises(UserError, match="masked .*-100"):
         training_loss(model, {**c["batch"], "labels": torch.full((2, 16), -100)})
     with pytest.raises(UserError, match="block_length is 0"):
         training_loss(model, {**c["batch"], "labels": c["labels"], "block_length": 0})

@@ -1,4 +1,4 @@
-"""The plan of a training: published sizes, sums that must come out, and its prediction held against measured peaks."""
+"""The plan of a training run against published sizes, sums written out, and measured peaks."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_parameters_are_those_of_the_published_checkpoints() -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["sdar", "llada"])
-def test_parameters_are_those_of_a_model_that_is_made(family: Any, tied: bool) -> None:
+def test_parameters_are_those_of_a_new_model(family: Any, tied: bool) -> None:
     config = ModelConfig(
         family=family,
         hidden_size=32,
@@ -77,8 +77,8 @@ def test_parameters_are_those_of_a_model_that_is_made(family: Any, tied: bool) -
     assert shape == ModelShape.of_backbone(family, model.config)
 
 
-def test_what_strategies_save() -> None:
-    """16 bytes per parameter on one GPU; sharding divides them; ZeRO's stages go down one by one; offload moves."""
+def test_memory_that_strategies_save() -> None:
+    """16 bytes per parameter on one GPU; sharding divides them, each ZeRO stage needs less, offload moves them."""
     total = SDAR_8B.parameters
     plain = memory(SDAR_8B, settings(dtype="float32"), STEP, 1)
     assert plain.weights + plain.gradients + plain.optimizer == 16 * total
@@ -118,12 +118,12 @@ def test_a_step_counts_what_enters_the_layers() -> None:
 
 
 def test_flops_are_those_of_the_meter_and_hours_follow() -> None:
-    found = training_cost(SDAR_8B, rows=96, tokens_per_row=1000.0, labelled_share=0.5, gpus=8, device="H100", mfu=0.4)
+    cost = training_cost(SDAR_8B, rows=96, tokens_per_row=1000.0, labelled_share=0.5, gpus=8, device="H100", mfu=0.4)
     layers, head = 36 * SDAR_8B.layer_parameters, 151936 * 4096
-    assert found.flops == pytest.approx(6 * (layers * 192_000 + head * 24_000))
-    assert found.hours == pytest.approx(found.flops / (8 * 989e12 * 0.4) / 3600)
+    assert cost.flops == pytest.approx(6 * (layers * 192_000 + head * 24_000))
+    assert cost.hours == pytest.approx(cost.flops / (8 * 989e12 * 0.4) / 3600)
     online = training_cost(SDAR_8B, 96, 1000.0, 0.5, 8, "H100", 0.4, extra_forwards=1.5)
-    assert online.flops == found.flops and online.hours == pytest.approx(1.5 * found.hours)
+    assert online.flops == cost.flops and online.hours == pytest.approx(1.5 * cost.hours)
     with pytest.raises(UserError, match="device 'TPU'"):
         training_cost(SDAR_8B, 96, 1000.0, 0.5, 8, "TPU", 0.4)
 
@@ -140,8 +140,8 @@ def test_flops_are_those_of_the_meter_and_hours_follow() -> None:
     ],
 )
 def test_the_prediction_is_close_to_a_measured_peak(world: int, changes: dict[str, Any]) -> None:
-    """Resident memory of rank 0, a model of 36 million parameters on a CPU. The measurement also has what is imported
-    on the way and what the allocator does not give back, some 50 MiB."""
+    """Resident memory of rank 0 with 36 million parameters on a CPU. The measurement includes late imports and what the
+    allocator keeps, about 50 MiB."""
     s = peak_memory.settings(**changes)
     measured, predicted = peak_memory.measured(s, world), peak_memory.predicted(s, world).peak
     print(f"{world} x {changes}: measured {measured >> 20} MiB, predicted {predicted / 2**20:.0f} MiB")

@@ -1,4 +1,4 @@
-"""Training rows: one order for all readers, in bounded memory; rows that do not depend on their neighbours."""
+"""Training rows: one order for all readers, bounded memory, rows independent of their neighbours, the signal cache."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ def test_every_draw_visits_each_example_once_chunk_by_chunk() -> None:
             (c, e) for c, rows in enumerate(order.chunk_rows) for e in range(rows)
         )
         changes = sum(a[0] != b[0] for a, b in zip(epoch, epoch[1:], strict=False))
-        assert changes == 6, "a chunk is left only when it is done"
+        assert changes == 6, "chunks are read one after another"
     assert len({tuple(located[d * 87 : (d + 1) * 87]) for d in range(3)}) == 3
     by_draw = [[e for c, e, _ in located[d * 87 : (d + 1) * 87] if c == 0] for d in range(3)]
-    assert by_draw[0] != by_draw[1] != by_draw[2], "inside a chunk, each draw has its own order"
+    assert by_draw[0] != by_draw[1] != by_draw[2], "each draw has its own order inside a chunk"
 
 
 def test_order_is_a_pure_function_of_the_row_number() -> None:
-    """Asked from the end, by steps of two workers, or once: the same rows; epoch e uses draw e mod draws."""
+    """The same rows from the end, in strides, or one by one; epoch e uses draw e mod draws."""
     rows = [16, 16, 5]
     first, last = RowOrder(rows, NOISE), RowOrder(rows, NOISE)
     forward = [first.locate(g) for g in range(200)]
@@ -88,16 +88,15 @@ def test_order_is_a_pure_function_of_the_row_number() -> None:
 def test_chunks_from_the_manifest_and_from_the_files_are_the_same(files: list[str]) -> None:
     manifest = {"file": [0, 0, 0, 0, 1, 1, 1], "rows": [16, 16, 16, 2, 16, 16, 5]}
     assert Chunks.from_manifest(manifest) == Chunks.of_files(files)
-    with pytest.raises(UserError, match=r"b\.parquet: row group 2 has 5 rows, prepare's manifest says 6"):
+    with pytest.raises(UserError, match=r"b\.parquet: row group 2 .* 5 .* 6"):
         ExampleSource(files, NOISE, Chunks.from_manifest({**manifest, "rows": [16, 16, 16, 2, 16, 16, 6]}))._chunk(6)
 
 
 def test_a_reader_holds_two_chunks(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
     real = pq.ParquetFile.read_row_group
-    monkeypatch.setattr(
-        pq.ParquetFile, "read_row_group", lambda self, g, **more: read.append(g) or real(self, g, **more)
-    )
+    counted = lambda self, g, **more: read.append(g) or real(self, g, **more)  # noqa: E731
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
     source = ExampleSource(files, NOISE)
     rows = [source.row(g) for g in range(87)]
     assert len(read) == 7, "read in order, each chunk is read once"
@@ -106,26 +105,23 @@ def test_a_reader_holds_two_chunks(files: list[str], monkeypatch: pytest.MonkeyP
     assert ids == {example(i)["example_id"]: example(i)["input_ids"] for i in range(87)}
 
 
-def test_noise_of_a_row_is_its_own(files: list[str], tmp_path: Path) -> None:
-    """The masks of an example are the same in another file, order and company; an empty mask is drawn again."""
-    alone = write(tmp_path / "c.parquet", [example(60)], 16)
-    both = [
-        {(r.example_id, r.draw): r for r in map(s.row, range(n))}
-        for s, n in ((ExampleSource(files, NOISE), 3 * 87), (ExampleSource([alone], NOISE), 3))
-    ]
-    for key, row in both[1].items():
-        assert np.array_equal(row.masked, both[0][key].masked) and np.array_equal(row.p, both[0][key].p)
-    for row in both[1].values():
+def test_masks_do_not_depend_on_other_rows(files: list[str], tmp_path: Path) -> None:
+    """An example has the same masks in another file, order and chunk, and those of mask_example."""
+    alone = ExampleSource([write(tmp_path / "c.parquet", [example(60)], 16)], NOISE)
+    source = ExampleSource(files, NOISE)
+    among_others = {(r.example_id, r.draw): r for r in map(source.row, range(3 * 87))}
+    for row in map(alone.row, range(3)):
         masked, p = mask_example(row.labels != -100, row.example_id, row.draw, NOISE)
-        assert np.array_equal(row.masked, masked) and np.array_equal(row.p, p)
+        for same in (row, among_others[row.example_id, row.draw]):
+            assert np.array_equal(same.masked, masked) and np.array_equal(same.p, p)
     maskable = np.array([False, True, False])
     drawn = [mask_example(maskable, "x", d, NoiseSettings(eps=0.0)) for d in range(200)]
     assert all(masked.tolist() == [False, True, False] for masked, _ in drawn), "never empty, never beyond the labels"
 
 
 @pytest.mark.parametrize("block_length", [None, 3])
-def test_masks_of_many_are_those_of_each(block_length: int | None) -> None:
-    """To the bit, also where an empty mask is drawn again and where nothing can be masked."""
+def test_mask_examples_equals_mask_example(block_length: int | None) -> None:
+    """To the bit, including redraws of empty masks and examples without a maskable token."""
     rng = np.random.default_rng(0)
     lengths = np.concatenate([rng.integers(1, 12, 300), [0, 3]])
     offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -133,19 +129,19 @@ def test_masks_of_many_are_those_of_each(block_length: int | None) -> None:
     maskable[offsets[-2] :] = False
     names, settings = [f"x{i}" for i in range(len(lengths))], NoiseSettings(seed=3, eps=0.0, block_length=block_length)
     masked, p = mask_examples(maskable, offsets, names, 1, settings)
-    again = 0
+    redrawn = 0
     for i, (first, last) in enumerate(zip(offsets, offsets[1:], strict=False)):
         if maskable[first:last].any():
             expected, q = mask_example(maskable[first:last], names[i], 1, settings)
             assert np.array_equal(masked[first:last], expected) and np.array_equal(p[first:last], q)
             u = uniforms(hash_key(3, 1, names[i], 0), int(last - first) + 1)
-            again += not ((u[1:] < u[0]) & maskable[first:last]).any()
+            redrawn += not ((u[1:] < u[0]) & maskable[first:last]).any()
         else:
             assert not masked[first:last].any()
-    assert again > 20 or block_length, "empty masks were among them"
+    assert redrawn > 20 or block_length, "some masks were redrawn"
 
 
-POISON: list[tuple[dict[str, Any], str]] = [
+UNUSABLE: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": [], "labels": []}, "empty"),
     ({"input_ids": None}, "empty"),
     ({"labels": [-100] * 12}, "no labelled token"),
@@ -159,8 +155,8 @@ POISON: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "reason"), POISON, ids=[f"{i}-{r}" for i, (_, r) in enumerate(POISON)])
-def test_poisoned_examples_keep_their_place_and_say_why(change: dict[str, Any], reason: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("change", "reason"), UNUSABLE, ids=[f"{i}-{r}" for i, (_, r) in enumerate(UNUSABLE)])
+def test_unusable_examples_keep_their_place_and_the_reason(change: dict[str, Any], reason: str, tmp_path: Path) -> None:
     examples = [example(2), {**example(1), **change}, example(3)]
     path = write(tmp_path / "p.parquet", examples, 16)
     rows = [ExampleSource([path], NOISE, limits=Limits(512, 1024)).row(g) for g in range(3)]
@@ -172,23 +168,21 @@ def test_poisoned_examples_keep_their_place_and_say_why(change: dict[str, Any], 
             [ExampleSource([path], NOISE).row(g) for g in range(3)]
 
 
-def test_a_file_of_another_type_is_poison_too(tmp_path: Path) -> None:
-    limits = Limits(512, 1024)
-    words = [{"example_id": "a", "input_ids": ["x"], "labels": ["y"]}]
-    text = write(tmp_path / "t.parquet", words, 16, pa.list_(pa.string()))
-    assert ExampleSource([text], NOISE, limits=limits).row(0).reason == "wrong type"
-    numbers = [{**words[0], "input_ids": [1.5], "labels": [1]}]
-    halves = write(tmp_path / "h.parquet", numbers, 16, pa.list_(pa.float32()))
-    assert ExampleSource([halves], NOISE, limits=limits).row(0).reason == "wrong type"
-    wide = write(tmp_path / "w.parquet", [example(1)], 16, pa.large_list(pa.int64()))
-    assert ExampleSource([wide], NOISE, limits=limits).row(0).input_ids.tolist() == example(1)["input_ids"]
-    with pytest.raises(UserError, match=r"gone\.parquet cannot be read"):
+def test_columns_of_another_type_reject_their_rows(tmp_path: Path) -> None:
+    def first_row(name: str, change: dict[str, Any], kind: Any) -> TrainingRow:
+        path = write(tmp_path / name, [{**example(1), **change}], 16, kind)
+        return ExampleSource([path], NOISE, limits=Limits(512, 1024)).row(0)
+
+    assert first_row("text", {"input_ids": ["x"], "labels": ["y"]}, pa.list_(pa.string())).reason == "wrong type"
+    assert first_row("half", {"input_ids": [1.5], "labels": [1]}, pa.list_(pa.float32())).reason == "wrong type"
+    assert first_row("wide", {}, pa.large_list(pa.int64())).input_ids.tolist() == example(1)["input_ids"]
+    with pytest.raises(UserError, match=r"gone\.parquet"):
         ExampleSource([str(tmp_path / "gone.parquet")], NOISE)
 
 
 @pytest.mark.parametrize("family", ["sdar", "llada"])
-def test_a_bad_row_contributes_nothing(family: str, files: list[str]) -> None:
-    """Loss, gradients and normaliser of a batch are those of its good rows."""
+def test_a_rejected_row_contributes_nothing(family: str, files: list[str]) -> None:
+    """Loss, gradients and normaliser of a batch are those of its other rows."""
     good = [ExampleSource(files, NOISE).row(g) for g in range(3)]
     bad = TrainingRow.rejected(3, "bad", 0, "empty")
     for weight in ("uniform", "inverse_t"):
@@ -198,8 +192,8 @@ def test_a_bad_row_contributes_nothing(family: str, files: list[str]) -> None:
 
 
 @pytest.mark.parametrize("family", ["sdar", "llada"])
-def test_a_batch_of_bad_rows_only_contributes_nothing(family: str) -> None:
-    """Every parameter still gets a gradient, of zeros: data parallelism waits for each of them."""
+def test_a_batch_of_rejected_rows_contributes_nothing(family: str) -> None:
+    """Every parameter still gets a zero gradient, because data parallelism waits for each of them."""
     loss, norm, *gradients = step(family, [TrainingRow.rejected(0, "bad", 0, "empty")], "inverse_t")
     assert loss == 0 and norm == 0 and gradients and not any(g.any() for g in gradients)
 
@@ -220,6 +214,9 @@ def step(family: str, rows: list[TrainingRow], weight: Any) -> list[torch.Tensor
 # -- signals on disk
 
 
+Cache = tuple[str, dict[str, Any], list[TrainingRow]]
+
+
 def signal_rows(
     model: Any, rows: list[TrainingRow], keep_mass: float | None
 ) -> tuple[list[TrainingRow], ReferenceSignals]:
@@ -229,13 +226,11 @@ def signal_rows(
 
 
 @pytest.fixture
-def cache(
-    files: list[str], tmp_path: Path, request: pytest.FixtureRequest
-) -> tuple[str, dict[str, Any], list[TrainingRow]]:
-    """Forty rows in three shards of unequal size, in row groups of six; a bad row among them. (dir, manifest, rows)"""
+def cache(files: list[str], tmp_path: Path, request: pytest.FixtureRequest) -> Cache:
+    """(directory, manifest, rows) of 40 rows in three unequal shards with row groups of six; one row is rejected."""
     keep_mass = getattr(request, "param", None)
     model = load_model(GOLDEN / "rcd" / "sdar_ref_tiny")
-    # One noise level per row is stored as one number, one per block as numbers of the tokens.
+    # p_mask is stored as one number per row, or per token if each block has its own noise level.
     source = ExampleSource(files, NOISE if keep_mass is None else replace(NOISE, block_length=BLOCK))
     offsets, expected = [0, 7, 26, 40], []
     directory = tmp_path / "signals"
@@ -253,7 +248,7 @@ def cache(
                 ends = np.cumsum([int(r.masked.sum()) for r in rows]).tolist()
                 begins = [0, *ends[:-1]]
                 parts = [signals[a:b] for a, b in zip(begins, ends, strict=True)]
-                expected += [TrainingRow(**{**vars(r), "signals": s}) for r, s in zip(rows, parts, strict=True)]
+                expected += [replace(r, signals=s) for r, s in zip(rows, parts, strict=True)]
         names.append(path.name)
         sizes.append(path.stat().st_size)
         digests.append(hashlib.sha256(path.read_bytes()).hexdigest())
@@ -285,23 +280,23 @@ def same(a: TrainingRow, b: TrainingRow) -> bool:
 
 
 @pytest.mark.parametrize("cache", [None, 0.3], indirect=True, ids=["fixed k", "adaptive k"])
-def test_rows_come_back_as_they_were_written(cache: tuple[str, dict[str, Any], list[TrainingRow]]) -> None:
+def test_rows_are_read_as_they_were_written(cache: Cache) -> None:
     directory, manifest, expected = cache
     source = SignalSource(directory, manifest)
     assert all(same(source.row(g), expected[g]) for g in range(40))
-    assert source.row(40).example_id == expected[0].example_id, "past the last row it begins again"
+    assert source.row(40).example_id == expected[0].example_id, "wraps around after the last row"
     assert [source.row(g).reason for g in (7, 8, 9)] == ["", "empty", ""]
     assert source._group.cache_info().currsize == 2
     every_other = SignalSource(directory, manifest)
     assert all(same(every_other.row(g), expected[g]) for g in range(1, 40, 2)), "rank 1 of 2"
 
 
-def test_adaptive_k_is_ragged_on_disk(cache: tuple[str, dict[str, Any], list[TrainingRow]]) -> None:
+def test_adaptive_k_is_ragged_on_disk(cache: Cache) -> None:
     model = load_model(GOLDEN / "rcd" / "sdar_ref_tiny")
     rows = [r for r in cache[2] if not r.reason][:5]
     rows, signals = signal_rows(model, rows, 0.012)
     kept = torch.isfinite(signals.topk_logprobs)
-    assert 0 < int(kept.sum()) < kept.numel(), "some positions need fewer entries"
+    assert 0 < int(kept.sum()) < kept.numel(), "some positions keep fewer entries"
     table = encode(rows, signals, adaptive=True)
     assert len(table["topk_ids"].combine_chunks().values) == int(kept.sum())
     assert table["num_kept"].combine_chunks().values.to_pylist() == kept.sum(1).tolist()
@@ -318,29 +313,26 @@ def damaged(directory: str, manifest: dict[str, Any], rows: range) -> str:
     return str(caught.value)
 
 
-def test_a_damaged_shard_is_named(cache: tuple[str, dict[str, Any], list[TrainingRow]]) -> None:
+def test_a_damaged_shard_is_named(cache: Cache) -> None:
     directory, manifest, expected = cache
     path = Path(directory) / "shard-00001.parquet"
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
     message = damaged(directory, manifest, range(40))
-    assert f"{path} is damaged (it has {len(whole) - 20} bytes, {len(whole)} were written)" in message
-    assert "--repair" in message
+    assert str(path) in message and f"{len(whole) - 20} bytes" in message and "--repair" in message
     middle = len(whole) // 2
     path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
-    assert f"{path} is damaged (its sha256 is" in damaged(directory, manifest, range(40))
+    assert "sha256" in damaged(directory, manifest, range(40))
     path.unlink()
-    assert f"{path} is damaged (it is missing)" in damaged(directory, manifest, range(40))
+    assert "missing" in damaged(directory, manifest, range(40))
     source = SignalSource(directory, manifest)
-    assert all(same(source.row(g), expected[g]) for g in range(7)), "the others are read"
+    assert all(same(source.row(g), expected[g]) for g in range(7)), "other shards can be read"
 
 
-def test_a_shard_of_the_right_bytes_but_other_rows_is_named(
-    cache: tuple[str, dict[str, Any], list[TrainingRow]],
-) -> None:
+def test_a_shard_with_another_number_of_rows_is_named(cache: Cache) -> None:
     directory, manifest, _ = cache
     shifted = {**manifest, "row_offsets": [0, 8, 27, 41]}
-    assert "it has 7 rows, the manifest says 8" in damaged(directory, shifted, range(1))
+    assert "shard-00000.parquet is damaged (it has 7 rows" in damaged(directory, shifted, range(1))
 
 
 def test_a_mismatch_is_named_with_both_values_and_a_remedy() -> None:
@@ -356,7 +348,7 @@ def test_a_mismatch_is_named_with_both_values_and_a_remedy() -> None:
         SignalSource("/nowhere", {})
 
 
-def test_ragged_rows_join_with_padding_of_no_weight() -> None:
+def test_ragged_signals_are_padded_when_concatenated() -> None:
     parts = [ReferenceSignals.from_logits(torch.randn(3, 16), k) for k in (2, 5)]
     joined = ReferenceSignals.cat(parts)
     assert joined.topk_logprobs[0, 2:].tolist() == [-math.inf] * 3

@@ -1,24 +1,14 @@
-"""DDP, FSDP2 and DeepSpeed train the same model, packed or not, and go on from their checkpoints bit by bit.
-
-Each case is two processes with gloo on CPU, as under torchrun.
-"""
+"""DDP, FSDP2 and DeepSpeed train the same model, packed or not, and resume from their checkpoints bit by bit."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 from rcd_core import UserError, load_model
@@ -27,9 +17,9 @@ from rcd_core.residual import ResidualSettings
 from rcd_core.training.data.examples import ExampleSource
 from rcd_core.training.loop import Callbacks, train
 from rcd_core.training.settings import TrainSettings
+from rcd_core.training.strategies import read_progress
+from tests.rcd_core.training.helpers import BLOCK, GOLDEN, spawn, write_examples
 
-GOLDEN = Path(__file__).parents[2] / "golden"
-BLOCK = 4
 NOISE = NoiseSettings(draws=2)
 RESIDUAL = ResidualSettings(source="online", dropout=0.25)
 
@@ -41,18 +31,7 @@ def settings(**changes: Any) -> TrainSettings:
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Rows of one to five blocks: packing gives the two workers different numbers of packed rows."""
-    generator = np.random.default_rng(0)
-    ids = [generator.integers(0, 490, n * BLOCK).tolist() for n in generator.integers(2, 6, 24)]
-    lists = pa.list_(pa.int32())
-    table = {
-        "example_id": [f"{i:03d}" for i in range(len(ids))],
-        "input_ids": pa.array(ids, lists),
-        "labels": pa.array([[-100] * BLOCK + row[BLOCK:] for row in ids], lists),
-    }
-    path = str(tmp_path_factory.mktemp("examples") / "part.parquet")
-    pq.write_table(pa.table(table), path)
-    return path
+    return write_examples(tmp_path_factory.mktemp("examples"), 24)
 
 
 def run(
@@ -68,37 +47,26 @@ def run(
     return train(model, source, s, residual, BLOCK, callbacks, reference=reference, noise=NOISE, **options), logged
 
 
-def worker(
-    rank: int, world: int, port: int, out: str, examples: str, s: TrainSettings, options: dict[str, Any]
-) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": str(world), "LOCAL_SIZE": str(world)}
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    # Each rank writes to a directory of its own, as under Ray Train; they are merged afterwards.
-    parts = Path(out) / f"rank{rank}"
-    weights, logged = run(examples, s, checkpoint=lambda step, save: save(parts / str(step)), **options)
+def worker(rank: int, out: Path, examples: str, s: TrainSettings, options: dict[str, Any]) -> None:
+    # Each rank writes to its own directory, as under Ray Train; `launch` merges them.
+    parts = out / f"rank{rank}"
+    weights, _ = run(examples, s, checkpoint=lambda step, save: save(parts / str(step)), **options)
     if rank == 0:
-        save_file({k: v.contiguous() for k, v in weights.items()}, Path(out) / "weights.safetensors")
-        torch.save([line["loss"] for line in logged], Path(out) / "losses.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+        save_file({k: v.contiguous() for k, v in weights.items()}, out / "weights.safetensors")
 
 
-def launch(out: Path, examples: str, s: TrainSettings, world: int = 2, **options: Any) -> dict[str, torch.Tensor]:
+def launch(out: Path, examples: str, s: TrainSettings, **options: Any) -> dict[str, torch.Tensor]:
+    """Train with two workers; returns the weights and leaves the checkpoints in out/checkpoints."""
     out.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(worker, (world, port, str(out), examples, s, options), nprocs=world)
-    for rank in range(world):
-        if (out / f"rank{rank}").exists():
-            shutil.copytree(out / f"rank{rank}", out / "checkpoints", dirs_exist_ok=True)
+    spawn(worker, 2, out, examples, s, options)
+    for parts in out.glob("rank*"):
+        shutil.copytree(parts, out / "checkpoints", dirs_exist_ok=True)
     return load_file(out / "weights.safetensors")
 
 
 def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    """The difference is five thousandths of what training has changed: Adam makes much of rounding where gradients are
-    next to nothing, so single numbers may differ by more."""
+    """The difference is at most 0.5 % of what training changed. Single weights may differ by more, because Adam
+    amplifies rounding where gradients are near 0."""
     start = load_model(GOLDEN / "sdar_tiny").backbone.state_dict()
     assert a.keys() == b.keys()
     for name in a:
@@ -111,24 +79,21 @@ def alone(examples: str) -> dict[str, torch.Tensor]:
 
 
 def test_packing_and_recomputation_change_rounding_only(examples: str, alone: dict[str, torch.Tensor]) -> None:
-    for changes in (
-        {"pack_length": 24},
-        {"pack_length": 24, "micro_batch_size": 1},
-        {"activation_checkpointing": True},
-    ):
+    packed = {"pack_length": 24}
+    for changes in (packed, {**packed, "micro_batch_size": 1}, {"activation_checkpointing": True}):
         close(run(examples, settings(**changes))[0], alone)
 
 
 def test_low_precision_passes_train_nearly_the_same(
     examples: str, alone: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    """bf16 passes over fp32 weights: what training changes is the same to a few hundredths of it."""
+    """bf16 passes over fp32 weights: what training changes is nearly the same."""
     start = load_model(GOLDEN / "sdar_tiny").backbone.state_dict()
     changed = torch.cat([(alone[n] - start[n]).flatten() for n in alone])
     low = settings(dtype="bfloat16")
-    for found in (run(examples, low)[0], launch(tmp_path / "low", examples, replace(low, strategy="fsdp2"))):
-        assert all(w.dtype == torch.float32 for w in found.values())
-        off = torch.cat([(found[n] - alone[n]).flatten() for n in alone])
+    for weights in (run(examples, low)[0], launch(tmp_path / "low", examples, replace(low, strategy="fsdp2"))):
+        assert all(w.dtype == torch.float32 for w in weights.values())
+        off = torch.cat([(weights[n] - alone[n]).flatten() for n in alone])
         assert 0 < off.norm() < 0.3 * changed.norm()
 
 
@@ -146,23 +111,21 @@ def test_fsdp2_trains_what_one_process_trains_and_resumes_exactly(
     offloaded = launch(tmp_path / "offloaded", examples, replace(s, cpu_offload=True))
     close(offloaded, alone)
     with pytest.raises(UserError, match=r"train\.strategy fsdp2, .*deepspeed"):
-        from rcd_core.training.strategies import read_progress
-
         read_progress(checkpoint, "deepspeed")
 
 
 @pytest.mark.drill  # two more pairs of processes
 @pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
 def test_a_learned_alpha_is_trained_with_the_model(strategy: Any, examples: str, tmp_path: Path) -> None:
-    """Its few weights are sharded and saved like the others: as many as one process has, close to those."""
+    """Its weights are sharded and saved like the others and close to those of one process."""
     residual = replace(RESIDUAL, alpha="learned")
     alone, _ = run(examples, settings(), residual=residual)
-    found = launch(tmp_path / "two", examples, settings(strategy=strategy), residual=residual)
+    weights = launch(tmp_path / "two", examples, settings(strategy=strategy), residual=residual)
     names = [name for name in alone if name.startswith("learned_alpha.")]
-    assert len(names) == 4 and found.keys() == alone.keys()
+    assert len(names) == 4 and weights.keys() == alone.keys()
     for name in names:
         assert alone[name].any()
-        torch.testing.assert_close(found[name], alone[name], atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(weights[name], alone[name], atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.drill  # needs the extra `deepspeed`, and builds C++ code the first time
