@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.attention [--lengths 1024,2048,4096,8192] [--heads 4] [--repeats 3]
 
-Compared in one run, each in a process of its own: `tiled` (what sdpa does for long rows: tiles of queries, only the
-keys they see) and `mask` (one mask of all pairs). Extra memory is the peak above the tensors that any method needs
-(inputs and their gradients). On a GPU `flex` is measured as well.
+Compares, each in its own process, `tiled` (sdpa's way for long rows: tiles of queries with the keys they see) and
+`mask` (one mask of all pairs); on a GPU also `flex`. Extra memory is the peak above the tensors that every method needs
+(inputs and their gradients).
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def main() -> None:
 
 def _child(method: str, length: int, heads: int) -> dict[str, float]:
     command = [sys.executable, "-m", "tests.benchmarks.attention", "--one", method, str(length), "--heads", str(heads)]
-    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return dict(json.loads(found.splitlines()[-1]))
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return dict(json.loads(output.splitlines()[-1]))
 
 
 def measure(method: str, length: int, heads: int) -> dict[str, float]:
@@ -88,7 +88,7 @@ def measure(method: str, length: int, heads: int) -> dict[str, float]:
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    # The result and its gradient belong to any method.
+    # Every method needs the result and its gradient.
     extra = _peak_bytes(device) - before - 2 * out.numel() * out.element_size()
     return {"extra_mib": round(extra / 2**20, 1), "seconds": round(seconds, 3)}
 
@@ -97,7 +97,7 @@ def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the current resident memory
 
 
 def _peak_bytes(device: torch.device) -> int:

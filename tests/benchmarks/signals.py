@@ -1,10 +1,10 @@
-"""Reference signals: throughput of the stage, memory of the encoding, bytes on disk, and what the sparse form loses.
+"""Reference signals: throughput of the stage, memory of the encoding, bytes on disk, accuracy of the sparse form.
 
     python -m tests.benchmarks.signals --data /data/gsm8k_train.jsonl [--demo ~/rcd-runs/demo] [--repeats 3]
 
-One thread per process, two cores at most, minutes. --demo takes reference, target and examples from a finished run of
-that recipe instead of training small ones; without --data the word problems are left out. --only names parts:
-memory, fidelity, trained, throughput; all but throughput run without Ray. The last line is one JSON object.
+One thread per process, at most two cores, a few minutes. --demo uses reference, target and examples of a finished run
+of that recipe instead of training small ones. Without --data the word problems are skipped. --only selects parts
+(memory, fidelity, trained, throughput); only throughput needs Ray. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -42,50 +42,50 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(header(), flush=True)
-    found: dict[str, Any] = {"gpu": "not measured"}
+    results: dict[str, Any] = {"gpu": "not measured"}
     start = time.perf_counter()
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rcd-bench-")))
         if "memory" in options.only:
-            memory(found)
+            memory(results)
         workloads = []
         if {"fidelity", "trained", "throughput"} & set(options.only):
             workloads.append(demo(options.demo, scratch))
         if "throughput" in options.only:
-            throughput(found, workloads[0], scratch, options.repeats)
+            throughput(results, workloads[0], scratch, options.repeats)
         if "fidelity" in options.only:
             if options.data and options.data.exists():
                 workloads.append(make(GSM8K, scratch / "gsm8k", options.data, 4000))
             else:
-                print(f"word problems left out: --data {options.data} is not there")
-            found["fidelity"] = {}
+                print(f"word problems skipped: --data {options.data} does not exist")
+            results["fidelity"] = {}
             for workload in workloads:
                 report = table(workload, POSITIONS)
                 print(f"\nfidelity, {workload.name}:", *report_lines(report), sep="\n", flush=True)
-                found["fidelity"][workload.name] = as_json(report)
+                results["fidelity"][workload.name] = as_json(report)
         if "trained" in options.only:
             changes = trained(workloads[0], 100, TRAINED, 2e-3, 64)
             print(f"\nloss after training on each kind: {changes}")
-            found["trained"] = changes
-    found["idle_probe"] = idle_probe()
-    found["seconds"] = round(time.perf_counter() - start)
-    print(json.dumps(found))
+            results["trained"] = changes
+    results["idle_probe"] = idle_probe()
+    results["seconds"] = round(time.perf_counter() - start)
+    print(json.dumps(results))
 
 
 def demo(directory: Path | None, scratch: Path) -> Workload:
     return finished_run(directory.expanduser()) if directory else make(SUDOKU, scratch / "sudoku", None, 16_384)
 
 
-def memory(found: dict[str, Any]) -> None:
+def memory(results: dict[str, Any]) -> None:
     """4,096 tokens at SDAR's vocabulary."""
     runs = [in_fresh_process("--width", "1024"), in_fresh_process("--width", "2048", "--dtype", "bfloat16")]
     for run in runs:
         print(f"memory: {run}", flush=True)
-    found["encode_extra_gib"] = max(run["extra_gib"] for run in runs)
+    results["encode_extra_gib"] = max(run["extra_gib"] for run in runs)
 
 
-def throughput(found: dict[str, Any], tiny: Workload, scratch: Path, repeats: int) -> None:
-    """The demo's reference, where everything else weighs most, and one large enough to be worth a cache."""
+def throughput(results: dict[str, Any], tiny: Workload, scratch: Path, repeats: int) -> None:
+    """The demo's reference, where overhead weighs most, and one large enough to be worth a cache."""
     from tests.benchmarks.signals_throughput import compare, make_job, own_ray, stage
 
     large = random_reference(scratch / "random")
@@ -95,11 +95,11 @@ def throughput(found: dict[str, Any], tiny: Workload, scratch: Path, repeats: in
             probe = idle_probe()
             result = compare(job, repeats) | {"idle_probe": [probe, idle_probe()]}
             print(f"throughput, {name}: {json.dumps(result)}", flush=True)
-            found.setdefault("throughput", {})[name] = result
+            results.setdefault("throughput", {})[name] = result
         for name in ("pipeline_vs_forward", "two_actor_vs_bare_scaling"):
-            found[name] = found["throughput"]["large"][name]["median"]
-            found[f"{name}_demo"] = found["throughput"]["demo"][name]["median"]
-        found["sizes"] = []
+            results[name] = results["throughput"]["large"][name]["median"]
+            results[f"{name}_demo"] = results["throughput"]["demo"][name]["median"]
+        results["sizes"] = []
         for top_k, mass in SIZE_RULES:
             job = jobs["demo"]
             job = replace(job, rule=replace(job.rule, top_k=top_k, keep_mass=mass))
@@ -108,7 +108,7 @@ def throughput(found: dict[str, Any], tiny: Workload, scratch: Path, repeats: in
             shards = sorted(path.name for path in kept.glob("*.parquet"))
             masked = sum(json.loads((kept / f"{name}.json").read_text())["masked_tokens"] for name in shards)
             sizes = measure_sizes(str(kept), shards, masked)
-            found["sizes"].append(
+            results["sizes"].append(
                 {
                     "k": top_k,
                     "mass": mass,
@@ -120,8 +120,8 @@ def throughput(found: dict[str, Any], tiny: Workload, scratch: Path, repeats: in
                     "cpu_s_per_million": round(rate.cpu_s_per_million, 2),
                 }
             )
-            print(f"size: {found['sizes'][-1]}", flush=True)
-        found |= {name: found["sizes"][0][name] for name in ("bytes_per_kept_entry", "bytes_rest_per_token")}
+            print(f"size: {results['sizes'][-1]}", flush=True)
+        results |= {name: results["sizes"][0][name] for name in ("bytes_per_kept_entry", "bytes_rest_per_token")}
 
 
 if __name__ == "__main__":

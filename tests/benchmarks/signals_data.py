@@ -1,6 +1,6 @@
-"""References, targets and examples for the signals benchmark: of a finished demo run, or made here in minutes.
+"""References, targets and examples for the signals benchmark: from a finished demo run, or trained here in minutes.
 
-No Ray: tokenizer, examples and models come from rcd_core, in the form in which the pipeline's stages leave them.
+Needs no Ray: rcd_core makes tokenizer, examples and models in the form that the pipeline's stages write.
 """
 
 from __future__ import annotations
@@ -31,13 +31,12 @@ from rcd_core.training.loop import Callbacks, train
 from rcd_core.training.settings import SignalRule, TrainSettings
 
 ROWS_PER_GROUP = 1024
-NEAR_DENSE = 256  # entries kept while the benchmark's own targets are trained, so that no smaller k is favoured
+NEAR_DENSE = 256  # entries kept while the benchmark trains its targets, so that no smaller k is favoured
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A reference and a target (directories), the examples' files, and how residuals are made of them. start: what
-    the target was trained from."""
+    """Directories of a reference, a target and the target's start, the examples' files, and the rule for residuals."""
 
     name: str
     reference: str
@@ -51,7 +50,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What `make` trains: sizes of both models, optimiser steps of reference, base and target."""
+    """What `make` trains. steps: of reference, base and target."""
 
     task: str
     vocab_size: int
@@ -129,18 +128,18 @@ def _records(task: Task, data: Path | None) -> Iterator[dict[str, str]]:
 
 
 def _write_examples(encoder: Encoder, rows: list[dict[str, str]], directory: Path) -> str:
-    """In the form of the stage prepare's files, in the order of the examples' content hashes."""
-    found: dict[str, tuple[list[int], list[int]]] = {}
+    """As the stage `prepare` writes them, ordered by content hash."""
+    examples: dict[str, tuple[list[int], list[int]]] = {}
     for row in rows:
         problem = encoder.problem(row)
         try:
             example = encoder.train(problem)
         except BadRow:
             continue  # too long
-        found[content_id(problem)] = example.input_ids, example.labels
+        examples[content_id(problem)] = example.input_ids, example.labels
     directory.mkdir(parents=True, exist_ok=True)
     path = str(directory / "examples.parquet")
-    _write_table(found, path)
+    _write_table(examples, path)
     return path
 
 
@@ -187,8 +186,8 @@ def _train(
 
 
 def random_reference(directory: Path) -> Workload:
-    """A larger reference with random weights over random examples, for throughput: its speed does not depend on what
-    it has learned. 12 M parameters in its layers, V = 32,000, rows of 256 tokens, blocks of 32."""
+    """A larger reference with random weights and examples, for throughput. 12 M parameters in its layers, V = 32,000,
+    rows of 256 tokens, blocks of 32."""
     sizes = ModelConfig(
         family="sdar", hidden_size=384, num_layers=6, num_heads=6, num_kv_heads=2, intermediate_size=1152
     )

@@ -1,5 +1,5 @@
-"""What sparse signals lose: evaluation.signal_fidelity's table over k, treatment and mass; and, because
-the loss of a trained target is one thing and training on sparse residuals another, targets trained with each kind."""
+"""Accuracy of sparse signals: the table of evaluation's signal fidelity over k, treatment and mass, and the losses of
+targets that were trained with each kind of signals."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from rcd_core.training.objective import TrainingBatch, masked_hidden, training_l
 from tests.benchmarks.signals_data import Workload
 
 KS, MASSES, MASS_KS = (8, 16, 32, 64, 128), (0.9, 0.99, 0.999), (32, 128)
-HELD_OUT = 1 << 20  # rows for measuring: another epoch than the rows that are trained on here
+HELD_OUT = 1 << 20  # first row for measuring, in another epoch than the rows trained on
 
 
 def table(workload: Workload, positions: int) -> Report:
-    """Every treatment at every k <= V / 4, and mean_tail at two of these with each mass."""
+    """All treatments at each k <= V / 4, and mean_tail at two of these with each mass."""
     reference, target = load_model(workload.reference), load_model(workload.target)
     kinds = kinds_up_to(reference.vocab_size, KS)
     kinds += [Kind(k, mass) for k in MASS_KS if Kind(k) in kinds for mass in MASSES]
-    batches, found = [], 0
-    while found < positions:
+    batches, num_masked = [], 0
+    while num_masked < positions:
         batches.append(_batch(workload, reference, HELD_OUT + 64 * len(batches), 64))
-        found += int(batches[-1].masked.sum())
+        num_masked += int(batches[-1].masked.sum())
     return measure(reference, target, ((b, None) for b in batches), kinds, workload.rule)
 
 
 def trained(workload: Workload, steps: int, kinds: list[Kind], rate: float, batch_size: int) -> dict[str, float]:
-    """Relative change of the final loss where a target is trained with a kind's residuals instead of dense ones, from
-    the same weights on the same rows, both judged on held-out rows with dense residuals; and, as the scale for it, the
-    same of a run with dense residuals on other rows."""
+    """Relative change of the final loss if a target is trained with a kind's residuals instead of dense ones, from the
+    same weights on the same rows; the loss is measured on held-out rows with dense residuals. For scale, the change of
+    a run with dense residuals on other rows."""
     reference = load_model(workload.reference)
     held_out = [_batch(workload, reference, HELD_OUT + 64 * i, 64) for i in range(4)]
 

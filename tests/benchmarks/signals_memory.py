@@ -1,4 +1,4 @@
-"""How much memory encoding adds to weights and inputs: peak of a fresh process before and after, no Ray.
+"""Memory that encoding needs in addition to weights and inputs: peak of a fresh process before and after. No Ray.
 
 python -m tests.benchmarks.signals_memory --tokens 4096 --vocab-size 151936 --width 1024
 """
@@ -19,7 +19,7 @@ from rcd_core.signals import ReferenceSignals
 
 
 def peak_gib() -> float:
-    """The largest resident set this process ever had (VmHWM), in GiB."""
+    """The largest resident set of this process so far, in GiB."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
@@ -35,34 +35,34 @@ def main() -> None:
     torch.set_num_threads(1)
     dtype = getattr(torch, options.dtype)
     generator = torch.Generator().manual_seed(0)
-    # In place and in the final dtype, so that making them leaves no peak behind which the encoding could hide.
+    # In place and in the final dtype, so that creating them has no peak of its own.
     hidden = torch.empty(options.tokens, options.width, dtype=dtype).normal_(generator=generator)
     head = torch.empty(options.vocab_size, options.width, dtype=dtype).normal_(std=0.1, generator=generator)
     hidden[:2] @ head[:64].T  # the matrix library's own buffers
     before, start = peak_gib(), time.process_time()
     signals = ReferenceSignals.from_hidden(hidden, head, options.k)
-    taken = time.process_time() - start
+    seconds = time.process_time() - start
     assert len(signals) == options.tokens
-    start = time.process_time()  # of the processor: other processes on the machine count less
+    start = time.process_time()  # CPU time, which other processes disturb less
     tile = (64 << 20) // (4 * options.vocab_size)
     for rows in torch.split(hidden, tile)[:4]:
         torch.mm(rows, head.T)
     product = (time.process_time() - start) / min(4 * tile, options.tokens) * options.tokens
-    found = {
+    figures = {
         "gib_before": round(before, 3),
         "extra_gib": round(peak_gib() - before, 3),
-        "cpu_s": round(taken, 2),
+        "cpu_s": round(seconds, 2),
         "cpu_s_of_products": round(product, 2),
     }
-    print(json.dumps(found))
+    print(json.dumps(figures))
 
 
 def in_fresh_process(*arguments: str) -> dict[str, Any]:
-    """The figures, from a process whose peak is its own."""
+    """The figures from a fresh process."""
     command = [sys.executable, "-m", "tests.benchmarks.signals_memory", *arguments]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
 
 
 if __name__ == "__main__":

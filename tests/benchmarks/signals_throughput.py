@@ -1,9 +1,8 @@
-"""The stage `signals` against the bare reference: masked tokens per second, one process or actor and two.
+"""The stage `signals` against the bare reference: masked tokens per second of one and of two processes.
 
-Bare is what cannot be avoided: the reference's forward pass and its head on the masked rows, over the batches the
-stage would make, which are collated beforehand. The stage is pipelines.precompute on a Ray of its own: rows, noise,
-collating, forward pass, encoding, Parquet, sidecar. On both sides time counts from the end of each process's first
-shard, so that no start-up is in it and the rows are the same. One thread per process throughout.
+Bare is the reference's forward pass and its head on the masked rows, over the stage's batches, collated beforehand. The
+stage is pipelines.precompute on its own Ray: rows, noise, collation, forward pass, encoding, Parquet, sidecar. Both are
+timed from the end of each process's first shard, which excludes start-up. One thread per process.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ HEAD_BYTES = 64 << 20  # logits of the bare head held at once, as in the encodin
 
 
 def make_job(workload: Workload, rows_per_shard: int, num_shards: int, batch_tokens: int, top_k: int = 32) -> SignalJob:
-    """Equal shards; more rows than there are (example, draw) pairs are not asked for here."""
+    """Equal shards."""
     return SignalJob(
         directory="",
         reference=workload.reference,
@@ -63,22 +62,22 @@ class Rate(NamedTuple):
 
 
 def compare(job: SignalJob, repeats: int) -> dict[str, Any]:
-    """Both ways with one and with two processes, in turns, so that what else runs strikes both. Ratios are stage / bare
-    of the same turn; cpu_ratio is that of processor time with one process: what the first would be if nobody waited."""
-    found: dict[str, list[Rate]] = {name: [] for name in ("bare_1", "stage_1", "bare_2", "stage_2")}
+    """Both with one and two processes, in turns, so that other load affects both. Ratios are stage / bare of the same
+    turn; cpu_ratio uses the CPU time of one process, which excludes waiting."""
+    rates: dict[str, list[Rate]] = {name: [] for name in ("bare_1", "stage_1", "bare_2", "stage_2")}
     for _ in range(repeats):
         for processes in (1, 2):
-            found[f"bare_{processes}"].append(bare(job, processes))
-            found[f"stage_{processes}"].append(stage(job, processes))
+            rates[f"bare_{processes}"].append(bare(job, processes))
+            rates[f"stage_{processes}"].append(stage(job, processes))
 
     def ratios(processes: int, field: int) -> dict[str, float]:
-        pairs = zip(found[f"stage_{processes}"], found[f"bare_{processes}"], strict=True)
+        pairs = zip(rates[f"stage_{processes}"], rates[f"bare_{processes}"], strict=True)
         values = [s[0] / b[0] if field == 0 else b[1] / s[1] for s, b in pairs]
         shown = {"median": median(values), "min": min(values), "max": max(values)}
         return {name: round(value, 3) for name, value in shown.items()} | {"repeats": repeats}
 
     return {
-        "tokens_per_s": {name: round(median(r.tokens_per_s for r in rates)) for name, rates in found.items()},
+        "tokens_per_s": {name: round(median(r.tokens_per_s for r in values)) for name, values in rates.items()},
         "pipeline_vs_forward": ratios(1, 0),
         "two_actor_vs_bare_scaling": ratios(2, 0),
         "cpu_ratio": ratios(1, 1),
@@ -89,7 +88,7 @@ def compare(job: SignalJob, repeats: int) -> dict[str, Any]:
 
 
 def bare(job: SignalJob, processes: int) -> Rate:
-    """So many processes at once, each with its share of the shards."""
+    """Each process runs its share of the shards."""
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(processes), context.Queue()
     workers = [
@@ -98,16 +97,16 @@ def bare(job: SignalJob, processes: int) -> Rate:
     ]
     for worker in workers:
         worker.start()
-    found = [results.get(timeout=600) for _ in workers]
+    measurements = [results.get(timeout=600) for _ in workers]
     for worker in workers:
         worker.join()
-    return _rate(found)
+    return _rate(measurements)
 
 
-def _rate(found: Sequence[tuple[int, float, float]]) -> Rate:
+def _rate(measurements: Sequence[tuple[int, float, float]]) -> Rate:
     """(masked tokens, wall seconds, processor seconds) of each process."""
-    tokens, cpu = sum(f[0] for f in found), sum(f[2] for f in found)
-    return Rate(sum(n / wall for n, wall, _ in found), cpu / tokens * 1e6)
+    tokens, cpu = sum(f[0] for f in measurements), sum(f[2] for f in measurements)
+    return Rate(sum(n / wall for n, wall, _ in measurements), cpu / tokens * 1e6)
 
 
 @torch.no_grad()
@@ -124,7 +123,7 @@ def _bare(job: SignalJob, shards: range, barrier: Any, results: Any) -> None:
         return len(hidden)
 
     barrier.wait()
-    for batch in batches[0]:  # start-up, as the actors' first shards are: the same rows are timed on both sides
+    for batch in batches[0]:  # start-up, like the actors' first shards
         forward(batch)
     start, cpu = time.perf_counter(), time.process_time()
     tokens = sum(forward(batch) for shard in batches[1:] for batch in shard)
@@ -133,24 +132,24 @@ def _bare(job: SignalJob, shards: range, barrier: Any, results: Any) -> None:
 
 def _batches(actor: SignalActor, rows: range) -> list[Any]:
     """A shard's batches as the actor makes them, collated."""
-    job, model, found = actor.job, actor.model, []
-    for held in groups((actor.source.row(g) for g in rows), job.batch_tokens):
-        for places in plan_batches([len(r.input_ids) for r in held], job.batch_tokens):
+    job, model, batches = actor.job, actor.model, []
+    for rows_of_group in groups((actor.source.row(g) for g in rows), job.batch_tokens):
+        for places in plan_batches([len(r.input_ids) for r in rows_of_group], job.batch_tokens):
             batch, _ = collate(
-                [held[i] for i in places],
+                [rows_of_group[i] for i in places],
                 mask_token_id=model.mask_token_id,
                 pad_token_id=model.info.pad_token_id,
                 block_length=job.block_length,
             )
-            found.append(batch)
-    return found
+            batches.append(batch)
+    return batches
 
 
 # -- the stage
 
 
 class TimedActor(SignalActor):
-    """The stage's actor, which also notes when each shard was done and what processor time it had taken by then."""
+    """The stage's actor, which also records wall and CPU time at the end of each shard."""
 
     def compute(self, shard: int) -> None:
         super().compute(shard)
@@ -159,7 +158,7 @@ class TimedActor(SignalActor):
 
 
 def stage(job: SignalJob, actors: int, keep: Path | None = None) -> Rate:
-    """The stage's own Ray Data job; an actor's first shard is its start-up. keep: where to leave the shards."""
+    """The stage's own Ray Data job; an actor's first shard is start-up. keep: where to copy the shards."""
     from rich.console import Console
 
     from pipelines import precompute
@@ -173,23 +172,23 @@ def stage(job: SignalJob, actors: int, keep: Path | None = None) -> Rate:
         with mock.patch.object(precompute, "SignalActor", TimedActor):
             for _ in precompute._compute(context, job, list(range(job.num_shards))):
                 pass
-        found = []
+        measurements = []
         for path in directory.glob("times-*"):
             (_, started, cpu), *rest = [json.loads(line) for line in path.read_text().splitlines()]
             if rest:
                 sidecars = [f"{directory}/shard-{shard:05d}.parquet.json" for shard, _, _ in rest]
                 tokens = sum(storage.read_json(sidecar)["masked_tokens"] for sidecar in sidecars)
-                found.append((tokens, rest[-1][1] - started, rest[-1][2] - cpu))
+                measurements.append((tokens, rest[-1][1] - started, rest[-1][2] - cpu))
         if keep is not None:
             shutil.copytree(directory, keep, dirs_exist_ok=True)
-        return _rate(found)
+        return _rate(measurements)
     finally:
         shutil.rmtree(directory)
 
 
 @contextmanager
 def own_ray(num_cpus: int = 2) -> Iterator[None]:
-    """A Ray of this process, on this machine only, away from any other."""
+    """A private Ray on this machine."""
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     os.environ.pop("RAY_ADDRESS", None)

@@ -1,10 +1,9 @@
-"""Training: what a residual costs beside plain SFT, what the fused loss saves, and whether a resumed run is the same.
+"""Training: the cost of residuals over plain SFT, what the fused loss saves, and whether a resumed run is the same.
 
     python -m tests.benchmarks.training [--width 2048] [--depths 1,2] [--length 512] [--repeats 5]
 
-On a CPU the step is measured at SDAR-1.7B's width and vocabulary with few layers, at two depths, and extrapolated to 28
-layers by a straight line; both raw times are given. On a GPU the whole model is measured, with its reference online as
-well. Free of Ray.
+On a CPU, a step is measured with SDAR-1.7B's width and vocabulary at two small depths and extrapolated linearly to 28
+layers; both raw times are printed. On a GPU, whole models are measured, also with an online reference. Needs no Ray.
 """
 
 from __future__ import annotations
@@ -61,10 +60,10 @@ def main() -> None:
         return
     print(header(), flush=True)
     gpu = torch.cuda.is_available()
-    found: dict[str, Any] = {"resume_equal": resume_equal(), **compare_losses(options.vocab, options.repeats)}
-    found |= whole_models(options.repeats) if gpu else two_depths(options)
-    found["gpu"] = torch.cuda.get_device_name() if gpu else "not measured"
-    print(json.dumps(found))
+    results: dict[str, Any] = {"resume_equal": resume_equal(), **compare_losses(options.vocab, options.repeats)}
+    results |= whole_models(options.repeats) if gpu else two_depths(options)
+    results["gpu"] = torch.cuda.get_device_name() if gpu else "not measured"
+    print(json.dumps(results))
 
 
 # -- one step
@@ -92,7 +91,7 @@ def make_micro_batch(vocab: int, length: int, device: torch.device) -> MicroBatc
     ids = generator.integers(1, vocab - 1, length)
     labels = np.where(np.arange(length) >= length // 4, ids, -100)
     masked = (generator.random(length) < 0.5) & (labels >= 0)
-    maker = Collator(
+    collator = Collator(
         settings=TrainSettings(steps=1, batch_size=1),
         residual=ResidualSettings(source="none", dropout=0.0),
         mask_token_id=vocab - 1,
@@ -100,12 +99,12 @@ def make_micro_batch(vocab: int, length: int, device: torch.device) -> MicroBatc
         block_length=BLOCK_LENGTH,
         block_diffusion=True,
     )
-    (micro,) = maker.micro_batches([TrainingRow(0, "row", 0, ids, labels, masked, np.full(length, 0.5))])
+    (micro,) = collator.micro_batches([TrainingRow(0, "row", 0, ids, labels, masked, np.full(length, 0.5))])
     return micro.to(device)
 
 
 def make_signals(count: int, vocab: int, device: torch.device) -> ReferenceSignals:
-    """Cached signals of made-up predictions; only their sizes matter here."""
+    """Random cached signals; only their sizes matter."""
     generator = torch.Generator().manual_seed(0)
     logprobs = torch.log_softmax(torch.randn(count, TOP_K, generator=generator) * 2, -1) - 0.1
     ids = torch.randint(0, vocab, (count, TOP_K), generator=generator, dtype=torch.int32)
@@ -113,13 +112,15 @@ def make_signals(count: int, vocab: int, device: torch.device) -> ReferenceSigna
     return ReferenceSignals(ids, logprobs.half(), entropy, tail).to(device)
 
 
-def step_times(model: DiffusionModel, micro: MicroBatch, arms: dict[str, Any], repeats: int) -> dict[str, list[float]]:
-    """Seconds of forward, backward and AdamW, the arms in turn; the first round is warm-up."""
+def step_times(
+    model: DiffusionModel, micro: MicroBatch, methods: dict[str, Any], repeats: int
+) -> dict[str, list[float]]:
+    """Seconds of forward, backward and AdamW, the methods in turn; the first round is warm-up."""
     device = model.device
     optimizer = adamw(model.parameters(), TrainSettings(steps=1, batch_size=1, learning_rate=1e-5))
-    times: dict[str, list[float]] = {name: [] for name in arms}
+    times: dict[str, list[float]] = {name: [] for name in methods}
     for round_ in range(repeats + 1):
-        for name, signals in arms.items():
+        for name, signals in methods.items():
             source: Any = "none" if signals is None else "signals"
             module = LossModule(model, "inverse_t", ResidualSettings(source=source, dropout=0.0))
             _wait(device)
@@ -155,14 +156,14 @@ def two_depths(options: argparse.Namespace) -> dict[str, Any]:
             f"{layers} layers: sft {row['sft_s']:.3f} s, rcd {row['rcd_s']:.3f} s, ratio {row['ratio']:.3f}", flush=True
         )
         del model, micro, signals
-    # A layer costs the same in both arms and the residual the same at any depth; two lines of their own would carry the
-    # noise of two measurements 26 layers further.
+    # A layer costs the same in both methods, and the residual the same at any depth. Extrapolating each method would
+    # multiply the noise of its two measurements.
     full = SHAPES["sdar-1.7b"][1]
     few, more = medians["sft"]
     whole = few + (full - depths[0]) * (more - few) / (depths[1] - depths[0])
     added = statistics.mean(r - s for s, r in zip(medians["sft"], medians["rcd"], strict=True))
     ratio = 1 + added / whole
-    print(f"{full} layers, extrapolated: sft {whole:.2f} s, the residual's own {added:.2f} s, ratio {ratio:.3f}")
+    print(f"{full} layers, extrapolated: sft {whole:.2f} s, the residual {added:.2f} s, ratio {ratio:.3f}")
     return {"rcd_vs_sft_step": ratio, "sft_extrapolated_s": whole, "depths": table, "length": options.length}
 
 
@@ -205,14 +206,14 @@ def _wait(device: torch.device) -> None:
 
 
 def compare_losses(vocab: int, repeats: int) -> dict[str, Any]:
-    """Peak memory and time of head and loss, each method in processes of its own."""
+    """Peak memory and time of head and loss, each method in its own processes."""
     medians: dict[str, dict[str, float]] = {}
     for method in ("fused", "naive"):
         runs = []
         for _ in range(min(repeats, 3)):
             command = [sys.executable, "-m", "tests.benchmarks.training", "--loss", method, "--vocab", str(vocab)]
-            found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            runs.append(json.loads(found.splitlines()[-1]))
+            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            runs.append(json.loads(output.splitlines()[-1]))
         medians[method] = {k: statistics.median(r[k] for r in runs) for k in runs[0]}
         seconds = [r["seconds"] for r in runs]
         print(
@@ -248,7 +249,7 @@ def measure_loss(method: str, vocab: int, rows: int = 2048, width: int = 256) ->
 
 
 def resume_equal() -> bool:
-    """A run that goes on from its checkpoint in the middle ends in the same bits as one that was not interrupted."""
+    """Whether a run that resumes from its middle ends in the same bits as an uninterrupted one."""
     noise = NoiseSettings()
 
     class Rows:
