@@ -10,7 +10,7 @@ of a number in the passes' dtype.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from rcd_core.errors import UserError
@@ -48,13 +48,8 @@ class ModelShape:
     @classmethod
     def of(cls, start: ModelConfig, vocab_size: int) -> ModelShape:
         """Of a new model."""
-        names = ("family", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size")
-        return cls(
-            **{name: getattr(start, name) for name in names},
-            head_dim=start.resolved_head_dim,
-            tie_embeddings=start.tie_embeddings,
-            vocab_size=vocab_size,
-        )
+        same = {f.name: getattr(start, f.name) for f in fields(cls) if f.name not in ("head_dim", "vocab_size")}
+        return cls(**same, head_dim=start.resolved_head_dim, vocab_size=vocab_size)
 
     @classmethod
     def of_backbone(cls, family: Family, config: Any) -> ModelShape:
