@@ -63,12 +63,12 @@ def becomes_idle(echo: Echo) -> bool:
 
 
 def test_openai_client_reads_a_completion(api: openai.OpenAI) -> None:
-    found = list(api.completions.create(model="m", prompt="hello", stream=True, max_tokens=9, seed=3))
-    assert "".join(c.choices[0].text for c in found) == "<hello>" and len(found) == 5
-    assert [c.choices[0].finish_reason for c in found] == [None] * 4 + ["stop"]  # type: ignore[comparison-overlap]
-    assert len({c.id for c in found}) == 1 and found[0].object == "text_completion"
-    assert found[-1].model_extra is not None and "rcd" not in (found[0].model_extra or {})
-    rcd = found[-1].model_extra["rcd"]
+    received = list(api.completions.create(model="m", prompt="hello", stream=True, max_tokens=9, seed=3))
+    assert "".join(c.choices[0].text for c in received) == "<hello>" and len(received) == 5
+    assert [c.choices[0].finish_reason for c in received] == [None] * 4 + ["stop"]  # type: ignore[comparison-overlap]
+    assert len({c.id for c in received}) == 1 and received[0].object == "text_completion"
+    assert received[-1].model_extra is not None and "rcd" not in (received[0].model_extra or {})
+    rcd = received[-1].model_extra["rcd"]
     assert rcd["forwards"]["denoise"] == 4 and rcd["tokens_per_forward"] == 2.0 and rcd["reference_failures"] == 2
     assert rcd["settings"]["max_new_tokens"] == 9 and rcd["settings"]["seed"] == 3
 
@@ -77,32 +77,32 @@ def test_openai_client_reads_a_chat_with_usage(api: openai.OpenAI) -> None:
     stream = api.chat.completions.create(
         model="m", messages=MESSAGES, stream=True, stream_options={"include_usage": True}
     )
-    found = list(stream)
-    assert "".join(c.choices[0].delta.content or "" for c in found[:-1]) == REPLY
-    assert found[0].choices[0].delta.role == "assistant" and found[-2].choices[0].finish_reason == "stop"
-    assert found[-1].choices == [] and found[-1].usage is not None and found[-1].usage.total_tokens == 11
+    received = list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in received[:-1]) == REPLY
+    assert received[0].choices[0].delta.role == "assistant" and received[-2].choices[0].finish_reason == "stop"
+    assert received[-1].choices == [] and received[-1].usage is not None and received[-1].usage.total_tokens == 11
     whole = api.chat.completions.create(model="m", messages=MESSAGES)
-    assert whole.choices[0].message.content == REPLY and whole.usage == found[-1].usage
+    assert whole.choices[0].message.content == REPLY and whole.usage == received[-1].usage
     assert [m.id for m in api.models.list().data] == ["m"] and api.models.retrieve("m").created == 7
 
 
 def test_chat_chunks_come_in_openai_order(url: str) -> None:
-    found = chunks(events(url, "chat/completions", stream_options={"include_usage": True}))
-    choices = [c["choices"][0] for c in found[:-1]]
+    received = chunks(events(url, "chat/completions", stream_options={"include_usage": True}))
+    choices = [c["choices"][0] for c in received[:-1]]
     assert choices[0]["delta"] == {"role": "assistant", "content": ""}
     assert all(set(c["delta"]) == {"content"} and c["finish_reason"] is None for c in choices[1:-1])
     assert choices[-1]["delta"] == {} and choices[-1]["finish_reason"] == "stop"
-    assert {c["object"] for c in found} == {"chat.completion.chunk"}
-    assert all(c["usage"] is None and "rcd" not in c for c in found[:-1])
-    assert found[-1]["choices"] == [] and found[-1]["usage"]["completion_tokens"] == 8
-    assert found[-1]["rcd"]["forwards"]["denoise"] == 4
-    assert choices[-1]["rcd"] == {"seed": 11, "forwards": found[-1]["rcd"]["forwards"], "reference_failures": 2}
+    assert {c["object"] for c in received} == {"chat.completion.chunk"}
+    assert all(c["usage"] is None and "rcd" not in c for c in received[:-1])
+    assert received[-1]["choices"] == [] and received[-1]["usage"]["completion_tokens"] == 8
+    assert received[-1]["rcd"]["forwards"]["denoise"] == 4
+    assert choices[-1]["rcd"] == {"seed": 11, "forwards": received[-1]["rcd"]["forwards"], "reference_failures": 2}
 
 
 def test_choices_are_interleaved(url: str, echo: Echo) -> None:
-    found = chunks(events(url, prompt=["abcdef", "uvwxyz"], n=2, seed=5))
+    received = chunks(events(url, prompt=["abcdef", "uvwxyz"], n=2, seed=5))
     texts, ended, order = ["", "", "", ""], [], []
-    for chunk in found:
+    for chunk in received:
         [choice] = chunk["choices"]
         order.append(choice["index"])
         texts[choice["index"]] += choice["text"]
@@ -111,7 +111,7 @@ def test_choices_are_interleaved(url: str, echo: Echo) -> None:
     assert texts == ["<abcdef>", "<abcdef>", "<uvwxyz>", "<uvwxyz>"]
     assert sorted(ended) == [(0, 5), (1, 6), (2, 5), (3, 6)]
     assert order != sorted(order)
-    assert ["rcd" in c for c in found] == [False] * (len(found) - 1) + [True]
+    assert ["rcd" in c for c in received] == [False] * (len(received) - 1) + [True]
     assert not any(r.settings.trace for r in echo.requests[-4:])
 
 
@@ -119,10 +119,10 @@ def test_choices_are_interleaved(url: str, echo: Echo) -> None:
 def test_the_trace_comes_pass_by_pass(url: str, api: openai.OpenAI, detail: str) -> None:
     means = {"mean_confidence": 0.625, "mean_entropy": 0.75, "mean_alpha": 0.375}
     expected = STEP if detail == "steps" else {"num_masked": 2, "num_committed": 1, **means}
-    found = chunks(events(url, return_trace=detail))
-    traces = [c["rcd"] for c in found if not c["choices"]]
+    received = chunks(events(url, return_trace=detail))
+    traces = [c["rcd"] for c in received if not c["choices"]]
     assert traces == [{"type": "trace", "index": 0, "pass": i, "step": expected} for i in range(4)]
-    assert found[0]["choices"] == [] and found[1]["choices"][0]["text"] == "<h"
+    assert received[0]["choices"] == [] and received[1]["choices"][0]["text"] == "<h"
     whole = api.completions.create(model="m", prompt="hello", extra_body={"return_trace": detail})
     assert whole.choices[0].model_extra is not None
     assert whole.choices[0].model_extra["rcd"]["steps"] == [expected] * 4
