@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import io
 import re
-from collections.abc import Callable
-from typing import Any, NoReturn
 
 import click
 from cyclopts import CycloptsError
 
 from pipelines.cli.main import make_app
+from pipelines.run import driver
 from tests.conftest import ROOT
 
 
@@ -22,8 +20,8 @@ def problem(words: list[str]) -> str | None:
     program, *arguments = words
     if "--" in arguments:  # what follows is a job's command
         cut = arguments.index("--")
-        if found := problem(arguments[cut + 1 :]):
-            return found
+        if message := problem(arguments[cut + 1 :]):
+            return message
     program = program.removeprefix(".venv/bin/")
     if program in ("ray", "serve"):
         return _click(program, arguments)
@@ -69,40 +67,21 @@ def _python(arguments: list[str]) -> str | None:
         module, rest = arguments[0].removesuffix(".py").replace("/", "."), arguments[1:]
     drivers = ("full", "prepare", "train", "precompute", "calibrate", "evaluate", "serve")
     if module in [f"pipelines.{name}" for name in drivers]:
-        return _argparse("pipelines.run.driver", rest)
+        return _driver(rest)
     return None
 
 
-class _Parsed(BaseException):
-    """Parsing is over; nothing of the program may run."""
-
-
-def _argparse(module: str, arguments: list[str]) -> str | None:
-    """By the parser that the module's main uses, which is stopped as soon as it has parsed."""
-    parse = argparse.ArgumentParser.parse_known_args
-
-    def only_parse(self: argparse.ArgumentParser, *given: Any) -> NoReturn:
-        argparse.ArgumentParser.parse_known_args = parse  # type: ignore[method-assign]  # for sub-commands
-        _, unknown = parse(self, *given)
-        raise _Parsed(*unknown)
-
-    main: Callable[..., object] = importlib.import_module(module).main
-    complaint = io.StringIO()
-    argparse.ArgumentParser.parse_known_args = only_parse  # type: ignore[method-assign, assignment]
+def _driver(arguments: list[str]) -> str | None:
+    errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(io.StringIO()):
-            main(arguments)
-    except _Parsed as parsed:
-        return f"unknown: {' '.join(parsed.args)}" if parsed.args else None
-    except SystemExit as end:
-        return complaint.getvalue().strip().splitlines()[-1] if end.code else None
-    finally:
-        argparse.ArgumentParser.parse_known_args = parse  # type: ignore[method-assign]
-    return "its main parsed nothing"
+        with contextlib.redirect_stderr(errors):
+            _, unknown = driver._parser().parse_known_args(arguments)
+    except SystemExit:
+        return errors.getvalue().strip().splitlines()[-1]
+    return f"unknown: {' '.join(unknown)}" if unknown else None
 
 
 def _make(arguments: list[str]) -> str | None:
     targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    wanted = [word for word in arguments if "=" not in word]
-    missing = [word for word in wanted if word not in targets]
+    missing = [word for word in arguments if "=" not in word and word not in targets]
     return f"no target {missing[0]}" if missing else None

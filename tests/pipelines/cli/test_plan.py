@@ -56,7 +56,7 @@ def test_sizes_come_from_a_checkpoint_on_this_machine(capsys: pytest.CaptureFixt
     assert f"target: {load_model(tiny).num_parameters():,} parameters" in out
 
 
-def test_what_cannot_be_planned_is_said_in_one_line(
+def test_a_plan_that_lacks_sizes_names_the_key_and_the_remedy(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
@@ -125,7 +125,7 @@ def test_plan_before_and_after_prepare(tmp_path: Path, capsys: pytest.CaptureFix
     assert counted.trained_tokens == 10 * train.steps * train.batch_size
 
 
-def test_plan_says_what_it_cannot_know(tmp_path: Path) -> None:
+def test_a_plan_that_lacks_counts_names_the_key(tmp_path: Path) -> None:
     here = f"storage={tmp_path}"
     with pytest.raises(UserError, match="data.num_train is null"):
         volume(load_recipe("gsm8k", [here, "data.train=/x.jsonl", "data.test=/x.jsonl"]))
