@@ -37,6 +37,11 @@ def questions(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def flags(questions: Path, tmp_path: Path) -> list[str]:
+    return ["--model", MODEL, "--task", "qa", "--test", str(questions), "--output", str(tmp_path / "out")]
+
+
 def evaluate(url: str, *more: str) -> int:
     return cli.main(["evaluate", "--url", url, *more])
 
@@ -50,13 +55,12 @@ def decoded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in ("seconds", "prefill")} for row in rows]
 
 
-def test_the_report_of_an_endpoint_of_this_project(app: Served, questions: Path, tmp_path: Path) -> None:
+def test_the_report_of_an_endpoint_of_this_project(app: Served, flags: list[str], tmp_path: Path) -> None:
     """Every method sends its settings and seeds, and passes are counted."""
     out = tmp_path / "out"
-    flags = ["--model", MODEL, "--baseline_model", BASELINE, "--task", "qa", "--test", str(questions)]
-    flags += ["--output", str(out), "--thresholds", "0.3", "--starts", "zero", "reference", "--concurrency", "3"]
-    flags += ["--seed", "3", "--set", "decode.temperature=0.7", "--samples", "2", "--set", "decode.max_new_tokens=16"]
-    assert evaluate(app.url + "/v1", *flags) == 0
+    more = ["--baseline_model", BASELINE, "--thresholds", "0.3", "--starts", "zero", "reference", "--concurrency", "3"]
+    more += ["--seed", "3", "--set", "decode.temperature=0.7", "--samples", "2", "--set", "decode.max_new_tokens=16"]
+    assert evaluate(app.url + "/v1", *flags, *more) == 0
     rows, results = rows_of(out), json.loads((out / "results.json").read_text())
     assert len(rows) == 3 * 6 * 2
     assert len({row["example_id"] for row in rows}) == 6 and {row["sample"] for row in rows} == {0, 1}
@@ -79,14 +83,12 @@ def test_the_report_of_an_endpoint_of_this_project(app: Served, questions: Path,
     assert (out / "pareto.png").stat().st_size > 1000
 
 
-def test_answers_equal_those_of_the_library(app: Served, questions: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    flags = ["--model", MODEL, "--task", "qa", "--test", str(questions), "--output", str(out), "--thresholds", "0.5"]
-    assert evaluate(app.url, *flags) == 0  # without starts: the endpoint's default
+def test_answers_equal_those_of_the_library(app: Served, questions: Path, flags: list[str], tmp_path: Path) -> None:
+    assert evaluate(app.url, *flags, "--thresholds", "0.5") == 0  # without starts: the endpoint's default
     prompts = [get_task("qa").problem(json.loads(line)).prompt for line in questions.read_text().splitlines()]
     expected = sorted(app.text(app.turns(prompt), SETTINGS) for prompt in prompts)
-    assert sorted(row["completion"] for row in rows_of(out)) == expected
-    assert {row["arm"] for row in rows_of(out)} == {"target"}
+    assert sorted(row["completion"] for row in rows_of(tmp_path / "out")) == expected
+    assert {row["arm"] for row in rows_of(tmp_path / "out")} == {"target"}
 
 
 def test_canvases_are_filled(app: Served, tmp_path: Path) -> None:
@@ -100,10 +102,9 @@ def test_canvases_are_filled(app: Served, tmp_path: Path) -> None:
 
 
 def test_resumes_and_refuses_other_settings(
-    app: Served, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    app: Served, questions: Path, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "out"
-    flags = ["--model", MODEL, "--task", "qa", "--test", str(questions), "--output", str(out), "--thresholds", "0.5"]
+    out, flags = tmp_path / "out", [*flags, "--thresholds", "0.5"]
     assert evaluate(app.url, *flags) == 0
     whole, log = rows_of(out), out / "answers.jsonl"
     lines = log.read_text().splitlines(keepends=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -29,28 +30,15 @@ def answers(
     hard = np.random.default_rng(5).random(problems)  # the same problems for all methods
     rows = []
     for t, threshold in enumerate(THRESHOLDS):
-        for i in range(problems):
-            for sample in range(samples):
-                luck = np.random.default_rng([i, sample]).normal(0, 0.05)
-                rows.append(
-                    {
-                        "arm": arm,
-                        "threshold": threshold,
-                        "example_id": f"{i:03d}",
-                        "sample": sample,
-                        "correct": bool(hard[i] + luck < 0.5 + skill * (t / 4) ** 0.5),
-                        "tokens": 120,
-                        "denoise": round((12 + 12 * t) / speed),
-                        "reference": reference,
-                        "prefill": 1,
-                        "store": 0,
-                        "reference_weight": 0.45 if reference else 0.0,
-                        "reference_flops_weight": 0.4 if reference else 0.0,
-                        "seconds": 0.01 * (1 + t) / speed if timed else None,
-                        "finish_reason": "stop",
-                        "completion": "",
-                    }
-                )
+        for i, sample in product(range(problems), range(samples)):
+            luck = np.random.default_rng([i, sample]).normal(0, 0.05)
+            rows.append({
+                "arm": arm, "threshold": threshold, "example_id": f"{i:03d}", "sample": sample,
+                "correct": bool(hard[i] + luck < 0.5 + skill * (t / 4) ** 0.5), "tokens": 120,
+                "denoise": round((12 + 12 * t) / speed), "reference": reference, "prefill": 1, "store": 0,
+                "reference_weight": 0.45 if reference else 0.0, "reference_flops_weight": 0.4 if reference else 0.0,
+                "seconds": 0.01 * (1 + t) / speed if timed else None, "finish_reason": "stop", "completion": "",
+            })  # fmt: skip
     return pa.Table.from_pylist(rows, schema=ROWS)
 
 
