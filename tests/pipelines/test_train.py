@@ -54,7 +54,7 @@ def test_a_killed_worker_is_replaced_without_changing_the_result(
     assert not (Path(quiet.directory) / "restarts.jsonl").exists()
 
     ctx = context(make_recipe(tmp_path, "killed", train=settings, data={"num_validation": 6}))
-    with Killer(ctx, 9) as killer:
+    with Killer(ctx.directory, 9) as killer:
         again = train_stage.run(ctx)
     assert killer.killed_at and killer.killed_at < 24
     restarts = (Path(ctx.directory) / "restarts.jsonl").read_text().splitlines()
@@ -114,7 +114,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
     train_stage.run(quiet)
     ctx = context(make_recipe(tmp_path, "damaged", resources={"max_failures": 0}))
     lost = pytest.raises(UserError, match="lost more often than resources.max_failures 0")
-    with Killer(ctx, 14), lost:
+    with Killer(ctx.directory, 14), lost:
         train_stage.run(ctx)
     complete = sorted(Path(ctx.directory).glob("ray/*/step-*/progress.json"))
     assert len(complete) >= 2
@@ -149,7 +149,7 @@ def test_an_elastic_run_uses_the_workers_that_fit(ray_cluster: str, tmp_path: Pa
     one = context(make_recipe(tmp_path, "one", resources={"num_workers": [1, 2], "cpus_per_worker": 3}))
     train_stage.run(one)
     two = context(make_recipe(tmp_path, "two", resources={"num_workers": [1, 2]}))
-    with Killer(two, 9) as killer:
+    with Killer(two.directory, 9) as killer:
         train_stage.run(two)
     assert killer.killed_at
     assert_close(weights(one), train_alone(one))
@@ -165,7 +165,7 @@ def test_deepspeed_resumes_after_a_killed_worker(stage: int, ray_cluster: str, t
     quiet, killed = (context(make_recipe(tmp_path, name, train=settings)) for name in ("quiet", "killed"))
     train_stage.run(quiet)
     assert_close(weights(quiet), train_alone(quiet))
-    with Killer(killed, 9) as killer:
+    with Killer(killed.directory, 9) as killer:
         train_stage.run(killed)
     assert killer.killed_at
     assert all(torch.equal(a, b) for a, b in zip(weights(quiet).values(), weights(killed).values(), strict=True))

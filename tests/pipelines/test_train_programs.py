@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from rcd_core import load_model
 from rcd_core.io import storage
 from tests.fault_table import FaultTable
 from tests.pipelines.test_job import FEW, ROOT
-from tests.pipelines.training_run import checkpoint_steps, losses, training_workers
+from tests.pipelines.training_run import Killer, checkpoint_steps, losses, training_workers
 from tests.s3_server import s3_server
 
 STAGES = ("prepare", "base", "reference", "signals", "target")
@@ -69,24 +68,14 @@ def result(run: RunDirectory, stage: str) -> dict[str, Any]:
     return {key: value for key, value in manifest["summary"].items() if key != "reference_checkpoint"}
 
 
-class Watcher:
-    """Counts the checkpoints of a stage during training, and sends SIGKILL to one worker at `step`."""
+class Watcher(Killer):
+    """Also counts the checkpoints of the stage during training."""
 
     def __init__(self, directory: str, step: int) -> None:
-        self.directory, self.step = directory, step
+        super().__init__(directory, step)
         self.before: list[dict[str, float]] = []  # metrics up to the last checkpoint registered at the kill
         self.kept: list[int] = []  # checkpoints registered by Ray
         self.directories: list[int] = []  # directories of checkpoints; one may be incomplete
-        self.over = threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> Watcher:
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.over.set()
-        self.thread.join()
 
     def _watch(self) -> None:
         while not self.over.wait(0.05):

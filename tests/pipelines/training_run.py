@@ -11,7 +11,7 @@ import threading
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import psutil
@@ -140,13 +140,13 @@ def losses(directory: str) -> list[tuple[float, float]]:
 class Killer:
     """Sends SIGKILL to one training worker once `step` is logged and a checkpoint is registered."""
 
-    def __init__(self, ctx: StageContext, step: int) -> None:
-        self.directory, self.step = ctx.directory, step
+    def __init__(self, directory: str, step: int) -> None:
+        self.directory, self.step = directory, step
         self.killed_at: float | None = None
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> Killer:
+    def __enter__(self) -> Self:
         self.thread.start()
         return self
 
