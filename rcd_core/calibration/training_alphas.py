@@ -36,7 +36,6 @@ class Example:
     """A held-out problem, encoded for training and as a prompt for decoding."""
 
     example_id: str
-    problem: Problem
     train: TrainExample
     prompt: PromptExample
 
@@ -51,7 +50,7 @@ def encode_examples(encoder: Encoder, problems: Iterable[Problem], limit: int) -
 
 def _encode(encoder: Encoder, problem: Problem) -> Example | None:
     with suppress(BadRow):
-        return Example(content_id(problem), problem, encoder.train(problem), encoder.test(problem))
+        return Example(content_id(problem), encoder.train(problem), encoder.test(problem))
     return None
 
 
