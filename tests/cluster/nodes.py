@@ -22,7 +22,9 @@ def local_nodes(*nodes: dict[str, Any], **head: Any) -> Iterator[tuple[Cluster, 
     """Starts and joins a cluster. head: arguments of the head, by default no CPUs. nodes: arguments of
     Cluster.add_node, one mapping per node."""
     import ray
+    from ray._common.utils import get_default_ray_temp_dir
 
+    os.makedirs(get_default_ray_temp_dir(), exist_ok=True)  # Cluster writes a file there, whatever its temp_dir
     with tempfile.TemporaryDirectory(prefix="rcd-test-", dir="/tmp", ignore_cleanup_errors=True) as temp_dir:
         head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": temp_dir, **head}
         # Exit hooks need the main thread; nodes added from another thread would set them, so they are stopped below.

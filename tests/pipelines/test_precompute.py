@@ -200,9 +200,9 @@ def test_repair_from_the_command_line_keeps_the_key(
     path.write_text(dump_recipe(prepared))
     command = ["--recipe", str(path), "--stages", "signals"]
     assert main([*command, "--repair"]) == 2
-    assert "stage signals is not done here" in capsys.readouterr().err
+    assert "--repair: stage signals" in capsys.readouterr().err
     assert main(["--recipe", str(path), "--stages", "prepare", "--repair"]) == 2
-    assert "only signals can be repaired" in capsys.readouterr().err
+    assert "--repair: only stage signals" in capsys.readouterr().err
     assert main(command) == 0 and in_process
     in_process.clear()
     run = RunDirectory(prepared.run_directory)
