@@ -14,102 +14,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.recipe.files import RECIPES
+from pipelines.recipe.files import RECIPES, parse_yaml
 from pipelines.recipe.model import Recipe
 from pipelines.recipe.settings_files import SETTINGS
 
 Schema = Mapping[str, Any]
 PAGE = RECIPES / "README.md"
 
-# Class -> ("" for the section, or a field of it) -> meaning, for the settings classes that come from rcd_core.
-CORE = {
-    "NoiseSettings": {
-        "": "How training examples are masked: each token with p = (1 - eps) t + eps, t uniform in [0, 1).",
-        "seed": "Seed of the masks and of the order of examples.",
-        "draws": "Different masks per example; epoch e uses draw e mod draws.",
-        "eps": "Smallest masking probability.",
-        "block_length": "Draw t per block of this many tokens; null draws it per example.",
-    },
-    "ModelConfig": {
-        "": "Sizes of a new model.",
-        "family": "Block-causal Qwen3 layers (`sdar`) or bidirectional Llama layers (`llada`).",
-        "hidden_size": "Width of the residual stream.",
-        "num_layers": "Transformer layers.",
-        "num_heads": "Query heads.",
-        "num_kv_heads": "Key and value heads.",
-        "intermediate_size": "Width of the MLP.",
-        "head_dim": "Width of a head; null: `hidden_size / num_heads`.",
-        "rope_theta": "Base of the rotary embeddings.",
-        "max_positions": "Longest sequence.",
-        "tie_embeddings": "Share input and output embeddings.",
-    },
-    "TrainSettings": {
-        "": "One training. Give `steps` or `epochs`.",
-        "steps": "Optimizer steps.",
-        "epochs": "Passes over the training examples, instead of `steps`.",
-        "batch_size": "Rows per step, over all workers.",
-        "micro_batch_size": "Rows that a worker holds at once; gradients accumulate. Null: its whole share.",
-        "pack_length": "Tokens of a packed row that holds several examples; null: one example per row.",
-        "learning_rate": "Peak learning rate of AdamW.",
-        "schedule": "Learning-rate schedule after the warmup.",
-        "warmup": "Share of the steps with a linearly rising learning rate.",
-        "weight_decay": "Weight decay.",
-        "betas": "Adam's betas.",
-        "clip_norm": "Largest gradient norm.",
-        "loss_weight": "Weight of masked tokens: 1/t as in the paper, or 1.",
-        "dtype": "Data type of forward and backward passes; master weights are float32.",
-        "strategy": "Full copies (`ddp`) or sharded weights (`fsdp2`, `deepspeed`).",
-        "deepspeed": "DeepSpeed's own configuration.",
-        "cpu_offload": "Keep weights and optimizer state in host memory (`fsdp2`).",
-        "activation_checkpointing": "Recompute layers in the backward pass to save memory.",
-        "max_skipped_steps": "Steps with a non-finite loss or gradient that are skipped before the training fails.",
-        "validate_every": "Steps between validations on held-out examples; null: never.",
-        "checkpoint_every": "Steps between checkpoints; an interrupted training resumes from the last one.",
-        "log_every": "Steps between log lines.",
-        "seed": "Combined with the seed of the recipe.",
-    },
-    "ResidualSettings": {
-        "": "How a target is trained with residuals (Eq. 1 to 3 of arXiv 2601.22954).",
-        "source": "Where residuals come from: stored reference predictions (`signals`), the reference inside the "
-        "training step (`online`), the model itself on noisier inputs (`self`), or nowhere (`none`); `self_same` and "
-        "`on_policy` are controls for experiments.",
-        "alpha": "Rule for alpha; `normalized_entropy` is Eq. 3 of the paper.",
-        "alpha_scale": "Nats at which alpha is 1 (calibrated_entropy, uniform, learned); null: see `alpha_quantile`.",
-        "alpha_quantile": "Quantile of the signals' entropies that becomes `alpha_scale` when that is null.",
-        "top_k": "Stored ids to use; null uses all.",
-        "dropout": "Share of rows that are trained with alpha = 0; the paper has 0.",
-    },
-    "DecodeSettings": {
-        "": "How a request is decoded. Null means the checkpoint's value, else the family's default.",
-        "block_length": "Tokens that are decoded together.",
-        "denoising_steps": "Passes per block to plan for; sets the least number of tokens to commit per pass.",
-        "max_new_tokens": "Most tokens to generate.",
-        "policy": "Which masked tokens a pass commits; `low_confidence_dynamic` commits all above the threshold.",
-        "confidence_threshold": "Confidence above which a token is committed.",
-        "entropy_bound": "Nats; `entropy_bounded` commits the most certain tokens whose entropies add up to less.",
-        "temperature": "Sampling temperature; 0 takes the most probable token.",
-        "top_k": "Sample from this many most probable tokens.",
-        "top_p": "Sample from the most probable tokens with this total probability.",
-        "seed": "Seed of the samples.",
-        "filtered_confidence": "Take the confidence after top-k and top-p, as SDAR's code does.",
-        "cfg_scale": "Scale of classifier-free guidance (LLaDA).",
-        "logits_eos_inf": "Never predict the end of the sequence (LLaDA).",
-        "confidence_eos_eot_inf": "Commit end-of-sequence and end-of-turn tokens last (LLaDA).",
-        "stop_token_ids": "Token ids that end the answer.",
-        "cache": "KV cache: none, exact per block (SDAR), or Fast-dLLM's `prefix` and `dual` (LLaDA).",
-        "compat_passes": "Make exactly the forward passes of the authors' code.",
-        "residual": "Feed discarded predictions back (RCD, Eq. 2); false is plain block decoding.",
-        "residual_source": "Model whose predictions are fed back.",
-        "start": "How the first residual of a block is made.",
-        "residual_temperature": "T_res, the temperature of alpha; null: the checkpoint's, else 1.",
-        "delta_temperature": "Temperature of the fed-back probabilities: 1, or T_res (`residual`).",
-        "alpha": "Rule for alpha; null: the one of the training.",
-        "alpha_scale": "Nats at which alpha is 1; null: the one of the training.",
-        "residual_top_k": "Most probable tokens in the residual; the mean embedding stands for the rest; null: all.",
-        "residual_scope": "Positions that get a residual: the block's, or all masked ones.",
-        "trace": "Record every pass.",
-    },
-}
+_DESCRIPTIONS = Path(__file__).parent / "descriptions.yaml"
+# Settings class of rcd_core -> "section" or a field -> description.
+CORE: Mapping[str, Mapping[str, str]] = parse_yaml(_DESCRIPTIONS.read_text(), _DESCRIPTIONS.name)
 
 _INTRODUCTION = """\
 # Recipes
@@ -175,7 +89,7 @@ def type_text(schema: Schema) -> str:
 def recipe_page() -> str:
     """The text of pipelines/recipes/README.md."""
     schema = Recipe.model_json_schema()
-    definitions = {name: _with_meanings(name, one) for name, one in schema["$defs"].items()}
+    definitions = {n: _with_meanings(one, CORE[n]) if n in CORE else one for n, one in schema["$defs"].items()}
     sections = dict(_sections(schema, definitions, ""))
     parts = [
         _INTRODUCTION,
@@ -192,12 +106,10 @@ def recipe_page() -> str:
     return "\n".join(parts)
 
 
-def _with_meanings(name: str, schema: Schema) -> Schema:
-    if name not in CORE:
-        return schema
-    meanings = CORE[name]
+def _with_meanings(schema: Schema, meanings: Mapping[str, str]) -> Schema:
+    """The schema of a class of rcd_core with the descriptions of its fields."""
     fields = {key: {**field, "description": meanings[key]} for key, field in schema["properties"].items()}
-    return {**schema, "properties": fields, "description": meanings[""]}
+    return {**schema, "properties": fields, "description": meanings["section"]}
 
 
 def _sections(schema: Schema, definitions: Mapping[str, Schema], prefix: str) -> Iterator[tuple[str, list[str]]]:
