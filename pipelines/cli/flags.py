@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_type_h
 
 from cyclopts import Group, Parameter, Token
 
+from pipelines.recipe.descriptions import DESCRIPTIONS
 from rcd_core.decode_settings import DecodeSettings
 
 
@@ -34,35 +35,6 @@ def _section(title: str, about: str = "", sort_key: int = 0) -> Callable[..., Pa
 
 # -- decoding --------------------------------------------------------------------------------------------------------
 
-DECODE_HELP = {
-    "block_length": "Tokens decoded together.",
-    "denoising_steps": "Passes planned for a block. Default: the block length.",
-    "max_new_tokens": "Upper limit of new tokens; lower if the model has fewer positions left.",
-    "policy": "Which tokens a pass commits.",
-    "confidence_threshold": "low_confidence_dynamic commits every token above it.",
-    "entropy_bound": "Nats, for entropy_bounded; SDAR's script uses 0.35.",
-    "temperature": "0 takes the most probable token.",
-    "top_k": "Sample from the k most probable tokens; 0 is off.",
-    "top_p": "Sample from the most probable tokens that sum to this probability.",
-    "seed": "Seed of sampling.",
-    "filtered_confidence": "Confidence after top-k and top-p, as in SDAR's generate.py.",
-    "cfg_scale": "Strength of classifier-free guidance; 0 is off.",
-    "logits_eos_inf": "LLaDA: never predict an end of sequence.",
-    "confidence_eos_eot_inf": "LLaDA: commit ends of sequence or turn last.",
-    "stop_token_ids": "Token ids that end the answer; the flag without ids turns stopping off.",
-    "cache": "What is kept between passes.",
-    "compat_passes": "Make exactly the passes of the authors' code.",
-    "residual": "RCD's residuals. Default: on for an RCD checkpoint or with a reference.",
-    "residual_source": "Model whose predictions become residuals.",
-    "start": "First residual of a block. Default with a reference: reference.",
-    "residual_temperature": "T_res. Default: the checkpoint's, else 1.",
-    "delta_temperature": "Temperature of the residual's distribution: 1, or T_res.",
-    "alpha": "Rule that weights the residual.",
-    "alpha_scale": "Nats, for calibrated_entropy, uniform and learned.",
-    "residual_top_k": "Sparse residuals of this many tokens.",
-    "residual_scope": "Positions that receive residuals.",
-    "trace": "Record every pass (see --json).",
-}
 # The names in the authors' scripts (semantics.md 1.5, 1.6).
 ALIASES = {
     "policy": "--remasking_strategy",
@@ -79,7 +51,7 @@ def _decode_flags() -> dict[str, Any]:
     hints, flags = get_type_hints(DecodeSettings), {}
     for setting in dataclasses.fields(DecodeSettings):
         name, default = setting.name, setting.default
-        text = DECODE_HELP[name]
+        text = DESCRIPTIONS["DecodeSettings"][name].replace("null:", "default:")
         if default is not None and default is not False:
             text += f" Default: {default}."
         options = {"negative_bool": "no-", "consume_multiple": name == "stop_token_ids", "alias": ALIASES.get(name)}

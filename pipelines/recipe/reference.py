@@ -14,16 +14,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.recipe.files import RECIPES, parse_yaml
+from pipelines.recipe.descriptions import DESCRIPTIONS
+from pipelines.recipe.files import RECIPES
 from pipelines.recipe.model import Recipe
 from pipelines.recipe.settings_files import SETTINGS
 
 Schema = Mapping[str, Any]
 PAGE = RECIPES / "README.md"
-
-_DESCRIPTIONS = Path(__file__).parent / "descriptions.yaml"
-# Settings class of rcd_core -> "section" or a field -> description.
-CORE: Mapping[str, Mapping[str, str]] = parse_yaml(_DESCRIPTIONS.read_text(), _DESCRIPTIONS.name)
 
 _INTRODUCTION = """\
 # Recipes
@@ -89,7 +86,9 @@ def type_text(schema: Schema) -> str:
 def recipe_page() -> str:
     """The text of pipelines/recipes/README.md."""
     schema = Recipe.model_json_schema()
-    definitions = {n: _with_meanings(one, CORE[n]) if n in CORE else one for n, one in schema["$defs"].items()}
+    definitions = {
+        n: _with_meanings(one, DESCRIPTIONS[n]) if n in DESCRIPTIONS else one for n, one in schema["$defs"].items()
+    }
     sections = dict(_sections(schema, definitions, ""))
     parts = [
         _INTRODUCTION,

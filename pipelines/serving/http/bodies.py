@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, create_model
 from pydantic_core import CoreSchema, PydanticUseDefault, core_schema
 
-from pipelines.recipe.reference import CORE
+from pipelines.recipe.descriptions import DESCRIPTIONS
 from pipelines.serving.backend import DecodeRequest
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.errors import UserError
@@ -73,7 +73,7 @@ _BOUNDED: dict[str, Any] = {
 
 def _description(name: str) -> str:
     """As in recipes, without what null means there: here it means the server's default."""
-    return re.sub(r"; null\b[^;]*\.$", ".", CORE["DecodeSettings"][name])
+    return re.sub(r"; null\b[^;]*\.$", ".", DESCRIPTIONS["DecodeSettings"][name])
 
 
 # One optional field per setting, under the setting's own name.
