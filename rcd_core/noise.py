@@ -79,7 +79,7 @@ def count_set(flags: NDArray[np.bool_], offsets: NDArray[np.int64]) -> NDArray[n
 def mask_example(
     maskable: NDArray[np.bool_], example_id: str, draw: int, settings: NoiseSettings
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    """Masks one example (semantics.md 1.9 and 2.3).
+    """Masks one example (Eq. 4: each token with probability p).
 
     maskable (L,): True where a token has a label. Returns masked (L,), at least one True, and the masking
     probabilities p (L,). UserError if no token is maskable.

@@ -35,7 +35,7 @@ def _section(title: str, about: str = "", sort_key: int = 0) -> Callable[..., Pa
 
 # -- decoding --------------------------------------------------------------------------------------------------------
 
-# The names in the authors' scripts (semantics.md 1.5, 1.6).
+# The names in the authors' scripts.
 ALIASES = {
     "policy": "--remasking_strategy",
     "entropy_bound": "--eb_threshold",

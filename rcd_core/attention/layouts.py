@@ -3,10 +3,10 @@
 One rule covers every layout of both families: each key has a code; a query sees the keys whose code is in its range
 [low, high], and those whose code equals its `own`.
 
-    bidirectional     one code per sample, another for padding                                     (semantics.md 2.1)
-    block_causal      key code = block number, high = the query's block                            (semantics.md 1.4)
+    bidirectional     one code per sample, another for padding                                     (LLaDA)
+    block_causal      key code = block number, high = the query's block                            (SDAR)
     block_diffusion   [noisy | clean]: clean keys are ordered by (sample, block); a noisy query sees those up to the
-                      block before its own, and its own noisy block by `own`                       (semantics.md 1.9)
+                      block before its own, and its own noisy block by `own`                       (SDAR, training)
 
 A layout of Q queries and K keys holds 3 Q + K integers per row; backends.py derives masks from them.
 
@@ -89,7 +89,7 @@ def bidirectional(sample_ids: Tensor) -> Layout | None:
 
 @dataclass(frozen=True)
 class PackedTokens:
-    """[noisy | clean] training tokens of SDAR (semantics.md 1.9) without those that affect no loss.
+    """[noisy | clean] training tokens of SDAR without those that affect no loss.
 
     A noisy block without a masked token has no loss and no other block sees it; a clean block is read only by later
     noisy blocks of its sample. Dropping both is exact: a prompt costs L tokens instead of 2 L, and a sample of one

@@ -60,7 +60,7 @@ class DiffusionModel(nn.Module):
     backbone_class: ClassVar[Any]
     threshold_inclusive: ClassVar[bool]  # commit at confidence >= threshold (Fast-dLLM) or > threshold (SDAR)
     blocks_from_prompt_end: ClassVar[bool]  # LLaDA counts blocks from the prompt's end, SDAR from position 0
-    default_start: ClassVar[Start]  # how a block starts (method.md 6, version 2 of the paper)
+    default_start: ClassVar[Start]  # how a block starts (version 2 of the paper)
     activation_checkpointing = False  # training only: recompute layers in the backward pass
 
     def __init__(self, backbone: Any, info: CheckpointInfo) -> None:
@@ -229,7 +229,7 @@ class DiffusionModel(nn.Module):
     def common_fields(self) -> dict[str, Any]:
         """Fields of config.json that every family writes.
 
-        As in the authors' files there is one eos id, the one that is also the padding id (semantics.md 1.3, 2.1);
+        As in the authors' files there is one eos id, the one that is also the padding id;
         generation_config.json lists all of them.
         """
         eos, pad = self.info.eos_token_ids, self.info.pad_token_id

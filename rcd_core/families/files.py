@@ -1,6 +1,6 @@
 """What a checkpoint's JSON files and its name define: special ids, block length, RCD settings, calibration.
 
-Field semantics: semantics.md 1.3 and 2.1. Defaults of missing fields belong to the family.
+Fields have the meaning of the authors' config classes. Defaults of missing fields belong to the family.
 """
 
 from __future__ import annotations

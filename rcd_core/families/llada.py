@@ -1,4 +1,4 @@
-"""LLaDA: Llama without the causal mask (semantics.md 2). Plain Llama checkpoints load as starting weights."""
+"""LLaDA: Llama without the causal mask. Plain Llama checkpoints load as starting weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _TOP_NAMES = {
     "model.transformer.ln_f.weight": "model.norm.weight",
     "model.transformer.ff_out.weight": "lm_head.weight",
 }
-# The one network that LLaDA's switches describe in its releases (semantics.md 2.1). The class defaults differ, so an
+# The one network that LLaDA's switches describe in its releases. The class defaults differ, so an
 # export writes all switches.
 _SWITCHES: dict[str, Any] = {
     "activation_type": "silu", "alibi": False, "attention_layer_norm": False, "bias_for_layer_norm": False,

@@ -1,4 +1,4 @@
-"""SDAR: Qwen3 with block diffusion (semantics.md 1). Plain Qwen3 checkpoints load as starting weights."""
+"""SDAR: Qwen3 with block diffusion. Plain Qwen3 checkpoints load as starting weights."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The masked-diffusion objective, plain or with residual inputs, for base, reference, target and baseline.
 
-Loss = sum over masked positions of w_i * -log P(x_i | inputs), divided by a normaliser (Eq. 4; semantics.md 1.9, 2.3).
+Loss = sum over masked positions of w_i * -log P(x_i | inputs), divided by a normaliser (Eq. 4).
 The head runs on the masked positions only.
 
 Shapes: B rows, L tokens, N masked positions in row-major order, M tokens that enter the layers, V vocabulary, D width.

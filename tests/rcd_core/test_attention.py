@@ -23,7 +23,8 @@ few = settings(max_examples=25, deadline=None, derandomize=True)
 
 
 def by_definition(masked: Tensor, samples: Tensor, positions: Tensor, b: int) -> Tensor:
-    """(2L, 2L) mask of one row, [noisy | clean], as semantics.md 1.9 states it."""
+    """(2L, 2L) mask of one row, [noisy | clean], clean blocks see clean blocks up to their own, noisy blocks the clean
+    ones before and themselves."""
     n = masked.shape[0]
     allowed = torch.zeros(2 * n, 2 * n, dtype=torch.bool)
     for q in range(2 * n):

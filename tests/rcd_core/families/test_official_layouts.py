@@ -1,4 +1,4 @@
-"""File layouts of the releases at their real widths: config fields, names, shards, ids (semantics.md 1.3, 2.1).
+"""File layouts of the releases at their real widths: config fields, names, shards, ids.
 
 One layer each; LLaDA-8B and the tied SDAR-1.7B with the whole vocabulary, the others with a shorter one. Names and
 shapes of all layers are compared on the meta device with the published sizes. Tests write about 8 GB and remove them.
@@ -53,7 +53,7 @@ NOT_EXPORTED = {"auto_map", "bos_token_id", "transformers_version", "fuse_cross_
 
 
 def sdar_config(name: str, form: str = "published") -> dict[str, Any]:
-    """form "training" has block_size and mask_token_id, "published" neither (semantics.md 1.3)."""
+    """form "training" has block_size and mask_token_id, "published" neither."""
     hidden, layers, heads, intermediate = SDAR_SIZES[name]
     config = {
         "architectures": ["SDARForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
