@@ -15,8 +15,8 @@ Finished stages are skipped, so the same command resumes after any interruption.
 import sys
 from pathlib import Path
 
-# Import from the repository's root, not from pipelines/, whose file names (train, serve, ...) are too common.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":  # import from the repository's root, not from pipelines/, whose file names are too common
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pipelines.run.driver import main  # noqa: E402
 
