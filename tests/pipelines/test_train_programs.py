@@ -36,8 +36,9 @@ def start(
     """Start a stage file on the session's cluster. Its workers get `environment`, as with --runtime-env-json."""
     command = [sys.executable, str(ROOT / "pipelines" / program), "--recipe", "demo", "--storage", root]
     command += ["--stages", ",".join(stages), *(word for s in [*SETTINGS, *settings] for word in ("--set", s))]
-    own = {"OMP_NUM_THREADS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3"}
+    own = {"OMP_NUM_THREADS": "1"}
     if environment:
+        own["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.3"
         own["RAY_JOB_CONFIG_JSON_ENV_VAR"] = json.dumps({"runtime_env": {"env_vars": environment}})
     streams: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(command, cwd=ROOT, text=True, env={**os.environ, **own}, **streams)
