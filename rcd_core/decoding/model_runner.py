@@ -31,9 +31,9 @@ from rcd_core.ops.reduce import Feedback
 MAX_PASS_TOKENS = 8192  # with padding; a longer row gets a pass of its own. Bounds the memory of a pass.
 _PADDING_SHARE = 0.25  # of a pass's tokens that may be padding, so that rows can share a pass
 _PER_TOKEN, _PER_ROW = 4, 3  # packed integers: id, position, cache index, residual row; num_keys, block length, slot
-_KEYS_STEP = 256  # passes of fixed shape read a multiple of so many keys,
-_POSITIONS_STEP = 64  # predict a multiple of so many positions,
-_FIXED_QUERIES = 256  # and have at most so many tokens per row: blocks, not prompts
+_KEYS_STEP = 256  # fixed shapes: the number of keys is a multiple of this,
+_POSITIONS_STEP = 64  # the number of predicted positions of this,
+_FIXED_QUERIES = 256  # and a row has at most this many tokens: blocks, not prompts
 
 Integers = NDArray[np.int64]
 
@@ -86,7 +86,7 @@ class BatchedForward:
 
     def pack(self, rows: Many[PassRow], fixed: bool = False) -> tuple[Integers, PassShape]:
         """The integers of a pass and its shape. rows: in the order of their slots. fixed: round rows and keys up, so
-        that few shapes occur; nobody reads the results of the extra rows."""
+        that few shapes occur; results of the extra rows are discarded."""
         num_rows = 1 << (len(rows) - 1).bit_length() if fixed else len(rows)
         num_keys = max(row.num_keys for row in rows)
         cached = rows[0].slot is not None
@@ -284,7 +284,7 @@ def group_rows(rows: Many[PassRow], spare_tokens: int = 0) -> list[list[int]]:
 
 
 def _spare_tokens(model: DiffusionModel) -> int:
-    """Cost of one more pass in tokens: so many may be padding before two passes are cheaper than one.
+    """Cost of one more pass in tokens: with more padding than this, two passes are cheaper than one.
 
     A rough model. A pass reads all weights, which takes as long as computing as many tokens as the device makes
     operations per byte (GPU: 200 in bf16; a CPU's cores: 10 in fp32). Without graphs, calling a layer costs 0.35 ms, at

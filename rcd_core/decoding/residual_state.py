@@ -47,7 +47,7 @@ class ResidualState:
         return self.zero_row + 1
 
     def reserve(self, positions_per_slot: int) -> bool:
-        """Make room for so many positions of each slot, and keep the content. Returns whether the tensors moved."""
+        """Make room for this many positions of each slot, and keep the content. Returns whether the tensors moved."""
         before = self.positions_per_slot
         if positions_per_slot <= before:
             return False
