@@ -135,7 +135,7 @@ class _Job:
         self.console.print(table)
 
     def _start(self) -> int:
-        """Run the stages under the lease. SIGTERM, Ctrl-C or a lost lease end the process in here."""
+        """Run the stages under the lease. SIGTERM, Ctrl-C or a lost lease terminate the process inside this method."""
         lease = Lease(self.run.path, on_lost=lambda reason: stopper.stop(reason, 1))
         with Stopper(lease.release) as stopper:
             try:
@@ -171,14 +171,14 @@ class _Job:
                 resolve(report)(self._context(self.stages[name]))
 
     def _run_one(self, stage: Stage, stopper: Stopper) -> tuple[str, dict[str, Any]]:
-        # Decide again, now that the stages before have run and all inputs are known.
+        # Re-evaluate now that the earlier stages have run and all inputs are known.
         inputs = {name: (self.run.manifest(name) or {}).get("fingerprint") for name in stage.inputs}
         decision = decide(self.recipe, stage, self.run, inputs)
         if decision.action == "refuse":
             require_runnable(self.stages, self._plan(), [stage.name], self.run)
         if decision.action == "skip" and decision.manifest:
             self._say(f"{stage.name}: skipped, {decision.why}")
-            return "skipped, done before", decision.manifest
+            return "skipped (already done)", decision.manifest
         self._wait(stage, free=True)
         self._say(f"{stage.name}: starts, {decision.why}", style="bold")
         stopper.install()  # Ray Train replaces the SIGINT handler

@@ -23,7 +23,7 @@ from ray import train as ray_train
 from ray.train import Checkpoint, CheckpointUploadMode
 from torch.distributed.checkpoint.api import CheckpointException
 
-from pipelines.training.faults import disk_full, no_space
+from pipelines.training.faults import disk_full_error, is_disk_full
 from rcd_core.noise import hash_key
 from rcd_core.training.strategies import PROGRESS
 
@@ -74,9 +74,9 @@ class Checkpoints:
             save(directory)
         except CheckpointException as error:  # a BaseException, which Ray would not handle as an error of the run
             cause = next(iter(error.failures.values()))[0]
-            raise (no_space(self.stage, cause) if disk_full(error) else RuntimeError(str(error))) from cause
+            raise (disk_full_error(self.stage, cause) if is_disk_full(error) else RuntimeError(str(error))) from cause
         except (OSError, RuntimeError) as error:
-            raise (no_space(self.stage, error) if disk_full(error) else error) from None
+            raise (disk_full_error(self.stage, error) if is_disk_full(error) else error) from None
         self._wait_for_upload()
         self.uploading = directory
         ray_train.report(

@@ -37,7 +37,8 @@ _PEER_GONE = ("by peer", "Broken pipe", "gloo/transport", "Socket", "NCCL error"
 
 
 class RetryLostWorkersOnly(UserCallback):
-    """Raises failures that must not be retried: a UserError, a full disk, an error in the code."""
+    """Ray Train retries any failure (FailureConfig in pipelines/train.py). Raising here ends the run instead: for a
+    UserError, a full disk, or an error in the code."""
 
     def __init__(self, stage: str, directory: str) -> None:
         self.stage, self.path = stage, storage.join(directory, "restarts.jsonl")
@@ -48,11 +49,11 @@ class RetryLostWorkersOnly(UserCallback):
             if isinstance(error, UserError):
                 raise error
         for error in errors:
-            if disk_full(error):
-                raise no_space(self.stage, error)
+            if is_disk_full(error):
+                raise disk_full_error(self.stage, error)
         # If a worker was lost, the others may fail in any way. A broken collective also counts as a loss: the death of
         # the peer may not have been noticed yet.
-        if not any(is_loss(error) for error in errors):
+        if not any(is_lost_worker(error) for error in errors):
             raise errors[0] if isinstance(errors[0], Exception) else RuntimeError(str(errors[0]))
         lost = {rank: first_line(error) for rank, error in worker_exceptions.items()}
         before = storage.read_bytes(self.path) if storage.exists(self.path) else b""
@@ -61,7 +62,7 @@ class RetryLostWorkersOnly(UserCallback):
 
 
 class Deadline(ControllerCallback):
-    """Ends a run whose workers cannot be placed within timeout_s. Ray Train would wait for ever, at the start and after
+    """Ends a run whose workers cannot be placed within timeout_s. Ray Train would wait forever, at the start and after
     every loss. Checked on every state update of the controller, which comes at least every `attempt_s` seconds."""
 
     def __init__(self, stage: str, workers: str, timeout_s: float) -> None:
@@ -88,17 +89,17 @@ def attempt_s(timeout_s: float) -> float:
     return min(60.0, max(1.0, timeout_s))
 
 
-def is_loss(error: BaseException) -> bool:
+def is_lost_worker(error: BaseException) -> bool:
     """Whether a worker's process or node is gone, or a collective failed because of that."""
     return isinstance(error, LOST) or any(text in str(error) for text in _PEER_GONE)
 
 
-def disk_full(error: BaseException) -> bool:
-    """Whether a full disk is the cause, also behind the wrappers of torch and pyarrow."""
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a full disk is the cause, even when torch or pyarrow wrap it."""
     return any(is_full_disk(cause) for cause in causes(error, contexts=True))
 
 
-def no_space(stage: str, error: BaseException) -> UserError:
+def disk_full_error(stage: str, error: BaseException) -> UserError:
     return UserError(
         f"{stage}: no space left while a checkpoint was written ({first_line(error)}); free space where the run and "
         "the workers' temporary directories (TMPDIR) are, or raise train.checkpoint_every; the same command resumes "
@@ -116,7 +117,7 @@ def user_error(error: BaseException, stage: str, max_failures: int) -> BaseExcep
         if isinstance(cause, InsufficientClusterResourcesError):
             return UserError(f"{stage}: {' '.join(str(cause).split())}")
     for cause in chain:
-        if is_loss(cause) and not isinstance(cause, TrainingFailedError):
+        if is_lost_worker(cause) and not isinstance(cause, TrainingFailedError):
             return UserError(
                 f"{stage}: training workers were lost more often than resources.max_failures {max_failures} allows "
                 f"(last error: {first_line(cause)}); check the nodes' memory and logs; the same command resumes from "

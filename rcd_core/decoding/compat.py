@@ -33,12 +33,14 @@ class CompatSequence(Sequence):
         if row.kind == "store" and self.block_done:
             self.advance()
 
-    def predicted(self, positions: Positions, tokens: Positions, still_masked: Positions, step: Step | None) -> None:
+    def apply_commits(
+        self, positions: Positions, tokens: Positions, still_masked: Positions, step: Step | None
+    ) -> None:
         if self.empty_pass_due:
             self.empty_pass_due = False
             self.advance()
         else:
-            super().predicted(positions, tokens, still_masked, step)
+            super().apply_commits(positions, tokens, still_masked, step)
 
     def _block_finished(self) -> None:
         if self.settings.cache in ("prefix", "dual") and self.step == 1:

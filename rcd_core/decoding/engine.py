@@ -41,14 +41,14 @@ class QueueFull(RuntimeError):
 
 
 class Engine:
-    """Steps a changing set of requests.
+    """Advances a changing set of requests, one pass per step.
 
-    max_batch: most requests in progress, each with a cache slot of max_length positions (cache.bytes_per_position gives
-    the memory). max_queue: most requests that wait. prefill_chunk: most prompt tokens in one pass, so that a long
-    prompt does not hold up the others. reuse_prefixes: SDAR requests take the first blocks of their prompt from the
-    cache if it has them; this changes the number of prefill passes, not the text. fixed_shapes: passes over cached
-    blocks are rounded up to few shapes and captured as CUDA graphs (None: on GPUs only). observer: called after every
-    denoising step; disables fixed shapes.
+    max_batch: maximum number of requests in progress, each with a cache slot of max_length positions
+    (cache.bytes_per_position gives the memory). max_queue: maximum number of waiting requests. prefill_chunk: maximum
+    number of prompt tokens in one pass, so that a long prompt does not hold up the others. reuse_prefixes: SDAR
+    requests take the first blocks of their prompt from the cache if it has them; this changes the number of prefill
+    passes, not the text. fixed_shapes: passes over cached blocks are padded to a small set of shapes and captured as
+    CUDA graphs (None: on GPUs only). observer: called after every denoising step; disables fixed shapes.
     """
 
     def __init__(
@@ -102,7 +102,8 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
-        """One pass of every running request that does not wait for a remote reference. Returns those that finished."""
+        """One pass of every running request that is not waiting for a remote reference. Returns the finished
+        requests."""
         while self.waiting and self._slots.free:
             self._admit(self.waiting.popleft())
         self._start_blocks()
@@ -135,8 +136,8 @@ class Engine:
 
     # -- the first residual of a block
     def _start_blocks(self) -> None:
-        """Supply it where the coming pass denoises a new block, or any block that takes each residual from the
-        reference. A start from "self" takes a pass of its own (Sequence.is_start_pass)."""
+        """Supply the first residual if the next pass denoises a new block, or each residual if the reference gives
+        them all. A start from "self" takes a pass of its own (Sequence.is_start_pass)."""
         to_ask: list[Sequence] = []
         for s in self.running:
             if s in self._pending or not s.settings.residual or s.block_done:
@@ -211,7 +212,7 @@ class Engine:
             if s.settings.trace:
                 step = _trace(s, tokens[part], confidence[part], entropy[part], commit[part], alpha[part])
             remaining = still_masked[part.start - first : part.stop - last]
-            s.predicted(committed[first:last], new_tokens[first:last], remaining, step)
+            s.apply_commits(committed[first:last], new_tokens[first:last], remaining, step)
 
     def _retire(self) -> list[Sequence]:
         finished = [s for s in self.running if s.finished]

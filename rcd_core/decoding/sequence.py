@@ -176,7 +176,9 @@ class Sequence:
         elif row.slot is not None and self.settings.cache == "block":
             self.stored = self.block[0]
 
-    def predicted(self, positions: Positions, tokens: Positions, still_masked: Positions, step: Step | None) -> None:
+    def apply_commits(
+        self, positions: Positions, tokens: Positions, still_masked: Positions, step: Step | None
+    ) -> None:
         """After a denoising pass: write `tokens` at `positions`, and go on to the next block if this one is done."""
         if self.feedback is not None:
             self.has_residual = True

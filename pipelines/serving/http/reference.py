@@ -59,7 +59,7 @@ def api_page() -> str:
         answer_fields("RcdChoice"),
         "## Errors\n",
         'The body is `{"error": {"message", "type", "param", "code"}}`. A stream that fails ends with this event.\n',
-        table(["status", "type", "code", "meaning"], _errors()),
+        table(["status", "type", "code, if any", "meaning"], _errors()),
     ]
     return "\n".join(parts)
 

@@ -13,7 +13,7 @@ from ray.train import Checkpoint, ControllerError, WorkerGroupError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from pipelines.training.checkpoints import finished_steps
-from pipelines.training.faults import RetryLostWorkersOnly, disk_full, user_error
+from pipelines.training.faults import RetryLostWorkersOnly, is_disk_full, user_error
 from rcd_core.errors import UserError
 
 
@@ -53,8 +53,8 @@ def test_a_full_disk_is_recognised_behind_torch_s_wrappers(tmp_path: Path) -> No
     (tmp_path / "__0_0.distcp").symlink_to("/dev/full")
     with pytest.raises(CheckpointException) as caught:
         dcp.save({"w": torch.zeros(1 << 20)}, checkpoint_id=tmp_path, no_dist=True)
-    assert disk_full(caught.value)
-    assert disk_full(full_disk()) and not disk_full(OSError("something else"))
+    assert is_disk_full(caught.value)
+    assert is_disk_full(full_disk()) and not is_disk_full(OSError("something else"))
 
 
 def test_a_checkpoint_without_all_its_files_is_not_complete(tmp_path: Path) -> None:
