@@ -10,12 +10,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
@@ -29,7 +27,7 @@ from rcd_core import Decoder, DecodeSettings, load_model, new_model
 from rcd_core.errors import UserError
 from rcd_core.families.base import CheckpointInfo
 from rcd_core.families.config import ModelConfig
-from rcd_core.tasks import get_task, grade, math_grader
+from rcd_core.tasks import get_task
 from rcd_core.text.tokenizer import load_tokenizer, mask_token_id, stop_token_ids
 from tests.fault_table import FaultTable
 from tests.pipelines.calibration_run import SIZES, TRAIN
@@ -332,25 +330,3 @@ def test_a_model_trained_without_residuals_is_decoded_without(tmp_path: Path) ->
     methods = {method.info.name: method for method in evaluate.make_methods(ctx)}
     assert {name for name in methods if "control" in name} == {"target-control"}
     assert not methods["target-control"].settings.residual and methods["target/zero"].settings.residual
-
-
-# -- grading in an actor
-
-
-class Grader:
-    def grade(self, completions: list[str], answer: str) -> tuple[list[bool], int]:
-        with ThreadPoolExecutor(2) as pool:
-            verdicts = list(pool.map(lambda completion: grade("math500", completion, answer), completions))
-        worker = math_grader._GRADER._worker
-        return verdicts, worker.pid if worker else 0
-
-
-def test_an_actor_grades_in_threads_and_its_grading_process_ends_with_it(ray_cluster: str) -> None:
-    import ray
-
-    grader = ray.remote(num_cpus=1)(Grader).remote()
-    verdicts, pid = ray.get(grader.grade.remote([r"\boxed{0.5}", r"\boxed{\frac13}", r"\boxed{2/4}"], r"\frac{1}{2}"))
-    assert verdicts == [True, False, True]
-    process = psutil.Process(pid)
-    ray.kill(grader)
-    process.wait(30)

@@ -14,17 +14,15 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
-import torch
 
 from pipelines.cli import main as cli
 from pipelines.cli.flags import CalibrateFlags, GenerateFlags, TrainPlanFlags, decode_settings
-from pipelines.cli.live_view import SequenceCanvas, printable
-from rcd_core import Decoder, DecodeSettings, Engine, ModelConfig, load_model, new_model
+from pipelines.cli.live_view import printable
+from rcd_core import Decoder, DecodeSettings, load_model
 from rcd_core.attention.backends import BACKENDS
 from rcd_core.calibration.distance import Match
-from rcd_core.families.base import CheckpointInfo
 from rcd_core.tasks.base import MASK_TEXT
-from rcd_core.text.tokenizer import load_tokenizer, mask_token_id, stop_token_ids, train_tokenizer
+from rcd_core.text.tokenizer import load_tokenizer
 from rcd_core.training.plan import MEMORY
 from tests.pipelines.cli.terminal import in_terminal
 
@@ -32,35 +30,6 @@ ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT / "tests" / "golden"
 SDAR = json.loads((GOLDEN / "sdar_vectors.json").read_text())["generate"]
 RCD = json.loads((GOLDEN / "rcd" / "rcd_vectors.json").read_text())["decode"]
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """target (marked as RCD), reference, and esc, whose every token is the escape character. One tokenizer."""
-    root = tmp_path_factory.mktemp("checkpoints")
-    tokenizer = train_tokenizer(["the quick fox over the lazy dog 漢字 🙂 Über\n"] * 50, 330)
-    info = CheckpointInfo(mask_token_id(tokenizer), stop_token_ids(tokenizer), tokenizer.pad_token_id, 8)
-    for name, width, rcd in (("target", 32, {"start": "zero"}), ("reference", 16, {}), ("esc", 16, {})):
-        info.rcd = rcd
-        sizes = ModelConfig(
-            family="sdar",
-            hidden_size=width,
-            num_layers=1,
-            num_heads=2,
-            num_kv_heads=1,
-            intermediate_size=32,
-            max_positions=256,
-        )
-        model = new_model(sizes, vocab_size=len(tokenizer), info=info, seed=3)
-        if name == "esc":
-            with torch.no_grad():  # no layer adds anything, and the head answers the mask's embedding with one token
-                for layer in model.backbone.model.layers:
-                    layer.self_attn.o_proj.weight.zero_()
-                    layer.mlp.down_proj.weight.zero_()
-                escape = tokenizer("\x1b", add_special_tokens=False)["input_ids"][0]
-                model.lm_head_weight[escape] = 10 * model.embedding.weight[model.mask_token_id]
-        model.save_pretrained(root / name, tokenizer=tokenizer)
-    return root
 
 
 def generate(*arguments: Any) -> int:
@@ -345,37 +314,3 @@ def test_a_conversation_keeps_its_history(checkpoints: Path) -> None:
     said = [re.split(r"\n\d+ tokens in", part)[0] for part in spoken if "tokens in" in part]
     assert said == [printable(answers[0]), printable(answers[1]), printable(answers[0])]
     assert answers[1] != expected(target, "the dog", max_new_tokens=8, residual=True)  # else the history had no say
-
-
-def test_printable() -> None:
-    assert printable("a\tb\x1b]0;x\x07\x9b\u202e\u2028\r\nü漢🙂\u200d") == (
-        "a\\tb\\x1b]0;x\\x07\\x9b\\u202e\\u2028\\r\nü漢🙂\u200d"
-    )
-    assert printable("a\nb", newline="↵") == "a↵b"
-
-
-def test_the_drawing_holds_given_committed_and_masked_tokens(checkpoints: Path) -> None:
-    """Every token of a canvas is drawn once, committed bytes of one character together, guesses with their shade."""
-    target = checkpoints / "target"
-    tokenizer: Any = load_tokenizer(target)
-    decoder = Decoder(load_model(target))
-    ids = tokenizer(f"漢{MASK_TEXT}the{MASK_TEXT}{MASK_TEXT}")["input_ids"]
-    sequence = decoder.check(ids, DecodeSettings(residual=True, trace=True), infill=True)
-    engine = Engine(decoder.model, None, max_batch=1, max_length=len(ids))
-    engine.add(sequence)
-    canvas = SequenceCanvas(sequence, tokenizer.decode)
-    assert canvas.text(coloured=True).plain == "漢·the··"
-    engine.step()
-    step, left = sequence.steps[-1], sequence.masked_positions.tolist()
-    assert left and set(left) == set(step.masked) - set(step.committed)
-    guesses = {p: printable(tokenizer.decode([i]), "↵") for p, i in zip(step.masked, step.argmax, strict=True)}
-    text = canvas.text(coloured=True)
-    want = "漢" + guesses[ids.index(decoder.model.mask_token_id)] + "the"
-    assert text.plain == want + "".join(guesses[p] for p in sorted(guesses)[1:])
-    assert sum("on rgb" in str(span.style) for span in text.spans) == len(left)
-    plain = canvas.text(coloured=False).plain
-    assert len(plain) == len(text.plain) + len(left)
-    while engine.busy:
-        engine.step()
-    assert canvas.text(coloured=True).plain == printable(tokenizer.decode(sequence.output().canvas_ids))
-    assert canvas.text(coloured=True, limit=1).plain != ""
