@@ -23,6 +23,7 @@ def local_nodes(*nodes: dict[str, Any], **head: Any) -> Iterator[tuple[Cluster, 
     Cluster.add_node, one mapping per node."""
     import ray
     from ray._common.utils import get_default_ray_temp_dir
+    from ray._private.utils import write_ray_address
 
     os.makedirs(get_default_ray_temp_dir(), exist_ok=True)  # Cluster writes a file there, whatever its temp_dir
     with tempfile.TemporaryDirectory(prefix="rcd-test-", dir="/tmp", ignore_cleanup_errors=True) as temp_dir:
@@ -33,6 +34,8 @@ def local_nodes(*nodes: dict[str, Any], **head: Any) -> Iterator[tuple[Cluster, 
             # Nodes on one machine share the session directory, and each one that unpacks a job's code first removes
             # what another one unpacked. Give each its own directory, as on separate machines.
             added = [cluster.add_node(runtime_env_dir_name=f"code-{i}", **node) for i, node in enumerate(nodes)]
+            # Ray looks here for the cluster of a submitted job's driver. Without the file it takes any on this machine.
+            write_ray_address(cluster.address, temp_dir)
             ray.init(address=cluster.address, log_to_driver=False)
             yield cluster, added
         finally:
