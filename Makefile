@@ -53,8 +53,8 @@ lint: $(VENV)/.dev
 	@$(BIN)/lint-imports
 
 docs: $(VENV)/.runtime
-	@$(BIN)/python -m pipelines.recipe.reference
-	@$(BIN)/python -m pipelines.serving.http.reference
+	@$(BIN)/python -m tests.docs.recipes
+	@$(BIN)/python -m tests.docs.http_api
 
 clean: down
 	rm -rf $(VENV) .rcd build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

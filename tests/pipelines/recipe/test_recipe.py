@@ -11,10 +11,10 @@ from pipelines.data.sources import columns_of
 from pipelines.recipe.files import parse_yaml, recipe_names
 from pipelines.recipe.inputs import check_inputs
 from pipelines.recipe.load import dump_recipe, load_recipe, parse_recipe
-from pipelines.recipe.reference import PAGE, recipe_page, write_or_check
 from pipelines.recipe.rules import is_hub_id
 from pipelines.run.stages import stages_of
 from rcd_core.errors import UserError
+from tests.docs.recipes import PAGE, recipe_page, write_or_check
 
 
 def complaint(*overrides: str, recipe: str = "demo") -> str:

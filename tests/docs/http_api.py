@@ -1,7 +1,7 @@
 """Writes the tables of pipelines/serving/README.md: routes, request fields, `rcd` of answers, and errors.
 
-python -m pipelines.serving.http.reference          # write the tables
-python -m pipelines.serving.http.reference --check  # exit with 1 when they are stale
+python -m tests.docs.http_api          # write the tables
+python -m tests.docs.http_api --check  # exit with 1 when they are stale
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Collection, Iterator
-from pathlib import Path
 from typing import Any
 
-from pipelines.recipe.reference import field_rows, table, write_or_check
 from pipelines.serving.http.app import create_app
 from pipelines.serving.http.bodies import DECODE_FIELDS, ChatRequest, CompletionRequest, Request
 from pipelines.serving.http.errors import ERRORS, ApiError
 from pipelines.serving.http.guard import ApiLimits
+from tests.conftest import ROOT
+from tests.docs.recipes import field_rows, table, write_or_check
 
-PAGE = Path(__file__).parents[1] / "README.md"
+PAGE = ROOT / "pipelines" / "serving" / "README.md"
 MARKER = "<!-- `make docs` writes the rest of this page. -->\n"
 
 

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-from pipelines.recipe.reference import write_or_check
 from pipelines.serving.http.bodies import DECODE_FIELDS
-from pipelines.serving.http.reference import PAGE, api_page
+from tests.docs.http_api import PAGE, api_page
+from tests.docs.recipes import write_or_check
 
 
 def test_the_page_is_current_and_complete() -> None:

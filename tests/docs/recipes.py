@@ -1,7 +1,7 @@
 """Writes pipelines/recipes/README.md: every key of a recipe with its type, default and meaning.
 
-python -m pipelines.recipe.reference          # write the page
-python -m pipelines.recipe.reference --check  # exit with 1 when the page is stale
+python -m tests.docs.recipes          # write the page
+python -m tests.docs.recipes --check  # exit with 1 when the page is stale
 """
 
 from __future__ import annotations
