@@ -52,7 +52,7 @@ lint: $(VENV)/.dev
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-docs: $(VENV)/.runtime
+docs: $(VENV)/.dev
 	@$(BIN)/python -m tests.docs.recipes
 	@$(BIN)/python -m tests.docs.http_api
 
