@@ -159,8 +159,11 @@ def _start_http(recipe: Recipe) -> None:
 
 
 def _reachable(recipe: Recipe) -> bool:
+    keys = api_keys()
+    headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
     try:
-        return httpx.get(endpoint(recipe) + "/ready", timeout=10, trust_env=False).status_code == 200
+        url = endpoint(recipe) + "/ready"
+        return httpx.get(url, headers=headers, timeout=10, trust_env=False).status_code == 200
     except httpx.TransportError:
         return False
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from starlette._utils import get_route_path
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,24 +23,37 @@ from rcd_core.errors import UserError
 
 KEYS, KEYS_FILE = "RCD_API_KEYS", "RCD_API_KEYS_FILE"
 REQUEST_ID = "X-Request-Id"
+PAGE = ("", "/")  # the playground; "" redirects to it
+STATIC, MODELS = "/playground/", "/playground/models.json"  # the page's files need no key, its list of models does
+STATE = ("/health", "/ready", "/metrics")
 _VALID_ID = re.compile(r"[\x21-\x7e]{1,128}")  # printable ASCII: it is sent back in a header and logged
 
 
 @dataclass(frozen=True, kw_only=True)
 class ApiLimits:
     """timeout_s: deadline of a request in seconds, and the largest timeout_s that a request may set. ping_s: silence
-    after which a stream sends a comment. max_body_bytes: of a request. api_keys: requests to /v1 must bring one of
-    them; if empty, no key is needed."""
+    after which a stream sends a comment. max_body_bytes: of a request. api_keys: every request except for the page
+    must bring one of them; if empty, no key is needed. open_state: /health, /ready and /metrics need no key."""
 
     timeout_s: float = 600.0
     ping_s: float = 10.0
     max_body_bytes: int = 4 * 2**20
     api_keys: tuple[str, ...] = field(default=(), repr=False)
+    open_state: bool = False
 
     @property
     def id(self) -> str:
         """Identifies the limits without revealing the keys."""
-        return hashlib.sha256(repr((self.timeout_s, self.max_body_bytes, *sorted(self.api_keys))).encode()).hexdigest()
+        values = (self.timeout_s, self.max_body_bytes, self.open_state, *sorted(self.api_keys))
+        return hashlib.sha256(repr(values).encode()).hexdigest()
+
+    def needs_key(self, scope: Scope) -> bool:
+        """Whether the request needs a key: every route does unless it is listed as open. Compares the path that the
+        router matches, which has no route prefix."""
+        path = get_route_path(scope)
+        if not self.api_keys or path in PAGE or (self.open_state and path in STATE):
+            return False
+        return path == MODELS or not path.startswith(STATIC)
 
     def allows(self, authorization: str | None) -> bool:
         """Whether the Authorization header has one of the keys. Compares in constant time."""
@@ -107,7 +121,7 @@ class Guard:
             self.metrics.answered(scope, status, time.monotonic() - started)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
-        if scope["path"].startswith("/v1/") and not self.limits.allows(headers.get("Authorization")):
+        if self.limits.needs_key(scope) and not self.limits.allows(headers.get("Authorization")):
             raise ApiError(
                 401,
                 "no valid API key; send `Authorization: Bearer <key>`",

@@ -197,7 +197,8 @@ async function load() {
     }
     $("alert").textContent = "";
   } catch (error) {
-    $("alert").textContent = `Error: ${error.message}`;
+    const missing = error.status === 401 && !$("key").value;
+    $("alert").textContent = missing ? "This server needs an API key." : `Error: ${error.message}`;
     if (error.status === 401) askForKey();
     return;
   }
@@ -205,9 +206,16 @@ async function load() {
   describe();
 }
 
-form.addEventListener("submit", (event) => {
+form.addEventListener("submit", async (event) => {
   event.preventDefault();
-  run();
+  if (!models.length) await load(); // Enter in the field of the key
+  if (models.length) run();
+});
+$("schema").addEventListener("click", async (event) => {
+  if (!$("key").value) return;
+  event.preventDefault(); // a link cannot send the key
+  const schema = JSON.stringify(await getJson("openapi.json", $("key").value), null, 2);
+  open(URL.createObjectURL(new Blob([schema], { type: "application/json" })));
 });
 for (const radio of form.elements.mode) radio.addEventListener("change", () => setMode(mode()));
 $("prompt").addEventListener("input", () => {

@@ -8,9 +8,9 @@ END_S = 60
 
 
 class Page:
-    """A tab. complaints: script errors and requests to other hosts."""
+    """A tab. complaints: script errors and requests to other hosts. loaded False: the page cannot load the models."""
 
-    def __init__(self, browser: Any, url: str, pace: str = "0", **context: Any) -> None:
+    def __init__(self, browser: Any, url: str, pace: str = "0", *, loaded: bool = True, **context: Any) -> None:
         self.tab = browser.new_page(**context)
         self.tab.set_default_timeout(END_S * 1000)
         self.complaints: list[str] = []
@@ -19,7 +19,8 @@ class Page:
         self.tab.on("console", lambda m: self.complaints.append(m.text) if m.type == "error" else None)
         self.tab.on("request", lambda r: self._note(r, url))
         self.tab.goto(url)
-        self.tab.wait_for_selector("#model option", state="attached")
+        if loaded:
+            self.wait("#model option")
         self.tab.select_option("#pace", pace)
 
     def _note(self, request: Any, url: str) -> None:

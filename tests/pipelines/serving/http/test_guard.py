@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Mount
 from starlette.testclient import TestClient
 
 from pipelines.serving.backend import Overloaded
@@ -49,17 +52,67 @@ def test_a_wrong_key_is_rejected(wrong: str | None) -> None:
         assert answer.headers["WWW-Authenticate"] == "Bearer"
 
 
-def test_a_key_opens_v1_only_and_is_never_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_key_opens_everything_and_is_never_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     limits = ApiLimits(api_keys=KEYS)
     client = client_of(limits)
     for key in KEYS:
         headers = {"Authorization": f"Bearer {key}"}
         assert client.post("/v1/completions", json=BODY, headers=headers).status_code == 200
-    assert client.get("/health").status_code == client.get("/ready").status_code == 200
-    assert "HTTPBearer" in client.get("/openapi.json").json()["components"]["securitySchemes"]
+        schema = client.get("/openapi.json", headers=headers).json()
+        assert "HTTPBearer" in schema["components"]["securitySchemes"]
     assert not any(key in caplog.text + repr(limits) + limits.id for key in KEYS)
-    assert limits.id != ApiLimits().id
+    assert len({limits.id, ApiLimits().id, replace(limits, open_state=True).id}) == 3
+
+
+PAGE = ("/", "/playground/main.js", "/playground/style.css")
+STATE = ("/health", "/ready", "/metrics")
+KEYED = (
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/m"),
+    ("POST", "/v1/completions"),
+    ("POST", "/v1/chat/completions"),
+    ("GET", "/version"),
+    ("GET", "/openapi.json"),
+    ("GET", "/playground/models.json"),
+)
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "p"}]}
+
+
+def prefixed(limits: ApiLimits, how: str) -> tuple[TestClient, str]:
+    """The application at /, mounted in another one, or behind a server that sets root_path as Ray Serve does."""
+    app = app_of(limits)
+    if how == "mounted":
+        outer = Starlette(routes=[Mount("/outer", routes=[Mount("/rcd", app=app)])])
+        return TestClient(outer), "/outer/rcd"
+    return TestClient(app, root_path="/rcd" if how == "root_path" else ""), "/rcd" if how == "root_path" else ""
+
+
+@pytest.mark.parametrize("how", ["at the root", "mounted", "root_path"])
+@pytest.mark.parametrize("open_state", [False, True])
+def test_every_route_but_the_page_needs_a_key_under_any_prefix(how: str, open_state: bool) -> None:
+    client, prefix = prefixed(ApiLimits(api_keys=KEYS, open_state=open_state), how)
+    routes = [*KEYED, *(("GET", path) for path in STATE)]
+    assert {path for _, path in routes} >= set(app_of().openapi()["paths"]) - {"/v1/models/{model_id}"}
+    key = {"Authorization": "Bearer second-key"}
+    for method, path in routes:
+        body = {"json": CHAT if "chat" in path else BODY} if method == "POST" else {}
+        expected = 200 if open_state and path in STATE else 401
+        for wrong in ({}, {"Authorization": "Bearer wrong"}):
+            assert client.request(method, prefix + path, headers=wrong, **body).status_code == expected, path
+        assert client.request(method, prefix + path, headers=key, **body).status_code == 200, path
+    for path in PAGE:
+        assert client.get(prefix + path).status_code == 200, path
+    for path in ("/v1/models/", "//v1/models", "/playground/../v1/models", "/rcd/v1/models", "/playground"):
+        assert client.get(prefix + path, follow_redirects=False).status_code in (401, 404), path
+
+
+@pytest.mark.parametrize("how", ["at the root", "mounted", "root_path"])
+def test_no_route_needs_a_key_without_keys(how: str) -> None:
+    client, prefix = prefixed(ApiLimits(), how)
+    for method, path in KEYED:
+        body = {"json": CHAT if "chat" in path else BODY} if method == "POST" else {}
+        assert client.request(method, prefix + path, **body).status_code == 200, path
 
 
 def test_keys_come_from_the_environment_and_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,13 +204,16 @@ def test_a_refusal_is_an_alert(page: Page) -> None:
 
 def test_the_page_asks_for_an_api_key(browser: Any) -> None:
     with served(baseline=False, keys=("s3cret",)) as app:
-        page = Page(browser, app.url)
-        page.tab.fill("#prompt", "the fox")
-        assert page.tab.is_hidden("#key")
-        page.run()
-        page.wait("#alert:has-text('Error: ')")
+        page = Page(browser, app.url, loaded=False)
+        page.wait("#alert:has-text('API key')")
         assert page.tab.evaluate("document.activeElement.id") == "key"
+        page.tab.fill("#key", "wrong")
+        page.tab.press("#key", "Tab")
+        page.wait("#alert:has-text('Error: ')")
         page.tab.fill("#key", "s3cret")
+        page.tab.press("#key", "Tab")
+        page.wait("#model option")
+        page.tab.fill("#prompt", "the fox")
         page.run()
         assert page.texts(".answer")[0] == app.text(app.turns("the fox"), SETTINGS)
         assert page.texts("#alert") == [""]
