@@ -6,12 +6,14 @@ Only safetensors are read, and no code of a checkpoint is executed.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
 
 from rcd_core.alpha import load_learned_alpha
 from rcd_core.attention.backends import backend_key
@@ -28,6 +30,7 @@ from rcd_core.io.storage import is_uri
 _FAMILIES: tuple[type[DiffusionModel], ...] = (SDARModel, LLaDAModel)
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_TIED = "tie_word_embeddings (LLaDA: weight_tying)"
 
 
 def load_model(
@@ -56,18 +59,18 @@ def load_model(
     with torch.device("meta"):
         backbone = family.backbone_class(config)
     expected = {name: tuple(tensor.shape) for name, tensor in backbone.state_dict().items()}
-    tied = config.tie_word_embeddings
-    if tied:  # a head in the files is a copy; transformers ignores it too
+    if config.tie_word_embeddings and _HEAD not in stored:
         del expected[_HEAD]
-        stored.pop(_HEAD, None)
     _check_fit(expected, stored, directory)
     if dtype is None:
         dtype = stored[_EMBEDDING].dtype
     weights = dict(read_weights(stored, device, dtype))
-    if tied:
+    if config.tie_word_embeddings:
+        config.tie_word_embeddings = _is_copy(weights, directory)
+    if config.tie_word_embeddings:
         weights[_HEAD] = weights[_EMBEDDING]
     backbone.load_state_dict(weights, assign=True)
-    if tied:
+    if config.tie_word_embeddings:
         backbone.tie_weights()
     # Rotary tables are not in the files and were not computed on the meta device.
     backbone.model.rotary_emb = type(backbone.model.rotary_emb)(config).to(device)
@@ -167,8 +170,25 @@ def _rename(family: type[DiffusionModel], stored: Mapping[str, StoredTensor]) ->
     return renamed
 
 
+def _is_copy(weights: Mapping[str, Tensor], directory: Path) -> bool:
+    """Whether the head, which config.json ties, is the embedding: absent or equal. Warns if it is another one."""
+    if _HEAD not in weights or torch.equal(weights[_HEAD], weights[_EMBEDDING]):
+        return True
+    warnings.warn(
+        f"{directory}: config.json ties the head to the embedding ({_TIED}), but {_HEAD} in the files differs from it; "
+        f"the head of the files is used. Set {_TIED} to false, or remove the head from the files",
+        stacklevel=3,
+    )
+    return False
+
+
 def _check_fit(expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor], directory: Path) -> None:
     missing, extra = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+    if missing == [_HEAD] and not extra:
+        raise UserError(
+            f"{directory}: {_HEAD} is missing, and config.json does not tie it to the embedding; set {_TIED} to true "
+            "if the embedding is the head, else complete the download"
+        )
     if missing or extra:
         raise UserError(f"{directory}: weights do not fit config.json; missing {missing[:4]}, unexpected {extra[:4]}")
     for name, entry in stored.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -131,22 +132,66 @@ def test_dtypes(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
-def test_a_head_is_tied_as_the_config_says_and_by_the_files_where_it_is_silent(tmp_path: Path) -> None:
-    file = checkpoint(tmp_path, drop=("tie_word_embeddings",)) / "model.safetensors"
-    untied = load_model(tmp_path)
-    assert not torch.equal(untied.lm_head_weight, untied.embedding.weight)
+TIE = {"sdar_tiny": "tie_word_embeddings", "llada_tiny": "weight_tying"}
+NAMES = {
+    "sdar_tiny": ("model.embed_tokens.weight", "lm_head.weight"),
+    "llada_tiny": ("model.transformer.wte.weight", "model.transformer.ff_out.weight"),
+}
+
+
+@pytest.mark.parametrize("source", ["sdar_tiny", "llada_tiny"])
+def test_a_head_that_differs_from_the_embedding_is_kept_although_the_config_ties_it(
+    source: str, tmp_path: Path
+) -> None:
+    ids = torch.arange(20)[None]
+    want = load_model(GOLDEN / source).logits(ids)
+    checkpoint(tmp_path / "a", source, **{TIE[source]: True})
+    with pytest.warns(UserWarning, match=r"weight_tying.*lm_head\.weight"):
+        model = load_model(tmp_path / "a")
+    assert torch.equal(model.logits(ids), want)
+    weights = {name.removeprefix("backbone."): tensor for name, tensor in model.state_dict().items()}
+    for saved in (model, model.with_weights(weights)):
+        saved.save_pretrained(tmp_path / "b")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(load_model(tmp_path / "b").logits(ids), want)
+    model.lm_head_weight.data.zero_()
+    assert model.embedding.weight.any(), "two tensors"
+
+
+@pytest.mark.parametrize("source", ["sdar_tiny", "llada_tiny"])
+@pytest.mark.parametrize("config", [True, False, None])
+@pytest.mark.parametrize("head", ["equal", "absent"])
+def test_a_head_is_tied_as_the_config_says_and_by_the_files_where_it_is_silent(
+    head: str, config: bool | None, source: str, tmp_path: Path
+) -> None:
+    file = checkpoint(tmp_path, source, **{TIE[source]: config}) / "model.safetensors"
+    embedding_name, head_name = NAMES[source]
     whole = load_file(file)
-    checkpoint(tmp_path, tie_word_embeddings=True)
-    tied = load_model(tmp_path)
-    assert tied.lm_head_weight is tied.embedding.weight, "the head of the files is left aside"
-    del whole["lm_head.weight"]
-    checkpoint(tmp_path, drop=("tie_word_embeddings",))
+    del whole[head_name]
+    if head == "equal":
+        whole[head_name] = whole[embedding_name].clone()
     save_file(whole, file)
-    silent = load_model(tmp_path)
-    assert silent.lm_head_weight is silent.embedding.weight
-    checkpoint(tmp_path)
-    save_file(whole, file)
-    with pytest.raises(UserError, match=r"missing \['lm_head.weight'\]"):
+    if head == "absent" and config is False:
+        with pytest.raises(UserError, match=r"lm_head\.weight .*tie_word_embeddings"):
+            load_model(tmp_path)
+        return
+    model = load_model(tmp_path)
+    assert torch.equal(model.lm_head_weight, whole[embedding_name])
+    assert (model.lm_head_weight is model.embedding.weight) is (config is True or head == "absent")
+
+
+def test_a_head_of_another_dtype_or_shape_under_a_config_that_ties_it(tmp_path: Path) -> None:
+    """Equal after the cast to the embedding's dtype is equal."""
+    file = checkpoint(tmp_path, tie_word_embeddings=True) / "model.safetensors"
+    whole = load_file(file)
+    embedding = whole["model.embed_tokens.weight"]
+    rounded = {**whole, "model.embed_tokens.weight": embedding.bfloat16(), "lm_head.weight": embedding}
+    save_file(rounded, file)
+    model = load_model(tmp_path)
+    assert model.lm_head_weight is model.embedding.weight
+    save_file({**whole, "lm_head.weight": embedding[:-1].clone()}, file)
+    with pytest.raises(UserError, match=r"lm_head\.weight is \(511, 64\)"):
         load_model(tmp_path)
 
 
