@@ -65,30 +65,74 @@ def write_sizes(config: Any) -> dict[str, Any]:
 
 
 def read_rope(config: dict[str, Any], where: Path, default_theta: float | None = None) -> dict[str, Any]:
-    """config.json of transformers 5 (rope_parameters) or earlier (rope_scaling) -> transformers' rope_parameters.
+    """config.json of transformers 5 (rope_parameters) or earlier (rope_theta, rope_scaling) -> rope_parameters.
 
-    Raises UserError for an unsupported type, and for a field (rope_theta included) that is missing or not above 0.
+    Raises UserError for an unsupported type, for a field that is missing or not above 0, and if two places of the file
+    state different values of one setting.
     """
-    section = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    scaling = config.get(section) or {}
-    if not isinstance(scaling, dict):
-        raise UserError(f"{where}: config.json's {section} is {scaling!r}; it must be an object or null")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    per_layer = any(isinstance(value, dict) for value in scaling.values())
-    if kind not in _NEEDED or per_layer or scaling.get("partial_rotary_factor", 1.0) != 1.0:
-        shown = "given per layer type" if per_layer else f"of type {kind!r}"
+    stated = _stated_rope(config, where)
+    kind, where_kind = stated.get("rope_type", ("default", "rope_scaling"))
+    if kind not in _NEEDED or stated.get("partial_rotary_factor", (1.0, ""))[0] != 1.0:
         raise UserError(
-            f"{where}: config.json's {section} is {shown}; supported, over the whole head: {', '.join(_NEEDED)}"
+            f"{where}: config.json's {where_kind.split('.')[0]} is of type {kind!r}; supported, over the whole head: "
+            f"{', '.join(_NEEDED)}"
         )
-    theta = scaling.get("rope_theta", config.get("rope_theta", default_theta))
-    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": theta}
+    if "rope_type" not in stated and "factor" in stated:
+        raise UserError(f"{where}: config.json's {stated['factor'][1]} is set, but no rope_type; set rope_type as well")
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": stated.get("rope_theta", (default_theta, ""))[0]}
     for name in _NEEDED[kind]:
         # Files older than the field use max_position_embeddings.
-        rope[name] = scaling.get(name, config.get("max_position_embeddings") if name.startswith("original") else None)
+        default = config.get("max_position_embeddings") if name.startswith("original") else None
+        rope[name] = stated.get(name, (default, ""))[0]
     for name, value in rope.items():
         if name != "rope_type" and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
             raise UserError(f"{where}: config.json's {name} is {value!r}; rotary embeddings need a number above 0")
-    return rope | {name: scaling[name] for name in _OPTIONAL.get(kind, ()) if scaling.get(name) is not None}
+    return rope | {name: stated[name][0] for name in _OPTIONAL.get(kind, ()) if name in stated}
+
+
+def _stated_rope(config: dict[str, Any], where: Path) -> dict[str, tuple[Any, str]]:
+    """Rotary setting -> (value, field of config.json that states it), from every place that a file may use.
+
+    null states nothing. Raises UserError for two values of one setting, and for two sections with a type of which one
+    has a setting that the other lacks: the latter means its default.
+    """
+    sections: dict[str, dict[str, Any]] = {}
+    for section in ("rope_parameters", "rope_scaling"):
+        content = config.get(section) or {}
+        if not isinstance(content, dict):
+            raise UserError(f"{where}: config.json's {section} is {content!r}; it must be an object or null")
+        if any(isinstance(value, dict) for value in content.values()):
+            raise UserError(
+                f"{where}: config.json's {section} is given per layer type; supported, over the whole head: "
+                f"{', '.join(_NEEDED)}"
+            )
+        sections[section] = {name: value for name, value in content.items() if value is not None}
+    stated: dict[str, tuple[Any, str]] = {}
+
+    def add(name: str, value: Any, field: str) -> None:
+        known, first = stated.setdefault(name, (value, field))
+        if known != value:
+            raise UserError(
+                f"{where}: config.json's {first} is {known!r}, but {field} is {value!r}; they are one setting, so "
+                "remove the wrong one"
+            )
+
+    for section, content in sections.items():
+        for name, value in content.items():
+            add("rope_type" if name == "type" else name, value, f"{section}.{name}")
+    for name in ("rope_theta", "original_max_position_embeddings"):
+        if config.get(name) is not None:
+            add(name, config[name], name)
+    if all("rope_type" in content or "type" in content for content in sections.values()):
+        needed = {*_NEEDED.get(stated["rope_type"][0], ()), *_OPTIONAL.get(stated["rope_type"][0], ())}
+        for name in sorted(needed):
+            values = [content.get(name) for content in sections.values()]
+            if values[0] != values[1]:
+                raise UserError(
+                    f"{where}: config.json's rope_parameters.{name} is {values[0]!r}, but rope_scaling.{name} is "
+                    f"{values[1]!r}; they are one setting, so remove one of the two sections"
+                )
+    return stated
 
 
 def write_rope(rope: dict[str, Any]) -> dict[str, Any]:

@@ -100,6 +100,8 @@ class LLaDAModel(DiffusionModel):
         names = ("d_model", "n_layers", "n_heads", "mlp_hidden_size", "rope_theta", "rms_norm_eps")
         require_fields(config, names, where)
         require_values(config, {**_SWITCHES, "multi_query_attention": False, "rope_scaling": None}, where)
+        rope = read_rope(config, where)
+        require_values({"rope_parameters": rope["rope_type"]}, {"rope_parameters": "default"}, where)
         tied = config.get("weight_tying")
         return LlamaConfig(
             vocab_size=config.get("embedding_size") or config["vocab_size"],
@@ -110,7 +112,7 @@ class LLaDAModel(DiffusionModel):
             num_key_value_heads=config.get("n_kv_heads") or config["n_heads"],
             max_position_embeddings=config.get("max_sequence_length", 4096),
             rms_norm_eps=config["rms_norm_eps"],
-            rope_parameters=read_rope(config, where),
+            rope_parameters=rope,
             tie_word_embeddings=not has_head if tied is None else tied,
         )
 

@@ -113,6 +113,78 @@ def test_qwen3_rotary_scaling_is_written_as_sdar_reads_it(tmp_path: Path) -> Non
     assert torch.equal(load_model(tmp_path / "b").logits(ids), model.logits(ids))
 
 
+THETA = 1_000_000.0  # of the golden SDAR checkpoint
+SCALED = {"rope_theta": THETA, **YARN}
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "message"),
+    [
+        (
+            "sdar_tiny",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": THETA}, "rope_scaling": YARN},
+            r"rope_parameters\.rope_type is 'default', but rope_scaling\.rope_type is 'yarn'",
+        ),
+        (
+            "sdar_tiny",
+            {"rope_parameters": SCALED, "rope_scaling": {"type": "default"}},
+            r"rope_parameters\.rope_type is 'yarn', but rope_scaling\.type is 'default'",
+        ),
+        (
+            "sdar_tiny",
+            {"rope_parameters": SCALED, "rope_scaling": {**YARN, "factor": 8.0}},
+            r"rope_parameters\.factor is 4\.0, but rope_scaling\.factor is 8\.0",
+        ),
+        (
+            "sdar_tiny",
+            {"rope_parameters": SCALED, "rope_scaling": {**YARN, "attention_factor": 2.0}},
+            r"rope_parameters\.attention_factor is None, but rope_scaling\.attention_factor is 2\.0",
+        ),
+        (
+            "sdar_tiny",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}},
+            r"rope_parameters\.rope_theta is 10000\.0, but rope_theta is 1000000",
+        ),
+        (
+            "sdar_tiny",
+            {"rope_scaling": {**YARN, "rope_theta": 10_000.0}},
+            r"rope_scaling\.rope_theta is 10000\.0, but rope_theta is 1000000",
+        ),
+        (
+            "sdar_tiny",
+            {"rope_scaling": {**YARN, "type": "linear"}},
+            r"rope_scaling\.rope_type is 'yarn', but rope_scaling\.type is 'linear'",
+        ),
+        (
+            "sdar_tiny",
+            {"rope_scaling": YARN, "original_max_position_embeddings": 64},
+            r"original_max_position_embeddings is 32, but original_max_position_embeddings is 64",
+        ),
+        ("sdar_tiny", {"rope_scaling": {"factor": 4.0}}, r"rope_scaling\.factor .*rope_type"),
+        ("llada_tiny", {"rope_parameters": YARN}, "rope_parameters is 'yarn'"),
+    ],
+)
+def test_two_values_of_one_rotary_setting_are_refused(
+    source: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        load_model(checkpoint(tmp_path, source, **changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": SCALED, "rope_scaling": YARN},
+        {"rope_parameters": SCALED, "rope_scaling": {**YARN, "type": "yarn", "factor": 4, "attention_factor": None}},
+        {"rope_parameters": {"rope_theta": THETA}, "rope_scaling": YARN},
+        {"rope_parameters": SCALED, "rope_scaling": None, "rope_theta": None},
+    ],
+)
+def test_two_spellings_of_one_rotary_setting_that_agree_are_read(changes: dict[str, Any], tmp_path: Path) -> None:
+    model = load_model(checkpoint(tmp_path, **changes))
+    assert model.config.rope_parameters == SCALED
+
+
 @pytest.mark.parametrize(
     ("source", "changes", "field"),
     [
