@@ -11,14 +11,29 @@ import sys
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from pipelines.serving.http import neutral
 from pipelines.serving.http.app import create_app
-from pipelines.serving.http.bodies import DECODE_FIELDS, ChatRequest, CompletionRequest, Request
+from pipelines.serving.http.bodies import (
+    DECODE_FIELDS,
+    ChatRequest,
+    CompletionRequest,
+    Message,
+    Request,
+    StreamOptions,
+    TextPart,
+)
 from pipelines.serving.http.errors import ERRORS, ApiError
 from pipelines.serving.http.guard import ApiLimits
 from tests.conftest import ROOT
 from tests.docs.recipes import field_rows, table, write_or_check
 
 PAGE = ROOT / "pipelines" / "serving" / "README.md"
+# The documented fields of each nested object.
+_NESTED = {
+    "Message": Message.model_fields.keys() - neutral.MESSAGE.keys(),
+    "TextPart": TextPart.model_fields.keys() - neutral.PART.keys(),
+    "StreamOptions": StreamOptions.model_fields.keys() - neutral.STREAM.keys(),
+}
 MARKER = "<!-- `make docs` writes the rest of this page. -->\n"
 
 
@@ -43,15 +58,18 @@ def api_page() -> str:
         table(["route", "meaning"], _routes(schema)),
         "## Request fields\n",
         "In requests, null means the default. Fields of both POST routes:\n",
-        fields("CompletionRequest", Request.model_fields.keys() - DECODE_FIELDS),
+        fields("CompletionRequest", Request.model_fields.keys() - DECODE_FIELDS - neutral.BODY.keys()),
         "Fields of `/v1/completions`:\n",
         fields("CompletionRequest", CompletionRequest.model_fields.keys() - Request.model_fields.keys()),
         "Fields of `/v1/chat/completions`:\n",
         fields("ChatRequest", ChatRequest.model_fields.keys() - Request.model_fields.keys()),
-        *(part for name in ("Message", "TextPart", "StreamOptions") for part in (f"### {name}\n", fields(name))),
+        *(part for name, ours in _NESTED.items() for part in (f"### {name}\n", fields(name, ours))),
         "### Decoding settings\n",
         "Of both POST routes. The default is the served model's, which `/version` lists.\n",
         fields("CompletionRequest", DECODE_FIELDS),
+        "### Neutral fields\n",
+        "Fields of OpenAI's and vLLM's APIs that this server lacks. Only values that ask for nothing are accepted:\n",
+        table(["field", "accepted values"], neutral.rows()),
         "## `rcd` in answers\n",
         "In an answer, and in the last chunk of a stream:\n",
         answer_fields("RcdAnswer"),

@@ -2,6 +2,7 @@
 
 Unknown fields are rejected, because a misspelt threshold that is silently ignored would spoil an experiment. Types are
 strict: "0.5" is no number. null means the same as leaving a field out, except for model, prompt and messages.
+neutral.py lists fields that are accepted only where they ask for nothing.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, create_model
+from pydantic import AfterValidator, ConfigDict, Field, GetCoreSchemaHandler, create_model
 from pydantic_core import CoreSchema, PydanticUseDefault, core_schema
 
 from pipelines.recipe.descriptions import DESCRIPTIONS
 from pipelines.serving.backend import DecodeRequest
+from pipelines.serving.http import neutral
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.errors import UserError
 
@@ -82,17 +84,23 @@ _OPTIONAL: dict[str, Any] = {
     name: (_BOUNDED.get(name, _HINTS[name]) | None, Field(None, description=_description(name)))
     for name in DECODE_FIELDS
 }
-_DecodeFields: Any = create_model("_DecodeFields", __config__=STRICT, **_OPTIONAL)
+_OPTIONAL["top_k"] = (
+    Annotated[int, Field(ge=-1, le=MAX_INT)] | None,
+    Field(None, description=_description("top_k").rstrip(".") + "; -1 and 0 mean all."),
+)
+_BodyFields: Any = create_model("_BodyFields", __config__=STRICT, **_OPTIONAL, **neutral.fields(neutral.BODY))
+_MessageFields: Any = create_model("_MessageFields", __config__=STRICT, **neutral.fields(neutral.MESSAGE))
+_PartFields: Any = create_model("_PartFields", __config__=STRICT, **neutral.fields(neutral.PART))
+_StreamFields: Any = create_model("_StreamFields", __config__=STRICT, **neutral.fields(neutral.STREAM))
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(_StreamFields):  # type: ignore[misc]
     """Options of a stream."""
 
-    model_config = STRICT
     include_usage: Switch = Field(False, description="End the stream with a chunk that has `usage` and `rcd`.")
 
 
-class Request(_DecodeFields):  # type: ignore[misc]
+class Request(_BodyFields):  # type: ignore[misc]
     """Fields of both POST routes."""
 
     model: str = Field(description="Id of a served model.")
@@ -104,7 +112,12 @@ class Request(_DecodeFields):  # type: ignore[misc]
     )
     stream: Switch = Field(False, description="Send finished blocks as server-sent events.")
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
+    best_of: Count | None = Field(None, description="Only 1 or `n`: no choice is discarded.")
     user: str | None = Field(None, description="No effect.")
+    safety_identifier: str | None = Field(None, description="No effect.")
+    prompt_cache_key: str | None = Field(None, description="No effect.")
+    metadata: dict[str, str] | None = Field(None, description="No effect.")
+    parallel_tool_calls: bool | None = Field(None, description="No effect.")
     return_trace: Annotated[TraceDetail, _NullIsDefault()] = Field(
         "none", description="Report every denoising pass, as counts and means or in full."
     )
@@ -117,6 +130,8 @@ class Request(_DecodeFields):  # type: ignore[misc]
         values = {name: value for name in DECODE_FIELDS if (value := getattr(self, name)) is not None}
         if (length := self.length()) is not None:
             values["max_new_tokens"] = length
+        if values.get("top_k", 1) < 1:
+            values["top_k"] = None
         return replace(defaults, **values, trace=self.return_trace != "none")
 
     def length(self) -> int | None:
@@ -166,24 +181,27 @@ class CompletionRequest(Request):
             yield from _choices(self, prompt, None, defaults, self.infill)
 
 
-class TextPart(BaseModel):
+class TextPart(_PartFields):  # type: ignore[misc]
     """A part of a message. Only text is supported."""
 
-    model_config = STRICT
     type: Literal["text"] = Field(description="Kind of the part.")
     text: Text = Field(description="The parts of a message are joined.")
 
 
-class Message(BaseModel):
+class Message(_MessageFields):  # type: ignore[misc]
     """A message of a conversation."""
 
-    model_config = STRICT
-    role: Literal["system", "user", "assistant"] = Field(description="Who says it.")
+    role: Literal["system", "developer", "user", "assistant"] = Field(
+        description="Who says it; `developer` means `system`."
+    )
     content: Text | list[TextPart] = Field(description="A text, or text parts.")
+    name: str | None = Field(None, description="No effect.")
+    reasoning: str | None = Field(None, description="No effect.")
+    reasoning_content: str | None = Field(None, description="No effect.")
 
     def plain(self) -> dict[str, str]:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": text}
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
 class ChatRequest(Request):
@@ -203,8 +221,10 @@ def _choices(
     infill: bool,
 ) -> Iterator[DecodeRequest]:
     """One DecodeRequest per choice of a prompt; a given seed counts up over them."""
-    if request.stream_options and not request.stream:
+    if request.include_usage and not request.stream:
         raise UserError("stream_options needs stream: true; remove it")
+    if request.best_of not in (None, 1, request.n):
+        raise UserError(f"best_of is {request.best_of}; every choice is returned, so it must be 1 or n: leave it out")
     settings = request.settings(defaults)
     for i in range(request.n):
         yield DecodeRequest(

@@ -132,7 +132,6 @@ def test_openai_client_sends_null(client: TestClient, echo: Echo) -> None:
     ("change", "param", "hint"),
     [
         ({"confidence_treshold": 0.5}, "confidence_treshold", "'confidence_threshold'"),
-        ({"tools": []}, "tools", ""),
         ({"temperature": -1.0}, "temperature", "-1.0"),
         ({"temperature": "hot"}, "temperature", "'hot'"),
         ({"policy": "greedy"}, "policy", "'greedy'"),

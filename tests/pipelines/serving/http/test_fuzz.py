@@ -109,7 +109,10 @@ def test_an_invalid_prompt_is_rejected(prompt: str) -> None:
         ('{"role": "user", "content": [{"type": "image_url", "text": "x"}]}', "messages.0.content"),
         ('{"role": "user"}', "messages.0.content"),
         (f'{{"role": "user", "content": {HALF_PAIR}}}', "messages.0.content"),
-        ('{"role": "user", "content": "x", "name": "y"}', "messages.0.name"),
+        ('{"role": "user", "content": "x", "name": 5}', "messages.0.name"),
+        ('{"role": "user", "content": "x", "nmae": "y"}', "messages.0.nmae"),
+        ('{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}', "messages.0.tool_calls"),
+        ('{"role": "assistant", "content": "x", "refusal": "no"}', "messages.0.refusal"),
         ("5", "messages.0"),
     ],
 )
