@@ -1,5 +1,7 @@
-r"""Compares mathematical answers by math-verify, in a worker process with a deadline.
+r"""Compares mathematical answers: exactly where that is possible, else by math-verify in a worker process.
 
+Answers are normalised (`math_text`), units of a closed list are split off (`units`), and lists, brackets, relations and
+bases are compared part by part (`math_structure`). What is not mathematics as a whole is compared as text.
 math-verify (https://github.com/huggingface/Math-Verify) parses LaTeX into sympy and compares values, sets, intervals,
 matrices and relations. Sympy may never return, so each grading process has one worker (`math_worker.py`), started on
 first use. At the deadline the worker's alarm ends it: the pair counts as different, and the next pair gets a new
@@ -18,56 +20,131 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
-from decimal import Decimal
 from pathlib import Path
 
 from rcd_core.errors import UserError
+from rcd_core.tasks.exact import exact_number
+from rcd_core.tasks.math_structure import (
+    as_text,
+    brackets,
+    in_base,
+    is_whole,
+    relations,
+    split_list,
+    unwrap_subscripts,
+    without_name,
+)
+from rcd_core.tasks.math_text import normalise
+from rcd_core.tasks.units import split_unit
 
 SECONDS = 10.0  # slower pairs count as different; most take milliseconds
 _WORKER = Path(__file__).with_name("math_worker.py")
 _SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")  # keep spaces between digits: "1 2" is not 12
-_NUMBER = re.compile(
-    r"(?P<mantissa>[-+]?(?:(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d*)?|\.\d+))"
-    r"(?:[eE](?P<e>[-+]?\d{1,6})|\\(?:times|cdot)10\^(?:\{(?P<power>[-+]?\d{1,6})\}|(?P<digit>\d)))?"
-)
-_E_NOTATION = re.compile(r"(?<![\w\\.])((?:\d+\.?\d*|\.\d+))[eE]([-+]?\d+)(?![\w.])")
+_MIXED = re.compile(r"(?<![\d.}^_/])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])")
+_DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\\circ")
+_MOST_PARTS = 64  # longer lists are compared as text
 
 
 def same_math(answer: str, expected: str, seconds: float = SECONDS) -> bool:
     r"""Whether `answer` equals `expected`, both as written in a box, LaTeX or plain.
 
-    Not symmetric, like math-verify: x = 5 is right for 5. Numbers must be equal, or to six decimals if one of them is
-    an expression (1/3 and 0.333333). Units are ignored. An empty text equals nothing.
+    Not symmetric: x = 5 is right for 5, and a unit may be missing on either side but must agree if both have one.
+    Numbers must be equal, or to six decimals if one of them is an expression (1/3 and 0.333333). Lists and sets are
+    compared in any order, tuples and intervals in theirs. An empty text equals nothing.
     """
-    bare, bare_expected = _bare(answer), _bare(expected)
-    a, b = (_SPACE.sub("", text) for text in (bare, bare_expected))
+    a, b = normalise(answer), normalise(expected)
+    return bool(a) and bool(b) and _same(a, b, seconds)
+
+
+def _same(a: str, b: str, seconds: float) -> bool:
+    """Whether two normalised answers are equal."""
     if not a or not b:
         return False
-    if a == b:
+    if _SPACE.sub("", a) == _SPACE.sub("", b):
         return True
-    x, y = plain_number(a), plain_number(b)
-    if x is not None and y is not None:
+    (a, unit), (b, expected_unit) = split_unit(a), split_unit(b)
+    if unit and expected_unit and unit != expected_unit:
+        return False
+    x, y = exact_number(a), exact_number(b)
+    if x is not None and y is not None and "percent" in (unit, expected_unit) and unit != expected_unit:
+        return x == y or (x / 100 == y if unit else x == y / 100)
+    if x is not None and y is not None and (x == y or not _rounded(a, b)):
         return x == y
-    return _GRADER.verify(_for_latex(bare), _for_latex(bare_expected), seconds)
+    a, b = (unwrap_subscripts(text) for text in (a, b))
+    based, expected_base = in_base(a), in_base(b)
+    if based or expected_base:
+        return based == expected_base
+    named, expected_name = without_name(a), without_name(b)
+    if (named == a) != (expected_name == b):
+        return _same(named, expected_name, seconds)
+    parts, expected_parts = _parts(a), _parts(b)
+    if parts and expected_parts:
+        return parts[0] == expected_parts[0] and _same_parts(parts[1], expected_parts[1], parts[0] == "{}", seconds)
+    if not (_is_mathematics(a) and _is_mathematics(b)):
+        return as_text(a) == as_text(b)
+    if (parts or expected_parts) and not re.search(r"\\pm|\\mp|\\cup|\\le|\\ge|[<>|]|\\in(?![a-z])", a + b):
+        return False  # a list against one value
+    kinds = [sorted(relations(text)) for text in (a, b)]
+    if kinds[0] != kinds[1] and not _mirrored(kinds) and not _is_interval(b if kinds[0] else a):
+        return False
+    return _GRADER.verify(_for_worker(a), _for_worker(b), seconds)
 
 
-def plain_number(text: str) -> Decimal | None:
-    r"""The value of 1,200.50, -.5, 4.5e33 or 4.5\times10^{33}; None for anything else."""
-    match = _NUMBER.fullmatch(text.strip())
-    if match is None:
+def _rounded(a: str, b: str) -> bool:
+    """Whether one number is a decimal and the other a fraction: then six decimals are enough."""
+    return ("frac" in a or "/" in a) != ("frac" in b or "/" in b)
+
+
+def _parts(text: str) -> tuple[str, list[str]] | None:
+    """(kind, parts) of a list, set, tuple or interval; the kind is its brackets, of lists and sets "{}"."""
+    if exact_number(text) is not None or "\\begin" in text:
         return None
-    exponent = match["e"] or match["power"] or match["digit"] or "0"
-    return Decimal(f"{match['mantissa'].replace(',', '')}e{exponent}")
+    parts = split_list(text)
+    if len(parts) > 1:
+        return ("{}", parts) if "\\pm" not in text else None
+    enclosed = brackets(text)
+    if enclosed is None or "\\pm" in text or text.startswith("{"):
+        return None
+    opening, content, closing = enclosed
+    parts = split_list(content)
+    if len(parts) == 1 and opening == "(":
+        return None
+    return opening + closing, parts
 
 
-def _bare(text: str) -> str:
-    """Strip dollar signs and a trailing full stop."""
-    return text.replace("\\$", "").replace("$", "").strip().rstrip(".").strip()
+def _same_parts(parts: list[str], expected: list[str], in_any_order: bool, seconds: float) -> bool:
+    if len(parts) != len(expected) or len(parts) > _MOST_PARTS:
+        return False
+    if not in_any_order:
+        return all(_same(a, b, seconds) for a, b in zip(parts, expected, strict=True))
+    rest = list(expected)
+    for part in parts:
+        match = next((i for i, other in enumerate(rest) if _same(part, other, seconds)), None)
+        if match is None:
+            return False
+        del rest[match]
+    return True
 
 
-def _for_latex(text: str) -> str:
-    """Rewrite 4.5e33 as a power of 10, because math-verify parses its e as Euler's number."""
-    return _E_NOTATION.sub(r"\1\\times10^{\2}", text)
+def _is_mathematics(text: str) -> bool:
+    return is_whole(text) and (re.search(r"[\d\\^=+*/()<>\[\]-]", text) is not None or len(text) == 1)
+
+
+def _is_interval(text: str) -> bool:
+    return re.search(r"[\[(].*,.*[\])]|\\cup|\\infty", text) is not None
+
+
+def _mirrored(kinds: list[list[str]]) -> bool:
+    """Whether the second relations are the first ones read from right to left."""
+    mirror = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
+    return sorted(mirror.get(kind, kind) for kind in kinds[0]) == kinds[1]
+
+
+def _for_worker(text: str) -> str:
+    """The spelling that math-verify reads: mixed numbers as fractions, degrees inside functions in radians."""
+    text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text) if "(" not in text and "[" not in text else text
+    return _DEGREES.sub(r"(\\frac{\1\\pi}{180})", text)
 
 
 class _Grader:

@@ -16,24 +16,44 @@ import sys
 MEMORY_BYTES = 4 << 30  # of address space; a tower of powers then raises MemoryError
 _SMALL = 1e-3  # below this, six decimals are too few
 _RELATIVE = 1e-6
+_EXACT = 1e-20
+_DIGITS = 40
 
 
 def same(answer: str, expected: str) -> bool:
-    """By math-verify; small numbers also by relative difference, because it rounds them to six decimals."""
-    from math_verify import parse, verify
+    """By math-verify, and for numbers also exactly: math-verify rounds to six decimals."""
+    from latex2sympy2_extended import NormalizationConfig  # type: ignore[import-untyped]
+    from math_verify import LatexExtractionConfig, parse, verify
 
+    # Units are the caller's: this parser drops them, and takes variables for units.
+    rules = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all")
+    config = [LatexExtractionConfig(normalization_config=rules)]
     # No timeouts of its own: they need SIGALRM, which is our deadline.
-    gold, target = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (expected, answer))
-    return bool(verify(gold, target, timeout_seconds=None)) and not _small_and_different(gold, target)
+    gold, target = (parse(f"\\boxed{{{text}}}", config, parsing_timeout=None) for text in (expected, answer))
+    equal = bool(verify(gold, target, timeout_seconds=None, allow_set_relation_comp=True))
+    return equal and not _different_numbers(gold, target)
 
 
-def _small_and_different(gold: list[object], target: list[object]) -> bool:
+def _different_numbers(gold: list[object], target: list[object]) -> bool:
+    """Whether both are numbers and differ: at all if both are exact, else relatively if they are small."""
+    from sympy import Expr, Float  # type: ignore[import-untyped]
+
     try:
-        x, y = (float(parsed[0].doit()) for parsed in (gold, target))  # type: ignore[attr-defined]
-    except (AttributeError, IndexError, TypeError, ValueError, OverflowError):
-        return False  # not a real number
-    largest = max(abs(x), abs(y))
-    return largest < _SMALL and abs(x - y) > _RELATIVE * largest
+        x, y = (parsed[0].doit() for parsed in (gold, target))  # type: ignore[attr-defined]
+    except (AttributeError, IndexError, TypeError, ValueError):
+        return False
+    if not (isinstance(x, Expr) and isinstance(y, Expr)) or x.free_symbols or y.free_symbols:
+        return False
+    if x.is_finite is False or y.is_finite is False:
+        return False
+    exact = not x.has(Float) and not y.has(Float)
+    if exact and x.is_Rational and y.is_Rational:
+        return bool(x != y)
+    largest = max(abs(x).evalf(_DIGITS), abs(y).evalf(_DIGITS))
+    difference = abs(x - y).evalf(_DIGITS)
+    if exact:
+        return bool(difference > _EXACT * largest)
+    return bool(largest < _SMALL and difference > _RELATIVE * largest)
 
 
 def main() -> None:

@@ -112,7 +112,7 @@ def test_unanswerable_questions(completion: str, right: bool) -> None:
         (r"so \boxed{0.5}", r"\frac{1}{2}", True),
         ("#### 1/2", r"\boxed{\frac{1}{2}}", True),
         (r"\boxed{0.6}", r"\frac{1}{2}", False),
-        ("½", r"\frac{1}{2}", False),
+        ("½", r"\frac{1}{2}", True),
         (" . ", ".", False),
     ],
 )
