@@ -23,6 +23,7 @@ from rcd_core.families.config import ModelConfig
 from rcd_core.families.files import CheckpointFiles
 from rcd_core.families.llada import LLaDAModel
 from rcd_core.families.sdar import SDARModel
+from rcd_core.families.unsupported import check_vocabulary, refuse_adapter, refuse_quantised
 from rcd_core.families.weights import StoredTensor, list_weights, read_weights
 from rcd_core.io.node_copy import node_copy
 from rcd_core.io.storage import is_uri
@@ -55,6 +56,8 @@ def load_model(
     except (TypeError, StrictDataclassError) as error:  # transformers' error for a field of the wrong type
         raise UserError(f"{directory}: config.json does not describe a model: {error}") from error
     info = family.read_info(files)
+    num_rows = stored[_EMBEDDING].shape[0] if _EMBEDDING in stored else config.vocab_size
+    check_vocabulary(files.config, config.vocab_size, num_rows, directory)
     _check_ids(info, config.vocab_size, directory)
     with torch.device("meta"):
         backbone = family.backbone_class(config)
@@ -113,15 +116,20 @@ def describe_checkpoint(path: str | Path) -> tuple[CheckpointInfo, int]:
 def checkpoint_directory(path: str | Path) -> Path:
     """A local directory with the checkpoint. URIs and hub ids are downloaded (json, safetensors, txt, jinja).
 
-    Raises UserError if there is none.
+    Raises UserError if there is none, and for an adapter (LoRA).
     """
-    text = str(path)
+    directory = _directory(str(path))
+    refuse_adapter(directory)
+    if not (directory / "config.json").exists():
+        raise UserError(f"{directory}: no config.json there; give the directory of a checkpoint")
+    return directory
+
+
+def _directory(text: str) -> Path:
     if is_uri(text):
         return Path(node_copy(text))
     directory = Path(text)
     if directory.is_dir():
-        if not (directory / "config.json").exists():
-            raise UserError(f"{directory}: no config.json there; give the directory of a checkpoint")
         return directory
     if directory.is_absolute() or text.count("/") != 1:
         raise UserError(f"checkpoint {text!r} does not exist; give a directory, a URI or a hub id owner/name")
@@ -142,8 +150,7 @@ def family_of(config: dict[str, Any], directory: Path) -> type[DiffusionModel]:
     if experts or "moe" in str(kind):
         why = f"model_type {kind!r}" + (f", {experts[0]} {config[experts[0]]}" if experts else "")
         raise UserError(f"{directory}: a mixture of experts ({why}) is not supported; use a dense checkpoint")
-    if config.get("quantization_config"):
-        raise UserError(f"{directory}: config.json has a quantization_config; use the checkpoint it was quantised from")
+    refuse_quantised(config, directory)
     for family in _FAMILIES:
         if kind in family.model_types:
             return family
