@@ -20,6 +20,7 @@ from rcd_core.errors import UserError
 
 ALPHA_FILE = "rcd_alpha.safetensors"  # next to the weights, so that the authors' code reads the checkpoint unchanged
 FIXED_ALPHA = 0.3
+CONFIDENCE_RULES = ("confidence", "inverse_confidence", "learned")  # need max p, at T_res as the entropy
 HIDDEN_WIDTH = 16
 LOGIT_MARGIN = 1e-3  # keeps logit(u) finite
 
@@ -92,7 +93,7 @@ def alpha_from_statistics(
     learned: LearnedAlpha | None = None,
     groups: Tensor | None = None,
 ) -> Tensor:
-    """(N,) entropies in nats and (N,) top probabilities -> (N,) alpha in [0, 1]; Eq. 3 and its variants.
+    """(N,) entropies in nats and (N,) top probabilities, both at T_res -> (N,) alpha in [0, 1]; Eq. 3 and its variants.
 
     learned: the network, for the rule "learned". groups (N,): block number of each position, for the rule "uniform";
     None means that all positions belong to one block. Raises UserError if the rule needs something that is missing.

@@ -14,8 +14,9 @@ from torch import Tensor
 Columns = tuple[Tensor, Tensor, Tensor, Tensor]  # topk_ids (N, K), topk_logprobs (N, K), entropy (N,), tail_mass (N,)
 
 
-def to_table(columns: Columns, temperatures: tuple[float, float]) -> Any:
-    """A pyarrow Table; K and the temperatures (alpha, delta) are in the schema's metadata."""
+def to_table(columns: Columns, temperatures: tuple[float, float], confidence: Tensor | None = None) -> Any:
+    """A pyarrow Table; K and the temperatures (alpha, delta) are in the schema's metadata. confidence (N,) is a column
+    of its own, which older readers skip."""
     import pyarrow as pa
 
     topk_ids, topk_logprobs, entropy, tail_mass = (c.cpu() for c in columns)
@@ -27,19 +28,21 @@ def to_table(columns: Columns, temperatures: tuple[float, float]) -> Any:
         "delta_temperature": repr(temperatures[1]),
         "top_k": str(topk_ids.shape[1]),
     }
+    extra = {} if confidence is None else {"confidence": pa.array(confidence.cpu().numpy(), pa.float32())}
     table = pa.table(
         {
             "topk_ids": pa.ListArray.from_arrays(offsets, pa.array(ids, pa.int32())),
             "topk_logprobs": pa.ListArray.from_arrays(offsets, pa.array(logprobs, pa.float16())),
             "entropy": pa.array(entropy.numpy(), pa.float32()),
             "tail_mass": pa.array(tail_mass.numpy(), pa.float32()),
+            **extra,
         }
     )
     return table.replace_schema_metadata(metadata)
 
 
-def from_table(table: Any) -> tuple[Columns, tuple[float, float]]:
-    """The columns and temperatures that `to_table` was given."""
+def from_table(table: Any) -> tuple[Columns, tuple[float, float], Tensor | None]:
+    """The arguments of `to_table`."""
     metadata = table.schema.metadata or {}
     lists = [table[name].combine_chunks() for name in ("topk_ids", "topk_logprobs")]
     lengths = torch.from_numpy(lists[0].value_lengths().to_numpy(zero_copy_only=False).copy()).long()
@@ -47,7 +50,9 @@ def from_table(table: Any) -> tuple[Columns, tuple[float, float]]:
     ids, logprobs = (torch.from_numpy(values.flatten().to_numpy(zero_copy_only=False).copy()) for values in lists)
     entropy, tail_mass = (torch.from_numpy(table[name].to_numpy().copy()) for name in ("entropy", "tail_mass"))
     temperatures = (float(metadata.get(b"alpha_temperature", 1.0)), float(metadata.get(b"delta_temperature", 1.0)))
-    return (*pad_entries(ids, logprobs, lengths, width), entropy, tail_mass), temperatures
+    has_confidence = "confidence" in table.column_names
+    confidence = torch.from_numpy(table["confidence"].to_numpy().copy()) if has_confidence else None
+    return (*pad_entries(ids, logprobs, lengths, width), entropy, tail_mass), temperatures, confidence
 
 
 def pad_entries(ids: Tensor, logprobs: Tensor, lengths: Tensor, width: int) -> tuple[Tensor, Tensor]:

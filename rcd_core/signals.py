@@ -18,7 +18,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from rcd_core.alpha import LearnedAlpha, alpha_from_statistics, entropy
+from rcd_core.alpha import CONFIDENCE_RULES, LearnedAlpha, alpha_from_statistics, entropy
 from rcd_core.decode_settings import AlphaRule
 from rcd_core.errors import UserError
 from rcd_core.ops.encode import encode
@@ -39,8 +39,9 @@ class _Signals(ABC):
     """What the sparse and the dense form have in common: N predictions that give alpha and delta."""
 
     @abstractmethod
-    def uncertainty(self) -> tuple[Tensor, Tensor]:
-        """(N,) entropies in nats and (N,) top probabilities, the former at the alpha temperature."""
+    def uncertainty(self, vocab_size: int, rule: AlphaRule) -> tuple[Tensor, Tensor]:
+        """(N,) entropies in nats and (N,) largest probabilities, both at the alpha temperature. The latter are 1 if the
+        rule does not need them. Raises UserError if it does and they are unknown."""
 
     @abstractmethod
     def soft_embedding(self, embedding_weight: Tensor) -> Tensor:
@@ -58,13 +59,15 @@ class _Signals(ABC):
         **more: Unpack[AlphaInputs],
     ) -> Tensor:
         """(N,) alpha in [0, 1] by Eq. 3 or another rule; arguments as in `alpha_from_statistics`."""
-        return alpha_from_statistics(rule, *self.uncertainty(), vocab_size, alpha_scale, **more)
+        return alpha_from_statistics(rule, *self.uncertainty(vocab_size, rule), vocab_size, alpha_scale, **more)
 
 
 @dataclass(frozen=True)
 class ReferenceSignals(_Signals):
     """topk_ids (N, K) int32; topk_logprobs (N, K) fp16, of the full softmax at the delta temperature; entropy (N,)
-    fp32, nats at the alpha temperature; tail_mass (N,) fp32, the probability of the ids that are not kept."""
+    fp32, nats at the alpha temperature; tail_mass (N,) fp32, the probability of the ids that are not kept. confidence
+    (N,) fp32: the largest probability at the alpha temperature, only where that differs from the delta temperature.
+    Parquet files do not store it, so signals that were read from them have it only if it follows from the rest."""
 
     topk_ids: Tensor
     topk_logprobs: Tensor
@@ -72,6 +75,7 @@ class ReferenceSignals(_Signals):
     tail_mass: Tensor
     alpha_temperature: float = 1.0
     delta_temperature: float = 1.0
+    confidence: Tensor | None = None
 
     # -- from predictions
     @classmethod
@@ -130,7 +134,7 @@ class ReferenceSignals(_Signals):
             tiles = torch.split(rows.to(head.dtype), max(1, _TILE_BYTES // (4 * vocab_size)))
             parts = [encode(tile @ head.T, k, *temperatures) for tile in tiles]
         columns = (torch.cat(column) if len(parts) > 1 else column[0] for column in zip(*parts, strict=True))
-        ids, logprobs, tail, entropies, peak = columns
+        ids, logprobs, tail, entropies, confidence, peak = columns
         if not torch.isfinite(peak).all():
             row = int((~torch.isfinite(peak)).nonzero()[0])
             if peak[row] == -math.inf:
@@ -144,17 +148,33 @@ class ReferenceSignals(_Signals):
             logprobs = logprobs.masked_fill(dropped, -math.inf)
         logprobs = logprobs.to(torch.float16)
         ids = ids.to(torch.int32).masked_fill(~torch.isfinite(logprobs), 0)
-        return cls(ids, logprobs, entropies, tail, *temperatures)
+        apart = temperatures[0] != temperatures[1]
+        return cls(ids, logprobs, entropies, tail, *temperatures, confidence if apart else None)
 
     @classmethod
     def empty(cls, k: int, alpha_temperature: float = 1.0, delta_temperature: float = 1.0) -> ReferenceSignals:
         """Signals of no position, N = 0, K = k."""
         ids, logprobs = torch.zeros(0, k, dtype=torch.int32), torch.zeros(0, k, dtype=torch.float16)
-        return cls(ids, logprobs, torch.zeros(0), torch.zeros(0), alpha_temperature, delta_temperature)
+        confidence = None if alpha_temperature == delta_temperature else torch.zeros(0)
+        return cls(ids, logprobs, torch.zeros(0), torch.zeros(0), alpha_temperature, delta_temperature, confidence)
 
     # -- to residuals
-    def uncertainty(self) -> tuple[Tensor, Tensor]:
-        return self.entropy, self.topk_logprobs[:, 0].float().exp()
+    def uncertainty(self, vocab_size: int, rule: AlphaRule) -> tuple[Tensor, Tensor]:
+        if rule not in CONFIDENCE_RULES:
+            return self.entropy, torch.ones_like(self.entropy)
+        if self.confidence is not None:
+            return self.entropy, self.confidence
+        logprobs = self.topk_logprobs.float()
+        if self.alpha_temperature == self.delta_temperature:
+            return self.entropy, logprobs[:, 0].exp()
+        if int(torch.isfinite(logprobs).sum()) == vocab_size * len(self):  # without a tail every temperature follows
+            scaled = logprobs * (self.delta_temperature / self.alpha_temperature)
+            return self.entropy, torch.softmax(scaled, dim=-1).amax(-1)
+        raise UserError(
+            f"alpha is {rule!r}, which needs the largest probability at alpha_temperature {self.alpha_temperature}; "
+            f"these signals store it at delta_temperature {self.delta_temperature} only. Compute signals with equal "
+            "temperatures, or use a rule of the entropy"
+        )
 
     def top1(self) -> Tensor:
         return self.topk_ids[:, 0].long()
@@ -215,6 +235,7 @@ class ReferenceSignals(_Signals):
         if len(temperatures) > 1:
             raise UserError(f"signals of different temperatures cannot be joined: {sorted(temperatures)}")
         width = max(p.topk_ids.shape[1] for p in parts)
+        confidences = [p.confidence for p in parts]
 
         def widen(t: Tensor, value: float) -> Tensor:
             return torch.nn.functional.pad(t, (0, width - t.shape[1]), value=value)
@@ -225,18 +246,19 @@ class ReferenceSignals(_Signals):
             torch.cat([p.entropy for p in parts]),
             torch.cat([p.tail_mass for p in parts]),
             *temperatures.pop(),
+            None if any(c is None for c in confidences) else torch.cat([c for c in confidences if c is not None]),
         )
 
     # -- serialisation
     def to_arrow(self) -> Any:
         """A pyarrow Table, one row per position, lists without padding; temperatures in the schema's metadata."""
         columns = (self.topk_ids, self.topk_logprobs, self.entropy, self.tail_mass)
-        return to_table(columns, (self.alpha_temperature, self.delta_temperature))
+        return to_table(columns, (self.alpha_temperature, self.delta_temperature), self.confidence)
 
     @classmethod
     def from_arrow(cls, table: Any) -> ReferenceSignals:
-        columns, temperatures = from_table(table)
-        return cls(*columns, *temperatures)
+        columns, temperatures, confidence = from_table(table)
+        return cls(*columns, *temperatures, confidence)
 
     def to_bytes(self) -> bytes:
         """An Arrow IPC stream, which Serve replicas send to each other."""
@@ -278,7 +300,7 @@ class DenseSignals(_Signals):
     alpha_temperature: float = 1.0
     delta_temperature: float = 1.0
 
-    def uncertainty(self) -> tuple[Tensor, Tensor]:
+    def uncertainty(self, vocab_size: int, rule: AlphaRule) -> tuple[Tensor, Tensor]:
         scaled = self.logits / self.alpha_temperature
         return entropy(scaled), torch.softmax(scaled, dim=-1).amax(-1)
 

@@ -34,13 +34,14 @@ TailSums = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 class Encoded(NamedTuple):
     """ids (N, K) int64 and log-probabilities (N, K) fp32 in descending order, from the full softmax at the delta
-    temperature; tail (N,) the mass of all other ids; entropy (N,) in nats at the alpha temperature; peak (N,) the
-    largest logit, NaN if the row holds NaN."""
+    temperature; tail (N,) the mass of all other ids; entropy (N,) in nats and confidence (N,), the largest probability,
+    at the alpha temperature; peak (N,) the largest logit, NaN if the row holds NaN."""
 
     ids: Tensor
     logprobs: Tensor
     tail: Tensor
     entropy: Tensor
+    confidence: Tensor
     peak: Tensor
 
 
@@ -68,7 +69,7 @@ def _encode(z: Tensor, k: int, alpha_temperature: float, delta_temperature: floa
         x, z_sum, log_sum = _kept(top, tail, alpha_temperature)
     x = x.clamp(min=LOWEST)
     entropy = log_sum - (dot + (x * x.exp()).sum(1)) / z_sum
-    return Encoded(ids, logprobs, tail_mass, entropy, top[:, 0])
+    return Encoded(ids, logprobs, tail_mass, entropy, (-log_sum).exp(), top[:, 0])
 
 
 def _kept(top: Tensor, tail: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -121,7 +121,7 @@ def _sparse(z: Tensor, k: int, mask_token_id: int, feedback: Feedback, table: Ta
     else:
         reduced = _plain(z, mask_token_id, True)
     alpha = alpha_from_statistics(
-        feedback.rule, encoded.entropy, p[:, 0], z.shape[1], feedback.alpha_scale, learned=table.learned
+        feedback.rule, encoded.entropy, encoded.confidence, z.shape[1], feedback.alpha_scale, learned=table.learned
     )
     share = encoded.tail / max(1, z.shape[1] - k)
     weights = (p - share[:, None]).to(table.weight.dtype)
