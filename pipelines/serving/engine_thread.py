@@ -1,7 +1,7 @@
 """An engine in its own thread, used from an event loop. Needs neither Ray nor HTTP.
 
-Requests join the batch, are cancelled and send their events between two passes. Text is decoded in the event loop, so
-that the thread only runs passes.
+Requests join the batch, are cancelled and send their events between two passes. Prompts are tokenized in a thread of
+their own. Text is decoded in the event loop, so that the engine's thread only runs passes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Hashable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ from rcd_core.decoding.stream import Event, Progress
 from rcd_core.families.base import DiffusionModel
 
 MAX_FAILURES = 3  # failed steps in a row after which the thread gives up: the cause is not a single request
+RECENT_PROMPTS = 16  # whose token ids are kept, because the choices of a prompt arrive one by one
 _KINDS = ("prefill", "denoise", "store", "reference")
 
 
@@ -118,6 +120,10 @@ class EngineThread:
         self._failed_engines: dict[str, float] = {}  # their counters
         self._clients: dict[Sequence, _Client] = {}
         self._commands: queue.SimpleQueue[tuple[str, _Client | None]] = queue.SimpleQueue()
+        self._num_tokenizing = 0
+        self._recent_ids: dict[Hashable, asyncio.Future[list[int]]] = {}  # by prompt, the latest one last
+        # One thread, because a tokenizer must not be configured by two at once.
+        self._tokenizer_thread = ThreadPoolExecutor(1, "tokenizer")
         self._counts: Counter[str] = Counter()
         self._num_admitted, self._queue_seconds = 0, 0.0
         self._mean_seconds = 1.0  # of a request; moving average
@@ -135,9 +141,15 @@ class EngineThread:
     async def batches(self, request: DecodeRequest) -> AsyncGenerator[EventBatch, None]:
         """Like `stream`, with the events of one pass together."""
         self.check()
-        client = _Client(self.text.sequence(request), asyncio.get_running_loop())
-        if len(self._clients) >= self.max_batch + self.max_queue:
+        self.text.check_size(request)
+        if len(self._clients) + self._num_tokenizing >= self.max_batch + self.max_queue:
             raise Overloaded(self._retry_after_s())
+        self._num_tokenizing += 1  # its place in the queue
+        try:
+            ids = await self._token_ids(request)
+        finally:
+            self._num_tokenizing -= 1
+        client = _Client(self.text.sequence(request, ids), asyncio.get_running_loop())
         answer = AnswerText(self.tokenizer, request, client.sequence)
         restarted = bool(request.committed) and client.sequence.block[0] <= client.sequence.num_prompt
         self._clients[client.sequence] = client
@@ -159,6 +171,19 @@ class EngineThread:
                 self._commands.put(("cancel", client))
                 self._counts["cancelled"] += not answer.finished  # a stop string is no cancellation
 
+    async def _token_ids(self, request: DecodeRequest) -> list[int]:
+        """The request's token ids. A text is tokenized in a thread, once for all choices of a prompt."""
+        if isinstance(request.prompt, list):
+            return self.text.token_ids(request)
+        key = (request.prompt, request.infill, *((m["role"], m["content"]) for m in request.messages or ()))
+        shared, loop = self._recent_ids.pop(key, None), asyncio.get_running_loop()
+        if shared is None or shared.get_loop() is not loop or (shared.done() and shared.exception()):
+            shared = loop.run_in_executor(self._tokenizer_thread, self.text.token_ids, request)
+        self._recent_ids[key] = shared
+        if len(self._recent_ids) > RECENT_PROMPTS:
+            del self._recent_ids[next(iter(self._recent_ids))]
+        return await asyncio.shield(shared)  # a choice that is cancelled leaves the others their ids
+
     async def ready(self) -> None:
         """Return at once; raise EngineGone if the thread has given up."""
         self.check()
@@ -177,10 +202,11 @@ class EngineThread:
             values[f"{name}_total"] = float(self._counts[name])
         values["admitted_total"], values["queue_seconds_total"] = float(self._num_admitted), self._queue_seconds
         values["running"] = float(len(self._engine.running))
-        values["queue_length"] = float(max(0, len(self._clients) - len(self._engine.running)))
+        values["queue_length"] = float(max(0, len(self._clients) - len(self._engine.running)) + self._num_tokenizing)
         return values
 
     def close(self) -> None:
+        self._tokenizer_thread.shutdown(wait=False, cancel_futures=True)
         self._commands.put(("close", None))
         self._thread.join()
 

@@ -31,11 +31,27 @@ class RequestText:
     def __init__(self, model: DiffusionModel, tokenizer: Any, *, has_reference: bool, max_length: int) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.has_reference, self.max_length = has_reference, max_length
+        # No token stands for more characters than the longest one has, so longer texts cannot fit.
+        self.max_chars = max_length * max(map(len, tokenizer.get_vocab()))
         self.stop_ids = tuple(dict.fromkeys((*model.info.eos_token_ids, *stop_token_ids(tokenizer))))
 
-    def sequence(self, request: DecodeRequest) -> Sequence:
-        """The engine's form of the request. Raises UserError naming the field that the engine would reject."""
-        ids, settings = self._ids(request), request.settings
+    def check_size(self, request: DecodeRequest) -> None:
+        """Refuse in no time what is too long to be tokenized. Raises UserError naming the field."""
+        field, size, most = "prompt", len(request.prompt or ""), self.max_chars
+        if isinstance(request.prompt, list):
+            most = self.max_length
+        elif request.messages is not None:
+            field, size = "messages", sum(len(m["role"]) + len(m["content"]) for m in request.messages)
+        if size > most:
+            unit = "tokens" if isinstance(request.prompt, list) else "characters"
+            raise UserError(
+                f"{field} has {size} {unit}, too many for the {self.max_length} positions of this server; shorten it"
+            )
+
+    def sequence(self, request: DecodeRequest, ids: list[int]) -> Sequence:
+        """The engine's form of the request, whose token ids are `ids`. Raises UserError naming the field that the
+        engine would reject."""
+        settings = request.settings
         self._check_ids("stop_token_ids", settings.stop_token_ids or ())
         for name, (low, high) in _BOUNDS.items():
             if (value := getattr(settings, name)) and not low <= value <= high:
@@ -92,7 +108,8 @@ class RequestText:
             return list(request.committed)
         return None
 
-    def _ids(self, request: DecodeRequest) -> list[int]:
+    def token_ids(self, request: DecodeRequest) -> list[int]:
+        """The prompt in tokens. Raises UserError naming the field."""
         if isinstance(request.prompt, list):
             self._check_ids("prompt", request.prompt)
             return request.prompt
@@ -100,7 +117,13 @@ class RequestText:
         if text is None:
             text = self._conversation(request.messages or [])
         if request.infill:
-            text = text.replace(MASK_TEXT, self.tokenizer.convert_ids_to_tokens(self.model.mask_token_id))
+            mask = self.tokenizer.convert_ids_to_tokens(self.model.mask_token_id)
+            if mask is None:
+                raise UserError(
+                    f"infill cannot be used with a text: the tokenizer has no token of id {self.model.mask_token_id}, "
+                    "the model's mask; send token ids"
+                )
+            text = text.replace(MASK_TEXT, mask)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _check_ids(self, field: str, ids: Iterable[int]) -> None:

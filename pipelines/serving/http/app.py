@@ -88,6 +88,7 @@ def _openai_routes(
     async def decode(request: CompletionRequest | ChatRequest, http: HttpRequest) -> Any:
         served = _find(models, request.model)
         limit_s = _deadline(request, limits)
+        request.check_size(limits.max_chars)
         requests = list(request.decode_requests(served.defaults))
         answer = Answer(request, len(requests), fingerprint)
         async with AsyncExitStack() as closing:

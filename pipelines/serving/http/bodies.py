@@ -142,6 +142,16 @@ class Request(_BodyFields):  # type: ignore[misc]
             raise UserError(f"{' and '.join(values)} differ but mean the same; send only one")
         return next(iter(values.values()), None)
 
+    def check_size(self, most: int) -> None:
+        """Raises UserError if the prompts of all choices have more than `most` characters and token ids."""
+        field, size = self._size()
+        if size * self.n > most:
+            choices = f" for each of {self.n} choices" if self.n > 1 else ""
+            raise UserError(f"{field} has {size} characters{choices}; at most {most} in all: shorten it")
+
+    def _size(self) -> tuple[str, int]:
+        raise NotImplementedError
+
     def stops(self) -> tuple[str, ...]:
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if "" in stops:
@@ -168,6 +178,9 @@ class CompletionRequest(Request):
         if isinstance(self.prompt[0], int):
             return [[i for i in self.prompt if isinstance(i, int)]]
         return [p for p in self.prompt if not isinstance(p, int)]
+
+    def _size(self) -> tuple[str, int]:
+        return "prompt", sum(map(len, self.prompts()))
 
     def decode_requests(self, defaults: DecodeSettings) -> Iterator[DecodeRequest]:
         if self.infill and (self.length() is not None or self.stops()):
@@ -208,6 +221,9 @@ class ChatRequest(Request):
     """Body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)] = Field(description="The conversation.")
+
+    def _size(self) -> tuple[str, int]:
+        return "messages", sum(len(m.role) + len(m.plain()["content"]) for m in self.messages)
 
     def decode_requests(self, defaults: DecodeSettings) -> Iterator[DecodeRequest]:
         yield from _choices(self, None, [m.plain() for m in self.messages], defaults, False)

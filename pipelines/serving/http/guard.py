@@ -32,12 +32,14 @@ _VALID_ID = re.compile(r"[\x21-\x7e]{1,128}")  # printable ASCII: it is sent bac
 @dataclass(frozen=True, kw_only=True)
 class ApiLimits:
     """timeout_s: deadline of a request in seconds, and the largest timeout_s that a request may set. ping_s: silence
-    after which a stream sends a comment. max_body_bytes: of a request. api_keys: every request except for the page
-    must bring one of them; if empty, no key is needed. open_state: /health, /ready and /metrics need no key."""
+    after which a stream sends a comment. max_body_bytes: of a request. max_chars: characters and token ids of its
+    prompts, counted once per choice, since every choice is sent to a replica. api_keys: every request except for the
+    page must bring one of them; if empty, no key is needed. open_state: /health, /ready and /metrics need no key."""
 
     timeout_s: float = 600.0
     ping_s: float = 10.0
     max_body_bytes: int = 4 * 2**20
+    max_chars: int = 4 * 2**20
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     open_state: bool = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -210,6 +211,62 @@ def test_a_request_that_does_not_fit_is_refused_by_field(decode: DecodeRequest, 
         with pytest.raises(UserError, match=match):
             await anext(engine.stream(decode))
         assert (await engine.statistics())["queue_length"] == 0
+
+    with thread("sdar") as engine:
+        asyncio.run(ask(engine))
+
+
+def test_a_prompt_is_tokenized_once_off_the_loop_and_after_admission(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a slow tokenizer the loop goes on, choices share the ids, and a full queue refuses first."""
+    texts: list[str] = []
+    gate = threading.Event()
+
+    async def ask(engine: EngineThread) -> None:
+        tokenize = engine.text.token_ids
+
+        def slow(decode: DecodeRequest) -> list[int]:
+            texts.append(str(decode.prompt))
+            assert threading.current_thread() is not threading.main_thread() and gate.wait(20)
+            return tokenize(decode)
+
+        monkeypatch.setattr(engine.text, "token_ids", slow)
+        choices = [asyncio.create_task(collect(engine, request("the fox"))) for _ in range(4)]
+        await asyncio.sleep(0.05)
+        with pytest.raises(Overloaded):
+            await anext(engine.stream(request("another")))
+        choices.pop().cancel()
+        gate.set()
+        answers = await asyncio.gather(*choices)
+        assert texts == ["the fox"] and len({result.text for _, result in answers}) == 1
+        for text in ("another", "the fox"):
+            await collect(engine, request(text))
+        assert texts == ["the fox", "another"]
+
+    with thread("sdar", max_batch=2, max_queue=2) as engine:
+        asyncio.run(ask(engine))
+
+
+def test_a_text_that_cannot_fit_is_never_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask(engine: EngineThread) -> None:
+        monkeypatch.setattr(engine.text, "token_ids", lambda _: pytest.fail("tokenized"))
+        long = "a" * (4 * 2**20)
+        for decode, field in (
+            (request(long), "prompt"),
+            (request([5] * 65), "prompt"),
+            (request(None, messages=[{"role": "user", "content": long}]), "messages"),
+        ):
+            with pytest.raises(UserError, match=f"^{field} has "):
+                await anext(engine.stream(decode))
+
+    with thread("sdar") as engine:
+        asyncio.run(ask(engine))
+
+
+def test_an_infill_of_text_needs_a_token_for_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask(engine: EngineThread) -> None:
+        monkeypatch.setattr(engine.tokenizer, "convert_ids_to_tokens", lambda _: None)
+        with pytest.raises(UserError, match="^infill .* 511"):
+            await anext(engine.stream(request("a<|MASK|>", infill=True)))
 
     with thread("sdar") as engine:
         asyncio.run(ask(engine))

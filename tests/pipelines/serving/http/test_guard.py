@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -147,6 +148,23 @@ def test_the_body_size_is_limited() -> None:
         assert answer.status_code == 413 and "1000" in answer.json()["error"]["message"]
         assert answer.json()["error"]["type"] == "invalid_request_error"
     assert client.post("/v1/completions", json=BODY).status_code == 200
+
+
+def test_the_characters_of_all_choices_are_limited(echo: Echo) -> None:
+    client = client_of(ApiLimits(), m=echo)
+    long = "x" * (4 * 2**20 - 200)
+    prompts: list[tuple[str, dict[str, Any], str]] = [
+        ("/v1/completions", {"prompt": long, "n": 128}, "prompt"),
+        ("/v1/completions", {"prompt": [5] * 10**6, "n": 128}, "prompt"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": long}], "n": 128}, "messages"),
+    ]
+    for path, body, field in prompts:
+        started = time.monotonic()
+        answer = client.post(path, json={"model": "m", **body})
+        assert time.monotonic() - started < 1 and answer.status_code == 400
+        assert answer.json()["error"]["param"] == field and "128" in answer.json()["error"]["message"]
+    assert not echo.requests
+    assert client.post("/v1/completions", json=BODY | {"n": 128}).status_code == 200
 
 
 def test_every_answer_has_a_request_id() -> None:
