@@ -8,8 +8,7 @@ A row looks like this one (made up):
      "test": "def check(candidate):\n    assert candidate(3) == 6\n"}
 
 Grading runs generated code. It is disabled unless RCD_RUN_CODE=1; `code_runner` says what its limits do not prevent.
-The program is the official one: prompt + completion + tests. Of a completion with code blocks only the last one that
-defines the function is used, else the last one.
+The program is the official one: prompt + completion + tests. `code_blocks` takes the code from a completion.
 https://github.com/openai/human-eval/blob/463c980b59e818ace59f6f9803cd92c749ceae61/human_eval/execution.py
 """
 
@@ -17,16 +16,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 
 from rcd_core.errors import UserError
 from rcd_core.tasks.base import Problem, no_generator
+from rcd_core.tasks.code_blocks import extract_code
 from rcd_core.tasks.code_runner import run_program
 
 RUN_CODE = "RCD_RUN_CODE"  # environment variable
 INSTRUCTION = "Complete this Python function. Answer with the whole function in one code block.\n\n"
-_FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _HIDDEN = ("prompt", "test", "entry_point")
 
 
@@ -68,9 +66,8 @@ def program(completion: str, answer: str) -> str:
         head, test, name = (json.loads(answer)[field] for field in _HIDDEN)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"answer is {answer[:40]!r}; grading humaneval needs JSON with {', '.join(_HIDDEN)}") from error
-    blocks = _FENCED.findall(completion)
-    code = next((block for block in reversed(blocks) if f"def {name}(" in block), blocks[-1] if blocks else completion)
     newline = "" if head.endswith("\n") else "\n"  # the prompt, which ends in a docstring, is a complete function
+    code = extract_code(completion, head + newline, name)
     return f"{head}{newline}{code}\n{test}\ncheck({name})\n"
 
 

@@ -68,6 +68,34 @@ def test_completions_are_run_against_the_tests(completion: str, right: bool, mon
     assert grade("humaneval", completion, ANSWER) is right
 
 
+DEF = "def add(a, b):\n    return a + b"
+RIGHT_CODE = [
+    "    return a + b\n```", "    return a + b\n```\nThis adds both.", "    return a + b\n\nThis adds both.",
+    f"{DEF}\n```",
+    f"{DEF}\n```\nThat's it!", f"```Python\n{DEF}\n```", f"```PYTHON\n{DEF}\n```", f"```python3\n{DEF}\n```",
+    f"``` python\n{DEF}\n```", f"```py\n{DEF}\n```", f"```python title=x\n{DEF}\n```", f"````python\n{DEF}\n````",
+    f"```\n{DEF}\n```".replace("\n", "\r\n"), f"```python\n{DEF}\n```".replace("\n", "\r\n"), f"~~~\n{DEF}\n~~~",
+    f"~~~python\n{DEF}\n~~~", "1. Code:\n   ```python\n   def add(a, b):\n       return a + b\n   ```",
+    "```python\ndef plus(a, b):\n    return a + b\n```\nthen\n```python\ndef add(a, b):\n    return plus(a, b)\n```",
+    "```python\ndef add(a, b):\n    return plus(a, b)\n```\nwith\n```python\ndef plus(a, b):\n    return a + b\n```",
+    "```python\nfrom operator import add as plus\n```\n```python\ndef add(a, b):\n    return plus(a, b)\n```",
+    f"Here: ```python\n{DEF}\n```", f"```bash\npip install x\n```\n```python\n{DEF}\n```", f"```python\n{DEF}```",
+    f"```python\n{DEF}\n```\nOutput:\n```\n3\n```",
+]  # fmt: skip
+WRONG_CODE = [
+    "    return a - b\n```",
+    "    return a +\n```",
+    "```python\ndef plus(a, b):\n    return a + b\n```",
+    "```\n```",
+]
+
+
+@pytest.mark.parametrize("code", [*RIGHT_CODE, *WRONG_CODE])
+@pytest.mark.usefixtures("allowed")
+def test_code_is_read_from_all_kinds_of_fences(code: str) -> None:
+    assert grade("humaneval", code, ANSWER) is (code in RIGHT_CODE)
+
+
 @pytest.mark.usefixtures("allowed")
 def test_the_problem_of_a_row() -> None:
     task = get_task("humaneval")
