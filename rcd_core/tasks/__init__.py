@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from rcd_core.errors import UserError
+from rcd_core.tasks import official
 from rcd_core.tasks.arithmetic import Arithmetic
 from rcd_core.tasks.base import MASK_TEXT, SPLITS, Problem, Task
-from rcd_core.tasks.boxed import Aime24, Aime25, Math, Math500, MinervaMath
-from rcd_core.tasks.gsm import Gsm1k, Gsm8k, GsmPlus
+from rcd_core.tasks.boxed import Aime24, Aime25, BoxedTask, Math, Math500, MinervaMath
+from rcd_core.tasks.gsm import Gsm1k, Gsm8k, GsmPlus, NumberTask
 from rcd_core.tasks.humaneval import HumanEval, check_allowed
 from rcd_core.tasks.qa import Qa
 from rcd_core.tasks.stories import Stories
 from rcd_core.tasks.sudoku import SUDOKU, SUDOKU9
 
+GRADERS = ("ours", "official")
 _SYNTHETIC: tuple[Task, ...] = (SUDOKU, SUDOKU9, Arithmetic(), Stories())
 _GRADE_SCHOOL: tuple[Task, ...] = (Gsm8k(), Gsm1k(), GsmPlus())
 _BOXED: tuple[Task, ...] = (Math(), Math500(), MinervaMath(), Aime24(), Aime25())
@@ -25,12 +27,21 @@ def get_task(name: str) -> Task:
     return TASKS[name]
 
 
-def grade(task: str, completion: str, answer: str, prompt: str = "") -> bool:
+def grade(task: str, completion: str, answer: str, prompt: str = "", grader: str = "ours") -> bool:
     """Whether `completion` solves a problem of a task. answer: `Problem.answer`; prompt: the canvas of an infill task.
 
-    Raises UserError for an unknown task, a missing canvas, and for humaneval unless RCD_RUN_CODE=1.
+    grader: "official" judges tasks with a final number as GSM8K does and tasks with a box as MATH does (`official`);
+    all other tasks have one grader. Raises UserError for an unknown task or grader, a missing canvas, and for humaneval
+    unless RCD_RUN_CODE=1.
     """
-    return get_task(task).grade(prompt, completion, answer)
+    if grader not in GRADERS:
+        raise UserError(f"grader is {grader!r}; allowed: {', '.join(GRADERS)}")
+    chosen = get_task(task)
+    if grader == "official" and isinstance(chosen, NumberTask):
+        return official.gsm8k(completion, answer)
+    if grader == "official" and isinstance(chosen, BoxedTask):
+        return official.math(completion, answer)
+    return chosen.grade(prompt, completion, answer)
 
 
 def check_gradable(task: str) -> None:
@@ -39,4 +50,4 @@ def check_gradable(task: str) -> None:
         check_allowed()
 
 
-__all__ = ["MASK_TEXT", "SPLITS", "TASKS", "Problem", "Task", "check_gradable", "get_task", "grade"]
+__all__ = ["GRADERS", "MASK_TEXT", "SPLITS", "TASKS", "Problem", "Task", "check_gradable", "get_task", "grade"]
