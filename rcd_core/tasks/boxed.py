@@ -9,6 +9,7 @@ https://github.com/openai/prm800k/blob/main/prm800k/grading/grader.py
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from rcd_core.errors import UserError
@@ -17,6 +18,8 @@ from rcd_core.tasks.base import Problem, no_generator
 from rcd_core.tasks.math_grader import same_math
 
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+# What NuminaMath and OpenR1-Math write as the answer of questions that have none.
+_NO_ANSWER = re.compile(r"(?:\\text\{)?\s*(?:proof|not\s?found)\s*\}?\.?", re.IGNORECASE)
 
 
 class BoxedTask:
@@ -34,6 +37,8 @@ class BoxedTask:
         question, answer = row["question"].strip(), self.answer(row)
         if not answer:
             raise UserError("the answer is empty")
+        if _NO_ANSWER.fullmatch(answer):
+            raise UserError("the answer is the word proof or notfound: the question has no final answer")
         response = row["solution"].strip() if "solution" in self.fields else ""
         if last_box(response) is None:  # otherwise the model would not learn to write one
             response = f"{response}\n\\boxed{{{answer}}}".strip()

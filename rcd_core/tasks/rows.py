@@ -16,6 +16,7 @@ from rcd_core.io import storage
 _FIRST_ROWS = 20  # read to find the columns of a .jsonl file
 _DETAIL = 200  # characters kept of a bad row
 # Column names that public datasets use. A column mapped by data.fields has no alternatives.
+_INSTRUCTION, _INPUT = "instruction", "input"
 _SPELLINGS: dict[str, tuple[str, ...]] = {"question": ("question", "problem", "prompt")}
 
 
@@ -40,11 +41,18 @@ def read_rows(path: str, columns: Mapping[str, str]) -> Iterator[Row]:
     """Yield the rows of a .jsonl or .parquet file as texts. columns: field -> column.
 
     The column `question` may be called `problem` or `prompt` in the file. Numbers become text; blank lines are skipped.
+    A column `input` next to a mapped `instruction` is added to the instruction after an empty line (Alpaca's format).
     Raises UserError if the file cannot be read.
     """
-    for number, record in _records(path, [name for column in columns.values() for name in spellings(column)]):
+    names = [name for column in columns.values() for name in spellings(column)]
+    with_input = _INSTRUCTION in names and _INPUT not in names
+    for number, record in _records(path, [*names, *([_INPUT] if with_input else [])]):
         try:
-            yield Row(number, values={field: _text(record, column) for field, column in columns.items()})
+            values = {field: _text(record, column) for field, column in columns.items()}
+            if with_input and str(record.get(_INPUT) or "").strip():
+                for field in (field for field, column in columns.items() if column == _INSTRUCTION):
+                    values[field] = f"{values[field].rstrip()}\n\n{_text(record, _INPUT)}"
+            yield Row(number, values=values)
         except BadRow as bad:
             yield Row(number, bad=bad)
 

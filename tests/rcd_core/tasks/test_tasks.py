@@ -214,3 +214,11 @@ def test_solutions_end_in_a_box_and_prompts_ask_for_one() -> None:
         task.problem({**row, "answer": " "})
     with pytest.raises(UserError, match="data.test"):
         task.synthetic(0, "test", 0)
+
+
+@pytest.mark.parametrize("answer", ["proof", "Proof", "proof.", r"\text{proof}", "notfound", "Not found"])
+def test_the_word_proof_is_no_answer(answer: str) -> None:
+    with pytest.raises(UserError, match="proof"):
+        get_task("math").problem({"question": "Show it.", "solution": "Clear.", "answer": answer})
+    row = {"question": "Which paper is 80 percent of proof?", "solution": "It.", "answer": "waterproof"}
+    assert get_task("math").problem(row).answer == "waterproof"

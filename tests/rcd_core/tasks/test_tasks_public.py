@@ -59,6 +59,23 @@ def test_question_wins_and_a_mapped_column_has_no_other_name(tmp_path: Path) -> 
         check_columns(str(path), {"question": "problem"}, "data.test")
 
 
+def test_the_input_of_an_instruction_is_part_of_the_question(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "Add them.", "input": "1 and 2", "output": "3"},
+        {"instruction": "Say hi.", "input": "", "output": "hi"},
+        {"instruction": "Say ho.", "input": None, "output": "ho"},
+        {"instruction": "Say it.", "output": "it"},
+    ]
+    lines, table = str(tmp_path / "rows.jsonl"), str(tmp_path / "rows.parquet")
+    Path(lines).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), table)
+    for path in (lines, table):
+        read = [row.values or {} for row in read_rows(path, {"question": "instruction", "answer": "output"})]
+        assert [row["question"] for row in read] == ["Add them.\n\n1 and 2", "Say hi.", "Say ho.", "Say it."]
+        (first, *_) = read_rows(path, {"question": "input", "answer": "output", "more": "instruction"})
+        assert first.values == {"question": "1 and 2", "answer": "3", "more": "Add them."}
+
+
 def test_numbers_are_read_as_text_and_a_missing_one_is_missing(tmp_path: Path) -> None:
     path = str(tmp_path / "rows.parquet")
     pq.write_table(pa.table({"question": ["a", "b", "c"], "answer": [2.5, float("nan"), None]}), path)
@@ -114,6 +131,31 @@ def test_unanswerable_questions(completion: str, right: bool) -> None:
         (r"\boxed{0.6}", r"\frac{1}{2}", False),
         ("½", r"\frac{1}{2}", True),
         (" . ", ".", False),
+        ("2024-01-05", "2023-01-04", False),  # equal as differences
+        ("2024-01-05", "2024-01-05", True),
+        ("2018", "2024-01-05", False),
+        ("01/05/2024", "5/1/2024", False),
+        ("555-0100", "454-0-1", False),
+        ("+1 555 0100", "+1 555 0101", False),
+        ("+1 555 0100", "+1  555 0100.", True),
+        ("455", "555-0100", False),
+        ("-2", "3-5", False),
+        ("10:30 PM", "10:30 pm", True),
+        ("10:30 am", "10:30 pm", False),
+        ("covid-19", "COVID-19", True),
+        ("COVID-18", "covid-19", False),
+        ("b-52", "B-52", True),
+        ("h2o", "H2O", True),
+        ("5 May 2024", "5 may 2024", True),
+        ("6 May 2024", "5 May 2024", False),
+        ("**Paris**", "Paris", True),
+        ("**64**", "64", True),
+        ("25 dollars", "25", True),
+        ("1,024", "1024", True),
+        ("7, 250", "7250", False),
+        ("2, 1", "1, 2", True),
+        ("x=4", "x = 5", False),
+        ("b+a", "a+b", True),
     ],
 )
 def test_qa_compares_mathematics_by_value_and_other_answers_as_text(completion: str, answer: str, right: bool) -> None:
