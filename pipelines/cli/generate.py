@@ -20,7 +20,7 @@ from pipelines.evaluation.generator import Generator, load_generator
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.decoding.engine import Engine
 from rcd_core.decoding.request import uncalibrated
-from rcd_core.decoding.sequence import Sequence
+from rcd_core.decoding.sequence import Sequence, check_failures
 from rcd_core.errors import UserError
 from rcd_core.tasks.base import MASK_TEXT
 
@@ -144,6 +144,7 @@ def _decode(generator: Generator, flags: GenerateFlags, sequences: list[Sequence
                     engine.step()
                     draw()
                     time.sleep(flags.delay)
+    check_failures(sequences)
     return not engine.busy
 
 

@@ -241,7 +241,9 @@ class EngineThread:
                 continue
             updates: _Updates = []
             for s in [*self._engine.running, *done]:
-                if (client := self._clients.get(s)) is not None:
+                if s.error is not None:
+                    self._fail([s], ArithmeticError(s.error))
+                elif (client := self._clients.get(s)) is not None:
                     if not client.admitted:
                         client.admitted = True
                         self._num_admitted += 1
@@ -250,10 +252,6 @@ class EngineThread:
                         updates.append((client, update))
                 if s.finished:
                     self._clients.pop(s, None)
-                elif s.forwards.denoise > len(s.canvas) + 2 * len(s.blocks):
-                    # Every pass commits at least one token, except a first and a last pass of each block.
-                    self._engine.cancel(s)
-                    self._fail([s], ArithmeticError("predictions are not finite, so no token is ever committed"))
             _send(updates)
 
     def _process_commands(self) -> bool:

@@ -41,6 +41,11 @@ class SlotCache:
         for tensor in (*self.keys, *self.values):
             tensor[destination, :length] = tensor[source, :length]
 
+    def clear(self, slot: int) -> None:
+        """Forget keys and values that are not finite: a masked one still has weight 0, and 0 * NaN is NaN."""
+        for tensor in (*self.keys, *self.values):
+            tensor[slot].zero_()
+
 
 class CacheView:
     """The `past_key_values` of transformer layers during one pass.

@@ -13,7 +13,7 @@ from rcd_core.decoding.memory import fit_batch
 from rcd_core.decoding.observer import Observer
 from rcd_core.decoding.reference import LocalReference, Reference
 from rcd_core.decoding.request import make_sequence, uncalibrated
-from rcd_core.decoding.sequence import Sequence
+from rcd_core.decoding.sequence import Sequence, check_failures
 from rcd_core.decoding.stream import Event, stream
 from rcd_core.families.base import DiffusionModel
 
@@ -59,7 +59,10 @@ class Decoder:
     def as_completed(
         self, inputs: Many[Many[int]], settings: Settings = None, *, infill: bool
     ) -> Iterator[tuple[int, Generation]]:
-        """Like `generate` or `infill`, but yields (index of the input, generation) in the order of completion."""
+        """Like `generate` or `infill`, but yields (index of the input, generation) in the order of completion.
+
+        Raises UserError at the end if requests failed, because predictions were not finite.
+        """
         sequences = self._sequences(inputs, settings, infill=infill)
         if not sequences:
             return
@@ -68,7 +71,9 @@ class Decoder:
             engine.add(sequence)
         while engine.busy:
             for sequence in engine.step():
-                yield index[sequence], sequence.output()
+                if sequence.error is None:
+                    yield index[sequence], sequence.output()
+        check_failures(sequences)
 
     @staticmethod
     def _in_order(results: Iterator[tuple[int, Generation]]) -> list[Generation]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from rcd_core.decoding.cache import Slots
 from rcd_core.decoding.generation import Step
 from rcd_core.decoding.model_runner import ModelRunner, group_rows
+from rcd_core.decoding.not_finite import describe_not_finite
 from rcd_core.decoding.observer import Observed, Observer
 from rcd_core.decoding.policies import Bools
 from rcd_core.decoding.reference import AsyncReference, Reference, WarmStart
@@ -74,6 +75,7 @@ class Engine:
         self._runner = ModelRunner(model, max_batch, max_length, fixed, self.statistics)
         self._state = self._runner.state
         self._slots = Slots(max_batch)
+        self._failure: str | None = None  # of this step; one diagnosis serves all requests that fail in it
         self._pending: dict[Sequence, tuple[WarmStart, Future[Signals | None]]] = {}  # wait for a remote reference
 
     def add(self, sequence: Sequence) -> None:
@@ -102,12 +104,14 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
-        """One pass of every running request that is not waiting for a remote reference. Returns the finished
-        requests."""
+        """One pass of every running request that is not waiting for a remote reference. Returns the finished requests.
+
+        A request whose predictions are not finite fails: it is finished and has an `error`. The others go on.
+        """
         while self.waiting and self._slots.free:
             self._admit(self.waiting.popleft())
         self._start_blocks()
-        sequences = [s for s in self.running if s not in self._pending]
+        sequences = [s for s in self.running if s not in self._pending and not s.finished]
         rows = [s.next_pass(self.prefill_chunk) for s in sequences]
         batches = group_rows(rows, self._runner.forward.spare_tokens)
         masked = MaskedPositions.of([sequences[i] for b in batches for i in b if rows[i].kind == "denoise"])
@@ -163,7 +167,16 @@ class Engine:
             self._pending.update(zip(sequences, zip(requests, reference.submit(requests), strict=True), strict=True))
             return
         begun = time.perf_counter()
-        for s, request, signals in zip(sequences, requests, reference.signals(requests), strict=True):
+        try:
+            answers = list(reference.signals(requests))
+        except UserError as error:  # its predictions are not finite: ask for each request alone
+            if len(sequences) == 1:
+                sequences[0].fail(f"the reference failed: {error}")
+                return
+            for s in sequences:
+                self._ask_reference(reference, [s])
+            return
+        for s, request, signals in zip(sequences, requests, answers, strict=True):
             self._warm_start(s, request, signals)
         self.statistics.add("reference", len(requests), time.perf_counter() - begun)
 
@@ -208,6 +221,11 @@ class Engine:
         num_committed = np.concatenate([[0], commit.cumsum()])
         for s, part in zip(masked.sequences, masked.slices(), strict=True):
             first, last = int(num_committed[part.start]), int(num_committed[part.stop])
+            stuck = first == last and not (s.is_start_pass or s.block_done)
+            if stuck or not np.isfinite(confidence[part]).all():
+                s.fail(self._failure or describe_not_finite(s))
+                self._failure = s.error
+                continue
             step = None
             if s.settings.trace:
                 step = _trace(s, tokens[part], confidence[part], entropy[part], commit[part], alpha[part])
@@ -219,7 +237,12 @@ class Engine:
         self.running = [s for s in self.running if not s.finished]
         for s in finished:
             self._slots.release(s.slot)
-            self.statistics.finished(s.output())
+            if s.error is None:
+                self.statistics.finished(s.output())
+            else:  # its keys and values may be NaN
+                self._slots.prefixes[s.slot].stored = 0
+                self._runner.forward.cache.clear(s.slot)
+        self._failure = None
         return finished
 
 

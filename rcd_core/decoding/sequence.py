@@ -5,7 +5,7 @@ Shapes: T canvas length, N masked positions, q tokens of a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from rcd_core.alpha import position_rule
 from rcd_core.decode_settings import ResolvedSettings
 from rcd_core.decoding.generation import Forwards, Generation, Step
+from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
 from rcd_core.ops.reduce import Feedback
 
@@ -61,6 +62,7 @@ class Sequence:
     has_residual: bool = False  # its rows of the residual state are filled
     finished: bool = False
     stopped: bool = False  # at a stop token
+    error: str | None = None  # why the request failed; it is finished then
     reference_failures: int = 0
     forwards: Forwards = field(default_factory=Forwards)
     steps: list[Step] = field(default_factory=list)
@@ -212,6 +214,9 @@ class Sequence:
         new = self.canvas[max(self.num_prompt, start) : end]
         return not self.infill and not set(self.settings.stop_token_ids).isdisjoint(new.tolist())
 
+    def fail(self, error: str) -> None:
+        self.finished, self.error = True, error
+
     # -- results
     def final_ids(self) -> list[int]:
         """New tokens that can no longer change, cut like the output. Infill: none before the end."""
@@ -236,6 +241,13 @@ class Sequence:
         whole = self.infill or self.model.blocks_from_prompt_end and not self.stopped
         canvas = (self.canvas if whole else self.canvas[:end]).tolist()
         return Generation(tokens, canvas, self.forwards, reason, self.settings, self.steps, self.reference_failures)
+
+
+def check_failures(sequences: Iterable[Sequence]) -> None:
+    """Raise UserError if requests have failed. Called when the others are finished."""
+    errors = [s.error for s in sequences if s.error is not None]
+    if errors:
+        raise UserError(f"{len(errors)} requests failed; the first one: {errors[0]}")
 
 
 @dataclass(frozen=True)

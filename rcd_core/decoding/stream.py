@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rcd_core.decoding.engine import Engine
 from rcd_core.decoding.generation import Generation, Step
 from rcd_core.decoding.sequence import Sequence as Request
+from rcd_core.decoding.sequence import check_failures
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ Event = PassDone | BlockDone | Finished
 
 
 class Progress:
-    """Turns one request's state into events. Call `new_events` after each step of the engine."""
+    """Turns one request's state into events. Call `new_events` after each step of the engine. A request that has failed
+    gives none."""
 
     def __init__(self, request: Request, index: int = 0) -> None:
         self.request, self.index = request, index
@@ -44,6 +46,8 @@ class Progress:
 
     def new_events(self) -> Iterator[Event]:
         r = self.request
+        if r.error is not None:
+            return
         for step in r.steps[self._steps :]:
             yield PassDone(self.index, step)
         self._steps = len(r.steps)
@@ -57,7 +61,7 @@ class Progress:
 
 def stream(engine: Engine, requests: Sequence[Request]) -> Iterator[Event]:
     """Run the requests to their end and yield events as they happen. Closing the iterator cancels unfinished
-    requests."""
+    requests. Raises UserError at the end if requests failed."""
     running = [Progress(r, i) for i, r in enumerate(requests)]
     for request in requests:
         engine.add(request)
@@ -70,6 +74,7 @@ def stream(engine: Engine, requests: Sequence[Request]) -> Iterator[Event]:
     finally:
         for progress in running:
             engine.cancel(progress.request)
+    check_failures(requests)
 
 
 class TextStream:

@@ -67,6 +67,7 @@ class DiffusionModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.info = info
+        self.name = "this model"  # the checkpoint's path, for messages
         self.learned_alpha: LearnedAlpha | None = None  # only for targets trained with alpha "learned"
 
     @property

@@ -79,6 +79,7 @@ def load_model(
     backbone.model.rotary_emb = type(backbone.model.rotary_emb)(config).to(device)
     backbone.config._attn_implementation = backend
     model = family(backbone, info)
+    model.name = str(path)
     model.learned_alpha = load_learned_alpha(directory, device, required=info.rcd.get("alpha") == "learned")
     return model.eval()
 
