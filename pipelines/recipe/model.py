@@ -192,6 +192,8 @@ class DeploySettings(Section):
     """Address to listen on."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """Port to listen on."""
+    allow_without_keys: bool = False
+    """Serve beyond this machine without API keys, to everyone who reaches `host`."""
     model_id: str = "rcd"
     """The name that requests give as `model`."""
     start: Start = "reference"

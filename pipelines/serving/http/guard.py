@@ -80,6 +80,16 @@ def api_keys(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     return tuple(keys)
 
 
+def require_keys_beyond_loopback(host: str, keys: tuple[str, ...], allow_without_keys: bool) -> None:
+    """Raises UserError if everyone who reaches `host` could send requests, unless the recipe allows it."""
+    loopback = host == "localhost" or host == "::1" or host.startswith("127.")
+    if not (loopback or keys or allow_without_keys):
+        raise UserError(
+            f"deploy.host is {host!r}, beyond this machine, but there are no API keys; set {KEYS} or {KEYS_FILE}, "
+            "or deploy.allow_without_keys: true to serve everyone"
+        )
+
+
 def _require_keys(keys: list[str], source: str) -> list[str]:
     keys = [key.strip() for key in keys if key.strip()]
     if not keys:

@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 
 from pipelines.serving.backend import Overloaded
 from pipelines.serving.http.app import create_app
-from pipelines.serving.http.guard import ApiLimits, api_keys
+from pipelines.serving.http.guard import ApiLimits, api_keys, require_keys_beyond_loopback
 from rcd_core.errors import UserError
 from tests.pipelines.serving.http.fake_backend import Echo, app_of
 
@@ -133,6 +133,16 @@ def test_keys_come_from_the_environment_and_a_file(tmp_path: Path, monkeypatch: 
     client = client_of(None)
     assert client.get("/v1/models").status_code == 401
     assert client.get("/v1/models", headers={"Authorization": "bearer from-outside"}).status_code == 200
+
+
+def test_no_host_beyond_loopback_is_served_without_keys() -> None:
+    for host in ("127.0.0.1", "127.0.1.1", "localhost", "::1"):
+        require_keys_beyond_loopback(host, (), False)
+    for host in ("0.0.0.0", "::", "10.0.0.1", "example.org", ""):
+        require_keys_beyond_loopback(host, KEYS, False)
+        require_keys_beyond_loopback(host, (), True)
+        with pytest.raises(UserError, match="deploy.host .*RCD_API_KEYS"):
+            require_keys_beyond_loopback(host, (), False)
 
 
 def test_the_body_size_is_limited() -> None:
