@@ -82,6 +82,8 @@ def _same(a: str, b: str, seconds: float) -> bool:
         return parts[0] == expected_parts[0] and _same_parts(parts[1], expected_parts[1], parts[0] == "{}", seconds)
     if not (_is_mathematics(a) and _is_mathematics(b)):
         return as_text(a) == as_text(b)
+    if a.casefold() == b.casefold():  # math-verify ignores the case of texts
+        return _SPACE.sub("", a) == _SPACE.sub("", b)
     if (parts or expected_parts) and not re.search(r"\\pm|\\mp|\\cup|\\le|\\ge|[<>|]|\\in(?![a-z])", a + b):
         return False  # a list against one value
     kinds = [sorted(relations(text)) for text in (a, b)]
