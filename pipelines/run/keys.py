@@ -25,6 +25,7 @@ _NEUTRAL = (
     "data.max_bad_rows",
     "signals.max_bad_rows",
     "evaluate.batch_size",
+    "deploy.allow_without_keys",
 )
 _CHECKPOINT_FILES = (".safetensors", ".json", ".txt", ".jinja", ".model")
 _ABSENT: dict[str, Any] = {}
