@@ -105,7 +105,9 @@ def test_all_ids_that_end_a_sequence_survive(family: str, tmp_path: Path) -> Non
 
 def test_the_tokenizer_and_its_chat_template_are_saved_too(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(["one two three"], 300)
-    fresh("sdar").save_pretrained(tmp_path, tokenizer)
+    new_model(ModelConfig(family="sdar", **SIZES), vocab_size=len(tokenizer), info=INFO, seed=3).save_pretrained(  # type: ignore[arg-type]
+        tmp_path, tokenizer
+    )
     back = load_tokenizer(tmp_path)
     assert tokenizer_sha256(back) == tokenizer_sha256(tokenizer) and back.mask_token == tokenizer.mask_token
     assert load_model(tmp_path).info == INFO, "the checkpoint's own ids, not the tokenizer's"
