@@ -8,6 +8,7 @@ neutral.py lists fields that are accepted only where they ask for nothing.
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Annotated, Any, Literal, get_type_hints
@@ -149,8 +150,9 @@ class Request(_BodyFields):  # type: ignore[misc]
             choices = f" for each of {self.n} choices" if self.n > 1 else ""
             raise UserError(f"{field} has {size} characters{choices}; at most {most} in all: shorten it")
 
+    @abstractmethod
     def _size(self) -> tuple[str, int]:
-        raise NotImplementedError
+        """The field of the prompts, and the number of its characters and token ids in one choice."""
 
     def stops(self) -> tuple[str, ...]:
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
