@@ -167,13 +167,13 @@ def _keys_at(model: Any, loc: Sequence[str]) -> list[str]:
     return [name for place in places for name in _fields(place)]
 
 
-def _plain(annotation: Any) -> list[Any]:
+def union_members(annotation: Any) -> list[Any]:
     """The members of an annotation, without Annotated, Union and None."""
     origin = typing.get_origin(annotation)
     if origin is typing.Annotated:
-        return _plain(typing.get_args(annotation)[0])
+        return union_members(typing.get_args(annotation)[0])
     if origin in (typing.Union, types.UnionType):
-        return [inner for argument in typing.get_args(annotation) for inner in _plain(argument)]
+        return [inner for argument in typing.get_args(annotation) for inner in union_members(argument)]
     return [] if annotation is type(None) else [annotation]
 
 
@@ -187,5 +187,5 @@ def _fields(place: Any) -> dict[str, Any]:
 
 def _step(place: Any, part: str) -> list[Any]:
     if typing.get_origin(place) is dict:
-        return _plain(typing.get_args(place)[1])
-    return _plain(_fields(place).get(part, type(None)))
+        return union_members(typing.get_args(place)[1])
+    return union_members(_fields(place).get(part, type(None)))

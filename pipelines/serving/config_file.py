@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import os
-import types
 import typing
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from ray.serve.schema import ServeDeploySchema
 
-from pipelines.recipe.files import explain, parse_yaml, problems_error, suggestion
+from pipelines.recipe.files import explain, parse_yaml, problems_error, suggestion, union_members
 from pipelines.serving.description import description_problems, parse_description
 from rcd_core.errors import UserError
 
@@ -86,7 +85,7 @@ def _application_problems(application: dict[str, Any], where: str) -> Iterator[s
 def _unknown(value: Any, annotation: Any, where: str) -> Iterator[str]:
     """Keys in and below `value` that Serve's classes do not have, and complaints of classes that Serve does not
     apply."""
-    kinds = _alternatives(annotation)
+    kinds = union_members(annotation)
     if isinstance(value, list):
         items = [typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is list]
         for number, item in enumerate(value):
@@ -126,12 +125,3 @@ def _applications(raw: Any) -> list[dict[str, Any]]:
     """The applications of an unchecked config."""
     applications = raw.get("applications") if isinstance(raw, dict) else None
     return [a for a in applications if isinstance(a, dict)] if isinstance(applications, list) else []
-
-
-def _alternatives(annotation: Any) -> list[Any]:
-    origin = typing.get_origin(annotation)
-    if origin is typing.Annotated:
-        return _alternatives(typing.get_args(annotation)[0])
-    if origin in (typing.Union, types.UnionType):
-        return [kind for argument in typing.get_args(annotation) for kind in _alternatives(argument)]
-    return [annotation]
