@@ -28,9 +28,10 @@ from ray.serve.schema import ApplicationStatus
 from pipelines.ray_cluster.resources import wait_for_resources
 from pipelines.recipe.model import Recipe
 from pipelines.run.directory import StageContext
+from pipelines.serving.api_keys import api_keys
 from pipelines.serving.description import describe
 from pipelines.serving.graph import application
-from pipelines.serving.http.guard import ApiLimits, api_keys, require_keys_beyond_loopback
+from pipelines.serving.http.guard import ApiLimits
 from rcd_core.errors import UserError
 from rcd_core.io import storage
 from rcd_core.tasks import get_task
@@ -44,7 +45,6 @@ def run(ctx: StageContext) -> dict[str, Any]:
     if not ctx.verbose:
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
     limits = ApiLimits(api_keys=api_keys())
-    require_keys_beyond_loopback(recipe.deploy.host, limits.api_keys, recipe.deploy.allow_without_keys)
     if _live(recipe.name) == (ctx.key, limits.id) and _reachable(recipe):
         ctx.console.print(f"deploy: {recipe.name} is live already")
     else:

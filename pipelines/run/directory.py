@@ -32,8 +32,9 @@ SCHEMA = 2
 class Stage:
     """One step of a run, and what decides whether it is done.
 
-    function, report, teardown, repair: "module:function", imported when called. report prints a summary at the end of
-    the job, teardown removes what outlives the job, repair fixes a finished result in place.
+    function, check, report, teardown, repair: "module:function", imported when called. check takes the recipe, raises
+    UserError before the first stage; report prints a summary at the end; teardown removes what outlives the job;
+    repair fixes a finished result in place.
     inputs: stages whose results it reads. sections: dotted recipe keys that decide the result. outside: recipe key ->
     checkpoint or data files from outside the run. bundles: resources of each process. always: call it even when done.
     """
@@ -46,6 +47,7 @@ class Stage:
     bundles: tuple[dict[str, float], ...] = ()
     needs_cluster: bool = True
     always: bool = False
+    check: str | None = None
     report: str | None = None
     teardown: str | None = None
     repair: str | None = None
@@ -178,7 +180,7 @@ def use_checkpoint(context: StageContext) -> dict[str, Any]:
     return {"checkpoint": context.recipe.checkpoint(context.stage)}
 
 
-def resolve(function: str) -> Callable[[StageContext], Any]:
+def resolve(function: str) -> Callable[[Any], Any]:
     """ "module:function" -> the function."""
     module, name = function.split(":")
     return getattr(importlib.import_module(module), name)

@@ -113,6 +113,8 @@ class _Job:
             if not self.chosen:
                 raise UserError("--repair: only stage signals can be repaired, and it is not among the stages to run")
         check_inputs(self.recipe)
+        for check in filter(None, (self.stages[name].check for name in self.chosen)):
+            resolve(check)(self.recipe)
         plan = self._plan(self.redo)
         if self.options.dry_run:
             self._show(plan)

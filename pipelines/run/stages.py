@@ -172,6 +172,7 @@ def _deploy(recipe: Recipe, using_reference: set[str]) -> Stage:
             for key, checkpoint in _outside(f"deploy.models.{model_id}.checkpoint", model.checkpoint).items()
         },
         always=True,  # the application may have been removed
+        check="pipelines.serving.api_keys:check",
         report="pipelines.serve:report",
         teardown="pipelines.serve:teardown",
     )

@@ -20,11 +20,12 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from pipelines.run.keys import key_of
+from pipelines.serving.api_keys import api_keys
 from pipelines.serving.backend import ServedModel
 from pipelines.serving.config_file import app_args
 from pipelines.serving.description import INGRESS, REFERENCE, Description, Replicas, parse_description
 from pipelines.serving.http.app import create_app
-from pipelines.serving.http.guard import ApiLimits, api_keys
+from pipelines.serving.http.guard import ApiLimits
 from pipelines.serving.reference import REFERENCE_SESSIONS, REFERENCE_THREADS, Reference
 from pipelines.serving.remote_model import RemoteModel
 from pipelines.serving.target import MAX_LENGTH, Target

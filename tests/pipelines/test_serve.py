@@ -24,7 +24,8 @@ from ray import serve as ray_serve
 from pipelines import serve
 from pipelines.run.directory import StageContext
 from pipelines.run.keys import key_of
-from pipelines.serving.http.guard import ApiLimits, api_keys
+from pipelines.serving.api_keys import api_keys
+from pipelines.serving.http.guard import ApiLimits
 from rcd_core import Decoder, DecodeSettings, load_model
 from rcd_core.errors import UserError
 from tests.conftest import ROOT

@@ -17,11 +17,12 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.security import HTTPBearer
 from starlette.responses import PlainTextResponse, Response
 
+from pipelines.serving.api_keys import api_keys
 from pipelines.serving.backend import ServedModel
 from pipelines.serving.http.answers import Answer, ChatCompletion, Completion, ModelCard, ModelList, Status
 from pipelines.serving.http.bodies import ChatRequest, CompletionRequest
 from pipelines.serving.http.errors import ERRORS, ApiError, ErrorBody, shape_errors
-from pipelines.serving.http.guard import ApiLimits, Guard, api_keys
+from pipelines.serving.http.guard import ApiLimits, Guard
 from pipelines.serving.http.interleave import Interleaved
 from pipelines.serving.http.metrics import ApiMetrics
 from pipelines.serving.http.playground import add_playground

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import re
 import time
 import uuid
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from starlette._utils import get_route_path
 from starlette.datastructures import Headers, MutableHeaders
@@ -19,9 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipelines.serving.http.errors import ApiError, api_error
 from pipelines.serving.http.metrics import ApiMetrics
-from rcd_core.errors import UserError
 
-KEYS, KEYS_FILE = "RCD_API_KEYS", "RCD_API_KEYS_FILE"
 REQUEST_ID = "X-Request-Id"
 PAGE = ("", "/")  # the playground; "" redirects to it
 STATIC, MODELS = "/playground/", "/playground/models.json"  # the page's files need no key, its list of models does
@@ -63,38 +58,6 @@ class ApiLimits:
         sent = key.strip().encode()
         matches = [hmac.compare_digest(sent, known.encode()) for known in self.api_keys]
         return not self.api_keys or (scheme.lower() == "bearer" and any(matches))
-
-
-def api_keys(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """The keys in RCD_API_KEYS (comma separated) and in the file RCD_API_KEYS_FILE (one per line, # starts a comment).
-    Raises UserError if a variable is set but has no key, because the server would be open to everyone."""
-    keys: list[str] = []
-    if (listed := environment.get(KEYS)) is not None:
-        keys += _require_keys(listed.split(","), KEYS)
-    if (path := environment.get(KEYS_FILE)) is not None:
-        try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{KEYS_FILE} is {path!r}, which cannot be read: {error}; name a text file") from error
-        keys += _require_keys([line.partition("#")[0] for line in lines], f"{KEYS_FILE} ({path})")
-    return tuple(keys)
-
-
-def require_keys_beyond_loopback(host: str, keys: tuple[str, ...], allow_without_keys: bool) -> None:
-    """Raises UserError if everyone who reaches `host` could send requests, unless the recipe allows it."""
-    loopback = host == "localhost" or host == "::1" or host.startswith("127.")
-    if not (loopback or keys or allow_without_keys):
-        raise UserError(
-            f"deploy.host is {host!r}, beyond this machine, but there are no API keys; set {KEYS} or {KEYS_FILE}, "
-            "or deploy.allow_without_keys: true to serve everyone"
-        )
-
-
-def _require_keys(keys: list[str], source: str) -> list[str]:
-    keys = [key.strip() for key in keys if key.strip()]
-    if not keys:
-        raise UserError(f"{source} has no key; add one, or unset the variable to serve everyone")
-    return keys
 
 
 class Guard:

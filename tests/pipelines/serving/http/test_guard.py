@@ -7,7 +7,6 @@ import pickle
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +16,7 @@ from starlette.testclient import TestClient
 
 from pipelines.serving.backend import Overloaded
 from pipelines.serving.http.app import create_app
-from pipelines.serving.http.guard import ApiLimits, api_keys, require_keys_beyond_loopback
-from rcd_core.errors import UserError
+from pipelines.serving.http.guard import ApiLimits
 from tests.pipelines.serving.http.fake_backend import Echo, app_of
 
 BODY = {"model": "m", "prompt": "p"}
@@ -116,33 +114,11 @@ def test_no_route_needs_a_key_without_keys(how: str) -> None:
         assert client.request(method, prefix + path, **body).status_code == 200, path
 
 
-def test_keys_come_from_the_environment_and_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "keys"
-    file.write_text("# ours\n one \n\ntwo  # a guest's\n", encoding="utf-8")
-    assert api_keys({"RCD_API_KEYS": "a, b", "RCD_API_KEYS_FILE": str(file)}) == ("a", "b", "one", "two")
-    assert api_keys({}) == ()
-    file.write_text("# none yet\n", encoding="utf-8")
-    for name, value in (
-        ("RCD_API_KEYS", " , "),
-        ("RCD_API_KEYS_FILE", str(file)),
-        ("RCD_API_KEYS_FILE", str(tmp_path / "none")),
-    ):
-        with pytest.raises(UserError, match=f"^{name} "):
-            api_keys({name: value})
+def test_keys_of_the_environment_are_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RCD_API_KEYS", "from-outside")
     client = client_of(None)
     assert client.get("/v1/models").status_code == 401
     assert client.get("/v1/models", headers={"Authorization": "bearer from-outside"}).status_code == 200
-
-
-def test_no_host_beyond_loopback_is_served_without_keys() -> None:
-    for host in ("127.0.0.1", "127.0.1.1", "localhost", "::1"):
-        require_keys_beyond_loopback(host, (), False)
-    for host in ("0.0.0.0", "::", "10.0.0.1", "example.org", ""):
-        require_keys_beyond_loopback(host, KEYS, False)
-        require_keys_beyond_loopback(host, (), True)
-        with pytest.raises(UserError, match="deploy.host .*RCD_API_KEYS"):
-            require_keys_beyond_loopback(host, (), False)
 
 
 def test_the_body_size_is_limited() -> None:
