@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rcd_core.decoding.cache import Slots
 from rcd_core.decoding.generation import Step
+from rcd_core.decoding.logprobs import keep_logprobs
 from rcd_core.decoding.model_runner import ModelRunner, group_rows
 from rcd_core.decoding.not_finite import describe_not_finite
 from rcd_core.decoding.observer import Observed, Observer
@@ -117,7 +118,8 @@ class Engine:
         masked = MaskedPositions.of([sequences[i] for b in batches for i in b if rows[i].kind == "denoise"])
         observed = self.observer is not None
         alpha = self._state.input_alpha(masked, observed)
-        predictions, hidden = self._runner.run(sequences, rows, batches, masked, observed)
+        needs_hidden = observed or any(s.num_logprobs is not None for s in masked.sequences)
+        predictions, hidden = self._runner.run(sequences, rows, batches, masked, needs_hidden)
         for sequence, row in zip(sequences, rows, strict=True):
             self._pass_done(sequence, row)
         if masked.sequences:
@@ -217,6 +219,8 @@ class Engine:
             has_residual = masked.per_request(lambda s: s.has_residual) > 0
             commits = masked.per_request(lambda s: not s.is_start_pass) > 0
             self.observer(Observed(masked, hidden, alpha, has_residual, commit & commits))
+        if hidden is not None:
+            keep_logprobs(masked, commit, tokens, hidden)
         committed, new_tokens, still_masked = masked.positions[commit], tokens[commit], masked.positions[~commit]
         num_committed = np.concatenate([[0], commit.cumsum()])
         for s, part in zip(masked.sequences, masked.slices(), strict=True):

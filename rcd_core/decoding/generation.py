@@ -37,6 +37,14 @@ class Step:
 
 
 @dataclass(frozen=True)
+class TokenLogprobs:
+    """Of one new token. logprob: its own; top: the most probable (token id, logprob), largest first."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
 class Generation:
     """token_ids: new tokens before the stop token and within max_new_tokens (infill: the filled tokens, in order).
     canvas_ids: prompt and every decoded block, uncut. settings: as they were in effect.

@@ -177,20 +177,20 @@ class ModelRunner:
         rows: Many[PassRow],
         batches: Many[list[int]],
         masked: MaskedPositions,
-        observed: bool,
+        needs_hidden: bool,
     ) -> tuple[NDArray[np.float32], Tensor | None]:
         """One forward per batch (indices of rows), then head and reduction for all of them, or both in one captured
         pass. masked: in the order of the batches. Ends with one copy from the device.
 
         Returns (3, N) tokens, confidence, entropy, and the (N, D) hidden states unless all passes had fixed shapes.
-        observed: no fixed shapes.
+        needs_hidden: no fixed shapes.
         """
         state_rows = self.state.rows_of(masked)
         feedback = masked.sequences[0].feedback if masked.sequences else None
         alike = all(s.settings.is_greedy and s.feedback == feedback for s in masked.sequences)
         with_entropy = any(s.needs_entropy for s in masked.sequences)
         guided = any(s.settings.cfg_scale for s in masked.sequences)
-        fixed = self.fixed_shapes and alike and not observed and all(_fits_fixed_shape(row) for row in rows)
+        fixed = self.fixed_shapes and alike and not needs_hidden and all(_fits_fixed_shape(row) for row in rows)
         hidden: list[Tensor] = []
         unconditional: list[Tensor] = []
         predictions: list[Tensor] = []

@@ -83,11 +83,12 @@ def make_sequence(
     infill: bool,
     has_reference: bool,
     committed: list[int] | None = None,
+    num_logprobs: int | None = None,
 ) -> Sequence:
     """Check one request and lay out its canvas and blocks. Raises UserError naming the field.
 
     committed: new tokens of finished blocks, to resume a request that another engine began. With the same seed it ends
-    with the same tokens. Ignored for infill, which starts again.
+    with the same tokens. Ignored for infill, which starts again. num_logprobs: of Sequence; not for infill.
     """
     name = "canvas" if infill else "prompt"
     resolved = resolve_settings(settings, model, has_reference)
@@ -122,5 +123,8 @@ def make_sequence(
     blocks = [(s, min(s + b, len(canvas))) for s in starts if (canvas[s : s + b] == model.mask_token_id).any()]
     if not blocks:
         raise UserError(f"committed holds {len(committed or ())} tokens, so no masked token is left to decode")
+    if infill and num_logprobs is not None:
+        raise UserError("logprobs do not go with infill; leave the field out")
     kind = CompatSequence if resolved.compat_passes else Sequence
-    return kind(model, resolved, canvas, len(canvas) if infill else len(given), infill, blocks)
+    num_prompt = len(canvas) if infill else len(given)
+    return kind(model, resolved, canvas, num_prompt, infill, blocks, num_logprobs=num_logprobs)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from rcd_core.alpha import position_rule
 from rcd_core.decode_settings import ResolvedSettings
-from rcd_core.decoding.generation import Forwards, Generation, Step
+from rcd_core.decoding.generation import Forwards, Generation, Step, TokenLogprobs
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
 from rcd_core.ops.reduce import Feedback
@@ -66,6 +66,8 @@ class Sequence:
     reference_failures: int = 0
     forwards: Forwards = field(default_factory=Forwards)
     steps: list[Step] = field(default_factory=list)
+    num_logprobs: int | None = None  # most probable tokens to report with each new token's logprob; None: no logprobs
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by position in the canvas
     block: tuple[int, int] = field(init=False)  # blocks[block_index]
     initially_masked: NDArray[np.bool_] = field(init=False)  # (T,)
     masked_positions: Positions = field(init=False)  # (N,) from the block's start to scope_end
@@ -229,6 +231,12 @@ class Sequence:
         new: list[int] = self.canvas[self.num_prompt : end][: self.settings.max_new_tokens].tolist()
         stop = next((i for i, token in enumerate(new) if token in self.settings.stop_token_ids), None)
         return new[:stop], stop is not None
+
+    def logprobs_of(self, first: int, last: int) -> list[TokenLogprobs | None]:
+        """Of the new tokens [first, last), if they were requested. None: another engine committed the token."""
+        if self.num_logprobs is None:
+            return []
+        return [self.logprobs.get(self.num_prompt + i) for i in range(first, last)]
 
     def output(self) -> Generation:
         end = self.block[1]

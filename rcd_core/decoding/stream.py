@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rcd_core.decoding.engine import Engine
-from rcd_core.decoding.generation import Generation, Step
+from rcd_core.decoding.generation import Generation, Step, TokenLogprobs
 from rcd_core.decoding.sequence import Sequence as Request
 from rcd_core.decoding.sequence import check_failures
 
@@ -21,10 +21,12 @@ class PassDone:
 
 @dataclass(frozen=True)
 class BlockDone:
-    """New tokens of request `index` that can no longer change. Concatenated they are the generation's token_ids."""
+    """New tokens of request `index` that can no longer change. Concatenated they are the generation's token_ids.
+    logprobs: one for each token, or none (Sequence.logprobs_of)."""
 
     index: int
     token_ids: list[int]
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Progress:
         self._steps = len(r.steps)
         final = r.final_ids()
         if len(final) > self._tokens:
-            yield BlockDone(self.index, final[self._tokens :])
+            yield BlockDone(self.index, final[self._tokens :], r.logprobs_of(self._tokens, len(final)))
             self._tokens = len(final)
         if r.finished:
             yield Finished(self.index, r.output())
