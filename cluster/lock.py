@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = "3.11"  # as in the Dockerfile
-EXTRAS = ("hub", "deepspeed")
+EXTRAS = ("deepspeed",)
 LAUNCHERS = ("boto3", "google-api-python-client")  # the autoscaler's clients for AWS and GCP
 
 

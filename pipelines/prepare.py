@@ -35,8 +35,8 @@ from pipelines.data.sources import (
     Source,
     check_sources,
     columns_of,
-    local_sources,
     row_limit,
+    source_files,
     splits_of,
     training_texts,
 )
@@ -89,7 +89,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     for split in SPLITS:
         storage.remove(storage.join(ctx.directory, split))
     storage.remove(storage.join(ctx.directory, VALIDATION))
-    sources = {split: local_sources(ctx, split) for split in splits_of(ctx.recipe)}
+    sources = {split: source_files(ctx.recipe, split) for split in splits_of(ctx.recipe)}
     tokenizer = _save_tokenizer(ctx, sources.get("train", []))
     encoded = {}
     for split in sources:
@@ -105,7 +105,6 @@ def run(ctx: StageContext) -> dict[str, Any]:
             files[split], counted = _write(ctx, split, encoded[split], fingerprint, chunks, held_out)
         counts[split] |= counted
     fingerprint.update(str(chunks["rows"]).encode())  # the order of training rows depends on them
-    storage.remove(storage.join(ctx.directory, "sources"))
     return {
         **files,
         VALIDATION: held_out,

@@ -9,7 +9,7 @@ from itertools import islice
 import pyarrow.parquet as pq
 
 from pipelines.calibration.job import CalibrationJob, synthetic_problems
-from pipelines.data.sources import columns_of, local_sources
+from pipelines.data.sources import columns_of, source_files
 from pipelines.run.directory import StageContext
 from rcd_core.errors import UserError
 from rcd_core.io import storage
@@ -63,24 +63,21 @@ def held_out_problems(ctx: StageContext, limit: int) -> list[Problem]:
     (data.num_validation), found by their content. Raises UserError if the files no longer contain them.
     """
     recipe = ctx.recipe
-    sources = local_sources(ctx, "train")
+    sources = source_files(recipe, "train")
     if not sources:
         return list(islice(synthetic_problems(recipe.data.task, recipe.seed), limit))
-    try:
-        task, columns = get_task(recipe.data.task), columns_of(recipe, "train")
-        ids = set(islice(_validation_ids(ctx), limit))
-        problems: dict[str, Problem] = {}
-        for row in (row for source in sources for row in read_rows(source.path, columns)):
-            if len(problems) == len(ids):
-                break
-            try:
-                problem = task.problem(row.values) if row.values else None
-            except UserError:
-                continue
-            if problem is not None and (name := content_id(problem)) in ids:
-                problems.setdefault(name, problem)
-    finally:
-        storage.remove(storage.join(ctx.directory, "sources"))
+    task, columns = get_task(recipe.data.task), columns_of(recipe, "train")
+    ids = set(islice(_validation_ids(ctx), limit))
+    problems: dict[str, Problem] = {}
+    for row in (row for source in sources for row in read_rows(source.path, columns)):
+        if len(problems) == len(ids):
+            break
+        try:
+            problem = task.problem(row.values) if row.values else None
+        except UserError:
+            continue
+        if problem is not None and (name := content_id(problem)) in ids:
+            problems.setdefault(name, problem)
     if not problems:
         raise UserError("calibrate: data.train has none of the examples that prepare held out; did the files change?")
     return [problems[name] for name in sorted(problems)]

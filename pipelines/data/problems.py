@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 
-from pipelines.data.sources import check_sources, columns_of, local_sources, row_limit
+from pipelines.data.sources import check_sources, columns_of, row_limit, source_files
 from pipelines.recipe.rules import SYNTHETIC
 from pipelines.run.directory import StageContext
 from rcd_core.errors import UserError
-from rcd_core.io import storage
 from rcd_core.tasks import get_task
 from rcd_core.tasks.rows import Row, read_rows
 from rcd_core.text.encoding import content_id
@@ -45,7 +44,6 @@ def read_problems(ctx: StageContext) -> list[TestProblem]:
         copies[example_id] += 1
         unique = f"{example_id}-{number}" if number else example_id
         problems.append(TestProblem(example_id=unique, prompt=problem.prompt, answer=problem.answer))
-    storage.remove(storage.join(ctx.directory, "sources"))
     num_bad = sum(reasons.values())
     if num_bad > data.max_bad_rows * (num_bad + len(problems)) or not problems:
         why = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
@@ -57,7 +55,7 @@ def read_problems(ctx: StageContext) -> list[TestProblem]:
 
 def _rows(ctx: StageContext) -> Iterator[tuple[str, Row]]:
     recipe, limit = ctx.recipe, row_limit(ctx.recipe, "test")
-    sources = local_sources(ctx, "test")
+    sources = source_files(recipe, "test")
     if sources:
         columns = columns_of(recipe, "test")
         rows = (((source.label, row) for row in read_rows(source.path, columns)) for source in sources)

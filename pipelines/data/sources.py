@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any
 
-import pyarrow.parquet as pq
-
+from pipelines.data.hub import HUB, hub_files
 from pipelines.recipe.model import Recipe
 from pipelines.recipe.rules import SYNTHETIC, source_list
-from pipelines.run.directory import StageContext
 from rcd_core.errors import UserError
-from rcd_core.io import storage
 from rcd_core.tasks import SPLITS, get_task
-from rcd_core.tasks.rows import Row, check_columns, read_rows, spellings
-
-_HUB = re.compile(r"hf://(?P<name>[^@:]+)(?:@(?P<config>[^:]+))?(?::(?P<split>.+))?")
-_ROWS_AT_ONCE = 4096
+from rcd_core.tasks.rows import Row, check_columns, read_rows
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One file of rows. label: its name in the recipe. path: the file to read."""
+    """One file of rows. label: its name in the recipe, or on the hub. path: the file to read."""
 
     label: str
     path: str
@@ -41,10 +33,8 @@ def check_sources(recipe: Recipe) -> None:
             get_task(recipe.data.task_of(split)).synthetic(0, split, recipe.seed)
             continue
         for name in names:
-            if name.startswith("hf://"):
-                _datasets(f"data.{split}")
-            else:
-                check_columns(name, columns, f"data.{split}")
+            files = hub_files(name, split, f"data.{split}") if name.startswith(HUB) else [name]
+            check_columns(files[0], columns, f"data.{split}")
 
 
 def columns_of(recipe: Recipe, split: str) -> dict[str, str]:
@@ -73,16 +63,12 @@ def row_limit(recipe: Recipe, split: str) -> int | None:
     return recipe.data.num_train if split == "train" else recipe.data.num_test
 
 
-def local_sources(ctx: StageContext, split: str) -> list[Source]:
-    """The files of a split, after downloading hub data sets; none for synthetic data."""
-    columns = columns_of(ctx.recipe, split)
+def source_files(recipe: Recipe, split: str) -> list[Source]:
+    """The files of a split in order; none for synthetic data. Those on the hub are read there, at one commit."""
     sources = []
-    for i, name in enumerate(_names(ctx.recipe, split)):
-        if name.startswith("hf://"):
-            path = storage.join(ctx.directory, "sources", f"{split}-{i}.parquet")
-            with ctx.console.status(f"prepare: downloading {name}"):
-                _download(name, split, path, columns, row_limit(ctx.recipe, split))
-            sources.append(Source(name, path))
+    for name in _names(recipe, split):
+        if name.startswith(HUB):
+            sources += [Source(path, path) for path in hub_files(name, split, f"data.{split}")]
         elif name != SYNTHETIC:
             sources.append(Source(name, name))
     return sources
@@ -104,37 +90,3 @@ def training_texts(recipe: Recipe, sources: list[Source], most: int) -> Iterator
                 yield problem.response
                 if not task.infill:  # an infilling prompt is its response with holes
                     yield problem.prompt
-
-
-def _datasets(key: str) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(
-            f"{key} names a hub data set, and the package 'datasets' is not installed; "
-            "pip install datasets (the extra `hub`), or give a .jsonl or .parquet file"
-        ) from error
-    return datasets
-
-
-def _download(name: str, split: str, path: str, columns: dict[str, str], limit: int | None) -> None:
-    """Copy the mapped columns of hf://owner/name[@config][:split] into one Parquet file that all workers can read."""
-    key = f"data.{split}"
-    match = _HUB.fullmatch(name)
-    if match is None:
-        raise UserError(f"{key} is {name!r}; use the form hf://owner/name[@config][:split]")
-    try:
-        data = _datasets(key).load_dataset(match["name"], match["config"], split=match["split"] or split)
-    except Exception as error:  # the hub client has no common base class for its errors
-        raise UserError(f"{key}: {name} did not load from the hub: {error}") from error
-    missing = [column for column in columns.values() if not set(spellings(column)) & set(data.column_names)]
-    if missing:
-        raise UserError(
-            f"{key}: {name} has no column {missing[0]!r}; it has {', '.join(data.column_names)}; set data.fields"
-        )
-    present = [next(name for name in spellings(column) if name in data.column_names) for column in columns.values()]
-    data = data.select_columns(present).with_format("arrow")
-    data = data.select(range(min(limit or len(data), len(data))))
-    with storage.open_output(path) as stream, pq.ParquetWriter(stream, data.features.arrow_schema) as writer:
-        for batch in data.iter(batch_size=_ROWS_AT_ONCE):
-            writer.write_table(batch)

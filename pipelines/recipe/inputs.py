@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from typing import Any
 
 from pipelines.recipe.model import Recipe
-from pipelines.recipe.rules import checkpoints, data_files, source_list
+from pipelines.recipe.rules import checkpoints, data_files
 from rcd_core.errors import UserError
 from rcd_core.io import storage
 
@@ -20,8 +19,6 @@ def check_inputs(recipe: Recipe) -> None:
                 raise UserError(f"{key}: {path} does not exist; correct the path or copy the file there")
             if storage.is_directory(path) or storage.size(path) == 0:
                 raise UserError(f"{key}: {path} is a directory or an empty file; give a .jsonl or .parquet file")
-        if any(path.startswith("hf://") for path in source_list(source)):
-            _require_datasets(key)
     served = {f"deploy.models.{name}.checkpoint": model.checkpoint for name, model in recipe.deploy.models.items()}
     external = {k: path for k, path in (checkpoints(recipe) | served).items() if storage.is_absolute(path)}
     for key, path in external.items():
@@ -48,11 +45,6 @@ def _require_file(key: str, directory: str, name: str, why: str) -> None:
         raise UserError(f"{key}: {directory} does not exist; {why}")
     if not storage.exists(storage.join(directory, name)):
         raise UserError(f"{key}: {directory} has no {name}; {why}")
-
-
-def _require_datasets(key: str) -> None:
-    if importlib.util.find_spec("datasets") is None:
-        raise UserError(f"{key} is a hub data set, which needs the package `datasets`; run pip install datasets")
 
 
 def _require_same_vocabulary(key: str, other: str, target: str) -> None:

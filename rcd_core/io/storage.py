@@ -1,4 +1,5 @@
 """Files on local disks and object stores, named by absolute paths or URIs (s3://, gs://, file://, ...), by pyarrow.
+Those of a data set on the Hugging Face hub, hf://datasets/OWNER/NAME@REVISION/PATH, can be read.
 
 Every write is atomic: bytes go to a temporary name in the same directory, which is renamed when they are complete, so
 that readers never see a partial file. Temporary names start with a dot, and `list_files` skips them.
@@ -49,6 +50,10 @@ def _root(root: str) -> Any:
     import pyarrow as pa
     from pyarrow import fs
 
+    if root == "hf://datasets":
+        from huggingface_hub import HfFileSystem
+
+        return fs.PyFileSystem(fs.FSSpecHandler(HfFileSystem()))
     try:
         return fs.FileSystem.from_uri(root + "/")[0]
     except (pa.ArrowInvalid, OSError) as error:
@@ -63,9 +68,9 @@ def filesystem(path: str) -> tuple[Any, str]:
     if not is_uri(path):
         return _root("file://"), path
     scheme, rest = path.split("://", 1)
-    if scheme == "hf":
-        raise UserError(f"{path}: hf:// is not a file system; use an absolute path, s3:// or gs://")
     host = rest.split("/", 1)[0]
+    if scheme == "hf" and host != "datasets":
+        raise UserError(f"{path}: hf:// is not a file system; use an absolute path, s3:// or gs://")
     # pyarrow's paths in object stores start with the bucket; those in HDFS do not contain the host.
     inner = rest.removeprefix(host) if scheme == "hdfs" else rest.strip("/")
     return _root(f"{scheme}://{host}"), inner

@@ -138,7 +138,7 @@ def test_the_image_has_the_versions_that_the_tests_run_with() -> None:
 
 def test_all_that_the_package_needs_is_locked() -> None:
     extras = PROJECT["optional-dependencies"]
-    ours = [*PROJECT["dependencies"], *extras["hub"], *extras["deepspeed"]]
+    ours = [*PROJECT["dependencies"], *extras["deepspeed"]]
     assert needed(*ours) | {"setuptools", "boto3", "google-api-python-client"} <= set(locked("requirements.lock"))
     assert set(locked("requirements-flash.lock")) == needed(*extras["flash"])
     for name, version in locked("requirements.lock").items():

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from pipelines.cli.main import main, make_app
-from pipelines.recipe import inputs
 from pipelines.recipe.files import recipe_names
 from pipelines.recipe.load import load_recipe
 from pipelines.run.driver import main as full
@@ -68,10 +67,7 @@ def test_a_plan_that_lacks_sizes_names_the_key_and_the_remedy(
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_recipes_of_published_sizes_dry_run(
-    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(inputs, "_require_datasets", lambda key: None)  # the extra `hub` is not installed for tests
+def test_recipes_of_published_sizes_dry_run(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert full(["--recipe", name, "--storage", str(tmp_path), "--dry-run"]) == 0
     assert "8 x (CPU 8, GPU 1)" in capsys.readouterr().out
     recipe = load_recipe(name)

@@ -1,0 +1,92 @@
+"""Data sets on the Hugging Face hub: which files a split consists of, at one commit. Workers read the files there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rcd_core.errors import UserError
+
+HUB = "hf://"
+_NAME = re.compile(r"hf://(?P<name>[^@:]+)(?:@(?P<config>[^:]+))?(?::(?P<split>.+))?")
+_READABLE = (".parquet", ".jsonl")
+# How file names call a split where the data set's card does not say which files it has: the hub's convention.
+_KEYWORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+
+def hub_files(name: str, split: str, key: str, revision: str | None = None) -> list[str]:
+    """URIs of the files of hf://owner/name[@config][:split] in order, each with the commit that `revision` names.
+
+    split: used where the name gives none. revision: commit, branch or tag; None: the main branch. key: the recipe key,
+    for errors. Raises UserError if the hub does not answer, or has no such data set, config, split or readable files.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise UserError(f"{key} is {name!r}; use the form hf://owner/name[@config][:split]")
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().dataset_info(match["name"], revision=revision)
+    except Exception as error:  # the hub's client has no common base class for its errors
+        at = f" at {revision}" if revision else ""
+        raise UserError(f"{key}: {name}{at} cannot be read from the hub: {error}") from error
+    split = match["split"] or split
+    paths = sorted(sibling.rfilename for sibling in info.siblings or ())
+    card = info.card_data.to_dict() if info.card_data else {}
+    chosen = _of_split(paths, _config(card.get("configs") or (), match["config"], f"{key}: {name}"), split)
+    files = [path for path in chosen if path.endswith(_READABLE)]
+    if not files:
+        found = f"{', '.join(chosen[:5])}, which is not" if chosen else f"no file of split {split!r}; give"
+        raise UserError(f"{key}: {name} has {found} .parquet or .jsonl; correct the split, or download and convert it")
+    return [f"{HUB}datasets/{match['name']}@{info.sha}/{path}" for path in files]
+
+
+def _config(configs: Sequence[Mapping[str, Any]], name: str | None, where: str) -> Mapping[str, Any]:
+    """The named config of a data set's card, else the default one; {} if the card lists none."""
+    names = [str(config.get("config_name")) for config in configs]
+    if name is None and len(configs) > 1:
+        name = next((str(c.get("config_name")) for c in configs if c.get("default")), "default")
+    if name is None or (name == "default" and not configs):
+        return configs[0] if configs else {}
+    if name not in names:
+        raise UserError(f"{where} has no config {name!r}; it has {', '.join(names) or 'only the default one'}")
+    return configs[names.index(name)]
+
+
+def _of_split(paths: Sequence[str], config: Mapping[str, Any], split: str) -> list[str]:
+    """The files of a split, in the card's order of patterns. Without patterns, file names tell."""
+    root = str(config.get("data_dir") or "").strip("/")
+    inside = [path for path in paths if not root or path.startswith(f"{root}/")]
+    patterns: dict[str, list[str]] = {}
+    for entry in _listed(config.get("data_files")):
+        part = entry if isinstance(entry, Mapping) else {"split": "train", "path": entry}
+        patterns.setdefault(str(part["split"]), []).extend(map(str, _listed(part["path"])))
+    if patterns:
+        full = [f"{root}/{pattern}" if root else pattern for pattern in patterns.get(split, ())]
+        return list(dict.fromkeys(path for pattern in full for path in inside if _glob(pattern, path)))
+    named = {path for words in _KEYWORDS.values() for path in inside if _has_word(path, words)}
+    if split == "train" and not named:
+        return [path for path in inside if path.endswith(_READABLE)]
+    return [path for path in inside if _has_word(path, _KEYWORDS.get(split, (split,)))]
+
+
+def _listed(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return [{"split": split, "path": path} for split, path in value.items()]
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+def _has_word(path: str, words: Iterable[str]) -> bool:
+    return bool(re.search(rf"(?<![a-z0-9])({'|'.join(map(re.escape, words))})(?![a-z0-9])", path.lower()))
+
+
+def _glob(pattern: str, path: str) -> bool:
+    """Whether a path matches; * stays within a directory, ** does not."""
+    from fsspec.utils import glob_translate
+
+    return bool(re.match(glob_translate(pattern), path))
