@@ -3,9 +3,9 @@
     python pipelines/calibrate.py --recipe demo
 
 Reads the models of the targets, the baselines and the reference, and held-out examples of the training split (never
-test problems). Writes rcd_calibration.json into each target's model, where decoding reads T_res, and into
-<run>/calibrate/ calibration.json (T_res, the search, figures) and report.html. Of a baseline it measures what its
-discarded predictions knew (Fig. 2 of arXiv 2601.22954). Each model is one Ray task.
+test problems). Writes <run>/calibrate/calibration.json (T_res, the search, figures) and report.html. The manifest has
+T_res by stage, which evaluate and deploy decode with; the targets' models are not changed. Of a baseline it measures
+what its discarded predictions knew (Fig. 2 of arXiv 2601.22954). Each model is one Ray task.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if __name__ == "__main__":
 import ray
 
 from pipelines.calibration.inputs import held_out_problems, make_jobs
-from pipelines.calibration.job import CalibrationJob, calibrate_model, store
+from pipelines.calibration.job import CalibrationJob, calibrate_model
 from pipelines.report.calibration import html_page, summary_line
 from pipelines.run.directory import StageContext
 from rcd_core.io import storage
@@ -29,18 +29,15 @@ from rcd_core.tasks import Problem
 
 
 def run(ctx: StageContext) -> dict[str, Any]:
-    """Calibrate, store, report. Summary: T_res by stage, which is all that later stages depend on."""
+    """Calibrate and report. Summary: T_res by stage, which is all that later stages depend on."""
     jobs = make_jobs(ctx)
     problems = held_out_problems(ctx, max(job.num_examples for job in jobs))
     computed = dict(_compute(ctx, jobs, problems))
     results = {job.stage: computed[job.stage] for job in jobs}
-    calibrated = [job for job in jobs if job.calibrated]
-    for job in calibrated:
-        store(job.checkpoint, results[job.stage])
     storage.write_json(storage.join(ctx.directory, "calibration.json"), results)
     page = html_page(f"{ctx.recipe.name}: calibration", results)
     storage.write_bytes(storage.join(ctx.directory, "report.html"), page.encode())
-    temperatures = {job.stage: results[job.stage]["residual_temperature"] for job in calibrated}
+    temperatures = {job.stage: results[job.stage]["residual_temperature"] for job in jobs if job.calibrated}
     return {"residual_temperatures": temperatures, "fingerprint": temperatures}
 
 

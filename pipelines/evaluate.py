@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     methods = tuple(make_methods(ctx))
     if ctx.recipe.calibrate is None and any(_uses_t_res(method) for method in methods):
         ctx.console.print("  evaluate: T_res is not calibrated in this run (recipe section `calibrate`)")
+    methods = tuple(with_t_res(ctx, methods))
     parts = storage.join(ctx.directory, "parts")
     done = set(_distinct(read_shards(parts, DECODED, list(KEY)), "arm", "threshold", "item"))
     if done:
@@ -120,9 +121,16 @@ def make_plan(ctx: StageContext, methods: Sequence[Method], done: Set[Answer]) -
 
 
 def _uses_t_res(method: Method) -> bool:
-    """Whether the method depends on the T_res of the checkpoint."""
+    """Whether the method depends on a T_res that the recipe does not give."""
     settings = method.settings
     return settings.residual and settings.residual_source == "self" and settings.residual_temperature is None
+
+
+def with_t_res(ctx: StageContext, methods: Iterable[Method]) -> Iterator[Method]:
+    """The methods with the T_res of this run where the recipe gives none."""
+    for method in methods:
+        t_res = ctx.residual_temperature(method.info.model) if _uses_t_res(method) else None
+        yield replace(method, settings=replace(method.settings, residual_temperature=t_res)) if t_res else method
 
 
 def _distinct(decoded: pa.Table, *names: str) -> list[tuple[Any, ...]]:

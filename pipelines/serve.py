@@ -48,7 +48,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     if _live(recipe.name) == (ctx.key, limits.id) and _reachable(recipe):
         ctx.console.print(f"deploy: {recipe.name} is live already")
     else:
-        description = describe(recipe, ctx.checkpoint)
+        description = describe(recipe, ctx.checkpoint, ctx.residual_temperature("target"))
         _start_http(recipe)
         # A live application of this recipe frees its resources while its successor starts.
         wait_for_resources(

@@ -55,6 +55,11 @@ def _job(flags: CalibrateFlags) -> CalibrationJob:
     decode = DecodeSettings(**given)
     # A hub id becomes its directory in the cache; the result is written there.
     target = flags.target if storage.is_uri(flags.target) else str(checkpoint_directory(flags.target))
+    if calibrated and not flags.dry_run and storage.exists(storage.join(f"{absolute_path(target)}/..", "key.json")):
+        raise UserError(
+            f"--target {flags.target} is the output of a stage, whose T_res is that of the stage calibrate; give "
+            "--dry_run, or a copy made by `rcd export`"
+        )
     return CalibrationJob(
         stage="target",
         checkpoint=absolute_path(target),

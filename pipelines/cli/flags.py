@@ -184,6 +184,8 @@ CALIBRATION = _section("Output", "T_res on stdout, the search on stderr.", sort_
 class CalibrateFlags:
     """Choose T_res of a checkpoint; measure how good its discarded predictions are.
 
+    A model of a run is copied by rcd export first.
+
     rcd calibrate --target RCD --reference REF --task gsm8k --data held_out.jsonl
     rcd calibrate --target ANY --task gsm8k --data held_out.jsonl --report a.html
     """
@@ -229,6 +231,19 @@ class ReportFlags:
     _: KW_ONLY
     output: Annotated[str | None, FLAG("Also write one HTML page: a path or URI.", metavar="FILE")] = None
     arms: Annotated[tuple[str, ...] | None, FLAG("Only these methods; patterns like 'target/*' work.", **FEW)] = None
+
+
+@dataclass(frozen=True)
+class ExportFlags:
+    """Copy a model of a run to a checkpoint of its own, with the T_res that the run chose for it.
+
+    rcd export ~/rcd-runs/demo --output /models/demo
+    """
+
+    run: Annotated[str, FLAG("Directory or URI of a run.")]
+    _: KW_ONLY
+    output: Annotated[str, FLAG("New directory or URI.", metavar="DIR")]
+    stage: Annotated[str, FLAG("Stage that trained the model.")] = "target"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "chat": (flags.ChatFlags, "chat:chat"),
     "down": (flags.DownFlags, "local:down"),
     "evaluate": (flags.EvaluateFlags, "evaluate:evaluate"),
+    "export": (flags.ExportFlags, "export:export"),
     "generate": (flags.GenerateFlags, "generate:generate"),
     "report": (flags.ReportFlags, "report:report"),
     "runs": (flags.RunsFlags, "runs:runs"),

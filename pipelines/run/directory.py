@@ -174,6 +174,14 @@ class StageContext:
         """The model of an input stage: its model/ directory, or the external checkpoint that it uses."""
         return str(self.input(name)["summary"].get("checkpoint") or storage.join(self.input_dir(name), "model"))
 
+    def residual_temperature(self, name: str) -> float | None:
+        """T_res of the model of an input stage: what the stage calibrate chose, 1 without it; of an external
+        checkpoint None, which means its own. A file next to a trained model may be of an earlier calibration."""
+        if self.recipe.checkpoint(name) is not None:
+            return None
+        chosen = self.input("calibrate")["summary"]["residual_temperatures"] if "calibrate" in self.inputs else {}
+        return float(chosen.get(name, 1.0))
+
 
 def use_checkpoint(context: StageContext) -> dict[str, Any]:
     """Stage function for a recipe that gives an existing checkpoint instead of a training."""

@@ -95,13 +95,15 @@ def bundle(replicas: Replicas) -> dict[str, float]:
     return {name: amount for name, amount in resources.items() if amount}
 
 
-def describe(recipe: Recipe, checkpoint: Callable[[str], str]) -> Description:
+def describe(recipe: Recipe, checkpoint: Callable[[str], str], t_res: float | None = None) -> Description:
     """The application of a recipe. It has a reference if the default settings of a model start from it.
 
-    checkpoint: stage -> path of its model.
+    checkpoint: stage -> path of its model. t_res: default residual_temperature of the target; None: the checkpoint's.
     """
     deploy, resources = recipe.deploy, recipe.resources
     start = replace(deploy.decode, residual=recipe.target.residual.feeds_back, start=deploy.start)
+    if start.residual_temperature is None:
+        start = replace(start, residual_temperature=t_res)
     served = {deploy.model_id: ("Target", checkpoint("target"), start)}
     if deploy.baseline:
         plain = replace(deploy.decode, residual=False)

@@ -128,6 +128,7 @@ def application(
             max_queue=model.max_queue,
             max_length=model.max_length,
             gpu_share=_gpu_share(model.replicas),
+            has_t_res=model.decode.residual_temperature is not None,
         )
     defaults = {model_id: model.decode for model_id, model in description.models.items()}
     body = {

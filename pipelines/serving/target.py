@@ -52,7 +52,8 @@ class Refusal:
 class Target:
     """The deployment. max_batch: requests decoded at once, fewer if memory does not suffice. max_queue: requests that
     may wait. max_length: positions of a request; None: the model's, at most MAX_LENGTH. gpu_share: this replica's
-    share of its GPU. reference_top_k, reference_sessions: of RemoteReference."""
+    share of its GPU. reference_top_k, reference_sessions: of RemoteReference. has_t_res: requests have a default
+    residual_temperature."""
 
     def __init__(
         self,
@@ -66,11 +67,12 @@ class Target:
         max_queue: int,
         max_length: int | None,
         gpu_share: float,
+        has_t_res: bool = False,
     ) -> None:
         checkpoint = node_copy(checkpoint)  # once, so that model and tokenizer are of the same version
         model = load_model(checkpoint, device=device)
         residual = bool(model.info.rcd) or reference is not None
-        if message := uncalibrated(DecodeSettings(residual=residual), model):
+        if not has_t_res and (message := uncalibrated(DecodeSettings(residual=residual), model)):
             logger.warning("%s: %s", checkpoint, message)
         self.checkpoint = weights_id(model)
         length = min(model.max_positions, max_length or MAX_LENGTH)

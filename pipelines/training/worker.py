@@ -101,7 +101,11 @@ def start_model(job: TrainJob) -> DiffusionModel:
             "alpha": job.residual.alpha,
             "alpha_scale": job.residual.alpha_scale,
             "residual_dropout": job.residual.dropout,
+            "source": job.residual.source,
         }
+    else:  # T_res of a start that was calibrated is not that of the new weights
+        kept = model.info.rcd.items()
+        model.info.rcd = {k: v for k, v in kept if k not in ("calibration", "residual_temperature")}
     return model
 
 

@@ -65,13 +65,14 @@ def uncalibrated(settings: DecodeSettings, model: DiffusionModel) -> str | None:
     """A warning if the model's own predictions become residuals at a T_res that was never calibrated or chosen."""
     chosen = settings.residual_temperature or model.info.rcd.get("calibration")
     chosen = chosen or (settings.alpha or model.info.rcd.get("alpha")) in CONSTANT_RULES
+    chosen = chosen or model.info.rcd.get("source") in ("self", "self_same")  # trained on its own predictions: T_res 1
     # Training writes 1 into every checkpoint; another value was chosen by someone.
     chosen = chosen or model.info.rcd.get("residual_temperature") not in (None, 1.0)
     if not settings.residual or settings.residual_source != "self" or chosen:
         return None
     return (
-        "residual_temperature (T_res) was never calibrated for this checkpoint, so 1 is used; run `rcd calibrate`, or "
-        "set residual_temperature"
+        "residual_temperature (T_res) was never calibrated for this checkpoint, so 1 is used; run `rcd calibrate` "
+        "(for a model of a run `rcd export`), or set residual_temperature"
     )
 
 

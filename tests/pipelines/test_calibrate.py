@@ -19,7 +19,7 @@ from pipelines.recipe.load import parse_recipe
 from pipelines.recipe.model import Recipe
 from pipelines.run.directory import RunDirectory, StageContext
 from pipelines.run.stages import stages_of
-from rcd_core import UserError, load_model
+from rcd_core import UserError
 from rcd_core.families.files import CALIBRATION_FILE
 from rcd_core.io import storage
 from rcd_core.tasks import get_task
@@ -55,7 +55,9 @@ def context(recipe: Recipe, tiny_models: Path) -> StageContext:
     return StageContext(recipe=recipe, run=run, stage="calibrate", key="", inputs=inputs, console=console)
 
 
-def test_the_stage_calibrates_every_target_and_stores_it(ray_cluster: str, tiny_models: Path, tmp_path: Path) -> None:
+def test_the_stage_calibrates_every_target_and_changes_no_model(
+    ray_cluster: str, tiny_models: Path, tmp_path: Path
+) -> None:
     ctx = context(make_recipe(tmp_path), tiny_models)
     assert ctx.inputs == ("prepare", "target", "baseline", "reference")
     summary = calibrate.run(ctx)
@@ -63,8 +65,7 @@ def test_the_stage_calibrates_every_target_and_stores_it(ray_cluster: str, tiny_
     assert list(results) == ["target", "baseline"] and list(results["baseline"]) == ["discarded"]
     temperature = results["target"]["residual_temperature"]
     assert summary["fingerprint"] == summary["residual_temperatures"] == {"target": temperature}
-    assert load_model(ctx.checkpoint("target")).info.rcd["residual_temperature"] == temperature
-    assert not (Path(ctx.checkpoint("baseline")) / CALIBRATION_FILE).exists()
+    assert not any((Path(ctx.checkpoint(stage)) / CALIBRATION_FILE).exists() for stage in ("target", "baseline"))
     calibrate.report(ctx)
     printed = ctx.console.file.getvalue()  # type: ignore[attr-defined]
     assert f"target: T_res {temperature:g}" in printed and "report.html" in printed

@@ -27,6 +27,7 @@ from rcd_core import Decoder, DecodeSettings, load_model, new_model
 from rcd_core.errors import UserError
 from rcd_core.families.base import CheckpointInfo
 from rcd_core.families.config import ModelConfig
+from rcd_core.families.files import CALIBRATION_FILE
 from rcd_core.tasks import get_task
 from rcd_core.text.tokenizer import load_tokenizer, mask_token_id, stop_token_ids
 from tests.fault_table import FaultTable
@@ -76,7 +77,10 @@ def make_run(ray_cluster: str) -> Callable[[Recipe], StageContext]:
             model = new_model(start, vocab_size=len(tokenizer), info=info, seed=seed)
             for parameter in model.parameters():  # some confidences must exceed the thresholds
                 parameter.data *= 3.0
-            model.save_pretrained(Path(recipe.run_directory) / stage / "model", tokenizer)
+            directory = Path(recipe.run_directory) / stage / "model"
+            model.save_pretrained(directory, tokenizer)
+            if rcd:  # older releases stored T_res there; without a stage calibrate it is 1
+                (directory / CALIBRATION_FILE).write_text('{"schema_version": 1, "residual_temperature": 9}')
             _finish(ctx, stage, {})
         return stage_context(recipe, "evaluate", ("prepare", *STAGES))
 
@@ -116,7 +120,7 @@ def test_every_method_decodes_every_problem_at_every_threshold(sudoku: StageCont
 def test_rows_equal_those_of_the_decoder(sudoku: StageContext) -> None:
     examples = pq.read_table(f"{sudoku.input_dir('prepare')}/test/part-00000.parquet").to_pylist()
     model, reference = (load_model(sudoku.checkpoint(stage)) for stage in ("target", "reference"))
-    settings = DecodeSettings(residual=True, start="reference", confidence_threshold=0.02)
+    settings = DecodeSettings(residual=True, start="reference", confidence_threshold=0.02, residual_temperature=1.0)
     tokenizer = load_tokenizer(f"{sudoku.input_dir('prepare')}/tokenizer")
     selected = [row for row in rows(sudoku) if row["arm"] == "target/reference" and row["threshold"] == 0.02]
     for example, row in zip(examples, selected, strict=True):
@@ -207,7 +211,13 @@ def test_several_samples_and_block_lengths(make_run: Callable[[Recipe], StageCon
     tokenizer = load_tokenizer(f"{ctx.input_dir('prepare')}/tokenizer")
     seed = request_seed(0, examples[3]["example_id"], 2)
     settings = DecodeSettings(
-        residual=True, start="zero", confidence_threshold=0.5, block_length=4, seed=seed, **decode
+        residual=True,
+        start="zero",
+        confidence_threshold=0.5,
+        block_length=4,
+        seed=seed,
+        residual_temperature=1.0,
+        **decode,
     )
     (alone,) = Decoder(load_model(ctx.checkpoint("target"))).generate([examples[3]["prompt_ids"]], settings)
     assert texts[examples[3]["example_id"], 2] == tokenizer.decode(alone.token_ids, skip_special_tokens=True)

@@ -1,0 +1,40 @@
+"""`rcd export`: a model of a run as a checkpoint of its own, with the T_res that the run chose for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipelines.calibration.job import store
+from pipelines.cli.flags import ExportFlags
+from pipelines.cli.terminal import absolute_path
+from pipelines.run.directory import RunDirectory
+from rcd_core.errors import UserError
+from rcd_core.families.files import CALIBRATION_FILE
+from rcd_core.io import storage
+from rcd_core.io.node_copy import node_copy
+
+
+def export(flags: ExportFlags) -> int:
+    run, output = RunDirectory(absolute_path(flags.run)), absolute_path(flags.output)
+    manifest = run.manifest(flags.stage)
+    if manifest is None:
+        raise UserError(f"--stage {flags.stage} is not done in {run.path}; `rcd runs` lists stages")
+    model = storage.join(run.stage_directory(flags.stage), "model")
+    if not storage.exists(storage.join(model, "config.json")):
+        raise UserError(f"--stage {flags.stage}: {run.path} has no model of it; the stages that train have one")
+    if storage.list_files(output):
+        raise UserError(f"--output {output} holds files; give a new directory")
+    calibration, chosen = run.manifest("calibrate"), None
+    if calibration and flags.stage in calibration["summary"]["residual_temperatures"]:
+        if calibration["material"]["inputs"].get(flags.stage) != manifest["fingerprint"]:
+            raise UserError(
+                f"{run.path}: stage calibrate has T_res of an earlier model of {flags.stage}; repeat it with "
+                "--redo calibrate"
+            )
+        chosen = storage.read_json(storage.join(run.stage_directory("calibrate"), "calibration.json"))[flags.stage]
+    storage.upload_dir(Path(node_copy(model)), output)
+    storage.remove(storage.join(output, CALIBRATION_FILE))  # older releases stored T_res in the run's model
+    if chosen:
+        store(output, chosen)
+    print(f"{output}: " + (f"T_res {chosen['residual_temperature']:g}" if chosen else "no T_res, the run chose none"))
+    return 0

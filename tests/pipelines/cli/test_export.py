@@ -1,0 +1,71 @@
+"""`rcd export`: the copy has the T_res of the run's stage calibrate, or none."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.cli import main as cli
+from pipelines.run.directory import RunDirectory
+from rcd_core import load_model
+from rcd_core.families.files import CALIBRATION_FILE
+from rcd_core.io import storage
+
+
+@pytest.fixture
+def run(tiny_models: Path, tmp_path: Path) -> RunDirectory:
+    """A run with a target whose directory still holds the T_res that an older release stored there."""
+    run = RunDirectory(str(tmp_path / "run"))
+    model = Path(run.stage_directory("target")) / "model"
+    run.begin("target", {"stage": "target"})
+    storage.upload_dir(tiny_models / "target", str(model))
+    (model / CALIBRATION_FILE).write_text('{"schema_version": 1, "residual_temperature": 9}')
+    run.finish("target", {"stage": "target"}, {"fingerprint": "weights"}, datetime.now().astimezone(), 0.0)
+    return run
+
+
+def calibrate(run: RunDirectory, result: dict[str, Any], of: str) -> None:
+    storage.write_json(storage.join(run.stage_directory("calibrate"), "calibration.json"), {"target": result})
+    summary = {"residual_temperatures": {"target": result["residual_temperature"]}}
+    material = {"stage": "calibrate", "inputs": {"target": of}}
+    run.finish("calibrate", material, summary, datetime.now().astimezone(), 0.0)
+
+
+def fingerprint(run: RunDirectory) -> str:
+    manifest = run.manifest("target")
+    assert manifest
+    return str(manifest["fingerprint"])
+
+
+def test_the_copy_has_the_chosen_temperature(run: RunDirectory, calibration: dict[str, Any], tmp_path: Path) -> None:
+    calibrate(run, calibration, fingerprint(run))
+    assert cli.main(["export", run.path, "--output", str(tmp_path / "copy")]) == 0
+    model = load_model(tmp_path / "copy")
+    assert model.info.rcd["residual_temperature"] == calibration["residual_temperature"] != 9
+
+
+def test_without_the_stage_it_has_none(run: RunDirectory, tmp_path: Path) -> None:
+    assert cli.main(["export", run.path, "--output", str(tmp_path / "copy")]) == 0
+    assert "calibration" not in load_model(tmp_path / "copy").info.rcd
+
+
+def test_what_is_refused(
+    run: RunDirectory, calibration: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["export", run.path, "--output", str(tmp_path / "copy"), "--stage", "baseline"]) == 2
+    assert "--stage baseline" in capsys.readouterr().err
+    assert cli.main(["export", run.path, "--output", run.stage_directory("target")]) == 2
+    assert "--output" in capsys.readouterr().err
+    calibrate(run, calibration, "other weights")
+    assert cli.main(["export", run.path, "--output", str(tmp_path / "copy")]) == 2
+    assert "calibrate" in capsys.readouterr().err and not (tmp_path / "copy").exists()
+
+
+def test_calibrate_does_not_write_into_a_run(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+    target = f"{run.stage_directory('target')}/model"
+    command = ["calibrate", "--target", target, "--reference", target, "--task", "sudoku", "--data", "synthetic"]
+    assert cli.main(command) == 2
+    assert "--target" in capsys.readouterr().err
