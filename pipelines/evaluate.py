@@ -114,6 +114,7 @@ def make_plan(ctx: StageContext, methods: Sequence[Method], done: Set[Answer]) -
         samples=evaluate.samples,
         batch_size=evaluate.batch_size,
         threads=max(1, int(recipe.resources.cpus_per_worker)),
+        gpus=recipe.resources.gpus_per_worker,
         parts=storage.join(ctx.directory, "parts"),
         name=uuid.uuid4().hex[:8],
         flush_s=FLUSH_S,

@@ -51,6 +51,7 @@ def make_jobs(ctx: StageContext) -> list[CalibrationJob]:
                 max_length=recipe.data.max_length,
                 run_code=recipe.evaluate.run_code,
                 threads=max(1, int(recipe.resources.cpus_per_worker)),
+                gpus=recipe.resources.gpus_per_worker,
             )
         )
     return jobs

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from pipelines.ray_cluster.hardware import worker_device
+from pipelines.ray_cluster.hardware import device_of
 from rcd_core.calibration.distance import Match
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.errors import UserError
@@ -29,7 +29,7 @@ class CalibrationJob:
     reference: the checkpoint whose signals the model was trained on, None if there were none.
     calibrated: the model feeds residuals back; for others only their discarded predictions are measured.
     pad_multiple, max_length: of training examples; by default the model's block length and number of positions.
-    run_code: the grader may run completions that are programs.
+    run_code: the grader may run completions that are programs. gpus, threads: as in hardware.device_of.
     """
 
     stage: str
@@ -47,12 +47,13 @@ class CalibrationJob:
     max_length: int | None = None
     run_code: bool = False
     threads: int | None = None
+    gpus: float | None = None
 
 
 def calibrate_model(
     job: CalibrationJob, problems: Sequence[Problem], say: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any]:
-    """The model's part of calibration.json, a pure function of the job and the problems. Uses a GPU if there is one."""
+    """The model's part of calibration.json, a pure function of the job and the problems."""
     # Imported here so that `rcd calibrate --help` starts without torch and transformers.
     from rcd_core.calibration.calibrate import calibrate, diagnose
     from rcd_core.calibration.training_alphas import encode_examples
@@ -63,7 +64,7 @@ def calibrate_model(
 
     if job.run_code:
         os.environ["RCD_RUN_CODE"] = "1"  # in this process only
-    device, dtype = worker_device(job.threads)
+    device, dtype = device_of(job.gpus, job.threads)
     model = load_model(job.checkpoint, dtype=dtype, device=device)
     reference = load_model(job.reference, dtype=dtype, device=device) if job.reference else None
     encoder = Encoder(

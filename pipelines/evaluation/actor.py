@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from pipelines.evaluation.answers import ShardWriter, read_shard
 from pipelines.evaluation.results import MethodInfo
-from pipelines.ray_cluster.hardware import describe_device, worker_device
+from pipelines.ray_cluster.hardware import describe_device, device_of
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.decoding.request import NUM_SEED_BITS
 from rcd_core.io import storage
@@ -77,6 +77,7 @@ class Plan:
     samples: int
     batch_size: int
     threads: int
+    gpus: float
     parts: str
     name: str
     flush_s: float
@@ -101,7 +102,7 @@ class DecodeActor:
             os.environ["RCD_RUN_CODE"] = "1"  # for this actor only
         check_gradable(plan.task)
         self.task = get_task(plan.task)
-        self.device, self.dtype = worker_device(plan.threads)
+        self.device, self.dtype = device_of(plan.gpus, plan.threads)
         self.hardware = json.dumps(describe_device(self.device))
         self.tokenizer = load_tokenizer(plan.tokenizer)
         columns = ["example_id", "prompt_ids", "prompt", "answer"]

@@ -162,9 +162,10 @@ def _describe(model: DiffusionModel) -> str:
 def _load(path: Any, *, dtype: str, device: str | None, attention: str) -> DiffusionModel:
     import torch
 
+    from pipelines.ray_cluster.hardware import device_of
     from rcd_core.families.loading import load_model
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or device_of(None)[0]
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError

@@ -1,4 +1,4 @@
-"""The device that a worker computes on, and its description for results."""
+"""The device that a process computes on, and its description for results."""
 
 from __future__ import annotations
 
@@ -7,22 +7,37 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rcd_core.errors import UserError
+
 if TYPE_CHECKING:
     import torch
 
 
-def worker_device(num_threads: int | None) -> tuple[str, torch.dtype | None]:
-    """Device and dtype for a worker's models: a GPU with bfloat16, or the CPU with the checkpoint's dtype (None).
+def device_of(gpus: float | None, threads: int | None = None) -> tuple[str, torch.dtype | None]:
+    """Device and dtype of a process's models: a GPU with bfloat16, or the CPU with the checkpoint's dtype (None).
 
-    num_threads: CPU threads that torch may use where there is no GPU.
+    gpus: what the process has asked Ray for, as Ray shows GPUs also to processes that asked for none. None: a process
+    outside of Ray, which uses a GPU if there is one. threads: CPU threads that torch may use on the CPU.
+    Raises UserError if a GPU was asked for and torch cannot use one.
     """
     import torch
 
-    if torch.cuda.is_available():
+    if gpus != 0 and torch.cuda.is_available():
         return "cuda", torch.bfloat16
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
+    if gpus:
+        raise UserError(
+            f"{gpus:g} GPUs were asked for (resources.gpus_per_worker, in Serve configs num_gpus), but torch "
+            f"{torch.__version__} on {platform.node()} can use none; install a CUDA build of torch and a driver "
+            "there, or ask for 0"
+        )
+    if threads is not None:
+        torch.set_num_threads(threads)
     return "cpu", None
+
+
+def gpu_share(gpus: float) -> float:
+    """The share of its GPU that belongs to a process."""
+    return min(1.0, gpus) or 1.0
 
 
 def describe_device(device: str) -> dict[str, str | int]:

@@ -104,10 +104,9 @@ def application(
             **draining,
         ).bind(
             described.checkpoint,
-            _device(described.replicas),
+            described.replicas.num_gpus,
             sum(model.max_batch * model.replicas.max_replicas for model in users),
             max(model.max_length or MAX_LENGTH for model in users),
-            _gpu_share(described.replicas),
         )
     targets = {}
     for model_id, model in description.models.items():
@@ -120,14 +119,13 @@ def application(
             **draining,
         ).bind(
             model.checkpoint,
-            _device(model.replicas),
+            model.replicas.num_gpus,
             reference if model.uses_reference else None,
             reference_top_k=described.top_k if described else 1,
             reference_sessions=sessions,
             max_batch=model.max_batch,
             max_queue=model.max_queue,
             max_length=model.max_length,
-            gpu_share=_gpu_share(model.replicas),
             has_t_res=model.decode.residual_temperature is not None,
         )
     defaults = {model_id: model.decode for model_id, model in description.models.items()}
@@ -190,14 +188,6 @@ def _deployment(
         **options,
     )
     return decorate(replica)
-
-
-def _device(replicas: Replicas) -> str:
-    return "cuda" if replicas.num_gpus else "cpu"
-
-
-def _gpu_share(replicas: Replicas) -> float:
-    return min(1.0, replicas.num_gpus) or 1.0
 
 
 def _release() -> str:

@@ -19,6 +19,7 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from pipelines.ray_cluster.hardware import device_of, gpu_share
 from pipelines.serving.metrics import export_metrics
 from rcd_core import LocalReference, ReferenceSignals, WarmStart, load_model
 from rcd_core.decoding.memory import fit_batch
@@ -102,13 +103,14 @@ class Reference:
     """The deployment: holds the reference model and answers with signals as Arrow bytes.
 
     contexts: prompts whose KV stays cached, one per concurrent request, fewer if memory does not suffice. max_length:
-    positions of a context. gpu_share: this replica's share of its GPU.
+    positions of a context. gpus: what the replica has asked Ray for.
     """
 
-    def __init__(self, checkpoint: str, device: str, contexts: int, max_length: int, gpu_share: float) -> None:
-        model = load_model(checkpoint, device=device)
+    def __init__(self, checkpoint: str, gpus: float, contexts: int, max_length: int) -> None:
+        device, dtype = device_of(gpus)
+        model = load_model(checkpoint, dtype=dtype, device=device)
         length = min(max_length, model.max_positions)
-        contexts = fit_batch(model, length, model.info.block_length, contexts, part=gpu_share)
+        contexts = fit_batch(model, length, model.info.block_length, contexts, part=gpu_share(gpus))
         self.model = LocalReference(model, contexts, length)
         self.thread = ThreadPoolExecutor(max_workers=1)  # one pass at a time, outside the event loop
         self.counts = {"reference_passes_total": 0.0, "reference_seconds_total": 0.0}

@@ -13,6 +13,7 @@ import torch
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from pipelines.ray_cluster.hardware import device_of, gpu_share
 from pipelines.serving.backend import DecodeRequest, Overloaded
 from pipelines.serving.engine_thread import EngineThread, EventBatch
 from pipelines.serving.metrics import export_metrics
@@ -51,14 +52,14 @@ class Refusal:
 
 class Target:
     """The deployment. max_batch: requests decoded at once, fewer if memory does not suffice. max_queue: requests that
-    may wait. max_length: positions of a request; None: the model's, at most MAX_LENGTH. gpu_share: this replica's
-    share of its GPU. reference_top_k, reference_sessions: of RemoteReference. has_t_res: requests have a default
-    residual_temperature."""
+    may wait. max_length: positions of a request; None: the model's, at most MAX_LENGTH. gpus: what the
+    replica has asked Ray for. reference_top_k, reference_sessions: of RemoteReference. has_t_res: requests have a
+    default residual_temperature."""
 
     def __init__(
         self,
         checkpoint: str,
-        device: str,
+        gpus: float,
         reference: DeploymentHandle | None,
         *,
         reference_top_k: int,
@@ -66,11 +67,11 @@ class Target:
         max_batch: int,
         max_queue: int,
         max_length: int | None,
-        gpu_share: float,
         has_t_res: bool = False,
     ) -> None:
         checkpoint = node_copy(checkpoint)  # once, so that model and tokenizer are of the same version
-        model = load_model(checkpoint, device=device)
+        device, dtype = device_of(gpus)
+        model = load_model(checkpoint, dtype=dtype, device=device)
         residual = bool(model.info.rcd) or reference is not None
         if not has_t_res and (message := uncalibrated(DecodeSettings(residual=residual), model)):
             logger.warning("%s: %s", checkpoint, message)
@@ -80,7 +81,7 @@ class Target:
             model,
             load_tokenizer(checkpoint),
             RemoteReference(reference, reference_top_k, reference_sessions) if reference else None,
-            max_batch=fit_batch(model, length, model.info.block_length, max_batch, part=gpu_share),
+            max_batch=fit_batch(model, length, model.info.block_length, max_batch, part=gpu_share(gpus)),
             max_length=length,
             max_queue=max_queue,
         )

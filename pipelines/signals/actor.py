@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.ray_cluster.hardware import worker_device
+from pipelines.ray_cluster.hardware import device_of
 from pipelines.signals import files
 from pipelines.signals.plan import SignalJob, groups, plan_batches
 from rcd_core.calibration.entropy_histogram import entropy_histogram
@@ -30,7 +30,7 @@ class SignalActor:
 
     def __init__(self, job: SignalJob) -> None:
         self.job = job
-        device, dtype = worker_device(job.threads)
+        device, dtype = device_of(job.gpus, job.threads)
         self.model = load_model(job.reference, device=device, dtype=dtype)
         limits = Limits(self.model.vocab_size, self.model.max_positions)
         self.source = ExampleSource(job.examples, job.noise, job.chunks, limits)

@@ -42,6 +42,7 @@ class SignalJob:
     row_offsets: tuple[int, ...]
     batch_tokens: int
     threads: int
+    gpus: float = 0
 
     @property
     def num_shards(self) -> int:
@@ -79,6 +80,7 @@ def make_job(ctx: StageContext) -> SignalJob:
         row_offsets=tuple(plan_shards(recipe, prepare)),
         batch_tokens=recipe.signals.batch_tokens,
         threads=max(1, int(recipe.resources.cpus_per_worker)),
+        gpus=recipe.resources.gpus_per_worker,
     )
 
 

@@ -40,6 +40,7 @@ class TrainJob:
     settings: TrainSettings
     residual: ResidualSettings
     threads: int
+    gpus: float
 
 
 def make_job(ctx: StageContext) -> TrainJob:
@@ -80,6 +81,7 @@ def make_job(ctx: StageContext) -> TrainJob:
         settings=replace(settings, seed=hash_key(recipe.seed, settings.seed, "train") & SEED_BITS),
         residual=residual,
         threads=max(1, int(recipe.resources.cpus_per_worker)),
+        gpus=recipe.resources.gpus_per_worker,
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from ray import train as ray_train
 from ray.train.torch import get_device
 
+from pipelines.ray_cluster.hardware import device_of
 from pipelines.training.checkpoints import Checkpoints
 from pipelines.training.job import SEED_BITS, TrainJob
 from pipelines.training.metrics import MetricsLog
@@ -49,14 +50,14 @@ def train_worker(config: dict[str, Any]) -> None:
 def _train(job: TrainJob) -> None:
     context = ray_train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    device = get_device()
-    if device.type == "cpu":
-        torch.set_num_threads(job.threads)
+    # dtype: the one in which the stage `signals` would have run the reference.
+    kind, dtype = device_of(job.gpus, job.threads)
+    device = (
+        get_device() if kind == "cuda" else torch.device(kind)
+    )  # Ray's: its workers on a node see each other's GPUs
     model = start_model(job).requires_grad_(True)
     if job.settings.strategy != "fsdp2":  # fsdp2 moves the model to the device in shards
         model = model.to(device)
-    # The dtype in which the stage `signals` would have run the reference.
-    dtype = torch.bfloat16 if device.type == "cuda" else None
     reference = load_model(job.reference, device=device, dtype=dtype) if job.reference else None
     with Checkpoints(job.stage, job.directory) as checkpoints:
         resume, step = checkpoints.resume()

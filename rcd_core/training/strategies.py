@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def make_strategy(module: nn.Module, layers: nn.ModuleList, settings: TrainSetti
         return DataParallel(module, settings, device)
     if settings.strategy == "fsdp2":
         return FullyShardedDataParallel(module, layers, settings, device)
-    return DeepSpeed(module, settings)
+    return DeepSpeed(module, settings, device)
 
 
 def _require_process_group(strategy: str) -> None:
@@ -204,7 +205,9 @@ class DeepSpeed(Strategy):
     collective_forward = True
     updates_blindly = True
 
-    def __init__(self, module: nn.Module, settings: TrainSettings) -> None:
+    def __init__(self, module: nn.Module, settings: TrainSettings, device: torch.device) -> None:
+        if device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed takes any GPU that it sees
         try:
             import deepspeed
         except ImportError as error:
