@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.cli.flags import EvaluateFlags
 from pipelines.cli.terminal import absolute_path
 from pipelines.evaluation.endpoint import EndpointOptions, collect_answers
 from pipelines.ray_cluster.connection import connect, temporary_cluster
+from pipelines.ray_cluster.resources import can_grow
 from pipelines.recipe.files import apply_overrides
 from pipelines.recipe.load import parse_recipe
 from pipelines.recipe.settings_files import read_settings, settings_names
@@ -57,7 +58,7 @@ def _list_settings() -> int:
 
 
 def _evaluate_endpoint(url: str, model: str, flags: EvaluateFlags) -> int:
-    for name in ("target", "baseline", "reference", "address", "actors", "redo"):
+    for name in ("target", "baseline", "reference", "address", "actors", "gpus", "redo"):
         if getattr(flags, name):
             raise UserError(f"--{name} goes with checkpoints, not with --url; models of an endpoint are --model ID")
     raw: dict[str, Any] = {
@@ -103,9 +104,8 @@ def _evaluate_checkpoints(flags: EvaluateFlags) -> int:
     if flags.dry_run:
         return run_recipe(recipe, STAGES, redo=flags.redo, dry_run=True)
     with temporary_cluster(flags.address, flags.verbose):
-        if not any(text.startswith("resources") for text in flags.set):
-            resources = recipe.resources.model_copy(update=_resources(flags))
-            recipe = recipe.model_copy(update={"resources": resources})
+        changes = {} if any(text.startswith("resources") for text in flags.set) else _resources(flags)
+        recipe = recipe.model_copy(update={"resources": recipe.resources.model_copy(update=changes)})
         return run_recipe(recipe, STAGES, redo=flags.redo, verbose=flags.verbose)
 
 
@@ -169,17 +169,23 @@ def portable_path(name: str) -> str:
 
 
 def _resources(flags: EvaluateFlags) -> dict[str, Any]:
-    """Actors that fit the cluster. They do not affect the results."""
+    """What to ask of the cluster. It does not affect the results."""
     import ray  # reads environment variables that connect sets
 
     connect(flags.verbose)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cpus, gpus = ([int(node.get(kind, 0)) for node in nodes] for kind in ("CPU", "GPU"))
-    actors = flags.actors or max(1, sum(gpus))
-    # One CPU stays free for the scheduling actor.
-    threads = max(1, min((sum(cpus) - 1) // actors, max(cpus)))
-    return {
-        "evaluate_actors": actors,
-        "cpus_per_worker": threads,
-        "gpus_per_worker": min(1.0, sum(gpus) / actors),
-    }
+    return resources_of(flags, [node for node in ray.nodes() if node["Alive"]])
+
+
+def resources_of(flags: EvaluateFlags, nodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """nodes: of ray.nodes(). A cluster that adds nodes on demand may have no GPU yet: one is asked for."""
+    cpus, gpus = ([int(node["Resources"].get(kind, 0)) for node in nodes] for kind in ("CPU", "GPU"))
+    actors = flags.actors or max(1, int(sum(gpus) / (flags.gpus or 1)))
+    each = flags.gpus
+    if each is None:
+        each = min(1.0, sum(gpus) / actors)
+        if not each and can_grow(nodes):
+            each = 1.0
+            print("note: no node has a GPU yet, so one is asked for; --gpus 0 decodes on CPUs", file=sys.stderr)
+    # On CPUs, one stays free for the scheduling actor.
+    threads = 1 if each else max(1, min((sum(cpus) - 1) // actors, max(cpus)))
+    return {"evaluate_actors": actors, "cpus_per_worker": threads, "gpus_per_worker": each}

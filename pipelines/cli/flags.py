@@ -171,6 +171,9 @@ class EvaluateFlags:
 
     address: Annotated[str | None, WHERE("Ray cluster. Default: RAY_ADDRESS.")] = None
     actors: Annotated[Int | None, WHERE("Decoding processes. Default: one per GPU, else one.")] = None
+    gpus: Annotated[
+        float | None, WHERE("GPUs of each process. Default: 1 if the cluster has GPUs or may add nodes, else 0.")
+    ] = None
     redo: Annotated[tuple[str, ...], WHERE("Run a finished stage again: prepare, evaluate.", metavar="STAGE")] = ()
     dry_run: Annotated[bool, WHERE("Print the recipe and the plan; start nothing.")] = False
     verbose: Annotated[bool, WHERE("Show Ray's logs and progress bars.")] = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from pipelines.ray_cluster.holders import holders
 from rcd_core.errors import UserError
@@ -41,7 +42,7 @@ def wait_for_resources(
             idle = ray.available_resources() if free else _total(nodes)
             fits = _fits(bundles, nodes)
             enough = fits and all(idle.get(k, 0.0) >= v for k, v in _total(bundles).items())
-            may_grow = not free and any(_GROUP in node["Labels"] for node in alive)
+            may_grow = not free and can_grow(alive)
             if group.wait(timeout_seconds=1) if group is not None else enough or may_grow:
                 return
             now = time.monotonic()
@@ -57,6 +58,11 @@ def wait_for_resources(
     finally:
         if group is not None:  # the stage requests the resources itself
             remove_placement_group(group)
+
+
+def can_grow(nodes: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether these nodes, of ray.nodes(), are those of a launcher, whose autoscaler may add others."""
+    return any(_GROUP in node["Labels"] for node in nodes)
 
 
 def _state(bundles: Sequence[Bundle], nodes: Sequence[Bundle], idle: Bundle | None) -> str:

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
 
 from pipelines.cli import main as cli
-from pipelines.cli.evaluate import recipe_of
+from pipelines.cli.evaluate import recipe_of, resources_of
 from pipelines.cli.flags import EvaluateFlags
 from pipelines.recipe.load import load_recipe, parse_recipe
 from pipelines.recipe.settings_files import provenance, read_settings, settings_names
@@ -24,6 +25,8 @@ from rcd_core.tasks import get_task
 from rcd_core.text.encoding import Encoder
 from rcd_core.text.tokenizer import load_tokenizer
 from tests.pipelines.serving.serve_run import SMALLER, START, save_model
+
+LAUNCHED = {"ray.io/node-group": "head"}  # a label of launchers' nodes
 
 
 @pytest.fixture(scope="module")
@@ -192,3 +195,25 @@ def _listening(process: psutil.Process) -> set[str]:
         return {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
     except psutil.Error:
         return set()
+
+
+@pytest.mark.parametrize(
+    ("given", "nodes", "expected"),
+    [
+        ({}, [(8, 0, {})], (1, 7, 0.0)),
+        ({"actors": 2}, [(8, 0, {})], (2, 3, 0.0)),
+        ({}, [(8, 0, LAUNCHED)], (1, 1, 1.0)),
+        ({"actors": 4}, [(8, 0, LAUNCHED)], (4, 1, 1.0)),
+        ({"gpus": 0}, [(8, 0, LAUNCHED)], (1, 7, 0.0)),
+        ({"gpus": 2}, [(8, 0, {})], (1, 1, 2.0)),
+        ({}, [(8, 0, LAUNCHED), (96, 8, LAUNCHED)], (8, 1, 1.0)),
+        ({"gpus": 4}, [(8, 0, {}), (96, 8, {})], (2, 1, 4.0)),
+        ({"actors": 16}, [(96, 8, {})], (16, 1, 0.5)),
+    ],
+)
+def test_what_it_asks_of_a_cluster(
+    given: dict[str, Any], nodes: list[tuple[int, int, dict[str, str]]], expected: tuple[int, int, float]
+) -> None:
+    """On a cluster that adds nodes, a GPU is asked for also while no node has one."""
+    listed = [{"Resources": {"CPU": cpus, "GPU": gpus}, "Labels": labels} for cpus, gpus, labels in nodes]
+    assert tuple(resources_of(EvaluateFlags(**given), listed).values()) == expected
