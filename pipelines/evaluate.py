@@ -65,6 +65,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
         settings={name: json.loads(text) for name, text in _distinct(decoded, "arm", "settings")},
         accuracy_levels=ctx.recipe.evaluate.accuracy_levels,
         hardware=_hardware(ctx, decoded),
+        grader=ctx.recipe.evaluate.grader,
     ) | {"settings_file": provenance(ctx.recipe)}
     calibration = None
     if "calibrate" in ctx.inputs:
@@ -106,6 +107,7 @@ def make_plan(ctx: StageContext, methods: Sequence[Method], done: Set[Answer]) -
     directory = ctx.input_dir("prepare")
     return Plan(
         task=recipe.data.task_of("test"),
+        grader=evaluate.grader,
         run_code=evaluate.run_code,
         tokenizer=storage.join(directory, "tokenizer"),
         files=tuple(storage.join(directory, "test", name) for name in summary["test"]),

@@ -87,7 +87,7 @@ def _evaluate_endpoint(url: str, model: str, flags: EvaluateFlags) -> int:
 def _command(flags: EvaluateFlags) -> str:
     """The command that reproduces the results of an endpoint, without the flags that do not affect them."""
     words = ["rcd", "evaluate"]
-    for name in ("url", "model", "baseline_model", "task", "settings", "samples", "num_examples", "seed"):
+    for name in ("url", "model", "baseline_model", "task", "settings", "samples", "num_examples", "grader", "seed"):
         if (value := getattr(flags, name)) is not None:
             words += [f"--{name}", str(value)]
     for name in ("thresholds", "starts", "block_lengths"):
@@ -147,7 +147,7 @@ def recipe_of(flags: EvaluateFlags) -> dict[str, Any]:
 
 def given(flags: EvaluateFlags, starts: Sequence[str] | None) -> dict[str, Any]:
     """The keys of a recipe's section `evaluate` that flags set."""
-    keys = {name: getattr(flags, name) for name in ("settings", "thresholds", "block_lengths", "samples")}
+    keys = {name: getattr(flags, name) for name in ("settings", "thresholds", "block_lengths", "samples", "grader")}
     values = {**keys, "starts": starts}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
 

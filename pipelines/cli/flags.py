@@ -163,6 +163,9 @@ class EvaluateFlags:
     block_lengths: Annotated[tuple[Int, ...] | None, TASK("Default: that of the checkpoint.", **FEW)] = None
     samples: Annotated[Int | None, TASK("Answers per problem, for a temperature above 0.")] = None
     num_examples: Annotated[Int | None, TASK("Use the first N problems. Default: all.")] = None
+    grader: Annotated[
+        Literal["default", "official"] | None, TASK("official: as GSM8K's and MATH's graders, instead of by value.")
+    ] = None
     seed: Annotated[Int, TASK("Seed of sampling.")] = 0
     set: Annotated[
         tuple[str, ...],

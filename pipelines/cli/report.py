@@ -9,7 +9,7 @@ from rich.console import Console
 
 from pipelines.cli.flags import ReportFlags
 from pipelines.cli.terminal import absolute_path
-from pipelines.report.comparison import Group, differences, group_runs, load_runs, method_table, methods_of
+from pipelines.report.comparison import Group, differences, graders, group_runs, load_runs, method_table, methods_of
 from pipelines.report.comparison_page import NOTE, html, warnings
 from pipelines.report.render import print_table
 from rcd_core.errors import UserError
@@ -27,6 +27,8 @@ def report(flags: ReportFlags) -> int:
     head, rows = differences(groups)
     if rows:
         print_table(console, (head, rows), "differences between the recipes")
+    for line in graders(groups):
+        console.print(line, markup=False, highlight=False)
     console.print(NOTE, markup=False, highlight=False)
     if flags.output:
         output = absolute_path(flags.output)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.evaluation.answers import ShardWriter, read_shard
-from pipelines.evaluation.results import MethodInfo
+from pipelines.evaluation.results import MethodInfo, judge
 from pipelines.ray_cluster.hardware import describe_device, device_of
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.decoding.request import NUM_SEED_BITS
@@ -38,6 +38,7 @@ ROWS = pa.schema(
         "seconds": pa.float64(),  # wall-clock seconds, shared equally by answers decoded together: 1 / throughput
         "finish_reason": pa.string(),
         "completion": pa.string(),
+        "graders_differ": pa.bool_(),  # null: the task has one grader, or an older release decoded the answer
     }
 )
 # Rows on disk while the evaluation runs. item: example number * samples + sample; settings: in effect, with all
@@ -69,6 +70,7 @@ class Plan:
     """What an actor needs to decode any shard. Shard i is written to the directory <parts>/<name>-<i>."""
 
     task: str
+    grader: str
     run_code: bool
     tokenizer: str
     files: tuple[str, ...]
@@ -158,7 +160,7 @@ class DecodeActor:
                 "threshold": shard.threshold,
                 "example_id": example["example_id"],
                 "sample": samples[i],
-                "correct": self.task.grade(example["prompt"], completion, example["answer"]),
+                **judge(self.plan.task, self.plan.grader, completion, example["answer"], example["prompt"]),
                 # The stop token counts, the rest of its block does not.
                 "tokens": len(output.token_ids) + (output.finish_reason == "stop"),
                 **asdict(passes),

@@ -58,7 +58,11 @@ def read_shard(directory: str, schema: pa.Schema) -> pa.Table:
     tables = [schema.empty_table()]
     for name in storage.list_files(directory, ".parquet"):
         with storage.open_input(name) as stream:
-            tables.append(pq.read_table(stream).cast(schema))
+            table = pq.read_table(stream)
+        for field in schema:
+            if field.name not in table.column_names:  # an older release wrote the file
+                table = table.append_column(field, pa.nulls(len(table), field.type))
+        tables.append(table.select(schema.names).cast(schema))
     return pa.concat_tables(tables)
 
 

@@ -175,8 +175,9 @@ def _fingerprint(recipe: Recipe, options: EndpointOptions, methods: Sequence[End
     models = {"url": options.url, "model": options.model, "baseline_model": options.baseline_model}
     settings = {f"arm {method.info.name}": method.settings for method in methods}
     files = {"data.test": fingerprint(tuple(data_files(recipe.data.test)))}
-    recipe_part = recipe_values(recipe, ("data", "evaluate", "seed")) | models | settings
-    return {"schema": 1, "recipe": recipe_part, "outside": files, "inputs": {}}
+    values = recipe_values(recipe, ("data", "evaluate", "seed"))
+    values.pop("evaluate.grader", None)  # answers are graded at the end
+    return {"schema": 1, "recipe": values | models | settings, "outside": files, "inputs": {}}
 
 
 # -- sending

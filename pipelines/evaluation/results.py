@@ -19,6 +19,7 @@ from rcd_core.evaluation.statistics import (
     estimate,
     resample,
 )
+from rcd_core.tasks import GRADERS, grade, has_official_grader
 
 SCHEMA_VERSION = 2
 LEADING: Measure = "tokens_per_pass"  # shown first in plots, headlines and comparisons
@@ -50,6 +51,7 @@ def analyse(
     settings: Mapping[str, dict[str, Any]],
     accuracy_levels: Sequence[float],
     hardware: dict[str, Any],
+    grader: str = "default",
 ) -> dict[str, Any]:
     """The content of results.json: a curve per method, and each method against its baseline.
 
@@ -86,6 +88,7 @@ def analyse(
         "num_samples": max(outcome.correct.shape[2] for outcome in outcomes.values()),
         "thresholds": sorted({t for outcome in outcomes.values() for t in outcome.thresholds}),
         "hardware": hardware,
+        "grader": grading(grader, table["graders_differ"].to_pylist()),
         "arms": [entry(method) for method in methods],
         "comparisons": [comparison(m.name, m.baseline) for m in methods if m.baseline in curves],
         "statistics": {
@@ -101,6 +104,24 @@ def analyse(
             "aup": {"alpha": AUP_ALPHA, "offset_points": 100 * AUP_OFFSET, "best_accuracy": best, "source": AUP_SOURCE},
         },
     }
+
+
+def judge(task: str, grader: str, completion: str, answer: str, prompt: str) -> dict[str, bool | None]:
+    """The columns `correct`, by the grader, and `graders_differ`. The arguments are those of rcd_core.tasks.grade."""
+    correct = grade(task, completion, answer, prompt, grader)
+    if not has_official_grader(task):
+        return {"correct": correct, "graders_differ": None}
+    (other,) = (name for name in GRADERS if name != grader)
+    return {"correct": correct, "graders_differ": correct != grade(task, completion, answer, prompt, other)}
+
+
+def grading(grader: str, differ: Sequence[bool | None]) -> dict[str, Any]:
+    """Which grader judged, and how many of the answers that both judged they judge differently; null if there are none.
+
+    differ: the column graders_differ.
+    """
+    both = [value for value in differ if value is not None]
+    return {"name": grader, "answers": len(both), "differ": sum(both) if both else None}
 
 
 def _accuracy_interval(outcomes: Mapping[str, Outcomes]) -> str:

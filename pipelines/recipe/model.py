@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from fnmatch import fnmatch
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -37,8 +37,7 @@ class DataSettings(Section):
     test_task: str | None = None
     """Task of the test examples, when it differs from `task`."""
     train: DataSource | None
-    """`synthetic`, absolute paths or URIs of .jsonl or .parquet files, or `hf://owner/name[@config][:split]`; null to
-    train nothing."""
+    """`synthetic`, paths or URIs of .jsonl or .parquet files, `hf://owner/name[@config][:split]`; null: no training."""
     test: DataSource
     """Test examples, given like `train`."""
     num_train: Count | None = None
@@ -161,6 +160,8 @@ class EvaluateSettings(Section):
     """How the first residual of a block is made; each start is one method."""
     arms: dict[EntryName, ExtraArm] = {}
     """Further decoding methods by name."""
+    grader: Literal["default", "official"] = "default"
+    """`default` compares values; `official` judges as GSM8K's and MATH's graders do. Results say where they differ."""
     run_code: bool = False
     """Let `humaneval` run generated code, in limited processes that are no sandbox."""
 

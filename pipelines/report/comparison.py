@@ -17,6 +17,7 @@ from typing import Any
 
 from pipelines.evaluation.results import SCHEMA_VERSION
 from pipelines.recipe.files import parse_yaml
+from pipelines.report import text
 from pipelines.report.text import Cells, Results, number, percent, ratio
 from pipelines.run.keys import flatten
 from rcd_core.errors import UserError
@@ -93,7 +94,8 @@ def _load(directory: str, label: str) -> Run:
             method["name"]: {k: v for k, v in method["decode"].items() if k != "seed"} for method in results["arms"]
         }
         raw = {"recipe": results["recipe"], "task": results["task"], "decode": decode}
-    config = {k: v for k, v in flatten(raw).items() if k not in _NAMES and not k.startswith(_SECTIONS)}
+    flat = flatten(raw) | {"evaluate.grader": (results.get("grader") or {"name": "default"})["name"]}
+    config = {k: v for k, v in flat.items() if k not in _NAMES and not k.startswith(_SECTIONS)}
     return Run(label, results, config)
 
 
@@ -135,6 +137,12 @@ def differences(groups: Sequence[Group]) -> Cells:
     keys = sorted({key for config in configs for key in config})
     rows = [[key, *(json.dumps(c[key]) if key in c else "absent" for c in configs)] for key in keys]
     return ["key", *(group.label for group in groups)], [row for row in rows if len(set(row[1:])) > 1]
+
+
+def graders(groups: Sequence[Group]) -> list[str]:
+    """A sentence per run that says which grader judged its answers."""
+    runs = [run for group in groups for run in group.runs]
+    return [f"{run.label}: {line}" for run in runs if (line := text.grader(run.results))]
 
 
 def methods_of(groups: Sequence[Group]) -> dict[str, str]:

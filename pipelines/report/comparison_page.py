@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from pipelines.report import plots
-from pipelines.report.comparison import Group, differences, mean_curve, method_table
+from pipelines.report.comparison import Group, differences, graders, mean_curve, method_table
 from pipelines.report.plots import Plot
 from pipelines.report.render import render
 
@@ -30,6 +30,7 @@ def html(groups: Sequence[Group], methods: Mapping[str, str]) -> str:
         note=NOTE,
         methods=[(title, method_table(groups, name)) for name, title in methods.items()],
         differences=differences(groups),
+        graders=graders(groups),
     )
 
 

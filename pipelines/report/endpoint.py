@@ -16,7 +16,7 @@ from rich.console import Console
 
 from pipelines.evaluation.actor import ROWS
 from pipelines.evaluation.endpoint import EndpointAnswers
-from pipelines.evaluation.results import SCHEMA_VERSION, MethodInfo, analyse
+from pipelines.evaluation.results import SCHEMA_VERSION, MethodInfo, analyse, grading, judge
 from pipelines.recipe.settings_files import provenance
 from pipelines.report import text
 from pipelines.report.evaluation import print_tables, write_evaluation
@@ -24,7 +24,6 @@ from pipelines.report.render import print_table, render
 from pipelines.report.text import Cells, Results
 from rcd_core.evaluation.outcomes import collect, curve
 from rcd_core.io import storage
-from rcd_core.tasks import get_task
 
 NOT_REPORTED = "not reported"
 _REPORTED = {
@@ -64,17 +63,28 @@ def write_report(collected: EndpointAnswers, command: str, console: Console) -> 
         settings = {answer["arm"]: {**answer["settings"], "seed": recipe.seed} for answer in answers}
         infos = [replace(info, block_length=settings[info.name]["block_length"]) for info in infos]
         levels = recipe.evaluate.accuracy_levels
-        results = analyse(methods=infos, table=table, settings=settings, accuracy_levels=levels, **about) | notes
+        results = analyse(
+            methods=infos,
+            table=table,
+            settings=settings,
+            accuracy_levels=levels,
+            grader=recipe.evaluate.grader,
+            **about,
+        )
+        results |= notes
         write_evaluation(recipe.run_directory, results, reference_failures=_reference_failures(answers))
         print_tables(results, console)
     else:
         requested = {method.info.name: method.settings for method in collected.methods}
         results = _results_without_passes(infos, rows, requested, **about) | notes
+        results["grader"] = grading(recipe.evaluate.grader, [row["graders_differ"] for row in rows])
         storage.write_json(storage.join(recipe.run_directory, "results.json"), results)
         page = _page_without_passes(results).encode()
         storage.write_bytes(storage.join(recipe.run_directory, "report.html"), page)
         caption = "the endpoint does not report its passes"
         print_table(console, _speed_table(results), text.title(results), caption)
+        if line := text.grader(results):
+            console.print(line, soft_wrap=True, markup=False)
         if line := text.settings_file_line(results):
             console.print(line, soft_wrap=True, markup=False)
     path = storage.join(recipe.run_directory, "report.html")
@@ -83,7 +93,7 @@ def write_report(collected: EndpointAnswers, command: str, console: Console) -> 
 
 def _graded_rows(collected: EndpointAnswers) -> list[dict[str, Any]]:
     """The rows of results.parquet."""
-    task = get_task(collected.recipe.data.task_of("test"))
+    task, grader = collected.recipe.data.task_of("test"), collected.recipe.evaluate.grader
     by_id = {problem.example_id: problem for problem in collected.problems}
     rows = []
     for answer in collected.answers:
@@ -92,7 +102,7 @@ def _graded_rows(collected: EndpointAnswers) -> list[dict[str, Any]]:
         row = {name: answer[name] for name in ROWS.names if name in answer}
         row |= {kind: forwards.get(kind) for kind in ("denoise", "reference", "prefill", "store")}
         row |= {"reference_weight": weight, "reference_flops_weight": weight}
-        row["correct"] = task.grade(problem.prompt, answer["completion"], problem.answer)
+        row |= judge(task, grader, answer["completion"], problem.answer, problem.prompt)
         rows.append(row)
     return rows
 
@@ -148,6 +158,7 @@ def _page_without_passes(results: Results) -> str:
         "endpoint.html.j2",
         title=text.title(results),
         results=results,
+        text=text,
         cells=_speed_table(results),
         settings=(["method", "settings"], settings),
         hardware=[(name.replace("_", " "), str(value)) for name, value in results["hardware"].items()],

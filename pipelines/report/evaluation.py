@@ -52,6 +52,8 @@ def print_tables(results: Results, console: Console) -> None:
     shared = ", ".join(f"{name} {value}" for name, value in text.common_settings(results))
     console.print(f"all methods: {shared}", markup=False, highlight=False)
     console.print(f"hardware: {text.hardware(results)}", markup=False, highlight=False)
+    if line := text.grader(results):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     if line := text.settings_file_line(results):
         console.print(line, soft_wrap=True, markup=False)
 

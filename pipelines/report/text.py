@@ -104,6 +104,18 @@ def reproduce(results: Results) -> str:
     return str(results.get("reproduce", default))
 
 
+def grader(results: Results) -> str:
+    """Which grader judged the answers; nothing for results of releases that did not say it."""
+    found = results.get("grader")
+    if not found:
+        return ""
+    if found["differ"] is None:
+        return f"Answers are judged by the only grader of the task {results['task']}."
+    other = "official" if found["name"] == "default" else "default"
+    differ = f"{found['differ']} of {found['answers']} answers"
+    return f"Answers are judged by the {found['name']} grader; the {other} grader judges {differ} differently."
+
+
 def settings_file_line(results: Results) -> str:
     """The settings file and what the recipe changed, or nothing."""
     file = results.get("settings_file")

@@ -14,6 +14,7 @@ from typing import Any
 
 from pipelines.recipe.model import Recipe
 from rcd_core.io import storage
+from rcd_core.tasks import has_official_grader
 
 # Keys that change how a result is computed but not the result.
 _NEUTRAL = (
@@ -40,6 +41,8 @@ def recipe_values(recipe: Recipe, sections: Sequence[str]) -> dict[str, Any]:
     """Dotted key -> value for the recipe's keys in `sections`, without those that do not change a result."""
     flat = flatten(recipe.model_dump(mode="json"))
     chosen = {k: v for k, v in flat.items() if any(k == s or k.startswith(f"{s}.") for s in sections)}
+    if recipe.evaluate.grader == "default" or not has_official_grader(recipe.data.task_of("test")):
+        chosen.pop("evaluate.grader", None)  # as in runs made before there was this key
     return {k: v for k, v in chosen.items() if not any(fnmatch(k, pattern) for pattern in _NEUTRAL)}
 
 

@@ -13,7 +13,7 @@ from rcd_core.tasks.qa import Qa
 from rcd_core.tasks.stories import Stories
 from rcd_core.tasks.sudoku import SUDOKU, SUDOKU9
 
-GRADERS = ("ours", "official")
+GRADERS = ("default", "official")
 _SYNTHETIC: tuple[Task, ...] = (SUDOKU, SUDOKU9, Arithmetic(), Stories())
 _GRADE_SCHOOL: tuple[Task, ...] = (Gsm8k(), Gsm1k(), GsmPlus())
 _BOXED: tuple[Task, ...] = (Math(), Math500(), MinervaMath(), Aime24(), Aime25())
@@ -27,7 +27,7 @@ def get_task(name: str) -> Task:
     return TASKS[name]
 
 
-def grade(task: str, completion: str, answer: str, prompt: str = "", grader: str = "ours") -> bool:
+def grade(task: str, completion: str, answer: str, prompt: str = "", grader: str = "default") -> bool:
     """Whether `completion` solves a problem of a task. answer: `Problem.answer`; prompt: the canvas of an infill task.
 
     grader: "official" judges tasks with a final number as GSM8K does and tasks with a box as MATH does (`official`);
@@ -44,10 +44,26 @@ def grade(task: str, completion: str, answer: str, prompt: str = "", grader: str
     return chosen.grade(prompt, completion, answer)
 
 
+def has_official_grader(task: str) -> bool:
+    """Whether a task has a second grader, `official`."""
+    return isinstance(get_task(task), NumberTask | BoxedTask)
+
+
 def check_gradable(task: str) -> None:
     """Raise UserError if completions of `task` cannot be graded in this environment. Call it before decoding."""
     if isinstance(get_task(task), HumanEval):
         check_allowed()
 
 
-__all__ = ["GRADERS", "MASK_TEXT", "SPLITS", "TASKS", "Problem", "Task", "check_gradable", "get_task", "grade"]
+__all__ = [
+    "GRADERS",
+    "MASK_TEXT",
+    "SPLITS",
+    "TASKS",
+    "Problem",
+    "Task",
+    "check_gradable",
+    "get_task",
+    "grade",
+    "has_official_grader",
+]

@@ -72,8 +72,8 @@ def test_answers_without_gpus_are_decoded_on_the_cpu(tiny_models: Path, tmp_path
     )
     method = Method(info=info, checkpoint=checkpoint, reference=None, settings=DecodeSettings(block_length=37))
     plan = Plan(
-        task="sudoku", run_code=False, tokenizer=checkpoint, files=(file,), methods=(method,), shards=(), samples=1,
-        batch_size=1, threads=1, gpus=0, parts="", name="", flush_s=1.0,
+        task="sudoku", grader="default", run_code=False, tokenizer=checkpoint, files=(file,), methods=(method,),
+        shards=(), samples=1, batch_size=1, threads=1, gpus=0, parts="", name="", flush_s=1.0,
     )  # fmt: skip
     actor = DecodeActor(plan)
     model, _ = actor._load(method)
@@ -91,6 +91,7 @@ def test_replicas_get_what_their_deployment_asks_for() -> None:
 
 
 @pytest.mark.drill
+@pytest.mark.timeout(700)
 def test_a_job_without_gpus_stays_on_the_cpu(ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All stages on real Ray, whose workers believe that they have a GPU."""
     hook = {"worker_process_setup_hook": f"{show_gpu.__module__}.{show_gpu.__name__}"}

@@ -42,11 +42,16 @@ def answers(
     return pa.Table.from_pylist(rows, schema=ROWS)
 
 
-def made(speed: float = 1.5, skill: float = 0.45, **changes: Any) -> dict[str, Any]:
-    """SeqD against one RCD method of this speed and skill. changes: arguments of `answers` for both."""
+def made(
+    speed: float = 1.5, skill: float = 0.45, grader: str = "default", differ: int | None = None, **changes: Any
+) -> dict[str, Any]:
+    """SeqD against one RCD method of this speed and skill. differ: answers that another grader judges differently.
+    changes: arguments of `answers` for both."""
     table = pa.concat_tables(
         [answers("seqd", 1.0, 0.45, **changes), answers("target/zero", speed, skill, **{"reference": 1, **changes})]
     )
+    judged = pa.array([None if differ is None else i < differ for i in range(len(table))], pa.bool_())
+    table = table.set_column(table.column_names.index("graders_differ"), "graders_differ", judged)
     plain = asdict(DecodeSettings(block_length=8, seed=0))
     return analyse(
         recipe="<made up>",
@@ -60,4 +65,5 @@ def made(speed: float = 1.5, skill: float = 0.45, **changes: Any) -> dict[str, A
         settings={"seqd": plain, "target/zero": {**plain, "residual": True, "start": "zero", "alpha_scale": 1.7312}},
         accuracy_levels=(0.9,),
         hardware=HARDWARE,
+        grader=grader,
     )

@@ -116,3 +116,22 @@ def test_a_phone_shows_the_whole_page_in_both_schemes(browser: Any, scheme: str,
     shown = tab.evaluate("[...document.images].map(image => image.currentSrc)")
     assert (shown[0] == tab.evaluate("document.images[0].src")) == (scheme == "light")
     tab.close()
+
+
+@pytest.mark.parametrize(
+    ("grader", "differ", "words"),
+    [
+        ("default", 7, "default grader; the official grader judges 7 of 600 "),
+        ("official", 0, "official grader; the default grader judges 0 of 600 "),
+        ("default", None, "the only grader of the task sudoku"),
+    ],
+)
+def test_page_and_terminal_say_which_grader_judged(grader: str, differ: int | None, words: str) -> None:
+    results = made(grader=grader, differ=differ)
+    assert words in page_of(results) and words in terminal(results)
+
+
+def test_results_of_older_releases_are_shown_without_a_grader() -> None:
+    results = made()
+    del results["grader"]
+    assert "grader" not in page_of(results) and "grader" not in terminal(results)

@@ -1,4 +1,4 @@
-"""The official graders: what they accept, also where ours judges differently."""
+"""The official graders: what they accept, also where the default judges differently."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rcd_core.tasks.official import math_equal
 
 
 @pytest.mark.parametrize(
-    ("completion", "answer", "official", "ours"),
+    ("completion", "answer", "official", "default"),
     [
         ("so\n#### 18", "18", True, True),
         ("#### 1,800", "#### 1800", True, True),
@@ -28,9 +28,9 @@ from rcd_core.tasks.official import math_equal
         ("none", "none", False, False),
     ],
 )
-def test_gsm8k(completion: str, answer: str, official: bool, ours: bool) -> None:
+def test_gsm8k(completion: str, answer: str, official: bool, default: bool) -> None:
     assert grade("gsm8k", completion, answer, grader="official") is official
-    assert grade("gsm8k", completion, answer) is ours
+    assert grade("gsm8k", completion, answer) is default
 
 
 @pytest.mark.parametrize(
