@@ -45,6 +45,7 @@ from pipelines.recipe.rules import SYNTHETIC
 from pipelines.run.directory import StageContext
 from rcd_core.errors import UserError
 from rcd_core.io import storage
+from rcd_core.io.retries import be_patient
 from rcd_core.tasks import SPLITS, get_task
 from rcd_core.tasks.rows import BadRow, Row, read_rows
 from rcd_core.text.encoding import TOO_SHORT, UNLABELLED, Encoder, content_id
@@ -176,6 +177,7 @@ def _synthetic_rows(indices: pa.Table, task: str, split: str, seed: int) -> pa.T
 def _file_rows(
     index: pa.Table, groups: list[list[Source]], columns: dict[str, str], limit: int | None
 ) -> Iterator[pa.Table]:
+    be_patient()
     sources = groups[index["id"][0].as_py()]
     labelled = ((source.label, row) for source in sources for row in read_rows(source.path, columns))
     rows = islice(labelled, limit)

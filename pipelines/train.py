@@ -75,6 +75,7 @@ def _fit(ctx: StageContext, job: TrainJob) -> None:
         RetryLostWorkersOnly(ctx.stage, ctx.directory),
         Deadline(ctx.stage, workers, resources.timeout_s),
     ]
+    files, path = storage.filesystem(storage.join(ctx.directory, "ray"))  # waits for the storage; Ray's own does not
     # NCCL cannot sum offloaded shards and their gradient norm, which are on the CPU.
     offloads = job.settings.cpu_offload and resources.gpus_per_worker > 0
     trainer = TorchTrainer(
@@ -86,7 +87,8 @@ def _fit(ctx: StageContext, job: TrainJob) -> None:
             # Ray Train resumes from checkpoints under the same path and name. The name holds the stage's key, so that
             # another recipe does not resume from them.
             name=ctx.key[:16],
-            storage_path=storage.join(ctx.directory, "ray"),
+            storage_path=path,
+            storage_filesystem=files,
             failure_config=FailureConfig(max_failures=resources.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=NUM_TO_KEEP),
             callbacks=callbacks,

@@ -1,4 +1,4 @@
-"""A local S3 server: moto on a free loopback port, in its own process."""
+"""A local S3 server: moto on a free loopback port, in its own process. It can refuse requests for a while."""
 
 from __future__ import annotations
 
@@ -9,17 +9,24 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 from pyarrow.fs import FileSystem
 
 from rcd_core.io import storage
 
+ROOT = Path(__file__).resolve().parents[1]
+_SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+
 
 @contextmanager
-def s3_server(bucket: str) -> Iterator[dict[str, str]]:
+def s3_server(bucket: str, refuse: Path | None = None) -> Iterator[dict[str, str]]:
     """Serves an empty bucket. Yields the environment variables that point to it, and sets them in this process
     meanwhile.
+
+    refuse: while this file exists, every request is answered with 503 SlowDown and adds a line to it.
 
     pyarrow, and Ray through it, reads them when it opens an s3:// URI.
     """
@@ -33,8 +40,8 @@ def s3_server(bucket: str) -> Iterator[dict[str, str]]:
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "tests.s3_server", str(port), str(refuse or "")]
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _wait_for(server, port)
         with patch.dict(os.environ, environment):
@@ -56,3 +63,25 @@ def _wait_for(server: subprocess.Popen[bytes], port: int) -> None:
         except OSError:
             assert server.poll() is None and time.monotonic() < deadline, "moto's server has not come up"
             time.sleep(0.05)
+
+
+def _serve(port: int, refuse: str) -> None:
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+    from werkzeug.serving import run_simple
+
+    moto = DomainDispatcherApplication(create_backend_app)
+
+    def answer(environ: dict[str, Any], start: Any) -> Any:
+        if not refuse or not os.path.exists(refuse):
+            return moto(environ, start)
+        with open(refuse, "a") as log:
+            log.write(f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}\n")
+        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        start("503 Slow Down", [("Content-Type", "application/xml"), ("Content-Length", str(len(_SLOW_DOWN)))])
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [_SLOW_DOWN]
+
+    run_simple("127.0.0.1", port, answer, threaded=True, request_handler=MotoRequestHandler)
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]), sys.argv[2])

@@ -18,6 +18,7 @@ from pipelines.ray_cluster.hardware import describe_device, device_of
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.decoding.request import NUM_SEED_BITS
 from rcd_core.io import storage
+from rcd_core.io.retries import be_patient
 from rcd_core.noise import hash_key
 from rcd_core.tasks import check_gradable, get_task
 
@@ -99,6 +100,7 @@ class DecodeActor:
     def __init__(self, plan: Plan) -> None:
         from rcd_core.text.tokenizer import load_tokenizer
 
+        be_patient()
         self.plan = plan
         if plan.run_code:
             os.environ["RCD_RUN_CODE"] = "1"  # for this actor only

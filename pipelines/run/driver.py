@@ -26,6 +26,7 @@ from pipelines.run.plan import Decision, decide, make_plan, require_runnable, se
 from pipelines.run.stages import stages_of
 from pipelines.run.stopping import Stopper
 from rcd_core.errors import UserError
+from rcd_core.io.retries import be_patient
 
 Registry = Callable[[Recipe], dict[str, Stage]]
 
@@ -145,6 +146,7 @@ class _Job:
             except OSError as error:
                 raise UserError(f"storage {self.recipe.storage} is not writable: {error}; correct --storage") from error
             self.run.lease = lease
+            be_patient()  # the storage has just answered
             try:
                 self._repair() if self.options.repair else self._drive(stopper)
             finally:

@@ -17,6 +17,7 @@ from pipelines.signals.plan import SignalJob, groups, plan_batches
 from rcd_core.calibration.entropy_histogram import entropy_histogram
 from rcd_core.families.loading import checkpoint_directory, load_model
 from rcd_core.io import storage
+from rcd_core.io.retries import be_patient
 from rcd_core.signals import ReferenceSignals
 from rcd_core.training.data.batches import collate
 from rcd_core.training.data.examples import ExampleSource, Limits
@@ -29,6 +30,7 @@ class SignalActor:
     """Holds the reference, two chunks of examples and one group of rows: memory does not grow with the data."""
 
     def __init__(self, job: SignalJob) -> None:
+        be_patient()
         self.job = job
         device, dtype = device_of(job.gpus, job.threads)
         self.model = load_model(job.reference, device=device, dtype=dtype)

@@ -19,6 +19,7 @@ from rcd_core.errors import UserError
 from rcd_core.families.base import CheckpointInfo, DiffusionModel
 from rcd_core.families.loading import load_model, new_model
 from rcd_core.io import storage
+from rcd_core.io.retries import be_patient
 from rcd_core.noise import hash_key
 from rcd_core.text.tokenizer import load_tokenizer, mask_token_id, stop_token_ids
 from rcd_core.training.data.batches import collate
@@ -32,6 +33,7 @@ from rcd_core.training.objective import reference_signals
 def train_worker(config: dict[str, Any]) -> None:
     """Ray Train calls this on every rank. An error that leaves it carries its traceback, which Ray would drop."""
     job: TrainJob = config["job"]
+    be_patient()
     try:
         _train(job)
     except UserError:

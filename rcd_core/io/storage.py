@@ -1,8 +1,11 @@
 """Files on local disks and object stores, named by absolute paths or URIs (s3://, gs://, file://, ...), by pyarrow.
 Those of a data set on the Hugging Face hub, hf://datasets/OWNER/NAME@REVISION/PATH, can be read.
 
-Every write is atomic: bytes go to a temporary name in the same directory, which is renamed when they are complete, so
-that readers never see a partial file. Temporary names start with a dot, and `list_files` skips them.
+Every write is atomic, so that readers never see a partial file. On a file system bytes go to a temporary name in the
+same directory, which is renamed when they are complete; such names start with a dot, and `list_files` skips them. In an
+object store a put is atomic; bytes are collected on the local disk first.
+
+Storage that does not answer for a while is asked again: see retries.py.
 
 Credentials and endpoints come from the environment of every node, for S3 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
 AWS_DEFAULT_REGION and AWS_ENDPOINT_URL.
@@ -14,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rcd_core.errors import UserError
+from rcd_core.io.retries import is_patient, patiently
 
 _CHUNK = 16 << 20  # bytes per request to an object store
 
@@ -45,17 +50,19 @@ def basename(path: str) -> str:
 
 
 @lru_cache(maxsize=64)
-def _root(root: str) -> Any:
+def _root(root: str, patient: bool) -> Any:
     """The file system of "scheme://host", opened once per process (opening S3 looks up the bucket's region)."""
     import pyarrow as pa
-    from pyarrow import fs
+
+    from rcd_core.io.object_stores import open_root
 
     if root == "hf://datasets":
         from huggingface_hub import HfFileSystem
+        from pyarrow import fs
 
         return fs.PyFileSystem(fs.FSSpecHandler(HfFileSystem()))
     try:
-        return fs.FileSystem.from_uri(root + "/")[0]
+        return open_root(root + "/", patient)
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{root}: cannot be opened ({error}); use an absolute path, file://, s3:// or gs://") from error
 
@@ -66,21 +73,23 @@ def filesystem(path: str) -> tuple[Any, str]:
     if not is_absolute(path):
         raise UserError(f"path {path!r} is relative, but jobs run in temporary directories; give an absolute path")
     if not is_uri(path):
-        return _root("file://"), path
+        return _root("file://", False), path
     scheme, rest = path.split("://", 1)
     host = rest.split("/", 1)[0]
     if scheme == "hf" and host != "datasets":
         raise UserError(f"{path}: hf:// is not a file system; use an absolute path, s3:// or gs://")
     # pyarrow's paths in object stores start with the bucket; those in HDFS do not contain the host.
     inner = rest.removeprefix(host) if scheme == "hdfs" else rest.strip("/")
-    return _root(f"{scheme}://{host}"), inner
+    return _root(f"{scheme}://{host}", is_patient()), inner
 
 
+@patiently
 def _info(path: str) -> Any:
     files, inner = filesystem(path)
     return files.get_file_info(inner)
 
 
+@patiently
 def _children(directory: str) -> list[Any]:
     from pyarrow import fs
 
@@ -130,6 +139,7 @@ def _visible(name: str, suffix: str = "") -> bool:
     return not name.startswith(".") and name.endswith(suffix)
 
 
+@patiently
 def open_input(path: str) -> Any:
     """A readable, seekable binary file (a pyarrow NativeFile). Raises FileNotFoundError."""
     files, inner = filesystem(path)
@@ -140,16 +150,22 @@ def open_input(path: str) -> Any:
 def open_output(path: str) -> Iterator[BinaryIO]:
     """A binary file to write. It appears at `path` when the block ends, and not at all if the block raises."""
     files, inner = filesystem(path)
+    if _is_object_store(files):
+        # Not the store's own stream: it would complete the object also when the block raises.
+        with tempfile.SpooledTemporaryFile(_CHUNK) as buffer:
+            yield buffer  # type: ignore[misc]
+            buffer.seek(0)
+            _put(files, inner, buffer)
+        return
     parent, _, name = inner.rpartition("/")
-    _make_directory(files, parent)
     temporary = "/".join(part for part in (parent, f".{name}.{uuid.uuid4().hex[:8]}.tmp") if part)
-    stream = files.open_output_stream(temporary)
+    stream = _create(files, parent, temporary)
     try:
         yield stream
         stream.close()
         if not is_uri(path):
             _sync(temporary)
-        files.move(temporary, inner)
+        patiently(files.move)(temporary, inner)
     except BaseException:
         with suppress(Exception):
             stream.close()
@@ -158,9 +174,21 @@ def open_output(path: str) -> Iterator[BinaryIO]:
         raise
 
 
-def _make_directory(files: Any, inner: str) -> None:
-    if inner and files.type_name not in ("s3", "gcs", "abfs"):  # object stores have no directories
-        files.create_dir(inner, recursive=True)
+def _is_object_store(files: Any) -> bool:
+    """Object stores have no directories and no rename."""
+    return files.type_name in ("s3", "gcs", "abfs")
+
+
+def _put(files: Any, inner: str, source: Any) -> None:
+    with files.open_output_stream(inner) as stream:
+        shutil.copyfileobj(source, stream, _CHUNK)
+
+
+@patiently
+def _create(files: Any, parent: str, name: str) -> Any:
+    if parent:
+        files.create_dir(parent, recursive=True)
+    return files.open_output_stream(name)
 
 
 def _sync(local: str) -> None:
@@ -172,11 +200,13 @@ def _sync(local: str) -> None:
         os.close(descriptor)
 
 
+@patiently
 def write_bytes(path: str, data: bytes) -> None:
     with open_output(path) as stream:
         stream.write(data)
 
 
+@patiently
 def read_bytes(path: str) -> bytes:
     with open_input(path) as stream:
         return bytes(stream.read())
@@ -194,6 +224,7 @@ def read_json(path: str) -> Any:
         raise UserError(f"{path} is no valid JSON ({error}); fix or remove the file") from error
 
 
+@patiently
 def remove(path: str) -> None:
     """Remove a file or a directory tree, if it exists."""
     from pyarrow import fs
@@ -206,13 +237,15 @@ def remove(path: str) -> None:
         files.delete_file(inner)
 
 
+@patiently
 def rename(source: str, destination: str) -> None:
     """Move a file (on local disks also a directory) within one file system. Replaces an existing file."""
     files, inner = filesystem(source)
     other, target = filesystem(destination)
     if not files.equals(other):
         raise ValueError(f"cannot rename {source} to {destination}: different file systems")
-    _make_directory(files, target.rpartition("/")[0])
+    if not _is_object_store(files):
+        files.create_dir(target.rpartition("/")[0], recursive=True)
     files.move(inner, target)
 
 
@@ -220,10 +253,21 @@ def upload_dir(local_dir: str | Path, destination: str) -> None:
     """Copy a local directory tree to `destination`: file by file in sorted order, each file atomically."""
     root = Path(local_dir)
     for source in sorted(p for p in root.rglob("*") if p.is_file()):
-        with source.open("rb") as stream, open_output(join(destination, source.relative_to(root).as_posix())) as out:
-            shutil.copyfileobj(stream, out, _CHUNK)
+        upload_file(source, join(destination, source.relative_to(root).as_posix()))
 
 
+@patiently
+def upload_file(local: Path, destination: str) -> None:
+    files, inner = filesystem(destination)
+    with local.open("rb") as stream:
+        if _is_object_store(files):
+            _put(files, inner, stream)
+        else:
+            with open_output(destination) as out:
+                shutil.copyfileobj(stream, out, _CHUNK)
+
+
+@patiently
 def sha256(path: str) -> str:
     """Hex digest of a file's bytes, read in chunks."""
     digest = hashlib.sha256()

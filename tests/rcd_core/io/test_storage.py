@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import pickle
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,14 +13,20 @@ import pytest
 from pyarrow import fs
 
 from rcd_core.errors import UserError
-from rcd_core.io import storage
+from rcd_core.io import retries, storage
 from rcd_core.io.node_copy import CACHE, node_copy
 from tests.s3_server import s3_server
 
 
 @pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    with s3_server("bucket"):
+def refuse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """While this file exists, the S3 server answers every request with 503 SlowDown."""
+    return tmp_path_factory.mktemp("s3") / "refuse"
+
+
+@pytest.fixture(scope="module")
+def bucket(refuse: Path) -> Iterator[str]:
+    with s3_server("bucket", refuse):
         yield "s3://bucket"
 
 
@@ -61,6 +70,97 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(base: str) -> N
     assert storage.read_bytes(path) == b"old"
     files, inner = storage.filesystem(base)
     assert [info.base_name for info in files.get_file_info(fs.FileSelector(inner))] == ["x.bin"]
+
+
+def test_an_empty_file_is_a_file(base: str) -> None:
+    storage.write_bytes(storage.join(base, "empty"), b"")
+    assert storage.size(storage.join(base, "empty")) == 0
+
+
+def test_a_write_to_a_bucket_is_one_request_under_its_own_name(bucket: str, refuse: Path) -> None:
+    refuse.touch()
+    try:
+        with pytest.raises(OSError, match="SLOW_DOWN"):
+            storage.write_bytes(f"{bucket}/put/x.json", b"{}")
+        assert set(refuse.read_text().splitlines()) == {"PUT /bucket/put/x.json"}
+    finally:
+        refuse.unlink()
+
+
+def test_a_job_waits_for_a_store_that_refuses_requests(
+    bucket: str, refuse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a stream and after pickling, too. A program that is no job gives up soon."""
+    path = storage.join(bucket, "patience", "x.bin")
+    content = bytes(range(256)) * 4096
+    storage.write_bytes(path, content)
+    (tmp_path / "y.bin").write_bytes(content)
+    monkeypatch.setattr(retries, "_job", threading.Event())
+    retries.be_patient()
+    patient = storage.open_input(path)
+    files = pickle.loads(pickle.dumps(storage.filesystem(path)[0]))
+    results: list[object] = []
+    calls = (
+        lambda: patient.read() == content,
+        lambda: storage.sha256(path) == hashlib.sha256(content).hexdigest(),
+        lambda: storage.list_files(storage.join(bucket, "patience")) != [],
+        lambda: storage.write_bytes(storage.join(bucket, "patience", "z.bin"), b"z") is None,
+        lambda: storage.upload_dir(tmp_path, storage.join(bucket, "patience")) is None,
+        lambda: files.get_file_info("bucket/patience/x.bin").size == len(content),
+    )
+    refuse.touch()
+    threads = [threading.Thread(target=lambda call=call: results.append(call()), daemon=True) for call in calls]
+    try:
+        for thread in threads:
+            thread.start()
+        with retries.hasty(), pytest.raises(OSError, match="503|SLOW_DOWN|SERVICE_UNAVAILABLE"):
+            storage.exists(path)
+        assert not results
+    finally:
+        refuse.unlink()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert results == [True] * len(calls)
+    assert storage.read_bytes(storage.join(bucket, "patience", "y.bin")) == content
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EHOSTUNREACH])
+def test_calls_are_repeated_after_errors_of_a_network_file_system(number: int) -> None:
+    calls = []
+
+    @retries.patiently
+    def read(text: str) -> str:
+        calls.append(text)
+        if len(calls) < 3:
+            raise OSError(number, "not now")
+        return text
+
+    assert read("a") == "a" and len(calls) == 3
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.ENOSPC, errno.EIO])
+def test_other_errors_are_raised_at_once(number: int) -> None:
+    calls = []
+
+    @retries.patiently
+    def read() -> None:
+        calls.append(1)
+        raise OSError(number, "no")
+
+    with pytest.raises(OSError, match="no"):
+        read()
+    assert len(calls) == 1
+
+
+def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "PATIENCE_S", 0.3)
+
+    @retries.patiently
+    def read() -> None:
+        raise TimeoutError(errno.ETIMEDOUT, "never")
+
+    with pytest.raises(TimeoutError):
+        read()
 
 
 def test_upload_and_copy(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
