@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
 
 from rcd_core.decode_settings import DecodeSettings
 
@@ -15,7 +15,7 @@ class DecodeRequest:
 
     fixed_length: the client chose max_new_tokens. Otherwise it is the server's default, and shrinks to the positions
     that are left. streamed: the client receives text as it becomes final; otherwise only the whole answer, so that
-    decoding may restart from the beginning.
+    decoding may restart from the beginning. logprobs: most probable tokens to report with each new token's logprob.
 
     A request that resumes after its replica was lost also has: committed, the new token ids of finished blocks;
     num_sent, the characters of text that the client has received; checkpoint, the weights_id of their model.
@@ -28,18 +28,36 @@ class DecodeRequest:
     fixed_length: bool
     stop: tuple[str, ...]
     streamed: bool = True
+    logprobs: int | None = None
     committed: tuple[int, ...] = ()
     num_sent: int = 0
     checkpoint: str = ""
 
 
+class TokenLogprob(NamedTuple):
+    """is_text False: the token is a part of a character, and text is its name in the vocabulary."""
+
+    text: str
+    logprob: float
+    is_text: bool
+
+
+class NewToken(NamedTuple):
+    """own: of the token itself; top: of the most probable ones. start: characters of the answer before the token."""
+
+    own: TokenLogprob
+    top: list[TokenLogprob]
+    start: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextDelta:
     """Text that can no longer change, and the token ids that became final with it. Text may lag behind the ids: half a
-    character and a possible beginning of a stop string are held back."""
+    character and a possible beginning of a stop string are held back. tokens: one for each id, if requested."""
 
     text: str
     token_ids: list[int]
+    tokens: list[NewToken] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +71,7 @@ class TraceStep:
 @dataclass(frozen=True, kw_only=True)
 class DecodeResult:
     """forwards: passes by kind (prefill, denoise, store, reference). steps: the trace, if requested.
-    reference_failures: blocks that started from zero because the reference could not answer."""
+    reference_failures: blocks that started from zero because the reference could not answer. tokens: of TextDelta."""
 
     text: str
     finish_reason: Literal["stop", "length"]
@@ -63,6 +81,7 @@ class DecodeResult:
     settings: dict[str, Any]
     steps: list[dict[str, Any]]
     reference_failures: int = 0
+    tokens: list[NewToken] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

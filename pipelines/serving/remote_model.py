@@ -22,6 +22,7 @@ from pipelines.serving.backend import (
     DecodeEvent,
     DecodeRequest,
     Finished,
+    NewToken,
     Overloaded,
     TextDelta,
     TraceStep,
@@ -129,6 +130,7 @@ class _Delivery:
 
     request: DecodeRequest
     steps: list[dict[str, Any]] = field(default_factory=list)
+    tokens: list[NewToken] = field(default_factory=list)
     steps_since_block: int = 0  # of an unfinished block; another replica repeats them
     earlier_forwards: dict[str, int] = field(default_factory=dict)  # of earlier tries, up to their last finished block
     forwards: dict[str, int] = field(default_factory=dict)  # of this try, up to its last finished block
@@ -166,12 +168,14 @@ class _Delivery:
             elif isinstance(event, TextDelta):
                 self.steps_since_block = 0
                 self.forwards = batch.forwards
+                self.tokens += event.tokens
                 committed = (*self.request.committed, *event.token_ids)
                 num_sent = self.request.num_sent + len(event.text)
                 self.request = replace(self.request, committed=committed, num_sent=num_sent)
             else:
                 forwards = _sum(self.earlier_forwards, event.result.forwards)
-                event = Finished(result=replace(event.result, forwards=forwards, steps=self.steps))
+                result = replace(event.result, forwards=forwards, steps=self.steps, tokens=self.tokens)
+                event = Finished(result=result)
             events.append(event)
         return events
 

@@ -11,7 +11,16 @@ from typing import Any, Literal
 
 from jinja2 import TemplateError
 
-from pipelines.serving.backend import DecodeEvent, DecodeRequest, DecodeResult, Finished, TextDelta, TraceStep
+from pipelines.serving.backend import (
+    DecodeEvent,
+    DecodeRequest,
+    DecodeResult,
+    Finished,
+    NewToken,
+    TextDelta,
+    TokenLogprob,
+    TraceStep,
+)
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.decoding.request import make_sequence
 from rcd_core.decoding.sequence import Sequence
@@ -74,6 +83,7 @@ class RequestText:
             infill=request.infill,
             has_reference=self.has_reference,
             committed=committed,
+            num_logprobs=request.logprobs,
         )
 
     def _limit_length(
@@ -149,8 +159,9 @@ class AnswerText:
     def __init__(self, tokenizer: Any, request: DecodeRequest, sequence: Sequence) -> None:
         self.tokenizer, self.request, self.sequence = tokenizer, request, sequence
         self.finished = False
-        self._stream = TextStream(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), request.stop)
-        self._text, self._ids = "", list[int]()
+        self._stream = TextStream(self._decode, request.stop)
+        self._unstopped, self._unstopped_length = TextStream(self._decode), 0  # where each token starts
+        self._text, self._ids, self._tokens = "", list[int](), list[NewToken | None]()
         self._num_sent, self._num_ids_sent = request.num_sent, len(request.committed)
         self._steps: list[dict[str, Any]] = []
 
@@ -166,6 +177,7 @@ class AnswerText:
                 events.append(TraceStep(step=self._steps[-1]))
             elif isinstance(event, BlockDone):
                 self._ids += event.token_ids
+                self._tokens += self._new_tokens(event)
                 if not self.request.infill:
                     self._text += self._stream.push(event.token_ids)
             else:
@@ -177,7 +189,8 @@ class AnswerText:
         if self._stream.stopped:
             reason = "stop"
         if len(self._text) > self._num_sent or len(self._ids) > self._num_ids_sent:
-            events.append(TextDelta(text=self._text[self._num_sent :], token_ids=self._ids[self._num_ids_sent :]))
+            text, ids = self._text[self._num_sent :], self._ids[self._num_ids_sent :]
+            events.append(TextDelta(text=text, token_ids=ids, tokens=_known(self._tokens[self._num_ids_sent :])))
             self._num_sent = max(self._num_sent, len(self._text))
             self._num_ids_sent = max(self._num_ids_sent, len(self._ids))
         if reason:
@@ -200,4 +213,33 @@ class AnswerText:
             settings=asdict(self.sequence.settings),
             steps=self._steps,
             reference_failures=self.sequence.reference_failures,
+            tokens=_known(self._tokens),
         )
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _new_tokens(self, event: BlockDone) -> list[NewToken | None]:
+        """One for each of the event's tokens, if logprobs were requested. None: committed by a lost replica."""
+        tokens: list[NewToken | None] = []
+        for token_id, logprobs in zip(event.token_ids, event.logprobs, strict=False):
+            start, text = self._unstopped_length, self._unstopped.push([token_id])
+            self._unstopped_length += len(text)
+            if logprobs is None:
+                tokens.append(None)
+                continue
+            own = self._named(token_id, logprobs.logprob)
+            if text.endswith(own.text):  # it may come after a part of a character that was held back
+                start = self._unstopped_length - len(own.text)
+            tokens.append(NewToken(own, [self._named(*pair) for pair in logprobs.top], start))
+        return tokens
+
+    def _named(self, token_id: int, logprob: float) -> TokenLogprob:
+        text = str(self.tokenizer.decode([token_id]))
+        if is_text := "\ufffd" not in text:
+            return TokenLogprob(text, logprob, is_text)
+        return TokenLogprob(str(self.tokenizer.convert_ids_to_tokens(token_id)), logprob, is_text)
+
+
+def _known(tokens: list[NewToken | None]) -> list[NewToken]:
+    return [token for token in tokens if token is not None]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from pipelines.serving.backend import DecodeEvent, DecodeResult, Finished, TextDelta
+from pipelines.serving.backend import DecodeEvent, DecodeResult, Finished, NewToken, TextDelta, TokenLogprob
 from pipelines.serving.http.bodies import ChatRequest, Request, TraceDetail
 
 # -- the schema of the bodies ------------------------------------------------------------------------------------------
@@ -40,15 +40,41 @@ class RcdChoice(BaseModel):
     steps: list[dict[str, Any]] | None = Field(None, description="One entry per denoising pass, with `return_trace`.")
 
 
+class CompletionLogprobs(BaseModel):
+    """One entry for each token of the text."""
+
+    tokens: list[str] = Field(description="Texts; for a part of a character, its name in the vocabulary.")
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] = Field(description="The most probable tokens, and the token itself.")
+    text_offset: list[int] = Field(description="Characters of the answer before the token.")
+
+
+class ChatLogprob(BaseModel):
+    token: str = Field(description="Text; for a part of a character, its name in the vocabulary.")
+    logprob: float
+    bytes: list[int] | None = Field(description="UTF-8; null for a part of a character.")
+
+
+class ChatTokenLogprob(ChatLogprob):
+    top_logprobs: list[ChatLogprob] = Field(description="The most probable tokens.")
+
+
+class ChatLogprobs(BaseModel):
+    """One entry for each token of the text."""
+
+    content: list[ChatTokenLogprob]
+    refusal: None
+
+
 class _Choice(BaseModel):
     index: int
-    logprobs: None
     finish_reason: Literal["stop", "length"]
     rcd: RcdChoice
 
 
 class CompletionChoice(_Choice):
     text: str
+    logprobs: CompletionLogprobs | None
 
 
 class ChatMessage(BaseModel):
@@ -58,6 +84,7 @@ class ChatMessage(BaseModel):
 
 class ChatChoice(_Choice):
     message: ChatMessage
+    logprobs: ChatLogprobs | None
 
 
 class _Body(BaseModel):
@@ -109,7 +136,9 @@ class Answer:
         self.request = request
         self.chat = isinstance(request, ChatRequest)
         self.results: list[DecodeResult | None] = [None] * num_choices
+        self._with_logprobs = request.num_logprobs() is not None
         self._text = [""] * num_choices
+        self._tokens: list[list[NewToken]] = [[] for _ in range(num_choices)]  # not sent yet
         self._num_passes = [0] * num_choices
         self._started = time.monotonic()
         self._head = {
@@ -132,6 +161,7 @@ class Answer:
     def add(self, index: int, event: DecodeEvent) -> Iterator[dict[str, Any]]:
         """Add an event of a choice and yield its chunks. Must be iterated to the end."""
         if isinstance(event, TextDelta):
+            self._tokens[index] += event.tokens
             yield from self._delta(index, event.text)
         elif isinstance(event, Finished):
             sent = self._text[index]
@@ -180,7 +210,12 @@ class Answer:
     def _delta(self, index: int, text: str) -> Iterator[dict[str, Any]]:
         if text:
             self._text[index] += text
-            yield self._chunk(index, {"content": text} if self.chat else text)
+            chunk = self._chunk(index, {"content": text} if self.chat else text)
+            if self._with_logprobs:
+                sent = _within(self._tokens[index], self._text[index])
+                self._tokens[index] = self._tokens[index][len(sent) :]
+                chunk["choices"][0]["logprobs"] = self._logprobs(sent)
+            yield chunk
 
     def _last_chunk(self, index: int, result: DecodeResult) -> dict[str, Any]:
         """The chunk without content that ends a choice. The last one has the statistics, unless the usage follows."""
@@ -202,7 +237,31 @@ class Answer:
         rcd = _rcd_choice(r)
         if (detail := self.request.return_trace) != "none":
             rcd["steps"] = [trace_step(step, detail) for step in r.steps]
-        return {"index": index, **text, "logprobs": None, "finish_reason": r.finish_reason, "rcd": rcd}
+        logprobs = self._logprobs(_within(r.tokens, r.text)) if self._with_logprobs else None
+        return {"index": index, **text, "logprobs": logprobs, "finish_reason": r.finish_reason, "rcd": rcd}
+
+    def _logprobs(self, tokens: list[NewToken]) -> dict[str, Any]:
+        if self.chat:
+            return {"content": [_chat_logprob(t.own) | _top(t) for t in tokens], "refusal": None}
+        return {
+            "tokens": [t.own.text for t in tokens],
+            "token_logprobs": [t.own.logprob for t in tokens],
+            "top_logprobs": [{one.text: one.logprob for one in (*t.top, t.own)} for t in tokens],
+            "text_offset": [t.start for t in tokens],
+        }
+
+
+def _within(tokens: list[NewToken], text: str) -> list[NewToken]:
+    """The tokens that begin in the text. A stop string cuts it, or it lags behind the tokens."""
+    return [t for t in tokens if t.start < len(text)]
+
+
+def _chat_logprob(t: TokenLogprob) -> dict[str, Any]:
+    return {"token": t.text, "logprob": t.logprob, "bytes": list(t.text.encode()) if t.is_text else None}
+
+
+def _top(t: NewToken) -> dict[str, Any]:
+    return {"top_logprobs": [_chat_logprob(one) for one in t.top]}
 
 
 def _rcd_choice(r: DecodeResult) -> dict[str, Any]:

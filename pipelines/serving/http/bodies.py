@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import AfterValidator, ConfigDict, Field, GetCoreSchemaHandler, create_model
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, create_model
 from pydantic_core import CoreSchema, PydanticUseDefault, core_schema
 
 from pipelines.recipe.descriptions import DESCRIPTIONS
@@ -25,6 +25,7 @@ from rcd_core.errors import UserError
 DECODE_FIELDS = tuple(f.name for f in fields(DecodeSettings) if f.name != "trace")  # over HTTP: return_trace
 MAX_CHOICES = 128
 MAX_STOPS = 16
+MAX_LOGPROBS = 20
 MAX_INT = 2**31 - 1
 SEED_LIMIT = 2**63
 
@@ -61,6 +62,7 @@ def _not_null(value: Any) -> Any:
 
 
 Switch = Annotated[bool, _NullIsDefault()]
+NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
 # DecodeSettings checks these bounds too; here they are part of /openapi.json.
 _BOUNDED: dict[str, Any] = {
@@ -154,6 +156,10 @@ class Request(_BodyFields):  # type: ignore[misc]
     def _size(self) -> tuple[str, int]:
         """The field of the prompts, and the number of its characters and token ids in one choice."""
 
+    @abstractmethod
+    def num_logprobs(self) -> int | None:
+        """Most probable tokens to report with each new token's logprob; None: no logprobs. Raises UserError."""
+
     def stops(self) -> tuple[str, ...]:
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if "" in stops:
@@ -172,6 +178,10 @@ class CompletionRequest(Request):
     prompt: Text | Annotated[list[Text] | list[TokenId] | list[list[TokenId]], Field(min_length=1)] = Field(
         description="A text, token ids, or a list of either."
     )
+    logprobs: Annotated[NumLogprobs | None, BeforeValidator(lambda v: None if v is False else v)] = Field(
+        None, description="Report the logprob of each new token, and this many most probable ones."
+    )
+    top_logprobs: Annotated[Any, neutral.Only((0,))] = Field(None, description="Only 0: a field of chats.")
     infill: Switch = Field(False, description="Fill every `<|MASK|>` of the prompt and return the filled text.")
 
     def prompts(self) -> list[str | list[int]]:
@@ -183,6 +193,9 @@ class CompletionRequest(Request):
 
     def _size(self) -> tuple[str, int]:
         return "prompt", sum(map(len, self.prompts()))
+
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
     def decode_requests(self, defaults: DecodeSettings) -> Iterator[DecodeRequest]:
         if self.infill and (self.length() is not None or self.stops()):
@@ -223,9 +236,20 @@ class ChatRequest(Request):
     """Body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)] = Field(description="The conversation.")
+    logprobs: Annotated[Switch, BeforeValidator(lambda v: False if v == 0 else v)] = Field(
+        False, description="Report the logprob of each new token."
+    )
+    top_logprobs: NumLogprobs | None = Field(
+        None, description="Report this many most probable tokens too. Only with `logprobs`."
+    )
 
     def _size(self) -> tuple[str, int]:
         return "messages", sum(len(m.role) + len(m.plain()["content"]) for m in self.messages)
+
+    def num_logprobs(self) -> int | None:
+        if self.top_logprobs and not self.logprobs:
+            raise UserError(f"top_logprobs is {self.top_logprobs}, which needs logprobs: true")
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     def decode_requests(self, defaults: DecodeSettings) -> Iterator[DecodeRequest]:
         yield from _choices(self, None, [m.plain() for m in self.messages], defaults, False)
@@ -253,4 +277,5 @@ def _choices(
             fixed_length=request.length() is not None,
             stop=request.stops(),
             streamed=request.stream,
+            logprobs=request.num_logprobs(),
         )

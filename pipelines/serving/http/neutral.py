@@ -19,7 +19,6 @@ BODY: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "logit_bias": ({},),
-    "logprobs": (False, 0),
     "modalities": (["text"],),
     "moderation": (),
     "prediction": (),
@@ -32,7 +31,6 @@ BODY: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": ("medium",),
     "web_search_options": (),
     # vLLM's
@@ -81,15 +79,19 @@ MESSAGE: dict[str, tuple[Any, ...]] = {
     "tool_calls": ([],),
     "type": ("text",),  # lm-eval's
 }
+REASONS = {
+    "echo": "of lm-eval, use tasks of generate_until: a diffusion model has no log-likelihoods of a prompt to return",
+}
 PART: dict[str, tuple[Any, ...]] = {"annotations": ([],), "cache_control": ()}
 STREAM: dict[str, tuple[Any, ...]] = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
 
 
 @dataclass(frozen=True, eq=False)  # Annotated caches by equality, for which 1 is True
 class Only:
-    """Marks a field that accepts these values alone."""
+    """Marks a field that accepts these values alone. reason: added to the refusal of others."""
 
     values: tuple[Any, ...]
+    reason: str = ""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self._check)
@@ -100,12 +102,13 @@ class Only:
     def _check(self, value: Any) -> Any:
         if value is None or any(_equal(value, neutral) for neutral in self.values):
             return value
-        raise ValueError(f"this server supports only {_listed(self.values)} here; leave the field out")
+        reason = f" ({self.reason})" if self.reason else ""
+        raise ValueError(f"this server supports only {_listed(self.values)} here; leave the field out{reason}")
 
 
 def fields(values: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
     """Fields for pydantic.create_model, by name."""
-    return {name: (Annotated[Any, Only(neutral)], None) for name, neutral in values.items()}
+    return {name: (Annotated[Any, Only(neutral, REASONS.get(name, ""))], None) for name, neutral in values.items()}
 
 
 def rows() -> list[tuple[str, str]]:

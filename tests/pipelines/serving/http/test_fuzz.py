@@ -79,7 +79,7 @@ BAD_VALUES = {
     "residual": ["1"],
     "stop": [HALF_PAIR, f'["a", {HALF_PAIR}]', '[["a"]]'],
     "stream_options": ['{"include_usage": true, "x": 1}, "stream": true'],
-    "logprobs": ["3"],
+    "logprobs": ["21"],
     **dict.fromkeys(("tools", r"\u0000", r"\ud800"), ["1"]),
 }
 
