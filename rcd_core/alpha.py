@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rcd_core.decode_settings import AlphaRule, DecodeSettings
 from rcd_core.errors import UserError
+from rcd_core.precision import at_least_fp32
 
 ALPHA_FILE = "rcd_alpha.safetensors"  # next to the weights, so that the authors' code reads the checkpoint unchanged
 FIXED_ALPHA = 0.3
@@ -45,10 +46,11 @@ class LearnedAlpha(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, uncertainty: Tensor, confidence: Tensor) -> Tensor:
-        """u (N,) and top probabilities (N,), both in [0, 1] -> (N,) alpha, fp32."""
+        """u (N,) and top probabilities (N,), both in [0, 1] -> (N,) alpha, fp32 or wider."""
         features = torch.stack([uncertainty, confidence], -1).to(self.hidden.weight.dtype)  # bf16 if sharded so
-        shift: Tensor = self.out(torch.tanh(self.hidden(features)))[:, 0].float()
-        return torch.sigmoid(torch.logit(uncertainty.float(), eps=LOGIT_MARGIN) + shift)
+        shift: Tensor = self.out(torch.tanh(self.hidden(features)))[:, 0]
+        uncertainty = at_least_fp32(uncertainty)
+        return torch.sigmoid(torch.logit(uncertainty, eps=LOGIT_MARGIN) + at_least_fp32(shift))
 
 
 def save_learned_alpha(learned: LearnedAlpha | None, directory: Path) -> None:

@@ -149,7 +149,7 @@ class ReferenceSignals(_Signals):
         logprobs = logprobs.to(torch.float16)
         ids = ids.to(torch.int32).masked_fill(~torch.isfinite(logprobs), 0)
         apart = temperatures[0] != temperatures[1]
-        return cls(ids, logprobs, entropies, tail, *temperatures, confidence if apart else None)
+        return cls(ids, logprobs, entropies.float(), tail.float(), *temperatures, confidence.float() if apart else None)
 
     @classmethod
     def empty(cls, k: int, alpha_temperature: float = 1.0, delta_temperature: float = 1.0) -> ReferenceSignals:
@@ -294,7 +294,8 @@ def _check(
 
 @dataclass(frozen=True)
 class DenseSignals(_Signals):
-    """The exact counterpart: whole distributions of a few positions, in memory only. logits (N, V) fp32."""
+    """The exact counterpart: whole distributions of a few positions, in memory only. logits (N, V), fp32 or
+    wider."""
 
     logits: Tensor
     alpha_temperature: float = 1.0

@@ -26,6 +26,7 @@ from transformers import AttentionInterface
 
 from rcd_core.attention.layouts import Layout
 from rcd_core.errors import UserError
+from rcd_core.precision import at_least_fp32
 
 DENSE_PAIRS = 1 << 20  # pairs of query and key, rows included, up to which one mask serves a whole pass
 TILE = 256  # queries of a tile above that
@@ -49,7 +50,7 @@ def eager_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout | 
     scores = query @ key.transpose(2, 3) * scaling
     if layout is not None:
         scores = scores + _bias(layout, query.dtype)
-    weights = torch.softmax(scores.float(), dim=-1).to(query.dtype)
+    weights = torch.softmax(at_least_fp32(scores), dim=-1).to(query.dtype)
     return (weights @ value).transpose(1, 2).contiguous()
 
 

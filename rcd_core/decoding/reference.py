@@ -17,6 +17,7 @@ from rcd_core.decoding.cache import Slots
 from rcd_core.decoding.model_runner import BatchedForward, group_rows
 from rcd_core.decoding.sequence import PassRow, Positions, Sequence
 from rcd_core.families.base import DiffusionModel
+from rcd_core.precision import at_least_fp32
 from rcd_core.signals import DenseSignals, ReferenceSignals, Signals
 
 
@@ -129,5 +130,5 @@ class LocalReference:
     def _signals(self, hidden: torch.Tensor, top_k: int | None, alpha_t: float, delta_t: float) -> Signals:
         temperatures = {"alpha_temperature": alpha_t, "delta_temperature": delta_t}
         if top_k is None:
-            return DenseSignals(self.model.head(hidden).float(), **temperatures)
+            return DenseSignals(at_least_fp32(self.model.head(hidden)), **temperatures)
         return ReferenceSignals.from_hidden(hidden, self.model.lm_head_weight, top_k, **temperatures)

@@ -21,12 +21,13 @@ from rcd_core.decode_settings import BLOCK_RULES
 from rcd_core.decoding.sequence import MaskedPositions, Positions, Sequence
 from rcd_core.families.base import DiffusionModel
 from rcd_core.noise import hash_key, uniforms
+from rcd_core.precision import reduction_dtype
 from rcd_core.signals import DenseSignals, ReferenceSignals, Signals, residual_state
 
 
 class ResidualState:
-    """alpha (S P + 2,) fp32 and delta (S P + 2, D) in the model's dtype. The two extra rows serve passes of fixed
-    shape: zero_row always has alpha 0, for tokens without a residual; discard_row takes results of padding."""
+    """alpha (S P + 2,), fp32 or wider, and delta (S P + 2, D) in the model's dtype. The two extra rows serve passes of
+    fixed shape: zero_row always has alpha 0, for tokens without a residual; discard_row takes results of padding."""
 
     def __init__(self, model: DiffusionModel, num_slots: int) -> None:
         self.model, self.num_slots = model, num_slots
@@ -35,7 +36,7 @@ class ResidualState:
 
     def _zeros(self, positions_per_slot: int) -> tuple[Tensor, Tensor]:
         num_rows, width = self.num_slots * positions_per_slot + 2, self.model.embedding.weight.shape[1]
-        alpha = torch.zeros(num_rows, device=self.model.device)
+        alpha = torch.zeros(num_rows, dtype=reduction_dtype(self.model.dtype), device=self.model.device)
         return alpha, torch.zeros(num_rows, width, dtype=self.model.dtype, device=self.model.device)
 
     @property
@@ -109,7 +110,7 @@ class ResidualState:
         if any(needed):
             where = np.array(needed)[masked.owner]
             rows = torch.from_numpy(self.rows_of(masked)[where]).to(self.model.device)
-            alpha[where] = self.alpha[rows].cpu().numpy()
+            alpha[where] = self.alpha[rows].float().cpu().numpy()
         return alpha
 
 

@@ -24,6 +24,7 @@ from rcd_core.decoding.sequence import MaskedPositions, Sequence
 from rcd_core.families.base import DiffusionModel
 from rcd_core.noise import hash_key, uniforms
 from rcd_core.ops.reduce import Feedback, Table, reduce_greedy
+from rcd_core.precision import at_least_fp32
 
 TILE_BYTES = 64 << 20  # fp32 logits of one tile
 
@@ -42,7 +43,7 @@ class Sampler:
         For requests that all decode greedily with the same feedback. No host synchronisation.
         """
         tiles = zip(torch.split(hidden, self.tile_rows), torch.split(state_rows, self.tile_rows), strict=True)
-        parts = [self._reduce(self.model.head(h).float(), rows, feedback, with_entropy) for h, rows in tiles]
+        parts = [self._reduce(self._logits(h), rows, feedback, with_entropy) for h, rows in tiles]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def mixed(
@@ -57,16 +58,16 @@ class Sampler:
         for feedback in dict.fromkeys(feedbacks):
             group = np.flatnonzero(np.array([f == feedback for f in feedbacks])[masked.owner])
             for rows in torch.split(torch.from_numpy(group).to(device), self.tile_rows):
-                logits = self.model.head(hidden[rows]).float()
+                logits = self._logits(hidden[rows])
                 if unconditional is not None:
-                    scale, plain = guidance[rows, None], self.model.head(unconditional[rows]).float()
+                    scale, plain = guidance[rows, None], self._logits(unconditional[rows])
                     # Without guidance (scale 0) this formula would still change the logits by rounding.
                     logits = torch.where(scale > 0, plain + (scale + 1) * (logits - plain), logits)
                 tokens, confidence = choose_tokens(
                     logits, columns[rows], special, not self.model.blocks_from_prompt_end
                 )
                 result[:, rows] = self._reduce(logits, state_rows[rows], feedback)
-                result[0, rows], result[1, rows] = tokens.float(), confidence
+                result[0, rows], result[1, rows] = tokens.float(), confidence.float()
         return result
 
     def _reduce(
@@ -76,7 +77,10 @@ class Sampler:
         if reduced.alpha is not None and reduced.delta is not None:
             self.state.write(state_rows, reduced.alpha, reduced.delta)
         # fp32 holds token ids exactly up to 2^24.
-        return torch.stack([reduced.tokens.float(), reduced.confidence, reduced.entropy])
+        return torch.stack([reduced.tokens.float(), reduced.confidence.float(), reduced.entropy.float()])
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return at_least_fp32(self.model.head(hidden))
 
 
 def choose_commits(
@@ -190,7 +194,7 @@ def filtered_probabilities(logits: Tensor, temperature: Tensor, top_k: Tensor, t
 def choose_tokens(
     logits: Tensor, columns: SamplingColumns, special: SpecialTokens, tempered_confidence: bool
 ) -> tuple[Tensor, Tensor]:
-    """(N, V) fp32 logits -> (tokens (N,), confidence (N,)). The mask token is never chosen.
+    """(N, V) logits, fp32 or wider -> (tokens (N,), confidence (N,)). The mask token is never chosen.
 
     Confidence is the token's probability in the full softmax: before top-k and top-p (unless `filtered`), at the
     sampling temperature if `tempered_confidence` (SDAR's evaluation code), else at temperature 1 (LLaDA). With eos_last
@@ -203,7 +207,7 @@ def choose_tokens(
     tokens = allowed.argmax(-1)
     drawn = (columns.temperature > 0).nonzero().flatten()
     divisor = torch.ones_like(columns.temperature)
-    filtered = torch.zeros_like(columns.temperature)
+    filtered = torch.zeros_like(columns.temperature, dtype=logits.dtype)
     if len(drawn):
         c = columns[drawn]
         probs = filtered_probabilities(allowed[drawn], c.temperature, c.top_k, c.top_p)

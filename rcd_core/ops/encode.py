@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from rcd_core.ops.top_k import top_k
+from rcd_core.precision import at_least_fp32
 
 LOWEST = -104.0  # e^-104 is 0 in fp32: clamping x to it keeps 0 * -inf out of the sums
 _PIECE_BYTES = 2 << 20  # fp32 logits reduced at once on a CPU, about a second-level cache
@@ -33,7 +34,7 @@ TailSums = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
 class Encoded(NamedTuple):
-    """ids (N, K) int64 and log-probabilities (N, K) fp32 in descending order, from the full softmax at the delta
+    """ids (N, K) int64 and log-probabilities (N, K) in descending order, from the full softmax at the delta
     temperature; tail (N,) the mass of all other ids; entropy (N,) in nats and confidence (N,), the largest probability,
     at the alpha temperature; peak (N,) the largest logit, NaN if the row holds NaN."""
 
@@ -58,9 +59,9 @@ def encode(
 
 def _encode(z: Tensor, k: int, alpha_temperature: float, delta_temperature: float, tail_sums: TailSums) -> Encoded:
     if not z.is_cuda:
-        z = z.float()  # on CUDA the compiled sums read bf16 directly
+        z = at_least_fp32(z)  # on CUDA the compiled sums read bf16 directly
     top, ids = top_k(z, k)
-    top = top.float()
+    top = at_least_fp32(top)
     tail, dot = tail_sums(z, top, ids, delta_temperature)
     x, z_sum, log_sum = _kept(top, tail, delta_temperature)
     logprobs, tail_mass = x - log_sum[:, None], tail / z_sum
@@ -80,8 +81,8 @@ def _kept(top: Tensor, tail: Tensor, temperature: float) -> tuple[Tensor, Tensor
 
 
 def tail_sums_plain(z: Tensor, top: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Sums of e^x and of x e^x over the entries that are not kept: 2 x (N,) fp32."""
-    x = z.float() - top[:, :1]
+    """Sums of e^x and of x e^x over the entries that are not kept: 2 x (N,)."""
+    x = at_least_fp32(z) - top[:, :1]
     if temperature != 1.0:
         x /= temperature
     e = x.exp().scatter_(1, ids, 0.0)
@@ -95,10 +96,10 @@ def tail_sums_fused(z: Tensor, top: Tensor, ids: Tensor, temperature: float) -> 
     """The same sums. Not kept are the entries below the smallest kept one, and those of its equals beyond the k."""
     del ids
     peak, least = top[:, :1], top[:, -1:]
-    z = z.float()
+    z = at_least_fp32(z)
     x = ((z - peak) / temperature).clamp(min=LOWEST)
     e = torch.where(z < least, x.exp(), 0.0)
-    equals = ((z == least).sum(1) - (top == least).sum(1)).float()
+    equals = ((z == least).sum(1) - (top == least).sum(1)).to(z.dtype)
     x_least = ((least - peak) / temperature).clamp(min=LOWEST)[:, 0]
     e_least = equals * x_least.exp()
     return e.sum(1) + e_least, (e * x).sum(1) + e_least * x_least

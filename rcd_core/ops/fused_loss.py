@@ -14,23 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rcd_core.precision import at_least_fp32, reduction_dtype
+
 CHUNK_BYTES = 256 << 20  # logits of one chunk, fp32
 
 
 def weighted_cross_entropy(
     hidden: Tensor, head_weight: Tensor, labels: Tensor, weights: Tensor, chunk_rows: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(sum_i weights_i * loss_i, loss (N,)) with loss_i = -log softmax(hidden_i W^T)[labels_i], both fp32.
+    """(sum_i weights_i * loss_i, loss (N,)) with loss_i = -log softmax(hidden_i W^T)[labels_i], both fp32 or wider.
 
     The sum is differentiable in hidden and head_weight; the losses are not. hidden (N, D), head_weight (V, D), labels
-    (N,) int64, weights (N,). Products run in hidden's dtype or autocast's, reductions in fp32. N = 0 gives 0.
+    (N,) int64, weights (N,). Products run in hidden's dtype or autocast's, reductions in fp32 or wider. N = 0 gives 0.
     chunk_rows: rows per chunk, by default CHUNK_BYTES of logits.
     """
     rows = chunk_rows or max(1, CHUNK_BYTES // (4 * head_weight.shape[0]))
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     result: tuple[Tensor, Tensor] = _WeightedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, head_weight, labels, weights.float(), rows, dtype
+        hidden, head_weight, labels, at_least_fp32(weights), rows, dtype
     )
     return result
 
@@ -41,15 +43,15 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, head_weight: Tensor, labels: Tensor, weights: Tensor, rows: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
-        head = head_weight.to(dtype)
+        head, sums = head_weight.to(dtype), reduction_dtype(dtype)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        # Accumulated in fp32, so that many chunks lose no precision in bf16.
-        grad_head = torch.zeros_like(head_weight, dtype=torch.float32) if needs_head else None
-        losses = torch.empty(hidden.shape[0], device=hidden.device)
+        # Accumulated in fp32 or wider, so that many chunks lose no precision in bf16.
+        grad_head = torch.zeros_like(head_weight, dtype=sums) if needs_head else None
+        losses = torch.empty(hidden.shape[0], dtype=sums, device=hidden.device)
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
             h, y, w = hidden[part].to(dtype), labels[part, None], weights[part]
-            logits = (h @ head.T).float()
+            logits = at_least_fp32(h @ head.T)
             norm = logits.logsumexp(-1)
             losses[part] = norm - logits.gather(1, y)[:, 0]
             if grad_hidden is None and grad_head is None:
@@ -61,7 +63,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[part] = (grad @ head).to(hidden.dtype)
             if grad_head is not None:
-                if dtype == torch.float32:
+                if dtype == sums:
                     grad_head.addmm_(grad.T, h)
                 else:
                     grad_head += grad.T @ h

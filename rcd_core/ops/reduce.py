@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from rcd_core.alpha import LearnedAlpha, alpha_from_statistics
 from rcd_core.decode_settings import AlphaRule
 from rcd_core.ops.encode import LOWEST, encode
+from rcd_core.precision import at_least_fp32, reduction_dtype
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Reduced(NamedTuple):
 def reduce_greedy(
     logits: Tensor, mask_token_id: int, feedback: Feedback | None, table: Table, with_entropy: bool = True
 ) -> Reduced:
-    """(N, V) fp32 logits -> Reduced. No host synchronisation."""
+    """(N, V) logits, fp32 or wider -> Reduced, computed in their dtype. No host synchronisation."""
     if feedback is None:
         return _plain(logits, mask_token_id, with_entropy)
     if feedback.top_k is not None and feedback.rule != "top1":
@@ -65,7 +66,7 @@ class Table:
     @property
     def sum(self) -> Tensor:
         if self._sum is None:
-            self._sum = self.weight.sum(0, dtype=torch.float32)
+            self._sum = self.weight.sum(0, dtype=reduction_dtype(self.weight.dtype))
         return self._sum
 
 
@@ -125,5 +126,5 @@ def _sparse(z: Tensor, k: int, mask_token_id: int, feedback: Feedback, table: Ta
     )
     share = encoded.tail / max(1, z.shape[1] - k)
     weights = (p - share[:, None]).to(table.weight.dtype)
-    delta = F.embedding_bag(encoded.ids, table.weight, per_sample_weights=weights, mode="sum").float()
-    return Reduced(*reduced[:3], alpha, delta + share[:, None] * table.sum)
+    delta = F.embedding_bag(encoded.ids, table.weight, per_sample_weights=weights, mode="sum")
+    return Reduced(*reduced[:3], alpha, at_least_fp32(delta) + share[:, None] * table.sum)

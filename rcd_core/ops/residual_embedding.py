@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rcd_core.precision import at_least_fp32, reduction_dtype
+
 
 @dataclass(frozen=True)
 class SparseResidual:
@@ -39,10 +41,10 @@ def residual_embedding(ids: Tensor, masked: Tensor, table: Tensor, residual: Spa
     """ids (...) -> (..., D): E[ids], and (1 - alpha) E[ids] + alpha delta where `masked` (...) is True.
 
     Differentiable in table (V, D), and in alpha if that requires a gradient. The result has the table's dtype; sums
-    over the vocabulary and into the gradient table are fp32.
+    over the vocabulary and into the gradient table are fp32 or wider.
     """
     flat = masked.flatten().nonzero()[:, 0]
-    alpha = residual.alpha.float()
+    alpha = at_least_fp32(residual.alpha)
     result: Tensor = _ResidualEmbedding.apply(  # type: ignore[no-untyped-call]
         table, ids.flatten(), flat, alpha, residual.ids.long(), residual.weights, residual.tail
     )
@@ -59,7 +61,7 @@ class _ResidualEmbedding(torch.autograd.Function):
         ctx.save_for_backward(ids, at, alpha, kept, weights, tail, table if ctx.needs_input_grad[3] else None)
         ctx.shape, ctx.dtype = table.shape, table.dtype
         out = F.embedding(ids, table)
-        blended = (1.0 - alpha)[:, None] * out[at].float()
+        blended = (1.0 - alpha)[:, None] * at_least_fp32(out[at])
         blended += _mixture(table, kept, weights * alpha[:, None], tail * alpha)
         # With alpha = 0 the mask's embedding stays, bit for bit.
         out[at] = torch.where((alpha > 0)[:, None], blended.to(out.dtype), out[at])
@@ -68,11 +70,12 @@ class _ResidualEmbedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         ids, at, alpha, kept, weights, tail, table = ctx.saved_tensors
-        grad = upstream[0].float()
+        grad = at_least_fp32(upstream[0])
         g = grad[at]
         alpha_grad = None
         if table is not None:  # d input / d alpha = delta - E[x]
-            alpha_grad = (g * (_mixture(table, kept, weights, tail) - F.embedding(ids[at], table).float())).sum(1)
+            delta, embeds = _mixture(table, kept, weights, tail), at_least_fp32(F.embedding(ids[at], table))
+            alpha_grad = (g * (delta - embeds)).sum(1)
         weights, tail = weights * alpha[:, None], tail * alpha
         table_grad = (tail[:, None] * g).sum(0).expand(ctx.shape).contiguous()
         table_grad.index_add_(0, ids, grad.index_copy(0, at, (1.0 - alpha)[:, None] * g))
@@ -82,6 +85,6 @@ class _ResidualEmbedding(torch.autograd.Function):
 
 
 def _mixture(table: Tensor, kept: Tensor, weights: Tensor, tail: Tensor) -> Tensor:
-    """(N, D) fp32: sum_k weights[n, k] E[kept[n, k]] + tail[n] * sum_v E[v]."""
-    few = F.embedding_bag(kept, table, per_sample_weights=weights.to(table.dtype), mode="sum").float()
-    return tail[:, None] * table.sum(0, dtype=torch.float32) + few
+    """(N, D), fp32 or wider: sum_k weights[n, k] E[kept[n, k]] + tail[n] * sum_v E[v]."""
+    few = F.embedding_bag(kept, table, per_sample_weights=weights.to(table.dtype), mode="sum")
+    return tail[:, None] * table.sum(0, dtype=reduction_dtype(table.dtype)) + at_least_fp32(few)

@@ -69,6 +69,20 @@ def test_all_entries_kept_equals_dense_feedback(rule: AlphaRule, t_res: float, d
 
 
 @pytest.mark.parametrize("rule", RULES)
+def test_logits_in_fp64_are_reduced_in_fp64(rule: AlphaRule) -> None:
+    """Where sparse and dense sums are taken in fp64, they agree to more digits than fp32 has."""
+    logits, table, network, temperatures = case(2.0, "one")
+    weights = Table(table.double(), network.double())
+    sparse, dense = (
+        reduce_greedy(logits.double(), MASK, Feedback(rule, SCALE, top_k=k, **temperatures), weights)
+        for k in (VOCAB, None)
+    )
+    for x, y in zip(sparse[1:], dense[1:], strict=True):
+        assert x.dtype == torch.float64
+        torch.testing.assert_close(x, y, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_alpha_does_not_depend_on_how_many_ids_are_kept(rule: AlphaRule) -> None:
     logits, table, network, temperatures = case(2.0, "one")
     want = DenseSignals(logits, **temperatures).alpha(VOCAB, rule, SCALE, learned=network)
