@@ -1,34 +1,38 @@
 """Generation traces of the authors' own code (tests/golden): ids, committed positions and pass counts must be equal.
 
 The RCD traces come from an independent float64 implementation of the equations: warm and cold starts, T_res, delta from
-T_res or T = 1, scope block and all_masked.
+T_res or T = 1, scope block and all_masked. Models are in fp64, so that the traces are the same on every CPU.
 """
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from rcd_core import Decoder, DecodeSettings, load_model
+from tests.rcd_core.golden_models import GOLDEN, load_fp64
 
-GOLDEN = Path(__file__).parents[2] / "golden"
 SDAR = json.loads((GOLDEN / "sdar_vectors.json").read_text())["generate"]
 LLADA = json.loads((GOLDEN / "llada_vectors.json").read_text())["generate"]
 RCD = json.loads((GOLDEN / "rcd" / "rcd_vectors.json").read_text())["decode"]
 
+PRINTED = 6e-6  # the traces have five decimals
+AUTHORS = 5e-5  # their code ran in fp32: its logits are up to 4.4e-5 away from those in fp64 (rcd_vectors.json)
+
+CHECKPOINTS = {
+    "sdar": "sdar_tiny",
+    "llada": "llada_tiny",
+    "sdar_ref": "rcd/sdar_ref_tiny",
+    "llada_ref": "rcd/llada_ref_tiny",
+}
+
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, Any]:
-    return {
-        "sdar": load_model(GOLDEN / "sdar_tiny"),
-        "llada": load_model(GOLDEN / "llada_tiny"),
-        "sdar_ref": load_model(GOLDEN / "rcd" / "sdar_ref_tiny"),
-        "llada_ref": load_model(GOLDEN / "rcd" / "llada_ref_tiny"),
-    }
+    return {name: load_fp64(checkpoint) for name, checkpoint in CHECKPOINTS.items()}
 
 
 def check_steps(found: list[Any], expected: list[dict[str, Any]], tolerance: float) -> None:
@@ -73,7 +77,7 @@ def test_sdar(models: dict[str, Any], case: dict[str, Any]) -> None:
     assert set(want[len(out.canvas_ids) :]) <= {models["sdar"].mask_token_id}
     counts = (out.num_forwards.prefill, out.num_forwards.denoise, out.num_forwards.store)
     assert counts == (case["n_prefill"], case["n_denoise"], case["n_store"])
-    check_steps(out.steps, [s for s in case["steps"] if s["kind"] == "denoise"], 1e-4)
+    check_steps(out.steps, [s for s in case["steps"] if s["kind"] == "denoise"], AUTHORS)
 
 
 def test_sdar_confidence_after_filtering(models: dict[str, Any]) -> None:
@@ -125,7 +129,7 @@ def test_llada(models: dict[str, Any], case: dict[str, Any]) -> None:
     out = Decoder(models["llada"]).generate([case["prompt"]], llada_settings(case))[0]
     assert out.canvas_ids == case["final_ids"]
     assert out.num_forwards.denoise == case["nfe"]
-    check_steps(out.steps, [s for s in case["steps"] if s["masked"]], 1e-4)
+    check_steps(out.steps, [s for s in case["steps"] if s["masked"]], AUTHORS)
 
 
 def rcd_settings(case: dict[str, Any]) -> DecodeSettings:
@@ -150,12 +154,12 @@ def test_rcd(models: dict[str, Any], case: dict[str, Any]) -> None:
     assert out.canvas_ids == case["final_ids"]
     assert out.num_forwards.denoise == case["n_target_denoise"]
     assert out.num_forwards.reference == case["n_reference"]
-    check_steps(out.steps, case["steps"], 1e-3)
+    check_steps(out.steps, case["steps"], PRINTED)
     for step, want in zip(out.steps, case["steps"], strict=True):
         torch.testing.assert_close(
             torch.tensor(step.alpha, dtype=torch.float64),
             torch.tensor(want["alpha_in"], dtype=torch.float64),
-            atol=2e-4,
+            atol=PRINTED,
             rtol=0,
         )
 
@@ -168,3 +172,18 @@ def test_rcd_batched_with_different_settings_equals_single(models: dict[str, Any
     outs = decoder.generate([c["prompt"] for c in cases], [rcd_settings(c) for c in cases])
     for out, case in zip(outs, cases, strict=True):
         assert out.canvas_ids == case["final_ids"]
+
+
+@pytest.mark.parametrize("family", ["sdar", "llada"])
+def test_rcd_in_fp32(family: str) -> None:
+    """Rounding differs between CPUs and feedback amplifies it: up to .0013 was seen, on a CPU with AVX2. So the tokens
+    of traces in which no decision is closer than .005 must be equal, and confidences within that."""
+    cases = [c for c in RCD if c["family"] == family and min(filter(None, c["margins"].values())) > 0.005]
+    assert len(cases) > 25
+    target, reference = (load_model(GOLDEN / CHECKPOINTS[family + suffix]) for suffix in ("", "_ref"))
+    outs = Decoder(target, reference, max_batch=20).generate(
+        [c["prompt"] for c in cases], [rcd_settings(c) for c in cases]
+    )
+    for out, case in zip(outs, cases, strict=True):
+        assert out.canvas_ids == case["final_ids"]
+        check_steps(out.steps, case["steps"], 5e-3)
