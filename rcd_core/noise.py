@@ -63,10 +63,11 @@ def hash_key(*parts: int | str) -> int:
 
 def uniforms(key: int, count: int) -> NDArray[np.float64]:
     """(count,) numbers in [0, 1): the i-th depends on (key, i) only."""
-    return _uniform(np.arange(count, dtype=np.uint64) ^ splitmix64(np.array([key & _MASK64], dtype=np.uint64)))
+    return uniform_of(np.arange(count, dtype=np.uint64) ^ splitmix64(np.array([key & _MASK64], dtype=np.uint64)))
 
 
-def _uniform(state: NDArray[np.uint64]) -> NDArray[np.float64]:
+def uniform_of(state: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """One number in [0, 1) of each 64-bit state."""
     return (splitmix64(state) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -104,10 +105,10 @@ def mask_examples(
         keys = np.array([hash_key(settings.seed, draw, name, 0) for name in example_ids], dtype=np.uint64)
         lengths = np.diff(offsets)
         streams = splitmix64(keys)
-        levels = (1.0 - settings.eps) * _uniform(streams) + settings.eps  # counter 0; the tokens' counters begin at 1
+        levels = (1.0 - settings.eps) * uniform_of(streams) + settings.eps  # counter 0; the tokens' counters begin at 1
         counters = np.arange(1, len(maskable) + 1, dtype=np.int64) - np.repeat(offsets[:-1], lengths)
         p = np.repeat(levels, lengths)
-        masked = (_uniform(counters.astype(np.uint64) ^ np.repeat(streams, lengths)) < p) & maskable
+        masked = (uniform_of(counters.astype(np.uint64) ^ np.repeat(streams, lengths)) < p) & maskable
     else:
         masked, p = np.zeros_like(maskable), np.ones(len(maskable))
     # Noise levels per block, and redraws of an empty mask, are drawn example by example.
