@@ -1,0 +1,147 @@
+"""The layers of a model as decoding runs them: projections joined, norms and rotation in few operations.
+
+They compute what the backbone's own layers compute. Weights are not copied: the joined matrices hold the backbone's
+parameters, which become views of them.
+
+Shapes: T tokens of a pass, D width, F width of the MLP, H query heads, G key/value heads, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rcd_core.attention.paged import Attend
+from rcd_core.decoding.pages import PagedCache
+
+
+@dataclass
+class Buffers:
+    """What all layers of a pass write to. heads (T, H + 2 G, d): queries, keys and values; the others are views."""
+
+    heads: Tensor
+    rotated: Tensor  # (T, H + G, d)
+    flat: Tensor  # (T, (H + 2 G) d)
+    gate_up: Tensor  # (T, 2 F)
+    cos: Tensor  # (T, 1, d)
+    sin: Tensor  # (T, 1, d); the first half is negative
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.flat)
+
+
+class Layers:
+    """The transformer layers and the last norm of a backbone of transformers."""
+
+    def __init__(self, body: Any, config: Any) -> None:
+        self.body, self.config = body, config
+        self.layers = [Layer(layer, config) for layer in body.layers]
+        self.norm, self.eps = body.norm.weight, config.rms_norm_eps
+
+    def __call__(self, embeds: Tensor, positions: Tensor, write: Tensor, attend: Attend, cache: PagedCache) -> Tensor:
+        """(T, D) input embeddings of tokens at positions (T,), whose keys and values go to rows `write` (T,) of the
+        cache -> (T, D) final hidden states."""
+        b = self._buffers(embeds, positions)
+        hidden = embeds
+        for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+            hidden = layer(hidden, b, write, attend, keys, values)
+        return F.rms_norm(hidden, hidden.shape[-1:], self.norm, self.eps)
+
+    def _buffers(self, embeds: Tensor, positions: Tensor) -> Buffers:
+        c, tokens = self.config, len(embeds)
+        queries, keys = c.num_attention_heads, c.num_key_value_heads
+        flat = embeds.new_empty(tokens, (queries + 2 * keys) * c.head_dim)
+        heads = flat.view(tokens, -1, c.head_dim)
+        cos, sin = self.body.rotary_emb(embeds, positions[None])
+        half = cos.shape[-1] // 2
+        sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)
+        return Buffers(
+            heads=heads,
+            rotated=heads[:, : queries + keys],
+            flat=flat,
+            gate_up=embeds.new_empty(tokens, 2 * c.intermediate_size),
+            cos=cos[0, :, None],
+            sin=sin[:, None],
+        )
+
+
+class Layer:
+    """One layer: attention with grouped heads, norms of queries and keys where the model has them, and a gated MLP."""
+
+    def __init__(self, layer: Any, config: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.eps = config.rms_norm_eps
+        self.queries, self.groups = config.num_attention_heads, config.num_key_value_heads
+        self.scaling: float = attention.scaling
+        self.norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+        self.qkv = Joined([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.out = Joined([attention.o_proj])
+        self.gate_up = Joined([mlp.gate_proj, mlp.up_proj])
+        self.down = Joined([mlp.down_proj])
+        self.head_norms: Tensor | None = None  # (H + G, d)
+        if hasattr(attention, "q_norm"):
+            query, key = attention.q_norm.weight.detach(), attention.k_norm.weight.detach()
+            self.head_norms = torch.stack([query] * self.queries + [key] * self.groups)
+
+    def __call__(self, x: Tensor, b: Buffers, write: Tensor, attend: Attend, keys: Tensor, values: Tensor) -> Tensor:
+        normed = F.rms_norm(x, x.shape[-1:], self.norms[0], self.eps)
+        self.qkv(normed, out=b.flat)
+        heads, width = b.rotated, b.heads.shape[-1]
+        if self.head_norms is not None:
+            heads = F.rms_norm(heads, (width,), None, self.eps).mul_(self.head_norms)
+        torch.addcmul(heads * b.cos, heads.roll(width // 2, -1), b.sin, out=b.rotated)
+        query, key, value = torch.split(b.heads, [self.queries, self.groups, self.groups], 1)
+        keys.index_copy_(0, write, key)
+        values.index_copy_(0, write, value)
+        attended = attend(query, keys, values, self.scaling).reshape(len(x), -1)
+        x = self.out.added(x, attended)
+        self.gate_up(F.rms_norm(x, x.shape[-1:], self.norms[1], self.eps), out=b.gate_up)
+        gate, up = b.gate_up.chunk(2, -1)
+        return self.down.added(x, F.silu(gate) * up)
+
+
+class Joined:
+    """Linear layers with one input as one matrix. Their parameters become views of it, so it costs no memory."""
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self.weight = _joined([part.weight for part in parts]).t()
+        biases = [part.bias for part in parts]
+        self.bias = None if biases[0] is None else _joined(biases)
+
+    def __call__(self, x: Tensor, out: Tensor) -> None:
+        """x (T, D) -> out (T, E)."""
+        if self.bias is None:
+            torch.mm(x, self.weight, out=out)
+        else:
+            torch.addmm(self.bias, x, self.weight, out=out)
+
+    def added(self, base: Tensor, x: Tensor) -> Tensor:
+        """base (T, E) plus the layer's output."""
+        result = torch.addmm(base, x, self.weight)
+        return result if self.bias is None else result.add_(self.bias)
+
+
+def _joined(parts: Sequence[nn.Parameter]) -> Tensor:
+    """The parts along the first dimension. Parts that were joined before lie one after the other already."""
+    first, total = parts[0].detach(), sum(len(part) for part in parts)
+    if len(parts) == 1:
+        return first
+    stored = first.untyped_storage()
+    at = first.storage_offset()
+    neighbours = True
+    for part in parts:
+        neighbours &= part.untyped_storage().data_ptr() == stored.data_ptr() and part.storage_offset() == at
+        neighbours &= part.is_contiguous()
+        at += part.numel()
+    if neighbours:
+        return first.as_strided((total, *first.shape[1:]), first.stride())
+    joined = torch.cat([part.detach() for part in parts])
+    for part, piece in zip(parts, torch.split(joined, [len(part) for part in parts]), strict=True):
+        part.data = piece
+    return joined
