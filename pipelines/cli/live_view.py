@@ -110,7 +110,7 @@ class SequenceCanvas:
         sequence = self.sequence
         filled = int((sequence.initially_masked & (sequence.canvas != sequence.model.mask_token_id)).sum())
         block = f"block {sequence.block_index + 1}/{len(sequence.blocks)}"
-        return [block, f"step {sequence.step}", *_rate(filled, sequence.forwards.denoise)]
+        return [block, f"step {sequence.live[0].step}", *_rate(filled, sequence.forwards.denoise)]
 
     def _guesses(self) -> dict[int, tuple[int, float]]:
         """Position -> (top guess, uncertainty in [0, 1]) in the last pass. 1: an entropy of ln V, or alpha_scale."""

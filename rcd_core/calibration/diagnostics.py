@@ -22,7 +22,7 @@ from rcd_core.alpha import entropy, position_rule
 from rcd_core.calibration.distance import NUM_SHARES, share_bins
 from rcd_core.decoding.observer import Observed
 from rcd_core.decoding.reference import LocalReference
-from rcd_core.decoding.sequence import Sequence
+from rcd_core.decoding.sequence import LiveBlock
 from rcd_core.families.base import DiffusionModel
 from rcd_core.signals import DenseSignals
 
@@ -37,14 +37,14 @@ class Discarded:
 
     def __init__(self, model: DiffusionModel, ks: tuple[int, ...] = TOP_KS) -> None:
         self.model, self.ks = model, [k for k in ks if k < model.vocab_size]
-        self._steps: list[tuple[list[Sequence], NDArray[np.int64], NDArray[np.int64], Any, NDArray[np.int32]]] = []
+        self._steps: list[tuple[list[LiveBlock], NDArray[np.int64], NDArray[np.int64], Any, NDArray[np.int32]]] = []
 
     def __call__(self, step: Observed) -> None:
         discarded = ~step.committed
         hidden = step.hidden[torch.from_numpy(discarded).to(step.hidden.device)]
         if len(hidden):
             m, shares = step.masked, step.masked_share[discarded]
-            self._steps.append((m.sequences, m.owner[discarded], m.positions[discarded], shares, self._top(hidden)))
+            self._steps.append((m.blocks, m.owner[discarded], m.positions[discarded], shares, self._top(hidden)))
 
     def _top(self, hidden: Tensor) -> NDArray[np.int32]:
         """(N, K) ids, most probable first, without the mask token, which is never committed."""
@@ -60,8 +60,9 @@ class Discarded:
         pass) the share of discarded predictions with the final token in their top k; None for empty bins."""
         counts = np.zeros(NUM_SHARES, dtype=np.int64)
         hits = np.zeros((len(self.ks), NUM_SHARES), dtype=np.int64)
-        for sequences, owner, positions, shares, top in self._steps:
-            final = np.array([sequences[o].canvas[p] for o, p in zip(owner.tolist(), positions.tolist(), strict=True)])
+        for blocks, owner, positions, shares, top in self._steps:
+            pairs = zip(owner.tolist(), positions.tolist(), strict=True)
+            final = np.array([blocks[o].sequence.canvas[p] for o, p in pairs])
             bins = progress_bins(shares)
             counts += np.bincount(bins, minlength=NUM_SHARES)
             equal = top == final[:, None]
@@ -79,7 +80,7 @@ class Agreement:
         self.target = target
         self.reference = LocalReference(reference) if reference is not None else None
         self.max_batch = max(1, _LOGITS_BYTES // (4 * target.vocab_size * target.info.block_length))
-        self._last: dict[int, tuple[NDArray[np.int64], Tensor]] = {}  # id of the request -> masked positions, log p
+        self._last: dict[int, tuple[NDArray[np.int64], Tensor]] = {}  # id of the block -> masked positions, log p
         self._pairs: list[dict[str, NDArray[Any]]] = []
         self._stale: list[dict[str, NDArray[Any]]] = []
 
@@ -87,22 +88,22 @@ class Agreement:
         logp = torch.log_softmax(self.target.head(step.hidden).float(), -1)
         shares, discarded = step.masked_share, ~step.committed
         last: dict[int, tuple[NDArray[np.int64], Tensor]] = {}
-        for s, part in zip(step.masked.sequences, step.masked.slices(), strict=True):
+        for block, part in zip(step.masked.blocks, step.masked.slices(), strict=True):
             positions = step.masked.positions[part]
-            self._compare_with_last(s, positions, logp[part], shares[part])
+            self._compare_with_last(block, positions, logp[part], shares[part])
             kept = np.flatnonzero(discarded[part])
-            last[id(s)] = (positions[kept], logp[part][torch.from_numpy(kept).to(logp.device)])
+            last[id(block)] = (positions[kept], logp[part][torch.from_numpy(kept).to(logp.device)])
         self._last = last
         if self.reference is not None and discarded.any():
             signals = self.reference.signals(step.reference_requests(discarded))
             logits = torch.cat([s.logits for s in signals if isinstance(s, DenseSignals)]).to(logp.device)
             own = logp[torch.from_numpy(discarded).to(logp.device)]
-            self._compare(logits, own, shares[discarded], step.masked.sequences[0])
+            self._compare(logits, own, shares[discarded], step.masked.blocks[0])
 
     def _compare_with_last(
-        self, s: Sequence, positions: NDArray[np.int64], logp: Tensor, shares: NDArray[np.float64]
+        self, block: LiveBlock, positions: NDArray[np.int64], logp: Tensor, shares: NDArray[np.float64]
     ) -> None:
-        before, stale = self._last.get(id(s), (None, None))
+        before, stale = self._last.get(id(block), (None, None))
         if before is None or stale is None:
             return
         _, index, index_before = np.intersect1d(positions, before, assume_unique=True, return_indices=True)
@@ -111,9 +112,9 @@ class Agreement:
             stale = stale[torch.from_numpy(index_before).to(logp.device)]
             self._stale.append({"shares": shares[index], **_divergences(fresh, stale, "fresh", "stale")})
 
-    def _compare(self, reference: Tensor, own: Tensor, shares: NDArray[np.float64], s: Sequence) -> None:
-        rule, scale = position_rule(s.settings), s.settings.alpha_scale
-        t_res = s.settings.residual_temperature
+    def _compare(self, reference: Tensor, own: Tensor, shares: NDArray[np.float64], block: LiveBlock) -> None:
+        rule, scale = position_rule(block.settings), block.settings.alpha_scale
+        t_res = block.settings.residual_temperature
 
         def alpha(logits: Tensor, temperature: float) -> NDArray[Any]:
             signals = DenseSignals(logits, temperature)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rcd_core.decoding.generation import Step
-from rcd_core.decoding.sequence import PassRow, Positions, Sequence
+from rcd_core.decoding.sequence import Chunk, LiveBlock, PassKind, Positions, Sequence
 
 
 @dataclass(eq=False)
@@ -20,33 +20,33 @@ class CompatSequence(Sequence):
     def shares_prefix(self) -> bool:
         return False
 
-    def next_pass(self, prefill_chunk: int) -> PassRow:
+    def next_pass(self, prefill_chunk: int) -> tuple[PassKind, list[Chunk]]:
         start, end = self.block
-        if self.settings.cache == "block" and self.block_done:
-            return self._row("store", start, end, end)
+        if self.settings.cache == "block" and self.live[0].done:
+            return "store", [self._chunk(start, end)]
         if self.settings.cache == "block" and self.stored < start:
-            return self._row("prefill" if self.block_index == 0 else "store", self.stored, start, start)
+            return "prefill" if self.block_index == 0 else "store", [self._chunk(self.stored, start)]
         return super().next_pass(prefill_chunk)
 
-    def pass_done(self, row: PassRow) -> None:
-        super().pass_done(row)
-        if row.kind == "store" and self.block_done:
-            self.advance()
+    def pass_done(self, kind: PassKind, end: int) -> None:
+        super().pass_done(kind, end)
+        if kind == "store" and self.live[0].done:
+            self.advance(self.live[0])
 
     def apply_commits(
-        self, positions: Positions, tokens: Positions, still_masked: Positions, step: Step | None
+        self, block: LiveBlock, positions: Positions, tokens: Positions, still_masked: Positions, step: Step | None
     ) -> None:
         if self.empty_pass_due:
             self.empty_pass_due = False
-            self.advance()
+            self.advance(block)
         else:
-            super().apply_commits(positions, tokens, still_masked, step)
+            super().apply_commits(block, positions, tokens, still_masked, step)
 
-    def _block_finished(self) -> None:
-        if self.settings.cache in ("prefix", "dual") and self.step == 1:
+    def _block_finished(self, block: LiveBlock) -> None:
+        if self.settings.cache in ("prefix", "dual") and block.step == 1:
             self.empty_pass_due = True
         elif self.settings.cache != "block":  # otherwise its store pass comes next
-            self.advance()
+            self.advance(block)
 
-    def _holds_stop_token(self) -> bool:
-        return not self.model.blocks_from_prompt_end and super()._holds_stop_token()
+    def _holds_stop_token(self, block: LiveBlock) -> bool:
+        return not self.model.blocks_from_prompt_end and super()._holds_stop_token(block)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 MAX_GRAPHS = 64  # then the least recently used is dropped
 
-DevicePass = Callable[[Tensor], Tensor]
+DevicePass = Callable[[Tensor], Any]
 
 
 class GraphCache:
@@ -26,7 +26,7 @@ class GraphCache:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._graphs: OrderedDict[Hashable, tuple[Any, Tensor, Tensor]] = OrderedDict()
+        self._graphs: OrderedDict[Hashable, tuple[Any, Tensor, Any]] = OrderedDict()
         self._pool: Any = None
 
     def clear(self) -> None:
@@ -35,7 +35,7 @@ class GraphCache:
 
     def __call__(
         self, key: Hashable, inputs: NDArray[np.int64], warmup_inputs: NDArray[np.int64], run: DevicePass
-    ) -> Tensor:
+    ) -> Any:
         """run(inputs on the device). warmup_inputs: the same pass writing no residual, for warm-up and capture.
         The next call with this key overwrites the result."""
         if self.device.type != "cuda":
@@ -50,7 +50,7 @@ class GraphCache:
         graph.replay()
         return result
 
-    def _capture(self, warmup_inputs: NDArray[np.int64], run: DevicePass) -> tuple[Any, Tensor, Tensor]:
+    def _capture(self, warmup_inputs: NDArray[np.int64], run: DevicePass) -> tuple[Any, Tensor, Any]:
         buffer = torch.from_numpy(warmup_inputs).to(self.device)
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.device))

@@ -19,23 +19,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rcd_core.decoding.cache import Slots
+from rcd_core.attention.paged_backends import paged_backend
 from rcd_core.decoding.generation import Step
 from rcd_core.decoding.logprobs import keep_logprobs
-from rcd_core.decoding.model_runner import ModelRunner, group_rows
+from rcd_core.decoding.model_runner import Forward, ModelRunner, RequestPass, group_requests
 from rcd_core.decoding.not_finite import describe_not_finite
 from rcd_core.decoding.observer import Observed, Observer
+from rcd_core.decoding.pages import PagedCache, page_size_of
 from rcd_core.decoding.policies import Bools
 from rcd_core.decoding.reference import AsyncReference, Reference, WarmStart
-from rcd_core.decoding.residual_state import dirichlet_signals
+from rcd_core.decoding.residual_state import ResidualState, dirichlet_signals
 from rcd_core.decoding.sampler import choose_commits
-from rcd_core.decoding.sequence import MaskedPositions, PassRow, Positions, Sequence
+from rcd_core.decoding.sequence import LiveBlock, MaskedPositions, Positions, Sequence
 from rcd_core.decoding.statistics import Statistics
+from rcd_core.decoding.tables import Tables
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
 from rcd_core.signals import Signals
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating]
 
 
 class QueueFull(RuntimeError):
@@ -45,12 +47,16 @@ class QueueFull(RuntimeError):
 class Engine:
     """Advances a changing set of requests, one pass per step.
 
-    max_batch: maximum number of requests in progress, each with a cache slot of max_length positions
-    (cache.bytes_per_position gives the memory). max_queue: maximum number of waiting requests. prefill_chunk: maximum
-    number of prompt tokens in one pass, so that a long prompt does not hold up the others. reuse_prefixes: SDAR
-    requests take the first blocks of their prompt from the cache if it has them; this changes the number of prefill
-    passes, not the text. fixed_shapes: passes over cached blocks are padded to a small set of shapes and captured as
-    CUDA graphs (None: on GPUs only). observer: called after every denoising step; disables fixed shapes.
+    max_batch: maximum number of requests in progress. max_length: positions of the longest. max_queue: maximum number
+    of waiting requests. prefill_chunk: maximum number of prompt tokens of a request in one pass, so that a long prompt
+    does not hold up the others. reuse_prefixes: SDAR requests take the first blocks of their prompt from the cache if
+    it has them; this changes the number of prefill passes, not the text.
+    num_pages: pages of the cache (pages.py). A request takes pages as it grows; if none is left, the youngest request
+    gives up its own and decodes its block again later. None: as many as max_batch requests of max_length need, and each
+    request has neighbouring pages.
+    attention: backend of decoding (attention/paged_backends.py). fixed_shapes: passes over blocks are padded to a small
+    set of shapes and captured as CUDA graphs (None: on GPUs, where the attention backend can be captured).
+    observer: called after every denoising step.
     """
 
     def __init__(
@@ -63,6 +69,8 @@ class Engine:
         max_queue: int | None = None,
         prefill_chunk: int = 2048,
         reuse_prefixes: bool = False,
+        num_pages: int | None = None,
+        attention: str = "auto",
         fixed_shapes: bool | None = None,
         observer: Observer | None = None,
     ) -> None:
@@ -72,32 +80,39 @@ class Engine:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.statistics = Statistics()
-        fixed = model.device.type == "cuda" if fixed_shapes is None else fixed_shapes
-        self._runner = ModelRunner(model, max_batch, max_length, fixed, self.statistics)
-        self._state = self._runner.state
-        self._slots = Slots(max_batch)
+        page_size = page_size_of(model.device)
+        backend = paged_backend(attention, model.config, model.dtype, model.device, page_size)
+        if backend.needs_lanes and num_pages is not None:
+            raise UserError(
+                f"num_pages is set but attention {backend.name!r} reads neighbouring pages only; leave it out"
+            )
+        self.tables = Tables(max_batch, max_length, page_size, num_pages)
+        cache = PagedCache(model, self.tables.num_pages, page_size)
+        forward = Forward(model, cache, self.tables, max_length, backend, ResidualState(model, max_batch))
+        on_gpu = model.device.type == "cuda" and backend.on_device
+        self._runner = ModelRunner(forward, on_gpu if fixed_shapes is None else fixed_shapes, self.statistics)
+        self._state = forward.state
         self._failure: str | None = None  # of this step; one diagnosis serves all requests that fail in it
-        self._pending: dict[Sequence, tuple[WarmStart, Future[Signals | None]]] = {}  # wait for a remote reference
+        self._pending: dict[LiveBlock, tuple[WarmStart, Future[Signals | None]]] = {}  # wait for a remote reference
 
     def add(self, sequence: Sequence) -> None:
         """Queue a request; it runs from the next step on. Raises QueueFull, and UserError if it is too long."""
-        if len(sequence.canvas) > self.max_length:
+        positions = min(self.max_length, self.tables.num_pages * self.tables.page_size)
+        if len(sequence.canvas) > positions:
             raise UserError(
-                f"the request needs {len(sequence.canvas)} positions, the engine's slots have {self.max_length}; lower "
+                f"the request needs {len(sequence.canvas)} positions, the engine has {positions} for a request; lower "
                 "max_new_tokens, shorten the prompt, or raise the engine's max_length"
             )
-        if self.max_queue is not None and len(self.waiting) >= self.max_queue + len(self._slots.free):
+        if self.max_queue is not None and len(self.waiting) >= self.max_queue + self.tables.num_free_slots:
             raise QueueFull(f"{len(self.waiting)} requests are waiting already; try again later")
         self.waiting.append(sequence)
 
     def cancel(self, sequence: Sequence) -> None:
-        """Drop a request, waiting or running. Call it between steps; its slot is free for the next one."""
+        """Drop a request, waiting or running. Call it between steps; its pages are free for the next one."""
         if sequence in self.waiting:
             self.waiting.remove(sequence)
         elif sequence in self.running:
-            self.running.remove(sequence)
-            self._pending.pop(sequence, None)
-            self._slots.release(sequence.slot)
+            self._stop(sequence)
 
     @property
     def busy(self) -> bool:
@@ -109,155 +124,187 @@ class Engine:
 
         A request whose predictions are not finite fails: it is finished and has an `error`. The others go on.
         """
-        while self.waiting and self._slots.free:
-            self._admit(self.waiting.popleft())
+        self._admit()
         self._start_blocks()
-        sequences = [s for s in self.running if s not in self._pending and not s.finished]
-        rows = [s.next_pass(self.prefill_chunk) for s in sequences]
-        batches = group_rows(rows, self._runner.forward.spare_tokens)
-        masked = MaskedPositions.of([sequences[i] for b in batches for i in b if rows[i].kind == "denoise"])
+        passes = group_requests(self._choose_rows(), self._runner.fixed_shapes)
+        requests = [request for group in passes for request in group]
+        masked = MaskedPositions.of([b for r in requests if r.kind == "denoise" for b in r.sequence.live])
         observed = self.observer is not None
         alpha = self._state.input_alpha(masked, observed)
-        needs_hidden = observed or any(s.num_logprobs is not None for s in masked.sequences)
-        predictions, hidden = self._runner.run(sequences, rows, batches, masked, needs_hidden)
-        for sequence, row in zip(sequences, rows, strict=True):
-            self._pass_done(sequence, row)
-        if masked.sequences:
+        needs_hidden = observed or any(b.sequence.num_logprobs is not None for b in masked.blocks)
+        predictions, hidden = self._runner.run(passes, masked, needs_hidden)
+        for request in requests:
+            self._pass_done(request)
+        if masked.blocks:
             self._commit(masked, predictions, alpha, hidden)
-            self._state.apply_block_rules(masked.sequences)
+            self._state.apply_block_rules(masked.blocks)
         return self._retire()
 
-    def _admit(self, s: Sequence) -> None:
-        num_shared = s.block[0] if self.reuse_prefixes and s.shares_prefix else 0
-        s.slot, source, reused = self._slots.take(s.canvas, s.settings.block_length, num_shared)
-        if reused and source != s.slot:
-            self._runner.forward.cache.copy(source, s.slot, reused)
-        s.stored = reused
-        if s.settings.residual and self._state.reserve(max(s.settings.block_length, s.widest_scope)):
-            self._runner.graphs.clear()
-        self.statistics.reused_tokens += reused
-        chunks = [-(-n // max(1, self.prefill_chunk)) for n in (s.block[0], s.block[0] - reused)]
-        self.statistics.reused_prefills += chunks[0] - chunks[1]
-        self.running.append(s)
+    # -- requests and their pages
+    def _admit(self) -> None:
+        while self.waiting and self.tables.num_free_slots:
+            s = self.waiting[0]
+            limit = s.block[0] if self.reuse_prefixes and s.shares_prefix else 0
+            taken = self.tables.open(s, limit, self._runner.forward.cache)
+            if taken is None:
+                return
+            self.waiting.popleft()
+            self.running.append(s)
+            s.stored = taken
+            if s.settings.residual and self._state.reserve(max(s.settings.block_length, s.widest_scope), self.running):
+                self._runner.graphs.clear()
+            self.statistics.reused_tokens += taken
+            chunks = [-(-n // max(1, self.prefill_chunk)) for n in (s.block[0], s.block[0] - taken)]
+            self.statistics.reused_prefills += chunks[0] - chunks[1]
+
+    def _choose_rows(self) -> list[RequestPass]:
+        """The chunks of every request that can run, with pages for all of their tokens."""
+        chosen: list[RequestPass] = []
+        waits = {block.sequence for block in self._pending}
+        for s in list(self.running):
+            if s in waits or s.finished or s not in self.running:
+                continue
+            kind, chunks = s.next_pass(self.prefill_chunk)
+            while not self.tables.grow(s, max(chunk.num_keys for chunk in chunks)):
+                victim = next(v for v in reversed(self.running) if not v.finished)
+                self._preempt(victim)
+                chosen = [r for r in chosen if r.sequence is not victim]
+                if victim is s:
+                    break
+            else:
+                chosen.append(RequestPass(s, kind, chunks, s.num_masked if kind == "denoise" else 0))
+        return chosen
+
+    def _preempt(self, s: Sequence) -> None:
+        """Take a request's pages. It waits at the head of the queue, and starts its block again: with the same result,
+        because everything before the block is final and everything in it is keyed by position and pass."""
+        self._stop(s)
+        s.restart()
+        self.waiting.appendleft(s)
+        self.statistics.preempted += 1
+
+    def _stop(self, s: Sequence) -> None:
+        self.running.remove(s)
+        for block in s.live:
+            self._pending.pop(block, None)
+        self.tables.close(s)
 
     # -- the first residual of a block
     def _start_blocks(self) -> None:
         """Supply the first residual if the next pass denoises a new block, or each residual if the reference gives
-        them all. A start from "self" takes a pass of its own (Sequence.is_start_pass)."""
-        to_ask: list[Sequence] = []
+        them all. A start from "self" takes a pass of its own (LiveBlock.is_start_pass)."""
+        to_ask: list[LiveBlock] = []
         for s in self.running:
-            if s in self._pending or not s.settings.residual or s.block_done:
+            if not s.settings.residual or s.next_pass(self.prefill_chunk)[0] != "denoise":
                 continue
-            if s.next_pass(self.prefill_chunk).kind != "denoise":
-                continue
-            every_pass = s.settings.residual_source == "reference"
-            if every_pass or (not s.started and s.settings.start == "reference"):
-                to_ask.append(s)
-            elif not s.started and s.settings.start == "dirichlet":
-                self._state.start_block(s, s.masked_positions, dirichlet_signals(s))
-            s.started |= every_pass or s.settings.start != "self"
+            for block in s.live:
+                if block in self._pending or block.done:
+                    continue
+                every_pass = s.settings.residual_source == "reference"
+                if every_pass or (not block.started and s.settings.start == "reference"):
+                    to_ask.append(block)
+                elif not block.started and s.settings.start == "dirichlet":
+                    self._state.start_block(block, block.masked_positions, dirichlet_signals(block))
+                block.started |= every_pass or s.settings.start != "self"
         if to_ask and self.reference is not None:
             self._ask_reference(self.reference, to_ask)
         self._collect_answers()
 
-    def _ask_reference(self, reference: Reference | AsyncReference, sequences: list[Sequence]) -> None:
+    def _ask_reference(self, reference: Reference | AsyncReference, blocks: list[LiveBlock]) -> None:
         requests = [
-            WarmStart.of(s, s.masked_positions, s.settings.residual_top_k, s.slot, **s.settings.temperatures)
-            for s in sequences
+            WarmStart.of(b, b.masked_positions, b.settings.residual_top_k, b.sequence.slot, **b.settings.temperatures)
+            for b in blocks
         ]
         if isinstance(reference, AsyncReference):
-            self._pending.update(zip(sequences, zip(requests, reference.submit(requests), strict=True), strict=True))
+            self._pending.update(zip(blocks, zip(requests, reference.submit(requests), strict=True), strict=True))
             return
         begun = time.perf_counter()
         try:
             answers = list(reference.signals(requests))
-        except UserError as error:  # its predictions are not finite: ask for each request alone
-            if len(sequences) == 1:
-                sequences[0].fail(f"the reference failed: {error}")
+        except UserError as error:  # its predictions are not finite: ask for each block alone
+            if len(blocks) == 1:
+                blocks[0].sequence.fail(f"the reference failed: {error}")
                 return
-            for s in sequences:
-                self._ask_reference(reference, [s])
+            for block in blocks:
+                self._ask_reference(reference, [block])
             return
-        for s, request, signals in zip(sequences, requests, answers, strict=True):
-            self._warm_start(s, request, signals)
+        for block, request, signals in zip(blocks, requests, answers, strict=True):
+            self._warm_start(block, request, signals)
         self.statistics.add("reference", len(requests), time.perf_counter() - begun)
 
     def _collect_answers(self) -> None:
-        if self._pending and len(self._pending) == len(self.running):  # no request has anything else to do
+        if self._pending and len({b.sequence for b in self._pending}) == len(self.running):  # nothing else to do
             wait([future for _, future in self._pending.values()], return_when=FIRST_COMPLETED)
-        for s in [s for s, (_, future) in self._pending.items() if future.done()]:
-            request, future = self._pending.pop(s)
-            self._warm_start(s, request, future.result())
+        for block in [b for b, (_, future) in self._pending.items() if future.done()]:
+            request, future = self._pending.pop(block)
+            self._warm_start(block, request, future.result())
 
-    def _warm_start(self, s: Sequence, request: WarmStart, signals: Signals | None) -> None:
+    def _warm_start(self, block: LiveBlock, request: WarmStart, signals: Signals | None) -> None:
         if signals is None:
-            s.reference_failures += 1
+            block.sequence.reference_failures += 1
         else:
-            s.forwards.reference += 1
-            self._state.start_block(s, np.asarray(request.positions), signals)
+            block.sequence.forwards.reference += 1
+            self._state.start_block(block, np.asarray(request.positions), signals)
 
     # -- after the passes
-    def _pass_done(self, s: Sequence, row: PassRow) -> None:
-        exact = row.slot is not None and s.settings.cache == "block"
-        if exact and row.kind == "denoise" and row.start < s.block[0]:
+    def _pass_done(self, request: RequestPass) -> None:
+        s = request.sequence
+        if s.settings.cache == "block" and request.kind == "denoise" and s.stored < s.block[0]:
             self.statistics.merged_stores += s.block_index > 0
-        s.pass_done(row)
-        if exact:
-            self._slots.prefixes[s.slot].stored = s.stored
+        s.pass_done(request.kind, request.chunks[-1].end)
+        if self.reuse_prefixes and s.shares_prefix:
+            self.tables.register(s)
 
-    def _commit(
-        self,
-        masked: MaskedPositions,
-        predictions: Floats,
-        alpha: Floats,
-        hidden: Tensor | None,
-    ) -> None:
-        """Write the tokens that each request's policy commits. predictions: (3, N) tokens, confidence, entropy."""
+    def _commit(self, masked: MaskedPositions, predictions: Floats, alpha: Floats, hidden: Tensor | None) -> None:
+        """Write the tokens that each request's policy commits. predictions: (NUM_RESULTS, N), see sampler.py."""
         tokens, confidence, entropy = predictions[0].astype(np.int64), predictions[1], predictions[2]
         commit = choose_commits(self.model, masked, confidence, entropy)
         if self.observer is not None and hidden is not None:
-            has_residual = masked.per_request(lambda s: s.has_residual) > 0
-            commits = masked.per_request(lambda s: not s.is_start_pass) > 0
+            has_residual = masked.per_block(lambda b: b.has_residual) > 0
+            commits = masked.per_block(lambda b: not b.is_start_pass) > 0
             self.observer(Observed(masked, hidden, alpha, has_residual, commit & commits))
         if hidden is not None:
             keep_logprobs(masked, commit, tokens, hidden)
         committed, new_tokens, still_masked = masked.positions[commit], tokens[commit], masked.positions[~commit]
         num_committed = np.concatenate([[0], commit.cumsum()])
-        for s, part in zip(masked.sequences, masked.slices(), strict=True):
+        finite = np.isfinite(confidence)
+        all_finite = bool(finite.all())
+        for block, part in zip(masked.blocks, masked.slices(), strict=True):
+            s = block.sequence
             first, last = int(num_committed[part.start]), int(num_committed[part.stop])
-            stuck = first == last and not (s.is_start_pass or s.block_done)
-            if stuck or not np.isfinite(confidence[part]).all():
-                s.fail(self._failure or describe_not_finite(s))
+            stuck = first == last and not (block.is_start_pass or block.done)
+            if stuck or not (all_finite or finite[part].all()):
+                s.fail(self._failure or describe_not_finite(block))
                 self._failure = s.error
                 continue
             step = None
             if s.settings.trace:
-                step = _trace(s, tokens[part], confidence[part], entropy[part], commit[part], alpha[part])
+                step = _trace(block, tokens[part], confidence[part], entropy[part], commit[part], alpha[part])
             remaining = still_masked[part.start - first : part.stop - last]
-            s.apply_commits(committed[first:last], new_tokens[first:last], remaining, step)
+            s.apply_commits(block, committed[first:last], new_tokens[first:last], remaining, step)
 
     def _retire(self) -> list[Sequence]:
         finished = [s for s in self.running if s.finished]
-        self.running = [s for s in self.running if not s.finished]
         for s in finished:
-            self._slots.release(s.slot)
+            if s.error is not None:  # its keys and values may be NaN
+                self._runner.forward.cache.clear(self.tables.forget(s))
+            self._stop(s)
             if s.error is None:
                 self.statistics.finished(s.output())
-            else:  # its keys and values may be NaN
-                self._slots.prefixes[s.slot].stored = 0
-                self._runner.forward.cache.clear(s.slot)
         self._failure = None
         return finished
 
 
-def _trace(s: Sequence, tokens: Positions, confidence: Floats, entropy: Floats, commit: Bools, alpha: Floats) -> Step:
-    """The step's trace, of the block's positions only. All arrays are (n,), aligned with s.masked_positions."""
-    inside = s.masked_positions < s.block[1]
+def _trace(
+    block: LiveBlock, tokens: Positions, confidence: Floats, entropy: Floats, commit: Bools, alpha: Floats
+) -> Step:
+    """The step's trace, of the block's positions only. All arrays are (n,), aligned with block.masked_positions."""
+    inside = block.masked_positions < block.end
     return Step(
-        masked=s.masked_positions[inside].tolist(),
+        masked=block.masked_positions[inside].tolist(),
         argmax=tokens[inside].tolist(),
         confidence=confidence[inside].tolist(),
         entropy=entropy[inside].tolist(),
-        committed=s.masked_positions[commit].tolist(),
+        committed=block.masked_positions[commit].tolist(),
         alpha=alpha[inside].tolist(),
     )

@@ -15,21 +15,28 @@ from torch import Tensor
 
 from rcd_core.decoding.generation import TokenLogprobs
 from rcd_core.decoding.sampler import TILE_BYTES
-from rcd_core.decoding.sequence import MaskedPositions, Positions
+from rcd_core.decoding.sequence import LiveBlock, MaskedPositions, Positions
 
 
 def keep_logprobs(masked: MaskedPositions, commit: NDArray[np.bool_], tokens: Positions, hidden: Tensor) -> None:
     """Store the logprobs of the predictions that are committed. commit, tokens: (N,); hidden: (N, D). Computes nothing
     for requests that do not ask."""
-    num_top = masked.per_request(lambda s: -1 if s.num_logprobs is None or s.is_start_pass else s.num_logprobs)
+    num_top = masked.per_block(_num_top)
     rows = np.flatnonzero(commit & (num_top >= 0))
     if not len(rows):
         return
-    model, device = masked.sequences[0].model, hidden.device
+    model, device = masked.blocks[0].sequence.model, hidden.device
     for part in np.array_split(rows, -(-len(rows) * 4 * model.vocab_size // TILE_BYTES)):
         logprobs = torch.log_softmax(model.head(hidden[torch.from_numpy(part).to(device)]).float(), -1)
         own = logprobs.gather(1, torch.from_numpy(tokens[part])[:, None].to(device)).flatten().tolist()
         top = logprobs.topk(int(num_top[part].max()))
         for row, logprob, ids, values in zip(part, own, top.indices.tolist(), top.values.tolist(), strict=True):
             pairs = list(zip(ids, values, strict=True))[: int(num_top[row])]
-            masked.sequences[masked.owner[row]].logprobs[int(masked.positions[row])] = TokenLogprobs(logprob, pairs)
+            request = masked.blocks[masked.owner[row]].sequence
+            request.logprobs[int(masked.positions[row])] = TokenLogprobs(logprob, pairs)
+
+
+def _num_top(block: LiveBlock) -> int:
+    """-1: no logprobs."""
+    wanted = block.sequence.num_logprobs
+    return -1 if wanted is None or block.is_start_pass else wanted

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from rcd_core.decoding.cache import bytes_per_position
 from rcd_core.decoding.model_runner import MAX_PASS_TOKENS
+from rcd_core.decoding.pages import bytes_per_position, page_size_of
 from rcd_core.decoding.sampler import TILE_BYTES
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
@@ -37,7 +37,8 @@ def engine_memory(model: DiffusionModel, max_batch: int, max_length: int, block_
     """Memory of an engine with max_batch slots of max_length positions, for blocks of up to block_length tokens."""
     c, item = model.config, model.dtype.itemsize
     heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
-    cache = max_batch * (max_length + 1) * bytes_per_position(model)
+    page = page_size_of(model.device)
+    cache = (max_batch * -(-max_length // page) + 1) * page * bytes_per_position(model)
     state = (max_batch * block_length + 2) * (c.hidden_size * item + 4)
     tokens = max(min(MAX_PASS_TOKENS, max_batch * max_length), max_length)
     # One layer's activations with norms in fp32, the mask of a pass, the gathered keys and values of one layer if the

@@ -8,16 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rcd_core.decoding.model_runner import BatchedForward
-from rcd_core.decoding.sequence import Sequence
+from rcd_core.attention.layouts import block_causal
+from rcd_core.decoding.sequence import LiveBlock
 from rcd_core.families.base import DiffusionModel
 
 
-def describe_not_finite(s: Sequence) -> str:
+def describe_not_finite(block: LiveBlock) -> str:
     """Runs the request's canvas once more, without cache and residual, and names the first layer that is not finite.
     Nothing of the engine changes. Call it before the canvas changes."""
-    model = s.model
-    row = s._row("denoise", 0, s.visible_end, s.visible_end, cached=False)._replace(residual=None)
+    s, model, end = block.sequence, block.sequence.model, block.visible_end
     found: list[str] = []
     body = model.backbone.model
     named = [("the embedding", body.embed_tokens)]
@@ -25,12 +24,17 @@ def describe_not_finite(s: Sequence) -> str:
     named += [("the last norm", body.norm)]
     hooks = [module.register_forward_hook(partial(_note, found, name)) for name, module in named]
     try:
-        hidden = BatchedForward(model, 1, s.visible_end).hidden([row])
+        ids = torch.from_numpy(s.canvas[None, :end]).to(model.device)
+        positions = torch.arange(end, device=model.device)[None]
+        lengths = torch.tensor([end], device=model.device)
+        length = torch.tensor([s.settings.block_length], device=model.device) if s.block_causal else None
+        layout = block_causal(positions, lengths, end, length)
+        hidden = model.hidden(model.embedding(ids), positions, layout)[0]
     finally:
         for hook in hooks:
             hook.remove()
-    masked = torch.from_numpy(s.masked_positions[s.masked_positions < s.visible_end]).to(model.device)
-    if not found and not _finite(model.head(hidden[0, masked])):
+    masked = torch.from_numpy(block.masked_positions[block.masked_positions < end]).to(model.device)
+    if not found and not _finite(model.head(hidden[masked])):
         found.append("the head" + _weights(model.lm_head_weight))
     place = found[0] if found else "its residual inputs"
     return (

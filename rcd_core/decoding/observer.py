@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rcd_core.decoding.reference import WarmStart
-from rcd_core.decoding.sequence import MaskedPositions, Sequence
+from rcd_core.decoding.sequence import LiveBlock, MaskedPositions
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class Observed:
     def masked_share(self) -> NDArray[np.float64]:
         """(N,) masking ratio around each position: of its block (SDAR) or of the whole canvas (LLaDA), relative to the
         tokens to be denoised. 1 - masked_share is the progress of denoising; in training it is the masking ratio."""
-        return self.masked.per_request(_masked_share)
+        return self.masked.per_block(_masked_share)
 
     def reference_requests(self, where: NDArray[np.bool_], **options: Any) -> list[WarmStart]:
         """Requests to a reference to predict the positions `where` (N,) from the pass's input without its residuals:
-        one for each request that has such positions, in order. options: top_k and temperatures of WarmStart."""
-        parts = zip(self.masked.sequences, self.masked.slices(), strict=True)
-        pairs = [(s, self.masked.positions[part][where[part]]) for s, part in parts]
-        return [WarmStart.of(s, positions, **options) for s, positions in pairs if len(positions)]
+        one for each block that has such positions, in order. options: top_k and temperatures of WarmStart."""
+        parts = zip(self.masked.blocks, self.masked.slices(), strict=True)
+        pairs = [(block, self.masked.positions[part][where[part]]) for block, part in parts]
+        return [WarmStart.of(block, positions, **options) for block, positions in pairs if len(positions)]
 
 
 class Observer(Protocol):
@@ -55,7 +55,8 @@ class Observer(Protocol):
     def __call__(self, step: Observed, /) -> None: ...
 
 
-def _masked_share(s: Sequence) -> float:
-    start, end = (0, len(s.canvas)) if s.model.blocks_from_prompt_end else s.block
+def _masked_share(b: LiveBlock) -> float:
+    s = b.sequence
+    start, end = (b.start, b.end) if s.block_causal else (0, len(s.canvas))
     masked = int((s.canvas[start:end] == s.model.mask_token_id).sum())
     return masked / max(1, int(s.initially_masked[start:end].sum()))

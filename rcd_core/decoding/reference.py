@@ -13,9 +13,11 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from rcd_core.decoding.cache import Slots
-from rcd_core.decoding.model_runner import BatchedForward, group_rows
-from rcd_core.decoding.sequence import PassRow, Positions, Sequence
+from rcd_core.attention.paged_backends import paged_backend
+from rcd_core.decoding.model_runner import MAX_PASS_TOKENS, Forward
+from rcd_core.decoding.pages import Ids, PagedCache, page_size_of
+from rcd_core.decoding.sequence import Chunk, LiveBlock, Positions
+from rcd_core.decoding.tables import Tables
 from rcd_core.families.base import DiffusionModel
 from rcd_core.precision import at_least_fp32
 from rcd_core.signals import DenseSignals, ReferenceSignals, Signals
@@ -37,13 +39,13 @@ class WarmStart:
 
     @classmethod
     def of(
-        cls, s: Sequence, positions: Positions, top_k: int | None = None, session: int = 0, **temperatures: float
+        cls, block: LiveBlock, positions: Positions, top_k: int | None = None, session: int = 0, **temperatures: float
     ) -> WarmStart:
         """positions (N,), predicted from the canvas as it is now."""
         return cls(
-            canvas_ids=tuple(s.canvas[: s.visible_end].tolist()),
+            canvas_ids=tuple(block.sequence.canvas[: block.visible_end].tolist()),
             positions=tuple(positions.tolist()),
-            block_length=s.settings.block_length,
+            block_length=block.settings.block_length,
             top_k=top_k,
             session=session,
             **temperatures,
@@ -69,51 +71,99 @@ class AsyncReference(Protocol):
     def submit(self, requests: Many[WarmStart]) -> Many[Future[Signals | None]]: ...
 
 
+@dataclass
+class Context:
+    """The pages of a slot hold the exact keys and values of ids[:stored]. block_length: another one is another
+    attention."""
+
+    block_length: int
+    ids: Ids
+    stored: int = 0
+
+
 class LocalReference:
     """A reference model in this process. SDAR's contexts stay in the cache from block to block and are found by their
     tokens. cache_slots: contexts that are kept, then the least recently used is dropped. max_length: positions of a
-    slot; a longer canvas enlarges them, which empties the cache."""
+    context; a longer canvas enlarges them, which empties the cache. attention: as of an Engine."""
 
-    def __init__(self, model: DiffusionModel, cache_slots: int = 64, max_length: int = 0) -> None:
+    def __init__(
+        self, model: DiffusionModel, cache_slots: int = 64, max_length: int = 0, attention: str = "auto"
+    ) -> None:
         self.model = model
-        self.cache_slots = cache_slots
+        self.cache_slots, self.max_length = cache_slots, max_length
         self.reused_tokens = 0  # context tokens that were in the cache
-        self._forward = BatchedForward(model, cache_slots, max_length)
-        self._slots = Slots(cache_slots)
+        self._page_size = page_size_of(model.device)
+        self._backend = paged_backend(attention, model.config, model.dtype, model.device, self._page_size)
+        self._forward: Forward | None = None
+        self._free: list[int] = []  # in order of release
+        self._contexts: dict[int, Context] = {}
 
     @torch.inference_mode()
     def signals(self, requests: Many[WarmStart]) -> list[Signals]:
         """One Signals per request, rows in the order of its positions."""
-        if requests and self._forward.reserve(max(len(r.canvas_ids) for r in requests)):
-            self._slots = Slots(self.cache_slots)
+        forward = self._reserve(max((len(r.canvas_ids) for r in requests), default=0))
         signals: list[Signals] = []
         for start in range(0, len(requests), self.cache_slots):
-            signals += self._batch(requests[start : start + self.cache_slots])
+            signals += self._batch(forward, requests[start : start + self.cache_slots])
         return signals
 
-    def _batch(self, requests: Many[WarmStart]) -> list[Signals]:
-        rows = [self._row(r) for r in requests]
+    def _reserve(self, length: int) -> Forward:
+        if self._forward is None or length > self.max_length:
+            if length > self.max_length:
+                self.max_length = max(length, 2 * self.max_length)
+            tables = Tables(self.cache_slots, self.max_length, self._page_size)
+            tables.fill()
+            cache = PagedCache(self.model, tables.num_pages, self._page_size)
+            self._forward = Forward(self.model, cache, tables, self.max_length, self._backend)
+            self._free, self._contexts = list(range(self.cache_slots)), {}
+        return self._forward
+
+    def _batch(self, forward: Forward, requests: Many[WarmStart]) -> list[Signals]:
+        rows = sorted((*self._row(forward, request), i) for i, request in enumerate(requests))
         hidden: dict[int, torch.Tensor] = {}
-        for group in group_rows(rows, self._forward.spare_tokens):
-            states = self._forward.hidden([rows[i] for i in group])
-            for row, i in enumerate(group):
-                at = np.asarray(requests[i].positions) - rows[i].start
-                hidden[i] = states[row, torch.from_numpy(at).to(states.device)]
-        for request, pass_row in zip(requests, rows, strict=True):
-            if pass_row.slot is not None:
-                self._slots.prefixes[pass_row.slot].stored = request.context_length
-                self._slots.release(pass_row.slot)
+        while rows:
+            count = tokens = 0
+            while count < len(rows) and (not count or tokens + len(rows[count][1].token_ids) <= MAX_PASS_TOKENS):
+                tokens += len(rows[count][1].token_ids)
+                count += 1
+            group, rows = rows[:count], rows[count:]
+            states = forward.hidden(forward.pack([(slot, [chunk]) for slot, chunk, _ in group]))
+            at = 0
+            for slot, chunk, i in group:
+                index = np.asarray(requests[i].positions) - chunk.start + at
+                hidden[i] = states[torch.from_numpy(index).to(states.device)]
+                at += len(chunk.token_ids)
+                self._contexts[slot].stored = requests[i].context_length if chunk.block_length is not None else 0
+                self._free.append(slot)
         return self._reduce(requests, hidden)
 
-    def _row(self, request: WarmStart) -> PassRow:
-        canvas = np.asarray(request.canvas_ids, dtype=np.int64)
-        if self.model.attention_block(request.block_length) is None:
-            return PassRow(canvas, 0, len(canvas), request.block_length, None)
-        slot, source, reused = self._slots.take(canvas, request.block_length, request.context_length)
-        self.reused_tokens += reused
+    def _row(self, forward: Forward, request: WarmStart) -> tuple[int, Chunk]:
+        """The request's slot and what runs: all tokens behind the context that a slot holds already."""
+        canvas, b = np.asarray(request.canvas_ids, dtype=np.int64), request.block_length
+        causal = self.model.attention_block(b) is not None
+        source, reused = self._find(canvas, b, request.context_length if causal else 0)
+        slot = source if source in self._free else self._free[0]
+        self._free.remove(slot)
         if reused and source != slot:
-            self._forward.cache.copy(source, slot, reused)
-        return PassRow(canvas[reused:], reused, len(canvas), request.block_length, slot)
+            pages = -(-reused // self._page_size)
+            forward.cache.copy(*(forward.tables.array[i, :pages].tolist() for i in (source, slot)))
+        self._contexts[slot] = Context(b, canvas, reused)
+        self.reused_tokens += reused
+        return slot, Chunk(canvas[reused:], reused, len(canvas), b if causal else None)
+
+    def _find(self, ids: Ids, block_length: int, limit: int) -> tuple[int, int]:
+        """(slot, tokens): the slot with the longest common beginning, in whole blocks of ids[:limit]."""
+        best = (-1, 0)
+        for slot, context in self._contexts.items() if limit else ():
+            if context.block_length == block_length:
+                length = min(context.stored, limit)
+                different = np.flatnonzero(context.ids[:length] != ids[:length])
+                length = int(different[0]) if len(different) else length
+                length -= length % block_length
+                # A free slot wins a tie, because it needs no copy.
+                if length > best[1] or (length == best[1] > 0 and slot in self._free):
+                    best = (slot, length)
+        return best
 
     def _reduce(self, requests: Many[WarmStart], hidden: dict[int, torch.Tensor]) -> list[Signals]:
         """The head and the reduction, for requests with the same settings together."""

@@ -1,9 +1,10 @@
-"""The residual state of all requests: alpha and delta of the masked positions of each request's current block.
+"""The residual state of all requests: alpha and delta of the masked positions of each request's live blocks.
 
 The state is kept in place, by slot: a pass reads and writes rows of two tensors by index, whichever requests take part,
 so no tensors are made per request and shapes stay the same from pass to pass.
 
-Shapes: S slots, P positions per slot (from the block's start), N positions, R rows of a pass, Q queries, D width.
+Shapes: S slots, P positions per slot, N positions, T tokens of a pass, D width. Position p of slot s has row
+s P + p mod P, so live blocks must span no more than P positions.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from torch.nn import functional as F
 
 from rcd_core.alpha import block_alpha, position_rule, ramp_weight
 from rcd_core.decode_settings import BLOCK_RULES
-from rcd_core.decoding.sequence import MaskedPositions, Positions, Sequence
+from rcd_core.decoding.sequence import LiveBlock, MaskedPositions, Positions, Sequence
 from rcd_core.families.base import DiffusionModel
-from rcd_core.noise import hash_key, uniforms
+from rcd_core.ops.random import device_uniforms, position_keys
 from rcd_core.precision import reduction_dtype
 from rcd_core.signals import DenseSignals, ReferenceSignals, Signals, residual_state
 
@@ -47,26 +48,31 @@ class ResidualState:
     def discard_row(self) -> int:
         return self.zero_row + 1
 
-    def reserve(self, positions_per_slot: int) -> bool:
-        """Make room for this many positions of each slot, and keep the content. Returns whether the tensors moved."""
+    def reserve(self, positions_per_slot: int, live: Many[Sequence] = ()) -> bool:
+        """Make room for this many positions of each slot, and keep what the requests `live` have. Returns whether the
+        tensors moved."""
         before = self.positions_per_slot
         if positions_per_slot <= before:
             return False
         tensors = self._zeros(positions_per_slot)
-        for new, old in zip(tensors, (self.alpha, self.delta), strict=True):
-            shape = (self.num_slots, positions_per_slot, *new.shape[1:])
-            new[:-2].view(shape)[:, :before] = old[:-2].view(self.num_slots, before, *old.shape[1:])
+        for s in live:
+            span = np.arange(s.block[0], min(s.block[0] + before, s.live[-1].scope_end))
+            old, new = (
+                torch.from_numpy(s.slot * p + span % p).to(self.model.device) for p in (before, positions_per_slot)
+            )
+            for after, now in zip(tensors, (self.alpha, self.delta), strict=True):
+                after[new] = now[old]
         (self.alpha, self.delta), self.positions_per_slot = tensors, positions_per_slot
         return True
 
     def rows_of(self, masked: MaskedPositions) -> Positions:
         """(N,) rows of the state."""
-        firsts = [s.slot * self.positions_per_slot - s.block[0] for s in masked.sequences]
-        return masked.positions + np.array(firsts, np.int64)[masked.owner]
+        slots = np.array([b.sequence.slot for b in masked.blocks], np.int64)[masked.owner]
+        return slots * self.positions_per_slot + masked.positions % max(1, self.positions_per_slot)
 
     def blend(self, embeds: Tensor, rows: Tensor) -> Tensor:
-        """Eq. 2: (R, Q, D) token embeddings, (R, Q) rows of the state -> (R, Q, D) inputs. Where alpha is 0 they are
-        the embeddings, bit for bit."""
+        """Eq. 2: (T, D) token embeddings, (T,) rows of the state -> (T, D) inputs. Where alpha is 0 they are the
+        embeddings, bit for bit."""
         alpha = self.alpha[rows].to(embeds.dtype).unsqueeze(-1)
         return torch.lerp(embeds, F.embedding(rows, self.delta), alpha)
 
@@ -75,38 +81,38 @@ class ResidualState:
         self.alpha.index_copy_(0, rows, alpha.to(self.alpha.dtype))
         self.delta.index_copy_(0, rows, delta.to(self.delta.dtype))
 
-    def start_block(self, s: Sequence, positions: Positions, signals: Signals) -> None:
+    def start_block(self, block: LiveBlock, positions: Positions, signals: Signals) -> None:
         """Fill the residual of (N,) positions from signals: a reference's, or a random distribution's."""
         if isinstance(signals, ReferenceSignals):
             signals = signals.to(self.model.device)
         alpha, delta = residual_state(
             signals,
             self.model.embedding.weight,
-            position_rule(s.settings),
-            s.settings.alpha_scale,
+            position_rule(block.settings),
+            block.settings.alpha_scale,
             learned=self.model.learned_alpha,
         )
-        rows = s.slot * self.positions_per_slot + positions - s.block[0]
+        rows = block.sequence.slot * self.positions_per_slot + positions % self.positions_per_slot
         self.write(torch.from_numpy(rows).to(self.model.device), alpha, delta)
-        s.has_residual = True
-        self.apply_block_rules([s])
+        block.has_residual = True
+        self.apply_block_rules([block])
 
-    def apply_block_rules(self, sequences: Many[Sequence]) -> None:
+    def apply_block_rules(self, blocks: Many[LiveBlock]) -> None:
         """Replace alpha where the rule is "uniform" or "ramp". Called when the pass has committed its tokens, so that
         the mean of "uniform" is over the positions that stay masked, as in training."""
-        affected = [s for s in sequences if s.has_residual and s.settings.residual and s.settings.alpha in BLOCK_RULES]
+        affected = [b for b in blocks if b.has_residual and b.settings.residual and b.settings.alpha in BLOCK_RULES]
         if not affected:
             return
         masked = MaskedPositions.of(affected)
         rows, owner = (torch.from_numpy(n).to(self.model.device) for n in (self.rows_of(masked), masked.owner))
-        ramp = masked.per_request(lambda s: ramp_weight(s.step) if s.settings.alpha == "ramp" else -1.0)
+        ramp = masked.per_block(lambda b: ramp_weight(b.step) if b.settings.alpha == "ramp" else -1.0)
         alpha = block_alpha(self.alpha[rows], owner, torch.from_numpy(ramp).to(self.alpha))
         self.alpha.index_copy_(0, rows, alpha)
 
     def input_alpha(self, masked: MaskedPositions, observed: bool) -> NDArray[np.float32]:
         """(N,) alpha in the input of the coming pass; zeros for requests without a trace unless observed."""
         alpha = np.zeros(len(masked.positions), dtype=np.float32)
-        needed = [s.has_residual and (observed or s.settings.trace) for s in masked.sequences]
+        needed = [b.has_residual and (observed or b.settings.trace) for b in masked.blocks]
         if any(needed):
             where = np.array(needed)[masked.owner]
             rows = torch.from_numpy(self.rows_of(masked)[where]).to(self.model.device)
@@ -114,10 +120,11 @@ class ResidualState:
         return alpha
 
 
-def dirichlet_signals(s: Sequence) -> DenseSignals:
+def dirichlet_signals(block: LiveBlock) -> DenseSignals:
     """Start "dirichlet": p ~ Dirichlet(1, ..., 1) at each masked position, as normalised exponentials that are keyed by
     seed and position."""
-    draws = [uniforms(hash_key("dirichlet", s.settings.seed, int(p)), s.model.vocab_size) for p in s.masked_positions]
-    exponentials = -np.log1p(-np.stack(draws))
-    logits = torch.from_numpy(np.log(np.maximum(exponentials, 1e-30))).float().to(s.model.device)
-    return DenseSignals(logits, **s.settings.temperatures)
+    model = block.sequence.model
+    keys = position_keys("dirichlet", block.settings.seed, block.masked_positions)
+    uniform = device_uniforms(torch.from_numpy(keys.view(np.int64)).to(model.device), model.vocab_size)
+    logits = torch.log((-torch.log1p(-uniform)).clamp_(min=1e-30)).float()
+    return DenseSignals(logits, **block.settings.temperatures)

@@ -1,32 +1,96 @@
 """From final hidden states to tokens, confidences, the next residuals and the commit decision.
 
 The head runs in tiles over masked positions. Each tile of logits is reduced at once to (token, confidence, entropy)
-and, for requests with residuals, (alpha, delta), so no (N, V) tensor is ever held. Drawing inverts the running sum of
-the probabilities at one uniform number per position, keyed by (seed, position, pass): a draw does not depend on the
-batch.
+and, for requests with residuals, (alpha, delta), so no (N, V) tensor is ever held. Positions of the same kind share a
+tile. Drawing inverts the running sum of the probabilities at one uniform number per position, keyed by (seed, position,
+pass): a draw does not depend on the batch.
 
-Shapes: N masked positions of all requests, V vocabulary, D width.
+Shapes: N masked positions of a pass, n of a tile, V vocabulary, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rcd_core.decoding.cuda_graphs import GraphCache
 from rcd_core.decoding.policies import POLICIES, BlockView
 from rcd_core.decoding.residual_state import ResidualState
-from rcd_core.decoding.sequence import MaskedPositions, Sequence
+from rcd_core.decoding.sequence import LiveBlock, MaskedPositions
 from rcd_core.families.base import DiffusionModel
-from rcd_core.noise import hash_key, uniforms
+from rcd_core.ops.random import position_keys, uniforms
 from rcd_core.ops.reduce import Feedback, Table, reduce_greedy
-from rcd_core.precision import at_least_fp32
+from rcd_core.precision import reduction_dtype
 
 TILE_BYTES = 64 << 20  # fp32 logits of one tile
+NUM_RESULTS = 3  # token, confidence, entropy
+_FIXED_TILES = (64, 512)  # positions of a tile of fixed shape, at most what TILE_BYTES allows
+_FLOATS = 5  # of a position: Draws' fields
+
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the head does for a position, beside its own numbers (Draws). Positions of one kind share a tile, so no
+    decision depends on a value on the device.
+
+    drawn: temperature above 0. filtered: top_k or top_p. no_eos, eos_last: LLaDA's two EOS options. guided: classifier-
+    free guidance. entropy: it is needed.
+    """
+
+    feedback: Feedback | None
+    entropy: bool
+    drawn: bool = False
+    filtered: bool = False
+    filtered_confidence: bool = False
+    no_eos: bool = False
+    eos_last: bool = False
+    guided: bool = False
+
+    @classmethod
+    def of(cls, block: LiveBlock, entropy: bool) -> Kind:
+        s, drawn = block.settings, block.settings.temperature > 0
+        return cls(
+            feedback=block.sequence.feedback,
+            entropy=entropy,
+            drawn=drawn,
+            filtered=drawn and (s.top_k is not None or s.top_p is not None),
+            filtered_confidence=drawn and s.filtered_confidence,
+            no_eos=s.logits_eos_inf,
+            eos_last=s.confidence_eos_eot_inf,
+            guided=s.cfg_scale > 0,
+        )
+
+    @property
+    def greedy(self) -> bool:
+        """The most probable token with its probability in the whole prediction."""
+        return not (self.drawn or self.no_eos or self.eos_last)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Numbers of positions, all (n,) fp64: temperature; top_k, V = off; top_p, 1 = off; uniform in [0, 1);
+    cfg_scale."""
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    uniform: Tensor
+    cfg_scale: Tensor
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Token ids. mask: never chosen. eos: for logits_eos_inf. ends (eos, ends of turn): for confidence_eos_eot_inf."""
+
+    mask: int
+    eos: tuple[int, ...] = ()
+    ends: tuple[int, ...] = ()
 
 
 class Sampler:
@@ -35,75 +99,133 @@ class Sampler:
     def __init__(self, model: DiffusionModel, state: ResidualState) -> None:
         self.model, self.state = model, state
         self.table = Table(model.embedding.weight, model.learned_alpha)
+        self.special = SpecialTokens(model.mask_token_id, model.info.eos_token_ids, model.info.end_token_ids)
         self.tile_rows = max(1, TILE_BYTES // (4 * model.vocab_size))
+        # fp32 holds token ids exactly up to 2^24.
+        self.dtype = reduction_dtype(model.dtype)
 
-    def greedy(self, hidden: Tensor, state_rows: Tensor, feedback: Feedback | None, with_entropy: bool) -> Tensor:
-        """(N, D) hidden states, (N,) rows of the residual state -> (3, N) fp32: tokens, confidence, entropy.
+    def predict(
+        self,
+        masked: MaskedPositions,
+        part: slice,
+        hidden: Tensor,
+        index: Integers,
+        unconditional: Tensor | None,
+        results: Tensor,
+        graphs: GraphCache | None,
+    ) -> None:
+        """Predict masked.positions[part] (n,) from rows `index` (n,) of hidden (T, D), into columns `part` of results
+        (NUM_RESULTS, N): token, confidence, entropy. unconditional (T, D): the pass without the prompt. graphs: run in
+        tiles of fixed shape; hidden must be the same tensor in every call then."""
+        owner = masked.owner[part]
+        entropy = any(block.sequence.needs_entropy for block in masked.blocks)
+        kinds = [Kind.of(block, entropy) for block in masked.blocks]
+        state_rows, columns = self.state.rows_of(masked)[part], np.arange(part.start, part.stop)
+        numbers = _numbers(self.model, masked, part, kinds)
+        for kind in dict.fromkeys(kinds[i] for i in np.unique(owner)):
+            of_kind = np.flatnonzero(np.array([k == kind for k in kinds])[owner])
+            packed = np.stack([index[of_kind], state_rows[of_kind], columns[of_kind]])
+            integers = np.concatenate([packed, numbers[:, of_kind].view(np.int64)]) if numbers.size else packed
+            self._tiles(kind, integers, hidden, unconditional, results, graphs)
 
-        For requests that all decode greedily with the same feedback. No host synchronisation.
-        """
-        tiles = zip(torch.split(hidden, self.tile_rows), torch.split(state_rows, self.tile_rows), strict=True)
-        parts = [self._reduce(self._logits(h), rows, feedback, with_entropy) for h, rows in tiles]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    def _tiles(
+        self,
+        kind: Kind,
+        integers: Integers,
+        hidden: Tensor,
+        unconditional: Tensor | None,
+        results: Tensor,
+        graphs: GraphCache | None,
+    ) -> None:
+        count = integers.shape[1]
+        if graphs is None:
+            device = torch.from_numpy(np.ascontiguousarray(integers)).to(hidden.device)
+            for at in range(0, count, self.tile_rows):
+                columns = device[2, at : at + self.tile_rows]
+                results[:, columns] = self._tile(kind, device[:, at : at + self.tile_rows], hidden, unconditional)
+            return
+        sizes = [min(size, self.tile_rows) for size in _FIXED_TILES]
+        at = 0
+        while at < count:
+            size = next((s for s in sizes if s >= count - at), sizes[-1])
+            tile = integers[:, at : at + size]
+            real = tile.shape[1]
+            fixed = np.zeros((len(integers), size), dtype=np.int64)
+            fixed[:, :real] = tile
+            fixed[:, real:] = tile[:, :1]  # the extra ones repeat a position
+            fixed[1, real:] = self.state.discard_row
+            warmup = fixed.copy()
+            warmup[1] = self.state.discard_row
 
-    def mixed(
-        self, masked: MaskedPositions, hidden: Tensor, state_rows: Tensor, unconditional: Tensor | None
-    ) -> Tensor:
-        """The same for requests of any settings. unconditional (N, D): the pass without the prompt, for guidance."""
-        columns, device = _sampling_columns(self.model, masked), hidden.device
-        guidance = torch.from_numpy(masked.per_request(lambda s: s.settings.cfg_scale)).float().to(device)
-        special = SpecialTokens(self.model.mask_token_id, self.model.info.eos_token_ids, self.model.info.end_token_ids)
-        result = torch.empty(3, len(hidden), device=device)
-        feedbacks = [s.feedback for s in masked.sequences]
-        for feedback in dict.fromkeys(feedbacks):
-            group = np.flatnonzero(np.array([f == feedback for f in feedbacks])[masked.owner])
-            for rows in torch.split(torch.from_numpy(group).to(device), self.tile_rows):
-                logits = self._logits(hidden[rows])
-                if unconditional is not None:
-                    scale, plain = guidance[rows, None], self._logits(unconditional[rows])
-                    # Without guidance (scale 0) this formula would still change the logits by rounding.
-                    logits = torch.where(scale > 0, plain + (scale + 1) * (logits - plain), logits)
-                tokens, confidence = choose_tokens(
-                    logits, columns[rows], special, not self.model.blocks_from_prompt_end
-                )
-                result[:, rows] = self._reduce(logits, state_rows[rows], feedback)
-                result[0, rows], result[1, rows] = tokens.float(), confidence.float()
-        return result
+            def run(device: Tensor, size: int = size) -> Tensor:
+                return self._tile(kind, device.view(-1, size), hidden, unconditional)
 
-    def _reduce(
-        self, logits: Tensor, state_rows: Tensor, feedback: Feedback | None, with_entropy: bool = True
-    ) -> Tensor:
-        reduced = reduce_greedy(logits, self.model.mask_token_id, feedback, self.table, with_entropy)
+            result = graphs(("head", kind, size), fixed.ravel(), warmup.ravel(), run)
+            results[:, torch.from_numpy(np.ascontiguousarray(tile[2])).to(results.device)] = result[:, :real]
+            at += size
+
+    def _tile(self, kind: Kind, integers: Tensor, hidden: Tensor, unconditional: Tensor | None) -> Tensor:
+        """(3 + 5, n) integers: rows of hidden, rows of the state, columns of the result, Draws' bits
+        -> (NUM_RESULTS, n). No host synchronisation."""
+        rows, state_rows = integers[0], integers[1]
+        draws = Draws(*integers[3:].view(torch.float64)) if len(integers) > 3 else None
+        logits = self._wide(self.model.head(hidden.index_select(0, rows)))
+        if kind.guided and draws is not None and unconditional is not None:
+            plain = self._wide(self.model.head(unconditional.index_select(0, rows)))
+            logits = plain + (draws.cfg_scale.to(logits.dtype)[:, None] + 1) * (logits - plain)
+        reduced = reduce_greedy(logits, self.model.mask_token_id, kind.feedback, self.table, kind.entropy)
         if reduced.alpha is not None and reduced.delta is not None:
             self.state.write(state_rows, reduced.alpha, reduced.delta)
-        # fp32 holds token ids exactly up to 2^24.
-        return torch.stack([reduced.tokens.float(), reduced.confidence.float(), reduced.entropy.float()])
+        tokens, confidence = reduced.tokens, reduced.confidence
+        if not kind.greedy:
+            tempered = not self.model.blocks_from_prompt_end
+            tokens, confidence = choose_tokens(logits, kind, draws, self.special, tempered)
+        return torch.stack([tokens.to(self.dtype), confidence.to(self.dtype), reduced.entropy.to(self.dtype)])
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return at_least_fp32(self.model.head(hidden))
+    def _wide(self, logits: Tensor) -> Tensor:
+        return logits.to(self.dtype)
+
+
+def _numbers(model: DiffusionModel, masked: MaskedPositions, part: slice, kinds: list[Kind]) -> NDArray[np.float64]:
+    """(5, n) the positions' Draws, or (5, 0) if no position needs them."""
+    if not any(kind.drawn or kind.guided for kind in kinds):
+        return np.zeros((_FLOATS, 0))
+    owner = masked.owner[part]
+    settings = [b.settings for b in masked.blocks]
+    values = [(s.temperature, s.top_k or model.vocab_size, s.top_p or 1.0, 0.0, s.cfg_scale) for s in settings]
+    numbers = np.array(values, dtype=np.float64).T[:, owner]
+    numbers[3] = _keyed_uniforms(masked, "draw")[part]
+    return numbers
+
+
+def _keyed_uniforms(masked: MaskedPositions, purpose: str) -> NDArray[np.float64]:
+    """(N,) numbers in [0, 1), each a function of (purpose, seed, position, pass)."""
+    of_blocks = np.array([(b.settings.seed, b.step) for b in masked.blocks], dtype=np.int64)
+    seeds, steps = of_blocks[masked.owner].T
+    return uniforms(position_keys(purpose, seeds, masked.positions, steps))
 
 
 def choose_commits(
-    model: DiffusionModel, masked: MaskedPositions, confidence: NDArray[np.float32], entropy: NDArray[np.float32]
+    model: DiffusionModel, masked: MaskedPositions, confidence: NDArray[np.floating], entropy: NDArray[np.floating]
 ) -> NDArray[np.bool_]:
-    """(N,) bool: the positions that are committed, chosen in each request's block by the request's policy."""
-    sequences, owner = masked.sequences, masked.owner
-    starts, ends = np.array([s.block for s in sequences]).T
-    inside = masked.positions < ends[owner] if any(s.wide for s in sequences) else slice(None)
-    shape = (len(sequences), int((ends - starts).max()))
+    """(N,) bool: the positions that are committed, chosen in each block by its request's policy."""
+    blocks, owner = masked.blocks, masked.owner
+    starts, ends = np.array([(b.start, b.end) for b in blocks]).T
+    inside = masked.positions < ends[owner] if any(b.sequence.wide for b in blocks) else slice(None)
+    shape = (len(blocks), int((ends - starts).max()))
     cells = (owner * shape[1] + masked.positions - starts[owner])[inside]  # in the flattened grids below
     is_masked = np.zeros(shape, dtype=bool)
     is_masked.ravel()[cells] = True
     grids = np.zeros((3, *shape))
     grids[0].ravel()[cells] = confidence[inside]
-    policies = [s.settings.policy for s in sequences]
+    policies = [b.settings.policy for b in blocks]
     if "entropy_bounded" in policies:
         grids[1].ravel()[cells] = entropy[inside]
     if "random" in policies:
-        grids[2].ravel()[cells] = _keyed_uniforms(masked, lambda s: s.settings.policy == "random", "lot")[inside]
-    quota = np.array([s.quota() for s in sequences])
-    threshold = np.array([s.settings.confidence_threshold for s in sequences])
-    bound = np.array([s.settings.entropy_bound or 0.0 for s in sequences])
+        grids[2].ravel()[cells] = _keyed_uniforms(masked, "lot")[inside]
+    quota = np.array([b.quota() for b in blocks])
+    threshold = np.array([b.settings.confidence_threshold for b in blocks])
+    bound = np.array([b.settings.entropy_bound or 0.0 for b in blocks])
     chosen = np.zeros(shape, dtype=bool)
     for policy in set(policies):
         group = np.array([p == policy for p in policies])
@@ -123,111 +245,56 @@ def choose_commits(
     return commit
 
 
-def _keyed_uniforms(masked: MaskedPositions, needs: Callable[[Sequence], bool], *key: str) -> NDArray[np.float64]:
-    """(N,) numbers in [0, 1), each a function of (key, seed, position, pass); 0 for requests that do not need one."""
-    result = np.zeros(len(masked.positions))
-    for s, part in zip(masked.sequences, masked.slices(), strict=True):
-        if needs(s):
-            positions = masked.positions[part].tolist()
-            result[part] = [uniforms(hash_key(*key, s.settings.seed, p, s.step), 1)[0] for p in positions]
-    return result
-
-
-def _sampling_columns(model: DiffusionModel, masked: MaskedPositions) -> SamplingColumns:
-    uniform = _keyed_uniforms(masked, lambda s: s.settings.temperature > 0)
-
-    def column(value: Callable[[Sequence], float], dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(masked.per_request(value)).to(dtype).to(model.device)
-
-    return SamplingColumns(
-        temperature=column(lambda s: s.settings.temperature, torch.float32),
-        top_k=column(lambda s: s.settings.top_k or model.vocab_size, torch.int64),
-        top_p=column(lambda s: s.settings.top_p or 1.0, torch.float32),
-        uniform=torch.from_numpy(uniform).to(model.device),
-        filtered=column(lambda s: s.settings.filtered_confidence, torch.bool),
-        no_eos=column(lambda s: s.settings.logits_eos_inf, torch.bool),
-        eos_last=column(lambda s: s.settings.confidence_eos_eot_inf, torch.bool),
-    )
-
-
-@dataclass(frozen=True)
-class SamplingColumns:
-    """Settings per position, all (N,): temperature, 0 = argmax; top_k, V = off; top_p, 1 = off; uniform in [0, 1);
-    filtered (bool): confidence after top-k and top-p; no_eos, eos_last (bool): LLaDA's two EOS options."""
-
-    temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
-    uniform: Tensor
-    filtered: Tensor
-    no_eos: Tensor
-    eos_last: Tensor
-
-    def __getitem__(self, index: slice | Tensor) -> SamplingColumns:
-        return SamplingColumns(*(getattr(self, f.name)[index] for f in fields(self)))
-
-
-@dataclass(frozen=True)
-class SpecialTokens:
-    """Token ids. mask: never chosen. eos: for logits_eos_inf. ends (eos, ends of turn): for confidence_eos_eot_inf."""
-
-    mask: int
-    eos: tuple[int, ...] = ()
-    ends: tuple[int, ...] = ()
-
-
 def filtered_probabilities(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """(N, V) logits -> (N, V) the distribution that tokens are drawn from, as SDAR's generate.py has it: temperature,
-    then top-k (keep >= the k-th value), then top-p (drop a token if the mass before it already exceeds p)."""
+    then top-k (keep >= the k-th value; V keeps all), then top-p (drop a token if the mass before it already exceeds p;
+    1 keeps all)."""
     scaled = logits / temperature[:, None]
-    vocab_size = logits.shape[1]
-    if bool((top_k < vocab_size).any()):
-        kth = scaled.sort(-1, descending=True).values.gather(1, top_k.clamp(max=vocab_size)[:, None] - 1)
-        scaled = scaled.masked_fill(scaled < kth, float("-inf"))
-    if bool((top_p < 1.0).any()):
-        probs, order = torch.softmax(scaled, dim=-1).sort(-1, descending=True)
-        drop = probs.cumsum(-1) - probs > top_p[:, None]
-        scaled = scaled.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), float("-inf"))
-    return torch.softmax(scaled, dim=-1)
+    ordered, order = scaled.sort(-1, descending=True)
+    kth = ordered.gather(1, top_k.long().clamp(max=logits.shape[1])[:, None] - 1)
+    ordered = ordered.masked_fill(ordered < kth, float("-inf"))
+    probs = torch.softmax(ordered, dim=-1)
+    drop = (probs.cumsum(-1) - probs > top_p[:, None]) & (top_p < 1.0)[:, None]
+    probs = torch.softmax(ordered.masked_fill(drop, float("-inf")), dim=-1)
+    return torch.zeros_like(probs).scatter(1, order, probs)
 
 
 def choose_tokens(
-    logits: Tensor, columns: SamplingColumns, special: SpecialTokens, tempered_confidence: bool
+    logits: Tensor, kind: Kind, draws: Draws | None, special: SpecialTokens, tempered_confidence: bool
 ) -> tuple[Tensor, Tensor]:
-    """(N, V) logits, fp32 or wider -> (tokens (N,), confidence (N,)). The mask token is never chosen.
+    """(N, V) logits -> (tokens (N,), confidence (N,)). The mask token is never chosen.
 
-    Confidence is the token's probability in the full softmax: before top-k and top-p (unless `filtered`), at the
-    sampling temperature if `tempered_confidence` (SDAR's evaluation code), else at temperature 1 (LLaDA). With eos_last
-    the softmax leaves out ends of sequence and turn, which get confidence 0. That is LLaDA's code at temperature 0;
-    above 0 its code spares EOS because of an aliasing bug, which is not reproduced here.
+    Confidence is the token's probability in the full softmax: before top-k and top-p (unless `filtered_confidence`), at
+    the sampling temperature if `tempered_confidence` (SDAR's evaluation code), else at temperature 1 (LLaDA). With
+    eos_last the softmax leaves out ends of sequence and turn, which get confidence 0. That is LLaDA's code at
+    temperature 0; above 0 its code spares EOS because of an aliasing bug, which is not reproduced here.
     """
-    logits = _without(logits, special.eos, columns.no_eos)
-    allowed = logits.clone()
-    allowed[:, special.mask] = float("-inf")
-    tokens = allowed.argmax(-1)
-    drawn = (columns.temperature > 0).nonzero().flatten()
-    divisor = torch.ones_like(columns.temperature)
-    filtered = torch.zeros_like(columns.temperature, dtype=logits.dtype)
-    if len(drawn):
-        c = columns[drawn]
-        probs = filtered_probabilities(allowed[drawn], c.temperature, c.top_k, c.top_p)
-        cdf = probs.double().cumsum(-1)
-        target = c.uniform.double() * cdf[:, -1]
-        # right=True: the first index whose running sum exceeds the target, so never a token of probability 0.
-        picked = torch.searchsorted(cdf, target[:, None], right=True).flatten()
-        tokens[drawn] = picked.clamp(max=logits.shape[1] - 1)
-        filtered[drawn] = probs.gather(1, tokens[drawn][:, None]).squeeze(1)
-        if tempered_confidence:
-            divisor[drawn] = c.temperature
-    logp = torch.log_softmax(_without(logits, special.ends, columns.eos_last) / divisor[:, None], dim=-1)
-    confidence = logp.gather(1, tokens[:, None]).squeeze(1).exp()
-    return tokens, torch.where(columns.filtered, filtered, confidence)
+    if kind.no_eos:
+        logits = _without(logits, special.eos)
+    allowed = _without(logits, (special.mask,))
+    rest = _without(logits, special.ends) if kind.eos_last else logits
+    if not kind.drawn or draws is None:
+        tokens = allowed.argmax(-1)
+        return tokens, torch.log_softmax(rest, dim=-1).gather(1, tokens[:, None])[:, 0].exp()
+    temperature = draws.temperature.to(logits.dtype)
+    if kind.filtered:
+        probs = filtered_probabilities(allowed, temperature, draws.top_k, draws.top_p.to(logits.dtype))
+    else:
+        probs = torch.softmax(allowed / temperature[:, None], dim=-1)
+    cdf = probs.double().cumsum(-1)
+    target = draws.uniform * cdf[:, -1]
+    # right=True: the first index whose running sum exceeds the target, so never a token of probability 0.
+    tokens = torch.searchsorted(cdf, target[:, None], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+    if kind.filtered_confidence:
+        return tokens, probs.gather(1, tokens[:, None])[:, 0]
+    if tempered_confidence:
+        rest = rest / temperature[:, None]
+    return tokens, torch.log_softmax(rest, dim=-1).gather(1, tokens[:, None])[:, 0].exp()
 
 
-def _without(logits: Tensor, ids: tuple[int, ...], rows: Tensor) -> Tensor:
-    """Logits with `ids` at -inf in the rows where `rows` (N,) is True."""
-    if not ids or not bool(rows.any()):
-        return logits
-    dropped = torch.zeros_like(logits, dtype=torch.bool)
-    dropped[:, list(ids)] = rows[:, None]
-    return logits.masked_fill(dropped, float("-inf"))
+def _without(logits: Tensor, ids: tuple[int, ...]) -> Tensor:
+    """Logits with `ids` at -inf."""
+    logits = logits.clone()
+    for token in ids:
+        logits[:, token] = float("-inf")
+    return logits

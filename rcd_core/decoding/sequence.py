@@ -1,12 +1,12 @@
-"""One request in the engine: its canvas, its blocks, and the pass it needs next.
+"""One request in the engine: its canvas, its live blocks, and the rows of the pass it needs next.
 
-Shapes: T canvas length, N masked positions, q tokens of a row.
+Shapes: T canvas length, N masked positions, q tokens of a chunk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -23,20 +23,19 @@ PassKind = Literal["prefill", "denoise", "store"]
 Positions = NDArray[np.int64]
 
 
-class PassRow(NamedTuple):
-    """A request's row of a batched pass: token_ids (q,) at positions [start, start + q), which see keys [0, num_keys).
+class Chunk(NamedTuple):
+    """A request's neighbouring tokens in a pass: token_ids (q,) at positions [start, start + q).
 
-    slot: cache slot to read and write; None: no cache, the row starts at 0 and sees itself.
-    residual: (slot, start, end): masked tokens at positions [start, end) take in this slot's residual state.
+    block_length: each block, counted from position 0, is a row of the pass that sees the keys up to the block's end.
+    None: the chunk is one row that sees the keys [0, num_keys). residual: (start, end): masked tokens at these
+    positions take in the residual state.
     """
 
     token_ids: Positions
     start: int
     num_keys: int
-    block_length: int
-    slot: int | None
-    residual: tuple[int, int, int] | None = None
-    kind: PassKind = "denoise"
+    block_length: int | None
+    residual: tuple[int, int] | None = None
 
     @property
     def end(self) -> int:
@@ -44,82 +43,43 @@ class PassRow(NamedTuple):
 
 
 @dataclass(eq=False)
-class Sequence:
-    """The state of one request. Each step of the engine calls `next_pass`, `pass_done` when that pass has run, and
-    `predicted` if it was a denoising pass."""
+class LiveBlock:
+    """A block in the course of denoising."""
 
-    model: DiffusionModel
-    settings: ResolvedSettings
-    canvas: NDArray[np.int64]  # (T,)
-    num_prompt: int  # tokens before the first new one; the whole canvas for infill
-    infill: bool
-    blocks: list[tuple[int, int]]  # [start, end) of the blocks that have masks
-    block_index: int = 0
-    step: int = 0  # denoising passes of this block so far
-    stored: int = 0  # positions [0, stored) have exact keys and values in the slot
-    slot: int = -1
-    started: bool = False  # the block's first residual is in place
-    has_residual: bool = False  # its rows of the residual state are filled
-    finished: bool = False
-    stopped: bool = False  # at a stop token
-    error: str | None = None  # why the request failed; it is finished then
-    reference_failures: int = 0
-    forwards: Forwards = field(default_factory=Forwards)
-    steps: list[Step] = field(default_factory=list)
-    num_logprobs: int | None = None  # most probable tokens to report with each new token's logprob; None: no logprobs
-    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by position in the canvas
-    block: tuple[int, int] = field(init=False)  # blocks[block_index]
-    initially_masked: NDArray[np.bool_] = field(init=False)  # (T,)
+    sequence: Sequence
+    index: int  # in sequence.blocks
+    start: int
+    end: int
+    step: int = 0  # denoising passes so far
+    started: bool = False  # its first residual is in place
+    has_residual: bool = False  # its part of the residual state is filled
     masked_positions: Positions = field(init=False)  # (N,) from the block's start to scope_end
-    feedback: Feedback | None = field(init=False)  # how its own predictions become residuals
-    needs_entropy: bool = field(init=False)
-    wide: bool = field(init=False)  # residuals reach beyond the block (residual_scope "all_masked")
     _schedule: tuple[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        s = self.settings
-        self.initially_masked = self.canvas == self.model.mask_token_id
-        self.feedback = None
-        if s.residual and s.residual_source == "self":
-            self.feedback = Feedback(
-                rule=position_rule(s), alpha_scale=s.alpha_scale, top_k=s.residual_top_k, **s.temperatures
-            )
-        self.needs_entropy = s.trace or s.policy == "entropy_bounded"
-        self.wide = s.residual and s.residual_scope == "all_masked"
-        self._enter_block()
-
-    def _enter_block(self) -> None:
-        self.block = self.blocks[self.block_index]
-        start = self.block[0]
-        self.masked_positions = np.flatnonzero(self.canvas[start : self.scope_end] == self.model.mask_token_id) + start
+        s = self.sequence
+        part = s.canvas[self.start : self.scope_end]
+        self.masked_positions = np.flatnonzero(part == s.model.mask_token_id) + self.start
         self._schedule = self._planned_commits()
+
+    @property
+    def settings(self) -> ResolvedSettings:
+        return self.sequence.settings
 
     @property
     def scope_end(self) -> int:
         """Residuals and predictions reach this far: the block's end, or the canvas's end for a wide scope."""
-        return len(self.canvas) if self.wide else self.block[1]
+        return len(self.sequence.canvas) if self.sequence.wide else self.end
 
     @property
     def visible_end(self) -> int:
-        """How far a pass over the block sees: SDAR to the block's end, LLaDA to the canvas's end."""
-        return len(self.canvas) if self.model.blocks_from_prompt_end else self.block[1]
+        """How far a pass over the block sees: to the block's end, or to the canvas's end (LLaDA)."""
+        return self.end if self.sequence.block_causal else len(self.sequence.canvas)
 
     @property
-    def widest_scope(self) -> int:
-        """Most positions of the residual state that a block of this request needs."""
-        first = self.blocks[0][0]
-        return len(self.canvas) - first if self.wide else max(end - start for start, end in self.blocks)
-
-    @property
-    def shares_prefix(self) -> bool:
-        """Whether its prompt blocks may come from another request's slot. LLaDA's caches are approximations that hold
-        for their own request only."""
-        return self.settings.cache == "block"
-
-    @property
-    def block_done(self) -> bool:
+    def done(self) -> bool:
         masked = self.masked_positions
-        return not len(masked) or self.wide and bool(masked[0] >= self.block[1])
+        return not len(masked) or self.sequence.wide and bool(masked[0] >= self.end)
 
     @property
     def is_start_pass(self) -> bool:
@@ -135,85 +95,161 @@ class Sequence:
         """(commits of every pass of the block, passes that commit one more). SDAR divides the block length by the
         steps; LLaDA divides the masks at the block's start, and Fast-dLLM plans one commit under a threshold."""
         s = self.settings
-        if not self.model.blocks_from_prompt_end:
+        if not self.sequence.model.blocks_from_prompt_end:
             return divmod(s.block_length, s.denoising_steps)
         if s.policy == "low_confidence_dynamic":
             return 1, 0
-        start, end = self.block
-        return divmod(int(self.initially_masked[start:end].sum()), s.denoising_steps)
+        return divmod(int(self.sequence.initially_masked[self.start : self.end].sum()), s.denoising_steps)
+
+
+@dataclass(eq=False)
+class Sequence:
+    """The state of one request. Each step of the engine calls `next_pass`, then `pass_done`, and `apply_commits` for
+    each live block if it was a denoising pass."""
+
+    model: DiffusionModel
+    settings: ResolvedSettings
+    canvas: NDArray[np.int64]  # (T,)
+    num_prompt: int  # tokens before the first new one; the whole canvas for infill
+    infill: bool
+    blocks: list[tuple[int, int]]  # [start, end) of the blocks that have masks
+    stored: int = 0  # positions [0, stored) have exact keys and values in the pages
+    slot: int = -1
+    pages: list[int] = field(default_factory=list)  # of positions [0, len(pages) x page size)
+    finished: bool = False
+    stopped: bool = False  # at a stop token
+    error: str | None = None  # why the request failed; it is finished then
+    reference_failures: int = 0
+    forwards: Forwards = field(default_factory=Forwards)
+    steps: list[Step] = field(default_factory=list)
+    num_logprobs: int | None = None  # most probable tokens to report with each new token's logprob; None: no logprobs
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by position in the canvas
+    live: list[LiveBlock] = field(init=False)  # in order; the last one is kept when the request is finished
+    initially_masked: NDArray[np.bool_] = field(init=False)  # (T,)
+    feedback: Feedback | None = field(init=False)  # how its own predictions become residuals
+    needs_entropy: bool = field(init=False)
+    wide: bool = field(init=False)  # residuals reach beyond the block (residual_scope "all_masked")
+    _forwards_before: Forwards = field(init=False)  # when the block was opened
+    _steps_before: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        s = self.settings
+        self.initially_masked = self.canvas == self.model.mask_token_id
+        self.feedback = None
+        if s.residual and s.residual_source == "self":
+            self.feedback = Feedback(
+                rule=position_rule(s), alpha_scale=s.alpha_scale, top_k=s.residual_top_k, **s.temperatures
+            )
+        self.needs_entropy = s.trace or s.policy == "entropy_bounded"
+        self.wide = s.residual and s.residual_scope == "all_masked"
+        self.live = [self.open_block(0)]
+
+    def open_block(self, index: int) -> LiveBlock:
+        self._forwards_before, self._steps_before = replace(self.forwards), len(self.steps)
+        return LiveBlock(self, index, *self.blocks[index])
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """[start, end) of the first live block. All positions before it are final."""
+        return self.live[0].start, self.live[0].end
+
+    @property
+    def block_index(self) -> int:
+        return self.live[0].index
+
+    @property
+    def block_causal(self) -> bool:
+        """A token sees no later block (SDAR), or all of the canvas (LLaDA)."""
+        return not self.model.blocks_from_prompt_end
+
+    @property
+    def widest_scope(self) -> int:
+        """Most positions of the residual state that this request needs at once."""
+        first = self.blocks[0][0]
+        return len(self.canvas) - first if self.wide else max(end - start for start, end in self.blocks)
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether it may use pages of other requests and they its pages. LLaDA's caches are approximations that hold
+        for their own request only."""
+        return self.settings.cache == "block"
+
+    @property
+    def num_masked(self) -> int:
+        """Positions that a denoising pass predicts."""
+        return sum(len(block.masked_positions) for block in self.live)
+
+    def restart(self) -> None:
+        """Begin the first live block again, with nothing stored, as if no other had been opened."""
+        block = self.live[0]
+        self.canvas[block.start :] = np.where(
+            self.initially_masked[block.start :], self.model.mask_token_id, self.canvas[block.start :]
+        )
+        self.stored, self.forwards = 0, replace(self._forwards_before)
+        self.steps = self.steps[: self._steps_before]
+        self.live = [self.open_block(block.index)]
 
     # -- passes
-    def next_pass(self, prefill_chunk: int) -> PassRow:
+    def next_pass(self, prefill_chunk: int) -> tuple[PassKind, list[Chunk]]:
         """prefill_chunk: most prompt tokens in one pass, rounded down to whole blocks but at least one block."""
-        start, end = self.block
-        length, cache = len(self.canvas), self.settings.cache
-        if self.model.blocks_from_prompt_end:
-            if cache == "none" or self.step == 0:
-                return self._row("denoise", 0, length, length, cached=cache != "none")
-            return self._row("denoise", start, length if cache == "prefix" else end, length)
+        (start, end), length, cache = self.block, len(self.canvas), self.settings.cache
+        if not self.block_causal:
+            first = 0 if cache == "none" or self.live[0].step == 0 else start
+            last = end if first and cache == "dual" else length
+            return "denoise", [self._chunk(first, last, length)]
         if cache == "none":
-            return self._row("denoise", 0, end, end, cached=False)
-        if self.block_index == 0 and self.stored < start:
-            b = self.settings.block_length
-            chunk_end = min(start, self.stored + max(b, prefill_chunk - prefill_chunk % b))
-            return self._row("prefill", self.stored, chunk_end, chunk_end)
+            return "denoise", [self._chunk(0, end)]
+        pending, b = start - self.stored, self.settings.block_length
+        if pending > 0 and (self.block_index == 0 or pending > max(b, prefill_chunk)):
+            stop = min(start, self.stored + max(b, prefill_chunk - prefill_chunk % b))
+            return "prefill", [self._chunk(self.stored, stop)]
         # Finished blocks that are not stored yet join this block's first pass, which saves a store pass per block.
-        return self._row("denoise", self.stored, end, end, cached=start > 0)
+        return "denoise", [self._chunk(self.stored, end)]
 
-    def _row(self, kind: PassKind, start: int, end: int, num_keys: int, cached: bool = True) -> PassRow:
-        takes_residual = kind == "denoise" and self.has_residual
-        return PassRow(
-            token_ids=self.canvas[start:end],
-            start=start,
-            num_keys=num_keys,
-            block_length=self.settings.block_length,
-            slot=self.slot if cached else None,
-            residual=(self.slot, self.block[0], self.scope_end) if takes_residual else None,
-            kind=kind,
-        )
+    def _chunk(self, start: int, end: int, num_keys: int = 0) -> Chunk:
+        """num_keys 0: each block sees up to its own end."""
+        block = self.live[0]
+        residual = (block.start, block.scope_end) if block.has_residual else None
+        causal = self.settings.block_length if not num_keys else None
+        return Chunk(self.canvas[start:end], start, num_keys or end, causal, residual)
 
-    def pass_done(self, row: PassRow) -> None:
-        """Count a pass, and note what it stored in the slot. LLaDA's caches never hold exact keys and values."""
-        setattr(self.forwards, row.kind, getattr(self.forwards, row.kind) + 1)
-        if row.kind != "denoise":
-            self.stored = row.end
-        elif row.slot is not None and self.settings.cache == "block":
-            self.stored = self.block[0]
+    def pass_done(self, kind: PassKind, end: int) -> None:
+        """Count a pass over tokens before `end`, and note what it stored. LLaDA's caches are never exact."""
+        setattr(self.forwards, kind, getattr(self.forwards, kind) + 1)
+        if self.settings.cache == "block":
+            self.stored = end if kind != "denoise" else self.block[0]
 
     def apply_commits(
-        self, positions: Positions, tokens: Positions, still_masked: Positions, step: Step | None
+        self, block: LiveBlock, positions: Positions, tokens: Positions, still_masked: Positions, step: Step | None
     ) -> None:
         """After a denoising pass: write `tokens` at `positions`, and go on to the next block if this one is done."""
         if self.feedback is not None:
-            self.has_residual = True
-        if self.is_start_pass:
-            self.started = True
+            block.has_residual = True
+        if block.is_start_pass:
+            block.started = True
             return
         if step is not None:
             self.steps.append(step)
         self.canvas[positions] = tokens
-        self.masked_positions = still_masked
-        self.step += 1
-        if self.block_done:
-            self._block_finished()
+        block.masked_positions = still_masked
+        block.step += 1
+        if block.done:
+            self._block_finished(block)
 
-    def _block_finished(self) -> None:
-        self.advance()
+    def _block_finished(self, block: LiveBlock) -> None:
+        self.advance(block)
 
-    def advance(self) -> None:
+    def advance(self, block: LiveBlock) -> None:
         """Go on from a finished block to the next one, or finish the request."""
-        self.has_residual, self.started, self.step = False, False, 0
-        if self._holds_stop_token():
+        if self._holds_stop_token(block):
             self.finished = self.stopped = True
-        elif self.block_index + 1 == len(self.blocks):
+        elif block.index + 1 == len(self.blocks):
             self.finished = True
         else:
-            self.block_index += 1
-            self._enter_block()
+            self.live = [self.open_block(block.index + 1)]
 
-    def _holds_stop_token(self) -> bool:
-        start, end = self.block
-        new = self.canvas[max(self.num_prompt, start) : end]
+    def _holds_stop_token(self, block: LiveBlock) -> bool:
+        new = self.canvas[max(self.num_prompt, block.start) : block.end]
         return not self.infill and not set(self.settings.stop_token_ids).isdisjoint(new.tolist())
 
     def fail(self, error: str) -> None:
@@ -239,7 +275,7 @@ class Sequence:
         return [self.logprobs.get(self.num_prompt + i) for i in range(first, last)]
 
     def output(self) -> Generation:
-        end = self.block[1]
+        end = self.live[-1].end
         reason: Literal["stop", "length", "filled"] = "filled"
         if self.infill:
             tokens = self.canvas[self.initially_masked].tolist()
@@ -260,25 +296,25 @@ def check_failures(sequences: Iterable[Sequence]) -> None:
 
 @dataclass(frozen=True)
 class MaskedPositions:
-    """The masked positions that one step predicts, request by request: positions (N,) in the canvas, owner (N,) index
-    into sequences, ends (one per request) where its positions end."""
+    """The masked positions that one step predicts, block by block: positions (N,) in the canvas, owner (N,) index into
+    blocks, ends (one per block) where its positions end."""
 
-    sequences: list[Sequence]
+    blocks: list[LiveBlock]
     positions: Positions
     owner: Positions
     ends: Positions
 
     @classmethod
-    def of(cls, sequences: list[Sequence]) -> MaskedPositions:
-        counts = [len(s.masked_positions) for s in sequences]
-        positions = np.concatenate([np.zeros(0, dtype=np.int64), *(s.masked_positions for s in sequences)])
-        return cls(sequences, positions, np.repeat(np.arange(len(sequences)), counts), np.cumsum(counts))
+    def of(cls, blocks: list[LiveBlock]) -> MaskedPositions:
+        counts = [len(b.masked_positions) for b in blocks]
+        positions = np.concatenate([np.zeros(0, dtype=np.int64), *(b.masked_positions for b in blocks)])
+        return cls(blocks, positions, np.repeat(np.arange(len(blocks)), counts), np.cumsum(counts))
 
     def slices(self) -> list[slice]:
-        """Where each request's positions lie."""
+        """Where each block's positions lie."""
         ends = self.ends.tolist()
         return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
-    def per_request(self, value: Callable[[Sequence], float]) -> NDArray[np.float64]:
-        """(N,) a property of each position's request."""
-        return np.array([value(s) for s in self.sequences], dtype=np.float64)[self.owner]
+    def per_block(self, value: Callable[[LiveBlock], float]) -> NDArray[np.float64]:
+        """(N,) a property of each position's block."""
+        return np.array([value(b) for b in self.blocks], dtype=np.float64)[self.owner]

@@ -15,7 +15,8 @@ class Statistics:
     counts as the most frequent kind. seconds["choose"] is sampling: head and reduction of all passes of a step, on a
     GPU including the wait for them (the key is part of a metric's name).
     reused_tokens, reused_prefills: prompt tokens found in the cache, and the prefill passes of single requests this
-    saved. merged_stores: store passes saved because a finished block joined the next block's first pass.
+    saved. merged_stores: store passes saved because a finished block joined the next block's first pass. preempted:
+    requests that had to give up their pages.
     requests, tokens and forwards (passes of single requests by kind) are of finished requests.
     """
 
@@ -25,6 +26,7 @@ class Statistics:
     reused_tokens: int = 0
     reused_prefills: int = 0
     merged_stores: int = 0
+    preempted: int = 0
     requests: int = 0
     tokens: int = 0
     forwards: dict[str, int] = field(default_factory=dict)

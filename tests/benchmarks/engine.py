@@ -24,10 +24,14 @@ import numpy as np
 import torch
 
 from rcd_core import Decoder, DecodeSettings, load_model
+from rcd_core.attention.paged_backends import paged_backend
 from rcd_core.decoding.engine import Engine
 from rcd_core.decoding.memory import engine_memory
-from rcd_core.decoding.model_runner import BatchedForward, PassRow, PassShape
+from rcd_core.decoding.model_runner import Forward, Packed
+from rcd_core.decoding.pages import PagedCache, page_size_of
 from rcd_core.decoding.request import make_sequence
+from rcd_core.decoding.sequence import Chunk
+from rcd_core.decoding.tables import Tables
 from rcd_core.families.base import CheckpointInfo, DiffusionModel
 from rcd_core.families.config import ModelConfig
 from rcd_core.families.loading import new_model
@@ -105,16 +109,17 @@ def requests(model: DiffusionModel, count: int, block_length: int, new_tokens: i
     return prompts, settings
 
 
-def record_passes(engine: Engine) -> list[tuple[torch.Tensor, PassShape]]:
+def record_passes(engine: Engine) -> list[Packed]:
     """Records the input of each pass, so that the bare forwards can be repeated without the engine."""
-    calls: list[tuple[torch.Tensor, PassShape]] = []
-    inner = engine._runner.forward.run
+    calls: list[Packed] = []
+    inner = engine._runner.forward.hidden
 
-    def run(numbers: torch.Tensor, shape: PassShape) -> torch.Tensor:
-        calls.append((numbers.clone(), replace(shape, has_residual=False)))
-        return inner(numbers, shape)
+    def hidden(packed: Packed) -> torch.Tensor:
+        rows = replace(packed.rows, tables=packed.rows.tables.copy())
+        calls.append(replace(packed, shape=replace(packed.shape, has_residual=False), rows=rows))
+        return inner(packed)
 
-    engine._runner.forward.run = run  # type: ignore[method-assign]
+    engine._runner.forward.hidden = hidden  # type: ignore[method-assign]
     return calls
 
 
@@ -144,15 +149,16 @@ def boards(model: DiffusionModel, count: int) -> tuple[list[list[int]], DecodeSe
 
 
 @torch.inference_mode()
-def run_bare(model: DiffusionModel, calls: list[tuple[torch.Tensor, PassShape]], engine: Engine) -> float:
+def run_bare(model: DiffusionModel, calls: list[Packed], engine: Engine) -> float:
     """The same forwards with prepared inputs and the head on the masked rows, without residuals and sampling."""
-    forward = BatchedForward(model, engine.max_batch, engine.max_length)
-    masks = [int((n[: s.rows * s.queries] == model.mask_token_id).sum()) for n, s in calls]
+    forward = engine._runner.forward
+    inputs = [torch.from_numpy(packed.integers) for packed in calls]
+    masks = [int((p.integers[: p.shape.tokens] == model.mask_token_id).sum()) for p in calls]
     start = time.perf_counter()
-    for (numbers, shape), count in zip(calls, masks, strict=True):
-        hidden = forward.run(numbers, shape)
+    for packed, integers, count in zip(calls, inputs, masks, strict=True):
+        hidden = forward.run(integers, packed.shape, packed.rows)
         if count:
-            model.head(hidden.flatten(0, 1)[:count])
+            model.head(hidden[:count])
     return time.perf_counter() - start
 
 
@@ -191,24 +197,30 @@ def authors_loop(model: DiffusionModel, prompt: list[int], s: DecodeSettings) ->
     length = -(-(len(prompt) + s.max_new_tokens) // b) * b
     canvas = np.full(length, model.mask_token_id, dtype=np.int64)
     canvas[: len(prompt)] = prompt
-    forward = BatchedForward(model, 1, length)
+    tables = Tables(1, length, page_size_of(model.device))
+    tables.fill()
+    backend = paged_backend("auto", model.config, model.dtype, model.device, tables.page_size)
+    forward = Forward(model, PagedCache(model, tables.num_pages, tables.page_size), tables, length, backend)
+
+    def run(start: int, end: int) -> torch.Tensor:
+        return forward.hidden(forward.pack([(0, [Chunk(canvas[start:end], start, end, b)])]))
+
     first = len(prompt) // b * b
     if first:
-        forward.hidden([PassRow(canvas[:first], 0, first, b, 0)])
+        run(0, first)
     for start in range(first, length, b):
         block = slice(start, start + b)
         for step in range(steps):
             masked = torch.from_numpy(canvas[block] == model.mask_token_id)
             if not masked.any():
                 break
-            hidden = forward.hidden([PassRow(canvas[block], start, start + b, b, 0)])
-            logits = model.head(hidden[0])
+            logits = model.head(run(start, start + b))
             logits[:, model.mask_token_id] = float("-inf")
             confidence, tokens = torch.softmax(logits, -1).max(-1)
             quota = min(b // steps + (step < b % steps), int(masked.sum()))
             chosen = torch.where(masked, confidence, -1.0).topk(quota).indices
             canvas[start + chosen.numpy()] = tokens[chosen].numpy()
-        forward.hidden([PassRow(canvas[block], start, start + b, b, 0)])
+        run(start, start + b)
     return canvas[len(prompt) :][: s.max_new_tokens].tolist()
 
 

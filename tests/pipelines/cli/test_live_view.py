@@ -30,7 +30,7 @@ def test_the_drawing_holds_given_committed_and_masked_tokens(checkpoints: Path) 
     canvas = SequenceCanvas(sequence, tokenizer.decode)
     assert canvas.text(coloured=True).plain == "漢·the··"
     engine.step()
-    step, left = sequence.steps[-1], sequence.masked_positions.tolist()
+    step, left = sequence.steps[-1], sequence.live[0].masked_positions.tolist()
     assert left and set(left) == set(step.masked) - set(step.committed)
     guesses = {p: printable(tokenizer.decode([i]), "↵") for p, i in zip(step.masked, step.argmax, strict=True)}
     text = canvas.text(coloured=True)

@@ -19,11 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rcd_core import Decoder, DecodeSettings, LocalReference, UserError, WarmStart
-from rcd_core.decoding.cache import SlotCache
 from rcd_core.decoding.engine import Engine, QueueFull
 from rcd_core.decoding.memory import available_bytes, engine_memory, fit_batch
-from rcd_core.decoding.model_runner import MAX_PASS_TOKENS, PassRow, group_rows
+from rcd_core.decoding.model_runner import MAX_PASS_TOKENS, RequestPass, group_requests
+from rcd_core.decoding.pages import PagedCache
 from rcd_core.decoding.request import make_sequence
+from rcd_core.decoding.sequence import Chunk
 from rcd_core.decoding.stream import BlockDone, PassDone, TextStream, stream
 from tests.rcd_core.decoding.test_decoding import FAMILIES, any_settings, decoder, many, model, prompts
 
@@ -47,6 +48,11 @@ def run(engine: Engine, *requests: Any) -> list[Any]:
     return [r.output() for r in requests]
 
 
+def assert_free(e: Engine, slots: int) -> None:
+    """Every slot and every page is free again."""
+    assert e.tables.num_free_slots == slots and e.tables.num_free_pages == e.tables.num_pages
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @many
 @given(data=st.data())
@@ -65,7 +71,7 @@ def test_joins_and_cancellations_change_no_result(family: str, data: st.DataObje
             e.cancel(victim)
             cancelled.add(id(victim))
         e.step()
-    assert sorted(e._slots.free) == [0, 1, 2], "every slot is free again"
+    assert_free(e, 3)
     for (prompt, s), r in zip(several, requests, strict=True):
         assert r.finished != (id(r) in cancelled)
         if r.finished:
@@ -102,7 +108,8 @@ def test_a_closed_stream_frees_its_slots() -> None:
     next(events)
     assert e.busy
     events.close()  # type: ignore[attr-defined]
-    assert not e.busy and sorted(e._slots.free) == [0, 1]
+    assert not e.busy
+    assert_free(e, 2)
 
 
 def test_prompts_with_the_same_beginning_share_their_prefill() -> None:
@@ -211,8 +218,14 @@ def test_the_reference_keeps_its_contexts() -> None:
     ref = model("sdar_ref_tiny")
     kept, seen = LocalReference(ref), []
     canvas = torch.randint(0, 490, (24,), generator=torch.Generator().manual_seed(0)).tolist()
-    inner = kept._forward.hidden
-    kept._forward.hidden = lambda rows: (seen.append([len(r.token_ids) for r in rows]), inner(rows))[1]  # type: ignore[method-assign]
+    inner = kept._row
+
+    def row(*arguments: Any) -> Any:
+        slot, chunk = inner(*arguments)
+        seen.append(len(chunk.token_ids))
+        return slot, chunk
+
+    kept._row = row  # type: ignore[method-assign]
     for end in (8, 12, 16, 24):
         requests = [WarmStart((*canvas[: end - 4], *[511] * 4), tuple(range(end - 4, end)), 4, top_k=8)]
         fresh = LocalReference(ref).signals(requests)[0]
@@ -220,8 +233,7 @@ def test_the_reference_keeps_its_contexts() -> None:
         assert torch.equal(cached.topk_ids, fresh.topk_ids)  # type: ignore[union-attr]
         torch.testing.assert_close(cached.entropy, fresh.entropy, atol=1e-5, rtol=1e-4)  # type: ignore[union-attr]
     # A longer canvas enlarges the cache, which empties it, so the canvases of 12 and 24 tokens run from their start.
-    assert seen[0] == [8] and seen[2] == [8], seen
-    assert sum(n for row in seen for n in row) < 8 + 12 + 16 + 24
+    assert seen == [8, 12, 8, 24]
 
 
 @pytest.mark.parametrize(("slots", "reused"), [(2, 0), (3, 3 * (4 + 8 + 12))])
@@ -297,13 +309,18 @@ def test_a_request_resumes_in_another_engine(family: str, data: st.DataObject) -
     assert rest.output().token_ids == whole.token_ids
 
 
-def test_passes_are_no_larger_than_planned() -> None:
+@pytest.mark.parametrize("fixed", [False, True])
+def test_passes_are_no_larger_than_planned(fixed: bool) -> None:
     sizes = [2048] * 9 + [8] * 40
-    rows = [PassRow(np.zeros(n, dtype=np.int64), 0, n, 4, i) for i, n in enumerate(sizes)]
-    groups = group_rows(rows, spare_tokens=100)
-    assert sorted(i for group in groups for i in group) == list(range(49))
-    assert all(max(sizes[i] for i in group) * len(group) <= MAX_PASS_TOKENS for group in groups)
-    assert [len(g) for g in groups] == [40, 4, 4, 1]
+    requests = [request("sdar", [1], OK) for _ in sizes]
+    for i, r in enumerate(requests):
+        r.slot = i
+    rows = [Chunk(np.zeros(n, dtype=np.int64), 0, n, None) for n in sizes]
+    passes = [RequestPass(r, "denoise", [row], 1) for r, row in zip(requests, rows, strict=True)]
+    groups = group_requests(passes, fixed)
+    assert sorted(p.sequence.slot for group in groups for p in group) == list(range(49))
+    assert all(sum(p.num_tokens for p in group) <= MAX_PASS_TOKENS for group in groups)
+    assert len(groups) == 4 if fixed else 3
 
 
 def test_as_many_requests_as_fit() -> None:
@@ -314,7 +331,7 @@ def test_as_many_requests_as_fit() -> None:
     assert fit_batch(m, 64, 4, max_batch=3, free=needed[4].total) == 3
     with pytest.raises(UserError, match="max_new_tokens"):
         fit_batch(m, 64, 4, max_batch=8, free=1000)
-    cache = SlotCache(m, 3, 64)
+    cache = PagedCache(m, 3 * 64 // 16, 16)
     assert engine_memory(m, 3, 64, 4).cache == sum(t.nbytes for t in (*cache.keys, *cache.values))
 
 

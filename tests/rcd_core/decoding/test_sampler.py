@@ -5,24 +5,28 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rcd_core import Decoder, DecodeSettings
 from rcd_core.decoding.policies import POLICIES, BlockView
-from rcd_core.decoding.sampler import SamplingColumns, SpecialTokens, choose_tokens, filtered_probabilities
+from rcd_core.decoding.sampler import Draws, Kind, SpecialTokens, choose_tokens, filtered_probabilities
 from tests.rcd_core.decoding.test_decoding import GOLDEN, many, model
 
 # -- sampling
 
 
-def columns(temperature: torch.Tensor, **changes: torch.Tensor) -> SamplingColumns:
-    """One row of settings per row of logits, all off except `changes`."""
-    rows = torch.ones_like(temperature)
-    plain = {"top_k": (rows * 10_000).long(), "top_p": rows, "uniform": rows * 0}
-    flags = dict.fromkeys(("filtered", "no_eos", "eos_last"), rows > 1)
-    return SamplingColumns(temperature=temperature, **{**plain, **flags, **changes})
+GREEDY = Kind(feedback=None, entropy=False)
+DRAWN = replace(GREEDY, drawn=True)
+
+
+def draws(temperature: torch.Tensor, **changes: torch.Tensor) -> Draws:
+    """One row of numbers per row of logits, all off except `changes`."""
+    rows = torch.ones_like(temperature, dtype=torch.float64)
+    plain = {"top_k": rows * 10_000, "top_p": rows, "uniform": rows * 0, "cfg_scale": rows * 0}
+    return Draws(temperature=temperature.double(), **{**plain, **{n: v.double() for n, v in changes.items()}})
 
 
 def test_filtered_distribution_is_the_authors() -> None:
@@ -40,7 +44,8 @@ def test_filtered_distribution_is_the_authors() -> None:
         torch.testing.assert_close(found, want, atol=1e-6, rtol=1e-4)
         top = {"top_k": (rows * (k or logits.shape[1])).long(), "top_p": rows * p}
         full = torch.softmax(logits / t, -1)
-        tokens, confidence = choose_tokens(logits, columns(rows * t, **top), SpecialTokens(511), True)
+        kind = replace(DRAWN, filtered=True)
+        tokens, confidence = choose_tokens(logits, kind, draws(rows * t, **top), SpecialTokens(511), True)
         torch.testing.assert_close(confidence, full.gather(1, tokens[:, None])[:, 0])
         best = want.argmax(-1)
         # The authors may draw the mask token, and we never do, so it gets an extra column without mass.
@@ -48,8 +53,9 @@ def test_filtered_distribution_is_the_authors() -> None:
         # The uniform number that draws the most probable token: the middle of its interval in the running sum.
         middle = (want.double().cumsum(-1).gather(1, best[:, None])[:, 0] - want.amax(-1).double() / 2).float()
         for filtered, name_of in ((True, "generate_py"), (False, "opencompass")):
-            chosen = columns(rows * t, **top, uniform=middle, filtered=rows.bool() & filtered)
-            tokens, confidence = choose_tokens(padded, chosen, SpecialTokens(512), True)
+            chosen = replace(kind, filtered_confidence=filtered)
+            numbers = draws(rows * t, **top, uniform=middle)
+            tokens, confidence = choose_tokens(padded, chosen, numbers, SpecialTokens(512), True)
             assert torch.equal(tokens, best)
             stored = v[name.replace("_draw_probs", f"_conf_of_argmax_{name_of}")]
             torch.testing.assert_close(confidence, stored, atol=1e-6, rtol=1e-4)
@@ -61,8 +67,8 @@ def test_draws_follow_the_distribution() -> None:
     """Stratified uniforms give frequencies within one draw in 4,000 of the probabilities."""
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, 9.0]]).expand(4000, -1)
     ones = torch.ones(4000)
-    strata = columns(ones, uniform=(torch.arange(4000) + 0.5) / 4000)
-    tokens, _ = choose_tokens(logits, strata, SpecialTokens(4), True)  # 4 is the mask token: never drawn
+    strata = draws(ones, uniform=(torch.arange(4000) + 0.5) / 4000)
+    tokens, _ = choose_tokens(logits, DRAWN, strata, SpecialTokens(4), True)  # 4 is the mask token: never drawn
     frequencies = torch.bincount(tokens, minlength=5) / 4000
     want = torch.cat([torch.softmax(logits[0, :4], -1), torch.zeros(1)])
     torch.testing.assert_close(frequencies, want, atol=1.1 / 4000, rtol=0)
@@ -70,24 +76,24 @@ def test_draws_follow_the_distribution() -> None:
 
 def test_eos_options() -> None:
     """logits_eos_inf: EOS is not chosen and gets no mass. confidence_eos_eot_inf: it is chosen, with confidence 0."""
-    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).expand(3, -1)  # 0 is EOS, 1 the end of a turn
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])  # 0 is EOS, 1 the end of a turn
     special = SpecialTokens(3, eos=(0,), ends=(0, 1))
-    flags = {"no_eos": torch.tensor([False, True, False]), "eos_last": torch.tensor([False, False, True])}
-    tokens, confidence = choose_tokens(logits, columns(torch.zeros(3), **flags), special, False)
-    assert tokens.tolist() == [0, 1, 0]
-    want = [torch.softmax(logits[0], -1)[0].item(), torch.softmax(logits[0, 1:], -1)[0].item(), 0.0]
-    torch.testing.assert_close(confidence, torch.tensor(want))
-    flags["no_eos"] = torch.tensor([True, True, True])
-    assert choose_tokens(logits, columns(torch.zeros(3), **flags), special, False)[0].tolist() == [1, 1, 1]
+    chosen = [
+        choose_tokens(logits, replace(GREEDY, no_eos=no_eos, eos_last=eos_last), None, special, False)
+        for no_eos, eos_last in ((False, False), (True, False), (False, True), (True, True))
+    ]
+    assert [tokens.item() for tokens, _ in chosen] == [0, 1, 0, 1]
+    want = [torch.softmax(logits[0], -1)[0].item(), torch.softmax(logits[0, 1:], -1)[0].item(), 0.0, 0.0]
+    assert [confidence.item() for _, confidence in chosen] == pytest.approx(want)
 
 
 def test_logits_eos_inf_generates_no_eos() -> None:
     llada = Decoder(model("llada"))
-    s = DecodeSettings(block_length=8, max_new_tokens=16, stop_token_ids=(), temperature=5.0, seed=3)
+    s = DecodeSettings(block_length=8, max_new_tokens=16, stop_token_ids=(), temperature=50.0, seed=3)
     eos = model("llada").info.eos_token_ids[0]
-    drawn = [t for out in llada.generate([[i] for i in range(40)], s) for t in out.token_ids]
+    drawn = [t for out in llada.generate([[i] for i in range(160)], s) for t in out.token_ids]
     without = replace(s, logits_eos_inf=True)
-    spared = [t for out in llada.generate([[i] for i in range(40)], without) for t in out.token_ids]
+    spared = [t for out in llada.generate([[i] for i in range(160)], without) for t in out.token_ids]
     assert eos in drawn and eos not in spared
 
 
