@@ -71,7 +71,6 @@ def run(ctx: StageContext) -> dict[str, Any]:
     if "calibrate" in ctx.inputs:
         calibration = storage.read_json(storage.join(ctx.input_dir("calibrate"), "calibration.json"))
     write_evaluation(ctx.directory, results, calibration)
-    storage.remove(parts)
     names = ("threshold", "accuracy", "tokens_per_pass", "tokens_per_forward")
     curves = {arm["name"]: [{name: point[name] for name in names} for point in arm["curve"]] for arm in results["arms"]}
     return {"num_problems": results["num_problems"], "num_samples": results["num_samples"], "curves": curves}

@@ -24,11 +24,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from pipelines.ray_cluster.resources import describe_bundles
 from pipelines.run.directory import StageContext
 from pipelines.training.checkpoints import NUM_TO_KEEP
-from pipelines.training.faults import Deadline, RetryLostWorkersOnly, attempt_s, user_error
+from pipelines.training.faults import Deadline, EndHopelessRuns, attempt_s, user_error
 from pipelines.training.job import TrainJob, make_job
-from pipelines.training.metrics import read_metrics
+from pipelines.training.metrics import join_parts, read_metrics
 from pipelines.training.progress import Progress, write_events
-from pipelines.training.worker import train_worker
+from pipelines.training.worker import EXPORTED, train_worker
 from rcd_core.io import storage
 
 RESIZE_INTERVAL_S = 60.0  # how often an elastic run checks for room for more workers
@@ -37,29 +37,40 @@ RESIZE_INTERVAL_S = 60.0  # how often an elastic run checks for room for more wo
 def run(ctx: StageContext) -> dict[str, Any]:
     """Train the stage's model and write it to <stage>/model. Summary: digest of the weights, steps, last loss."""
     job = make_job(ctx)
-    with Progress(ctx, job.settings.steps):
-        _fit(ctx, job)
+    mark = storage.join(ctx.directory, EXPORTED)
+    if not storage.exists(mark):  # else the last job was killed between the export and its manifest
+        with Progress(ctx, job.settings.steps):
+            _fit(ctx, job)
+    exported = storage.read_json(mark)
+    _finish_metrics(ctx, exported["metrics_problem"])
     model = storage.join(ctx.directory, "model")
-    lines = read_metrics(ctx.directory)
-    write_events(storage.join(ctx.directory, "tensorboard"), lines)
-    storage.remove(storage.join(ctx.directory, "ray"))  # checkpoints and leftovers of failed uploads
     digests = [storage.sha256(file) for file in storage.list_files(model, ".safetensors")]
     digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     config = storage.read_json(storage.join(model, "config.json"))
     return {
         "steps": job.settings.steps,
-        "loss": round(lines[-1]["loss"], 6),
+        "loss": round(exported["loss"], 6),
         "rcd": config.get("rcd"),
         "weights_sha256": digest,
         "fingerprint": [digest, config.get("rcd")],
     }
 
 
-def _fit(ctx: StageContext, job: TrainJob) -> None:
-    """Run the workers to the end. Lost ones are replaced up to resources.max_failures times.
+def _finish_metrics(ctx: StageContext, problem: str) -> None:
+    """Join the metrics and write TensorBoard's events. A problem here never ends a job, and is said once."""
+    try:
+        join_parts(ctx.directory)
+        write_events(storage.join(ctx.directory, "tensorboard"), read_metrics(ctx.directory))
+    except Exception as error:
+        problem = problem or str(error)
+    if problem:
+        text = f"  {ctx.stage}: metrics.jsonl or tensorboard/ is incomplete ({problem}); the model is not affected"
+        ctx.console.print(text, markup=False, soft_wrap=True)
 
-    A UserError of a worker is raised here unchanged, and nothing is retried.
-    """
+
+def _fit(ctx: StageContext, job: TrainJob) -> None:
+    """Run the workers to the end. After a failure they start again from the last checkpoint, up to
+    resources.max_failures times; training/faults.py says which failures end the training at once."""
     resources = ctx.recipe.resources
     workers = describe_bundles([resources.worker_bundle(ctx.stage)] * resources.worker_counts[0])
     # Ray Train's controller inherits the driver's environment and reads this.
@@ -72,7 +83,7 @@ def _fit(ctx: StageContext, job: TrainJob) -> None:
         "elastic_resize_monitor_interval_s": RESIZE_INTERVAL_S,
     }
     callbacks: list[Any] = [
-        RetryLostWorkersOnly(ctx.stage, ctx.directory),
+        EndHopelessRuns(ctx.stage, ctx.directory),
         Deadline(ctx.stage, workers, resources.timeout_s),
     ]
     files, path = storage.filesystem(storage.join(ctx.directory, "ray"))  # waits for the storage; Ray's own does not

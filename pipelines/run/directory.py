@@ -37,6 +37,7 @@ class Stage:
     repair fixes a finished result in place.
     inputs: stages whose results it reads. sections: dotted recipe keys that decide the result. outside: recipe key ->
     checkpoint or data files from outside the run. bundles: resources of each process. always: call it even when done.
+    temporary: names below the stage's directory that only an unfinished stage needs.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Stage:
     bundles: tuple[dict[str, float], ...] = ()
     needs_cluster: bool = True
     always: bool = False
+    temporary: tuple[str, ...] = ()
     check: str | None = None
     report: str | None = None
     teardown: str | None = None
@@ -199,4 +201,12 @@ def run_stage(stage: Stage, context: StageContext, material: Mapping[str, Any]) 
     context.run.begin(stage.name, material)
     started, clock = datetime.now().astimezone(), time.monotonic()
     summary = resolve(stage.function)(context)
-    return context.run.finish(stage.name, material, summary, started, time.monotonic() - clock)
+    manifest = context.run.finish(stage.name, material, summary, started, time.monotonic() - clock)
+    remove_temporary(stage, context.run)
+    return manifest
+
+
+def remove_temporary(stage: Stage, run: RunDirectory) -> None:
+    """Of a stage whose manifest stands."""
+    for name in stage.temporary:
+        storage.remove(storage.join(run.stage_directory(stage.name), name))

@@ -18,7 +18,7 @@ from pipelines.ray_cluster.resources import describe_bundles, wait_for_resources
 from pipelines.recipe.inputs import check_inputs
 from pipelines.recipe.load import dump_recipe, load_recipe
 from pipelines.recipe.model import Recipe
-from pipelines.run.directory import RunDirectory, Stage, StageContext, resolve, run_stage
+from pipelines.run.directory import RunDirectory, Stage, StageContext, remove_temporary, resolve, run_stage
 from pipelines.run.keys import key_of
 from pipelines.run.lease import Lease
 from pipelines.run.messages import make_console, user_message
@@ -182,6 +182,7 @@ class _Job:
             require_runnable(self.stages, self._plan(), [stage.name], self.run)
         if decision.action == "skip" and decision.manifest:
             self._say(f"{stage.name}: skipped, {decision.why}")
+            remove_temporary(stage, self.run)  # the last job may have been killed before it did
             return "skipped (already done)", decision.manifest
         self._wait(stage, free=True)
         self._say(f"{stage.name}: starts, {decision.why}", style="bold")

@@ -18,6 +18,7 @@ from rcd_core.io import storage
 from rcd_core.residual import ResidualSettings
 from rcd_core.training.settings import SignalRule
 
+TEMPORARY = ("ray", "exported.json")  # checkpoints of a training, and the mark that its model is written
 _TRAINING = ("block_length", "noise", "seed")
 
 
@@ -58,6 +59,7 @@ def _base(recipe: Recipe) -> Stage:
     return Stage(
         name="base",
         function="pipelines.train:run",
+        temporary=TEMPORARY,
         inputs=("prepare",),
         sections=("base", *_TRAINING),
         outside=_outside("base.start", recipe.base.start if recipe.base else None),
@@ -72,6 +74,7 @@ def _reference(recipe: Recipe, reference: ReferenceStage) -> Stage:
     return Stage(
         name="reference",
         function="pipelines.train:run",
+        temporary=TEMPORARY,
         inputs=("prepare",),
         sections=("reference", *_TRAINING),
         outside=outside,
@@ -108,6 +111,7 @@ def _target(
     return Stage(
         name=name,
         function="pipelines.train:run",
+        temporary=TEMPORARY,
         inputs=("prepare", *inputs, *(("base",) if recipe.target.start is None else ())),
         sections=("target.start", train, *((section,) if section else ()), *rule, *_TRAINING),
         outside=_outside("target.start", recipe.target.start),
@@ -145,6 +149,7 @@ def _evaluate(recipe: Recipe, models: tuple[str, ...], using_reference: set[str]
     return Stage(
         name="evaluate",
         function="pipelines.evaluate:run",
+        temporary=("parts",),
         inputs=(
             "prepare",
             *base,

@@ -1,18 +1,19 @@
-"""Failures of training workers: lost workers are replaced, errors end the training at once.
+"""Failures of training workers: all are retried from the last checkpoint, but for those that would come again.
 
-Ray Train retries both (FailureConfig.max_failures). It calls a UserCallback in the controller after every failure, and
-an exception raised there ends the run without a retry. Restarts are recorded in <stage>/restarts.jsonl for the driver.
+Ray Train retries (FailureConfig.max_failures). It calls a UserCallback in the controller after every failure, and an
+exception raised there ends the run without a retry. Restarts are recorded in <stage>/restarts.jsonl for the driver.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from ray.exceptions import RayActorError
-from ray.train import TrainingFailedError, UserCallback
+from ray.train import UserCallback
 from ray.train.v2._internal.exceptions import (
     InsufficientClusterResourcesError,
     WorkerHealthCheckFailedError,
@@ -29,19 +30,22 @@ from ray.train.v2._internal.execution.controller.state import (
 from pipelines.run.messages import causes, is_full_disk
 from rcd_core.errors import UserError
 from rcd_core.io import storage
+from rcd_core.training.loop import STEP_NOTE
 
 LOST = (RayActorError, WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError)
 WAITING = (InitializingState, RestartingState, ReschedulingState, SchedulingState)
-# Messages of torch on the surviving workers when a peer of a collective is gone; there is no exception class for it.
-_PEER_GONE = ("by peer", "Broken pipe", "gloo/transport", "Socket", "NCCL error", "TCPStore", "Connection refused")
+logger = logging.getLogger(__name__)
 
 
-class RetryLostWorkersOnly(UserCallback):
-    """Ray Train retries any failure (FailureConfig in pipelines/train.py). Raising here ends the run instead: for a
-    UserError, a full disk, or an error in the code."""
+class EndHopelessRuns(UserCallback):
+    """Raises, which ends the run, for a UserError, a full disk, and an error that comes again at the same step.
+
+    UserErrors include a device without memory: the same step would need it again.
+    """
 
     def __init__(self, stage: str, directory: str) -> None:
         self.stage, self.path = stage, storage.join(directory, "restarts.jsonl")
+        self.seen: set[tuple[str, ...]] = set()  # errors of the last failure
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
         errors = list(worker_exceptions.values())
@@ -51,14 +55,22 @@ class RetryLostWorkersOnly(UserCallback):
         for error in errors:
             if is_disk_full(error):
                 raise disk_full_error(self.stage, error)
-        # If a worker was lost, the others may fail in any way. A broken collective also counts as a loss: the death of
-        # the peer may not have been noticed yet.
-        if not any(is_lost_worker(error) for error in errors):
-            raise errors[0] if isinstance(errors[0], Exception) else RuntimeError(str(errors[0]))
-        lost = {rank: first_line(error) for rank, error in worker_exceptions.items()}
-        before = storage.read_bytes(self.path) if storage.exists(self.path) else b""
-        line = json.dumps({"time": round(time.time(), 1), "workers": lost})
-        storage.write_bytes(self.path, before + line.encode() + b"\n")
+        # A lost worker has no step, and the others may then fail in any way.
+        lost = any(isinstance(error, LOST) for error in errors)
+        kinds = {} if lost else {_kind(error): error for error in errors}
+        if again := self.seen & kinds.keys():
+            error = kinds[min(again)]
+            raise error if isinstance(error, Exception) else RuntimeError(str(error))
+        self.seen = set(kinds)
+        self._record({rank: first_line(error) for rank, error in worker_exceptions.items()})
+
+    def _record(self, workers: dict[int, str]) -> None:
+        line = json.dumps({"time": round(time.time(), 1), "workers": workers})
+        try:
+            before = storage.read_bytes(self.path) if storage.exists(self.path) else b""
+            storage.write_bytes(self.path, before + line.encode() + b"\n")
+        except OSError as error:
+            logger.warning("%s cannot be written (%s); the training goes on", self.path, error)
 
 
 class Deadline(ControllerCallback):
@@ -89,9 +101,10 @@ def attempt_s(timeout_s: float) -> float:
     return min(60.0, max(1.0, timeout_s))
 
 
-def is_lost_worker(error: BaseException) -> bool:
-    """Whether a worker's process or node is gone, or a collective failed because of that."""
-    return isinstance(error, LOST) or any(text in str(error) for text in _PEER_GONE)
+def _kind(error: BaseException) -> tuple[str, ...]:
+    """Equal for errors of one type and message at the same step, which the training loop notes."""
+    notes = [note for note in getattr(error, "__notes__", []) if note.startswith(STEP_NOTE)]
+    return type(error).__name__, first_line(error), *notes
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -117,7 +130,7 @@ def user_error(error: BaseException, stage: str, max_failures: int) -> BaseExcep
         if isinstance(cause, InsufficientClusterResourcesError):
             return UserError(f"{stage}: {' '.join(str(cause).split())}")
     for cause in chain:
-        if is_lost_worker(cause) and not isinstance(cause, TrainingFailedError):
+        if isinstance(cause, LOST):
             return UserError(
                 f"{stage}: training workers were lost more often than resources.max_failures {max_failures} allows "
                 f"(last error: {first_line(cause)}); check the nodes' memory and logs; the same command resumes from "

@@ -15,6 +15,7 @@ from pipelines.training.metrics import read_metrics
 from rcd_core.io import storage
 
 INTERVAL_S = 15.0
+LINES_PER_FILE = 1000
 
 
 class Progress:
@@ -45,10 +46,9 @@ class Progress:
             try:
                 lines = read_metrics(self.ctx.directory)
                 last = lines[-1]
-            except (OSError, ValueError, IndexError):
+            except Exception:  # none are there yet, or the storage has a problem; the job goes on
                 continue
-            with suppress(OSError):
-                self.events.update(lines)
+            self.events.update(lines)
             if step == last["step"]:
                 continue
             now, step = time.monotonic(), int(last["step"])
@@ -60,47 +60,58 @@ class Progress:
     def _count_restarts(self) -> int:
         try:
             return len(storage.read_bytes(self.restarts).splitlines())
-        except OSError:
+        except Exception:
             return 0
 
     def _report_restarts(self) -> None:
         count = self._count_restarts()
         if count > self.num_restarts:
-            text = f"  {self.ctx.stage}: lost a worker, resumes from the last checkpoint ({self.restarts})"
+            text = f"  {self.ctx.stage}: a worker failed, resumes from the last checkpoint ({self.restarts})"
             self.ctx.console.print(text, markup=False, soft_wrap=True)
             self.num_restarts = count
 
 
 class LiveEvents:
-    """TensorBoard events of a running training in one file that only grows, so that an open TensorBoard keeps reading.
+    """TensorBoard events of a running training in files that only grow, so that an open TensorBoard keeps reading.
 
-    Object stores cannot append, so there the whole file is uploaded again after each update.
+    Object stores cannot append, so there a file is uploaded again after each update, until it has LINES_PER_FILE lines.
+    A problem of the storage is left to the end of the training, which writes all events again.
     """
 
     def __init__(self, board: str) -> None:
-        self.board, self.step = board, 0
+        self.board, self.step, self.num_lines = board, 0, 0
         self.writer: Any = None
         self._stack = ExitStack()
 
     def update(self, lines: list[dict[str, float]]) -> None:
         """Add the lines after the last update. Steps that a restart runs again are not added twice."""
         new = [line for line in lines if line["step"] > self.step]
-        if not new:
-            return
-        if self.writer is None:
-            self.writer = self._open()
-        _add_scalars(self.writer, new)
-        self.writer.flush()
-        self.step = int(new[-1]["step"])
-        if self.writer.log_dir != self.board:
-            storage.upload_dir(self.writer.log_dir, self.board)
+        try:
+            if new:
+                self._add(new)
+        except Exception:  # such a writer stays broken
+            self.close()
 
     def close(self) -> None:
-        with suppress(OSError):  # the training reports a full disk itself
+        with suppress(Exception):
             self._stack.close()
+        self.writer = None
+
+    def _add(self, lines: list[dict[str, float]]) -> None:
+        if self.writer is None:
+            self.writer, self.num_lines = self._open(), 0
+        _add_scalars(self.writer, lines)
+        self.writer.flush()
+        self.num_lines += len(lines)
+        if self.writer.log_dir != self.board:
+            storage.upload_dir(self.writer.log_dir, self.board)
+            if self.num_lines >= LINES_PER_FILE:
+                self.close()
+        self.step = int(lines[-1]["step"])
 
     def _open(self) -> Any:
-        storage.remove(self.board)  # of an interrupted job
+        if not self.step:
+            storage.remove(self.board)  # of an interrupted job
         remote = storage.is_uri(self.board)
         directory = self._stack.enter_context(tempfile.TemporaryDirectory()) if remote else self.board
         return self._stack.enter_context(SummaryWriter(directory))

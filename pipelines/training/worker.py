@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import tempfile
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +30,8 @@ from rcd_core.training.data.rows import RowSource, TrainingRow
 from rcd_core.training.data.signal_cache import SignalSource, require_match
 from rcd_core.training.loop import Callbacks, Validation, train
 from rcd_core.training.objective import reference_signals
+
+EXPORTED = "exported.json"  # in the stage's directory once its model is complete
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -57,19 +61,27 @@ def _train(job: TrainJob) -> None:
     device = (
         get_device() if kind == "cuda" else torch.device(kind)
     )  # Ray's: its workers on a node see each other's GPUs
+    if storage.exists(storage.join(job.directory, EXPORTED)):
+        return  # a worker was lost after the export
     model = start_model(job).requires_grad_(True)
     if job.settings.strategy != "fsdp2":  # fsdp2 moves the model to the device in shards
         model = model.to(device)
     reference = load_model(job.reference, device=device, dtype=dtype) if job.reference else None
     with Checkpoints(job.stage, job.directory) as checkpoints:
         resume, step = checkpoints.resume()
+        metrics = MetricsLog(job.run, job.stage, job.directory, rank, step)
+
+        def checkpoint(step: int, save: Callable[[Path], None]) -> None:
+            metrics.flush()
+            checkpoints.write(step, save)
+
         weights = train(
             model,
             _rows(job, model),
             job.settings,
             job.residual,
             job.block_length,
-            Callbacks(log=MetricsLog(job.run, job.stage, job.directory, rank, step).log, checkpoint=checkpoints.write),
+            Callbacks(log=metrics.log, checkpoint=checkpoint),
             reference=reference,
             signal_rule=job.signal_rule,
             noise=job.noise,
@@ -79,6 +91,8 @@ def _train(job: TrainJob) -> None:
         )
     if rank == 0:
         _export(job, model.with_weights(weights))
+        mark = {"loss": metrics.last["loss"], "metrics_problem": metrics.close()}
+        storage.write_json(storage.join(job.directory, EXPORTED), mark)
 
 
 def start_model(job: TrainJob) -> DiffusionModel:

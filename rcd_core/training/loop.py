@@ -33,6 +33,7 @@ from rcd_core.training.settings import SignalRule, TrainSettings
 from rcd_core.training.strategies import Strategy, make_strategy, read_progress, write_progress
 
 DEFAULT_RULE = SignalRule()
+STEP_NOTE = "optimiser steps done before this error: "  # begins a note on exceptions from the loop
 
 
 @dataclass(frozen=True)
@@ -128,32 +129,37 @@ def train(
     meter.last_step = last_checkpoint = first
     skipped = 0
     wait_start = time.perf_counter()
-    for step, micro_batches in prefetch(source, collator, rank, world, first):
-        meter.waited += time.perf_counter() - wait_start
-        rate = learning_rate(step, settings)
-        norm = run.step(micro_batches, rate, meter)
-        done = step + 1
-        if not math.isfinite(norm):
-            skipped += 1
-            if skipped > settings.max_skipped_steps:
-                ids = ", ".join(row.example_id for micro in micro_batches for row in micro.rows[:4])
-                raise UserError(
-                    f"loss or gradient is not finite at step {step} (rank {rank}, rows {ids}, ...); the last good "
-                    f"checkpoint is that of step {last_checkpoint}: lower train.learning_rate, inspect these rows, or "
-                    "raise train.max_skipped_steps"
-                )
-        last = done == settings.steps
-        validates = validation and settings.validate_every and (done % settings.validate_every == 0 or last)
-        if done % settings.log_every == 0 or last or validates:
-            line = {"step": done, "learning_rate": rate, "grad_norm": norm, "skipped_steps": skipped}
-            line |= meter.flush(done)
-            if validation and validates:
-                line["validation_loss"] = run.validate(validation, collator, rank)
-            callbacks.log(line)
-        if done % settings.checkpoint_every == 0 and not last:
-            callbacks.checkpoint(done, partial(_save, strategy, settings, rank, done))
-            last_checkpoint = done
-        wait_start = time.perf_counter()
+    done = first
+    try:
+        for step, micro_batches in prefetch(source, collator, rank, world, first):
+            meter.waited += time.perf_counter() - wait_start
+            rate = learning_rate(step, settings)
+            norm = run.step(micro_batches, rate, meter)
+            done = step + 1
+            if not math.isfinite(norm):
+                skipped += 1
+                if skipped > settings.max_skipped_steps:
+                    ids = ", ".join(row.example_id for micro in micro_batches for row in micro.rows[:4])
+                    raise UserError(
+                        f"loss or gradient is not finite at step {step} (rank {rank}, rows {ids}, ...); the last good "
+                        f"checkpoint is that of step {last_checkpoint}: lower train.learning_rate, inspect these "
+                        "rows, or raise train.max_skipped_steps"
+                    )
+            last = done == settings.steps
+            validates = validation and settings.validate_every and (done % settings.validate_every == 0 or last)
+            if done % settings.log_every == 0 or last or validates:
+                line = {"step": done, "learning_rate": rate, "grad_norm": norm, "skipped_steps": skipped}
+                line |= meter.flush(done)
+                if validation and validates:
+                    line["validation_loss"] = run.validate(validation, collator, rank)
+                callbacks.log(line)
+            if done % settings.checkpoint_every == 0 and not last:
+                callbacks.checkpoint(done, partial(_save, strategy, settings, rank, done))
+                last_checkpoint = done
+            wait_start = time.perf_counter()
+    except Exception as error:
+        error.add_note(f"{STEP_NOTE}{done}")
+        raise
     weights = {n.removeprefix("model.").removeprefix("backbone."): w for n, w in strategy.full_weights().items()}
     model.eval()
     return weights

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from pipelines import train as train_stage
+from pipelines.run.directory import run_stage
+from pipelines.run.stages import stages_of
 from pipelines.training.job import make_job
 from pipelines.training.metrics import read_metrics
-from pipelines.training.worker import start_model, validation
+from pipelines.training.worker import EXPORTED, start_model, validation
 from rcd_core import load_model
 from rcd_core.errors import UserError
 from rcd_core.training.data.batches import collate_packed
@@ -24,6 +26,7 @@ from tests.pipelines.training_run import (
     GOLDEN,
     Killer,
     assert_close,
+    checkpoint_steps,
     context,
     make_recipe,
     train_alone,
@@ -43,7 +46,7 @@ def quick() -> Iterator[None]:
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.drill)])
 @pytest.mark.timeout(280)
 def test_a_killed_worker_is_replaced_without_changing_the_result(
-    strategy: str, ray_cluster: str, tmp_path: Path
+    strategy: str, ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two workers give the weights of one process; with one of them killed, the bits are the same."""
     settings = {"strategy": strategy, "validate_every": 8, "pack_length": 24}
@@ -62,9 +65,14 @@ def test_a_killed_worker_is_replaced_without_changing_the_result(
     assert again == summary
     assert all(torch.equal(a, b) for a, b in zip(weights(quiet).values(), weights(ctx).values(), strict=True))
     assert [m["step"] for m in read_metrics(ctx.directory)] == list(range(1, 25)), "no step is logged twice"
-    assert not (Path(ctx.directory) / "ray").exists()
     values = [[m["validation_loss"] for m in read_metrics(c.directory) if "validation_loss" in m] for c in (quiet, ctx)]
     assert values[0] == values[1] and len(set(values[0])) == 3
+
+    # As after a kill before the manifest: nothing is trained again, and checkpoints are removed once it stands.
+    monkeypatch.setattr(train_stage, "_fit", lambda *_: pytest.fail("trains again"))
+    assert checkpoint_steps(Path(ctx.directory))
+    assert run_stage(stages_of(ctx.recipe)["target"], ctx, {})["summary"] == summary
+    assert not checkpoint_steps(Path(ctx.directory)) and not (Path(ctx.directory) / EXPORTED).exists()
 
 
 def test_an_error_of_the_run_is_not_retried_and_is_one_line(ray_cluster: str, tmp_path: Path) -> None:

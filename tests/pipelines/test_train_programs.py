@@ -104,7 +104,7 @@ def test_a_run_in_a_bucket_with_a_killed_worker_gives_the_results_of_a_local_run
     base = remote.stage_directory("base")
     with Watcher(base, 23) as watcher:
         out = finish(start("full.py", "s3://bucket/rcd", STAGES, *often, environment=bucket))
-    assert 5 <= len(watcher.before) < 60 and "base: lost a worker" in out
+    assert 5 <= len(watcher.before) < 60 and "base: a worker failed" in out
     assert len(storage.read_bytes(storage.join(base, "restarts.jsonl")).splitlines()) == 1
     for stage in STAGES:
         assert result(local, stage) == result(remote, stage), stage

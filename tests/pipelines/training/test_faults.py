@@ -13,8 +13,9 @@ from ray.train import Checkpoint, ControllerError, WorkerGroupError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from pipelines.training.checkpoints import finished_steps
-from pipelines.training.faults import RetryLostWorkersOnly, is_disk_full, user_error
+from pipelines.training.faults import EndHopelessRuns, is_disk_full, user_error
 from rcd_core.errors import UserError
+from rcd_core.training.loop import STEP_NOTE
 
 
 def full_disk() -> OSError:
@@ -23,22 +24,52 @@ def full_disk() -> OSError:
     return caught.value
 
 
-def test_only_lost_workers_are_retried(tmp_path: Path) -> None:
-    policy = RetryLostWorkersOnly("target", str(tmp_path))
-    restarts = tmp_path / "restarts.jsonl"
-    for errors, kind in (
-        ({0: UserError("a row is bad"), 1: RayActorError()}, UserError),
-        ({1: TypeError("a bug")}, TypeError),
-        ({0: full_disk()}, UserError),
-        ({0: CheckpointException("ranks", {0: (ValueError("odd"), None)})}, RuntimeError),  # type: ignore[dict-item]
-    ):
-        with pytest.raises(kind):
-            policy.after_exception(None, errors)
-        assert not restarts.exists()
-    peer = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.7]:31416")
-    policy.after_exception(None, {0: RayActorError(), 1: TypeError("half a message")})
-    policy.after_exception(None, {1: peer})
-    assert [list(json.loads(line)["workers"]) for line in restarts.read_text().splitlines()] == [["0", "1"], ["1"]]
+def failed_at(step: int, error: Exception) -> Exception:
+    error.add_note(f"{STEP_NOTE}{step}")
+    return error
+
+
+def test_some_failures_end_a_training_at_once(tmp_path: Path) -> None:
+    for errors in ({0: UserError("a row is bad"), 1: RayActorError()}, {0: full_disk()}):
+        with pytest.raises(UserError):
+            EndHopelessRuns("target", str(tmp_path)).after_exception(None, errors)
+    assert not (tmp_path / "restarts.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "AWS Error SLOW_DOWN during PutObject operation",
+        "CUDA error: uncorrectable ECC error encountered",
+        "Stale file handle",
+        "a bug",
+    ],
+)
+def test_any_other_failure_is_retried_and_ends_the_training_when_it_comes_again(text: str, tmp_path: Path) -> None:
+    policy = EndHopelessRuns("target", str(tmp_path))
+    policy.after_exception(None, {1: failed_at(7, RuntimeError(text))})
+    policy.after_exception(None, {0: failed_at(9, RuntimeError(text))})  # it got further
+    policy.after_exception(None, {0: failed_at(9, OSError("something else"))})
+    lines = (tmp_path / "restarts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["workers"] for line in lines[:2]] == [{"1": text}, {"0": text}]
+    with pytest.raises(OSError, match="something else"):
+        policy.after_exception(None, {0: OtherError(), 1: failed_at(9, OSError("something else"))})
+
+
+class OtherError(Exception):
+    """Another rank's error in the same failure."""
+
+
+def test_lost_workers_are_replaced_each_time(tmp_path: Path) -> None:
+    policy = EndHopelessRuns("target", str(tmp_path))
+    for _ in range(3):
+        policy.after_exception(None, {0: RayActorError(), 1: failed_at(3, TypeError("half a message"))})
+    assert len((tmp_path / "restarts.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_training_goes_on_when_its_restart_cannot_be_recorded(tmp_path: Path) -> None:
+    (tmp_path / "restarts.jsonl").mkdir()
+    EndHopelessRuns("target", str(tmp_path)).after_exception(None, {0: RayActorError()})
 
 
 def test_the_user_error_behind_a_failure() -> None:
