@@ -1,6 +1,6 @@
 """A run directory: one sub-directory per stage, with a key that identifies what the stage was made from.
 
-    <run>/recipe.yaml  lease.json  <stage>/key.json  <stage>/...  <stage>/manifest.json
+    <run>/recipe.yaml  lease-<owner>.json  <stage>/key.json  <stage>/...  <stage>/manifest.json
 
 A stage writes key.json first and manifest.json last. With a manifest of the same key it is done. A manifest of another
 key belongs to other settings; it is refused and never overwritten. Without a manifest the stage was interrupted; its

@@ -54,5 +54,5 @@ def report(context: StageContext) -> None:
 
 
 if __name__ == "__main__":
-    lease.HEARTBEAT_S, lease.TAKEOVER_S, lease._SETTLE_S = 0.2, 2.0, 0.2
+    lease.HEARTBEAT_S, lease.TAKEOVER_S, lease._PAUSE_S = 0.2, 2.0, 0.2
     sys.exit(main(registry=stages))

@@ -1,10 +1,9 @@
-"""Stage keys, run directories, leases and the listing of runs."""
+"""Stage keys, run directories and the listing of runs."""
 
 from __future__ import annotations
 
 import json
 import os
-import threading
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -19,10 +18,9 @@ from pipelines.ray_cluster.connection import connect
 from pipelines.ray_cluster.resources import wait_for_resources
 from pipelines.recipe.load import load_recipe
 from pipelines.recipe.model import Recipe
-from pipelines.run import lease
 from pipelines.run.directory import RunDirectory, StageContext, key_material
 from pipelines.run.keys import differences, fingerprint, key_of
-from pipelines.run.lease import Lease, read_lease
+from pipelines.run.lease import Lease
 from pipelines.run.plan import ancestors, make_plan, with_dependents
 from pipelines.run.stages import stages_of
 from rcd_core.errors import UserError
@@ -167,68 +165,6 @@ def test_context_hands_out_inputs_and_checkpoints(tmp_path: Path) -> None:
     run.finish("reference", {}, {"checkpoint": "owner/name"}, now, 0)
     assert context.checkpoint("base") == str(tmp_path / "base" / "model")
     assert context.checkpoint("reference") == "owner/name"
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.1)
-    monkeypatch.setattr(lease, "TAKEOVER_S", 1.5)
-    monkeypatch.setattr(lease, "_SETTLE_S", 0.1)
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_living_holder_is_respected(directory: str) -> None:
-    with Lease(directory).acquire() as holder:
-        with pytest.raises(UserError, match=r"process \d+ on .*, since \d{4}-.*`kill"):
-            Lease(directory).acquire()
-        holder.check()
-        assert read_lease(directory) is not None
-    assert read_lease(directory) is None
-    with Lease(directory).acquire():  # free again at once
-        pass
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_silent_holder_is_replaced_and_told(directory: str) -> None:
-    lost: list[str] = []
-    dead = Lease(directory, on_lost=lost.append)
-    dead._beat()  # holds the lease, but nobody keeps it
-    said: list[str] = []
-    with Lease(directory).acquire(said.append):
-        assert any("no heartbeat" in line for line in said)
-        keeper = threading.Thread(target=dead._keep)  # the old one wakes up
-        keeper.start()
-        keeper.join(timeout=5)
-        assert len(lost) == 1 and "was taken over by" in lost[0]
-        with pytest.raises(UserError, match="was taken over"):
-            RunDirectory(directory, dead).begin("base", {})
-        dead.release()
-        assert read_lease(directory) is not None  # another's lease is left alone
-
-
-@pytest.mark.usefixtures("quick")
-def test_of_two_that_start_together_one_goes_on(directory: str) -> None:
-    """Both see no lease and write one: after a heartbeat one knows. The earlier writer, as a rule; the later one if the
-    other was just about to write its beat."""
-    first, second = Lease(directory), Lease(directory)
-    first.acquire()
-    second._wait_for_silence = lambda say: False  # type: ignore[method-assign]  # it looked before first wrote
-    second.acquire()
-    deadline = time.monotonic() + 5
-    while first.lost is None and second.lost is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(10 * lease.HEARTBEAT_S)  # the other one stays
-    [winner] = [holder for holder in (first, second) if holder.lost is None]
-    winner.release()
-    assert read_lease(directory) is None
-
-
-def test_submitted_jobs_are_named_by_what_ray_job_stop_wants(monkeypatch: pytest.MonkeyPatch) -> None:
-    metadata = {"runtime_env": {}, "metadata": {"job_submission_id": "raysubmit_7"}}
-    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(metadata))
-    holder = Lease("/nowhere")
-    assert "job raysubmit_7, process" in lease.describe_lease(holder._content)
-    assert "`ray job stop raysubmit_7`" in holder._refusal(holder._content)
 
 
 def test_rcd_runs_lists_runs(

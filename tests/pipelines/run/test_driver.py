@@ -55,7 +55,7 @@ def test_a_finished_run_is_skipped_and_reports_again(done: Path, capsys: pytest.
     assert calls(done) == []
     out = capsys.readouterr().out
     assert "third: skipped, done" in out and "report: first;second;third;" in out
-    assert not (done / "demo" / "lease.json").exists()
+    assert read_lease(str(done / "demo")) is None
     assert load_recipe(str(done / "demo" / "recipe.yaml")) == load_recipe("demo", [f"storage={done}"])
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -88,7 +88,7 @@ def test_a_failure_leaves_what_was_done_and_resumes(
     monkeypatch.setenv("FAKE_FAIL", "1")
     assert job(tmp_path) == 2
     assert "error: second.thing is wrong" in capsys.readouterr().err
-    assert not (tmp_path / "demo" / "lease.json").exists()
+    assert read_lease(str(tmp_path / "demo")) is None
     monkeypatch.delenv("FAKE_FAIL")
     calls(tmp_path)
     assert job(tmp_path) == 0 and calls(tmp_path) == ["second", "third"]
@@ -247,9 +247,12 @@ def test_sigterm_ends_quickly_and_gives_the_lease_back(tmp_path: Path, start: St
 def test_a_job_that_lost_its_lease_stops(tmp_path: Path, start: Start) -> None:
     """As after a machine's long sleep: another has taken the run over, and this one must not write any more."""
     sleeper = start(hang=True)
-    path = tmp_path / "demo" / "lease.json"
+    path = tmp_path / "demo" / "lease-another.json"
     other = {"owner": "another", "host": "elsewhere", "pid": 1, "job": "raysubmit_1", "since": "now", "beat": 1}
+    other |= {"holds": True}
     sleeper.send_signal(signal.SIGSTOP)
+    for own in path.parent.glob("lease-*.json"):
+        own.unlink()
     path.write_text(json.dumps(other))
     sleeper.send_signal(signal.SIGCONT)
     code, out = finish(sleeper)
