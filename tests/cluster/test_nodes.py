@@ -18,6 +18,7 @@ import pytest
 
 from pipelines.ray_cluster.local import Head, stop_job
 from pipelines.run.directory import RunDirectory
+from pipelines.run.lease import read_lease
 from rcd_core.io import storage
 from tests.cluster.nodes import ROOT, actors, elsewhere, local_nodes
 from tests.pipelines.serving.serve_run import until
@@ -117,7 +118,7 @@ def stopped(user: Submitter, root: str) -> dict[str, Any]:
     until(lambda: storage.exists(storage.join(run, "base", "metrics.jsonl")), seconds=200)
     stop_job(user.head, "first")
     log = user.ray("logs", "first")
-    released = not storage.exists(storage.join(run, "lease.json"))
+    released = read_lease(run) is None
     again = user.submit(*options)
     return {
         "said": "stopped by SIGTERM; run the same command again to resume" in log,

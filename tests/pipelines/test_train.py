@@ -57,6 +57,7 @@ def test_a_killed_worker_is_replaced_without_changing_the_result(
     assert not (Path(quiet.directory) / "restarts.jsonl").exists()
 
     ctx = context(make_recipe(tmp_path, "killed", train=settings, data={"num_validation": 6}))
+    ctx.run.begin("target", {})
     with Killer(ctx.directory, 9) as killer:
         again = train_stage.run(ctx)
     assert killer.killed_at and killer.killed_at < 24
