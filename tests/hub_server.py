@@ -1,4 +1,4 @@
-"""A Hugging Face hub on loopback: data sets at one commit, as far as its client needs them to list and read files."""
+"""A Hugging Face hub on loopback: data sets and models, as far as its client needs them to list and read files."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ from urllib.parse import unquote, urlsplit
 
 @dataclass
 class Hub:
-    """data sets by owner/name. read: (data set, revision, path) of every file that was read."""
+    """repositories: data sets and models by owner/name, with all their commits. read: (repository, revision, path) of
+    every file that was read."""
 
-    repositories: dict[str, tuple[dict[str, bytes], dict[str, Any]]] = field(default_factory=dict)
+    repositories: dict[str, dict[str, tuple[dict[str, bytes], dict[str, Any]]]] = field(default_factory=dict)
     read: list[tuple[str, str, str]] = field(default_factory=list)
 
     def add(self, name: str, files: dict[str, bytes], **card: Any) -> str:
-        """Add a data set with the metadata of its card. Returns its commit."""
-        self.repositories[name] = (files, card)
-        return self.commit(name)
+        """Add a repository with the metadata of its card, or another commit of it. Returns the commit."""
+        content = repr((sorted(files.items()), sorted(card.items())))
+        commit = hashlib.sha1(content.encode()).hexdigest()
+        self.repositories[name] = {**self.repositories.get(name, {}), commit: (files, card)}
+        return commit
 
     def commit(self, name: str) -> str:
-        files, card = self.repositories[name]
-        content = repr((sorted(files.items()), sorted(card.items())))
-        return hashlib.sha1(content.encode()).hexdigest()
+        """The main branch."""
+        return list(self.repositories[name])[-1]
 
 
 @contextmanager
@@ -59,19 +61,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        api = re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(?:/(.*))?)?", path)
-        file = re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        api = re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(?:/(.*))?)?", path)
+        file = re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         name, revision = (api[1], api[3]) if api else (file[1], file[2]) if file else ("", None)
-        if name not in self.hub.repositories or revision not in (None, "main", self.hub.commit(name)):
-            code = "RepoNotFound" if name not in self.hub.repositories else "RevisionNotFound"
-            return self._send(404, b"", {"X-Error-Code": code})
-        files, card = self.hub.repositories[name]
+        commits = self.hub.repositories.get(name, {})
+        commit = self.hub.commit(name) if commits and revision in (None, "main") else str(revision)
+        if commit not in commits:
+            return self._send(404, b"", {"X-Error-Code": "RevisionNotFound" if commits else "RepoNotFound"})
+        files, card = commits[commit]
         if file:
-            return self._file(name, str(revision), file[3], files)
+            return self._file(name, str(revision), file[3], files, commit)
         assert api
         if api[2] != "tree":
             siblings = [{"rfilename": path} for path in files]
-            facts = {"id": name, "sha": self.hub.commit(name), "siblings": siblings, "cardData": card}
+            facts = {"id": name, "sha": commit, "siblings": siblings, "cardData": card}
             return self._send(200, json.dumps(facts).encode())
         prefix = f"{api[4]}/" if api[4] else ""
         inside = [path for path in files if path.startswith(prefix)]
@@ -84,12 +87,14 @@ class _Handler(BaseHTTPRequestHandler):
         entries += [{"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in sorted(directories)]
         return self._send(200, json.dumps(entries).encode())
 
-    def _file(self, name: str, revision: str, path: str, files: dict[str, bytes]) -> None:
-        self.hub.read.append((name, revision, path))
-        content, status, headers = files[path], 200, {}
+    def _file(self, name: str, revision: str, path: str, files: dict[str, bytes], commit: str) -> None:
+        if self.command == "GET":
+            self.hub.read.append((name, revision, path))
+        content, status = files[path], 200
+        headers = {"X-Repo-Commit": commit, "ETag": hashlib.sha1(content).hexdigest()}
         if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("range", "")):
             first, last = int(wanted[1]), min(int(wanted[2] or len(content)), len(content) - 1)
-            headers = {"Content-Range": f"bytes {first}-{last}/{len(content)}"}
+            headers |= {"Content-Range": f"bytes {first}-{last}/{len(content)}"}
             content, status = content[first : last + 1], 206
         self._send(status, content, headers)
 

@@ -13,7 +13,6 @@ from rich.table import Table
 from pipelines.cli.flags import SignalsPlanFlags, TrainPlanFlags
 from pipelines.recipe.load import load_recipe
 from pipelines.recipe.model import Recipe
-from pipelines.recipe.rules import is_hub_id
 from pipelines.run.directory import RunDirectory
 from pipelines.run.messages import make_console
 from pipelines.signals.costs import PASSES, Volume, column_bytes, costs, volume
@@ -21,6 +20,7 @@ from rcd_core.errors import UserError
 from rcd_core.families.config import ModelConfig
 from rcd_core.families.files import read_json
 from rcd_core.families.loading import checkpoint_directory, family_of
+from rcd_core.io.hub import is_hub_id, split_hub_id
 from rcd_core.residual import ResidualSettings
 from rcd_core.training.plan import MEMORY, USABLE, Memory, ModelShape, fits, memory, step_shape, training_cost
 from rcd_core.training.settings import TrainSettings
@@ -130,11 +130,12 @@ def _shape(key: str, start: str | ModelConfig, recipe: Recipe, vocab_size: int |
     if "://" not in start and not Path(start).is_dir() and is_hub_id(start):
         from huggingface_hub import try_to_load_from_cache
 
-        cached = try_to_load_from_cache(start, "config.json")
+        name, revision = split_hub_id(start)
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
         if not isinstance(cached, str):
             raise UserError(
                 f"{key} is {start}, which is not in the hub's cache on this machine; download its config.json "
-                f"(hf download {start} config.json), or give the sizes: --set '{key}={{family: sdar, hidden_size: "
+                f"(hf download {name} config.json), or give the sizes: --set '{key}={{family: sdar, hidden_size: "
                 "..., num_layers: ..., num_heads: ..., num_kv_heads: ..., intermediate_size: ...}'"
             )
         start = str(Path(cached).parent)

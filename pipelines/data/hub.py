@@ -6,10 +6,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from pipelines.recipe.rules import HUB_DATA
 from rcd_core.errors import UserError
+from rcd_core.io.hub import cached_snapshot
 
 HUB = "hf://"
-_NAME = re.compile(r"hf://(?P<name>[^@:]+)(?:@(?P<config>[^:]+))?(?::(?P<split>.+))?")
 _READABLE = (".parquet", ".jsonl")
 # How file names call a split where the data set's card does not say which files it has: the hub's convention.
 _KEYWORDS = {
@@ -20,30 +21,42 @@ _KEYWORDS = {
 
 
 def hub_files(name: str, split: str, key: str, revision: str | None = None) -> list[str]:
-    """URIs of the files of hf://owner/name[@config][:split] in order, each with the commit that `revision` names.
+    """URIs of the files of hf://owner/name[@config][:split][?revision=REVISION] in order, at the revision's commit.
 
-    split: used where the name gives none. revision: commit, branch or tag; None: the main branch. key: the recipe key,
-    for errors. Raises UserError if the hub does not answer, or has no such data set, config, split or readable files.
+    Where the hub does not answer, paths in its client's cache. split, revision: used where the name gives none;
+    revision None: the main branch. key: the recipe key, for errors.
+    Raises UserError if the data set is in neither place, or has no such config, split or readable files.
     """
-    match = _NAME.fullmatch(name)
+    match = HUB_DATA.fullmatch(name)
     if match is None:
-        raise UserError(f"{key} is {name!r}; use the form hf://owner/name[@config][:split]")
-    from huggingface_hub import HfApi
-
-    try:
-        info = HfApi().dataset_info(match["name"], revision=revision)
-    except Exception as error:  # the hub's client has no common base class for its errors
-        at = f" at {revision}" if revision else ""
-        raise UserError(f"{key}: {name}{at} cannot be read from the hub: {error}") from error
+        raise UserError(f"{key} is {name!r}; use the form hf://owner/name[@config][:split][?revision=REVISION]")
+    root, paths, card = _listing(match["name"], match["revision"] or revision, f"{key}: {name}")
     split = match["split"] or split
-    paths = sorted(sibling.rfilename for sibling in info.siblings or ())
-    card = info.card_data.to_dict() if info.card_data else {}
     chosen = _of_split(paths, _config(card.get("configs") or (), match["config"], f"{key}: {name}"), split)
     files = [path for path in chosen if path.endswith(_READABLE)]
     if not files:
         found = f"{', '.join(chosen[:5])}, which is not" if chosen else f"no file of split {split!r}; give"
         raise UserError(f"{key}: {name} has {found} .parquet or .jsonl; correct the split, or download and convert it")
-    return [f"{HUB}datasets/{match['name']}@{info.sha}/{path}" for path in files]
+    return [f"{root}/{path}" for path in files]
+
+
+def _listing(name: str, revision: str | None, where: str) -> tuple[str, list[str], dict[str, Any]]:
+    """(root, paths below it in order, metadata of the card) of a data set."""
+    from huggingface_hub import DatasetCard, HfApi
+
+    try:
+        info = HfApi().dataset_info(name, revision=revision)
+    except Exception as error:  # the hub's client has no common base class for its errors
+        snapshot = cached_snapshot(name, revision, "dataset")
+        if snapshot is None:
+            at = f" at {revision}" if revision else ""
+            raise UserError(f"{where}{at} cannot be read from the hub: {error}") from error
+        readme = snapshot / "README.md"
+        card = DatasetCard.load(readme).data.to_dict() if readme.exists() else {}
+        files = (path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file())
+        return str(snapshot), sorted(files), card
+    paths = sorted(sibling.rfilename for sibling in info.siblings or ())
+    return f"{HUB}datasets/{name}@{info.sha}", paths, info.card_data.to_dict() if info.card_data else {}
 
 
 def _config(configs: Sequence[Mapping[str, Any]], name: str | None, where: str) -> Mapping[str, Any]:

@@ -21,8 +21,9 @@ from pipelines.evaluation.results import MethodInfo
 from pipelines.recipe.files import merged
 from pipelines.recipe.load import parse_recipe
 from pipelines.recipe.model import Recipe
-from pipelines.recipe.rules import data_files
+from pipelines.recipe.rules import data_files, source_list
 from pipelines.recipe.settings_files import apply_settings, read_settings
+from pipelines.run.commits import ask_commit, hub_names, pinned
 from pipelines.run.directory import RunDirectory, StageContext
 from pipelines.run.keys import fingerprint, recipe_values
 from rcd_core.errors import UserError
@@ -88,9 +89,10 @@ def collect_answers(raw: Mapping[str, Any], options: EndpointOptions, console: C
     is_rcd = _is_rcd(endpoint, options)
     methods = list(_methods(recipe, raw["evaluate"], options, is_rcd))
     run = RunDirectory(recipe.run_directory)
-    context = StageContext(recipe=recipe, run=run, stage="prepare", key="", inputs=(), console=console)
+    commits = {name: ask_commit(name) for name in hub_names([tuple(source_list(recipe.data.test))])}
+    context = StageContext(recipe=pinned(recipe, commits), run=run, stage="prepare", key="", inputs=(), console=console)
     problems = read_problems(context)[: recipe.evaluate.num_examples]
-    log = AnswerLog(recipe.run_directory, _fingerprint(recipe, options, methods))
+    log = AnswerLog(recipe.run_directory, _fingerprint(recipe, options, methods, commits))
     try:
         _Collector(endpoint, recipe, log, options.concurrency, is_rcd, console).run(methods, problems)
     finally:
@@ -170,14 +172,16 @@ def _method(name: str, title: str, model: str, baseline: str | None, settings: d
     return EndpointMethod(info=info, settings=settings)
 
 
-def _fingerprint(recipe: Recipe, options: EndpointOptions, methods: Sequence[EndpointMethod]) -> dict[str, Any]:
+def _fingerprint(
+    recipe: Recipe, options: EndpointOptions, methods: Sequence[EndpointMethod], commits: dict[str, str]
+) -> dict[str, Any]:
     """Everything that decides the answers, in the form that keys.differences compares."""
     models = {"url": options.url, "model": options.model, "baseline_model": options.baseline_model}
     settings = {f"arm {method.info.name}": method.settings for method in methods}
     files = {"data.test": fingerprint(tuple(data_files(recipe.data.test)))}
     values = recipe_values(recipe, ("data", "evaluate", "seed"))
     values.pop("evaluate.grader", None)  # answers are graded at the end
-    return {"schema": 1, "recipe": values | models | settings, "outside": files, "inputs": {}}
+    return {"schema": 1, "recipe": values | models | settings, "outside": files, "inputs": {}, "hub": commits}
 
 
 # -- sending

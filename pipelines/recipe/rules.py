@@ -10,20 +10,17 @@ from fnmatch import fnmatch
 from pipelines.recipe.model import Recipe
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.io import storage
+from rcd_core.io.hub import is_hub_id
 from rcd_core.tasks import TASKS
 from rcd_core.training.settings import TrainSettings
 
 SYNTHETIC = "synthetic"
 DEPLOYMENTS = ("Target", "Baseline", "Reference", "Ingress")  # names of Serve deployments in stage deploy
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_DATA = re.compile(r"hf://[\w.-]+/[\w.-]+(@[\w.-]+)?(:\S+)?")
+HUB_DATA = re.compile(
+    r"hf://(?P<name>[\w.-]+/[\w.-]+)(@(?P<config>[\w.-]+))?(:(?P<split>[^\s?]+))?(\?revision=(?P<revision>[\w./-]+))?"
+)
 _DATA_SUFFIXES = (".jsonl", ".parquet")
 _ABSOLUTE = "jobs run in a temporary copy of the working directory, so give an absolute path or a URI"
-
-
-def is_hub_id(text: str) -> bool:
-    """Whether text has the form "owner/name" of a repository on the Hugging Face hub."""
-    return _HUB_ID.fullmatch(text) is not None
 
 
 def problems(recipe: Recipe) -> Iterator[str]:
@@ -283,8 +280,8 @@ def _source_problems(key: str, source: str | tuple[str, ...], count: int | None)
             if count is None:
                 yield f"data.num_{key} is null but data.{key} is synthetic, which has no end; give a number"
         elif path.startswith("hf://"):
-            if not _HUB_DATA.fullmatch(path):
-                yield f"data.{key} is {path!r}; use the form hf://owner/name[@config][:split]"
+            if not HUB_DATA.fullmatch(path):
+                yield f"data.{key} is {path!r}; use the form hf://owner/name[@config][:split][?revision=REVISION]"
         elif not storage.is_absolute(path):
             yield f"data.{key} is {path!r}, a relative path; {_ABSOLUTE}"
         elif not path.endswith(_DATA_SUFFIXES):
@@ -296,6 +293,6 @@ def checkpoint_problems(key: str, start: str) -> Iterator[str]:
     if storage.is_absolute(start):
         return
     if not is_hub_id(start):
-        yield f"{key} is {start!r}, a relative path; {_ABSOLUTE}, or a hub id owner/name"
+        yield f"{key} is {start!r}, a relative path; {_ABSOLUTE}, or a hub id owner/name[@revision]"
     elif os.path.exists(start):
         yield f"{key} is {start!r}, a hub id and also a relative path here; give an absolute path if you mean the path"

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from pipelines.recipe.load import dump_recipe
 from pipelines.recipe.model import Recipe
+from pipelines.run.commits import hub_names, without
 from pipelines.run.keys import fingerprint, key_of, recipe_values
 from pipelines.run.lease import Lease
 from rcd_core.errors import UserError
@@ -36,8 +37,8 @@ class Stage:
     UserError before the first stage; report prints a summary at the end; teardown removes what outlives the job;
     repair fixes a finished result in place.
     inputs: stages whose results it reads. sections: dotted recipe keys that decide the result. outside: recipe key ->
-    checkpoint or data files from outside the run. bundles: resources of each process. always: call it even when done.
-    temporary: names below the stage's directory that only an unfinished stage needs.
+    checkpoint or data from outside the run, also on the hub. bundles: resources of each process. always: call it even
+    when done. temporary: names below the stage's directory that only an unfinished stage needs.
     """
 
     name: str
@@ -55,14 +56,22 @@ class Stage:
     repair: str | None = None
 
 
-def key_material(stage: Stage, recipe: Recipe, inputs: Mapping[str, str | None]) -> dict[str, Any]:
-    """What a stage's key is computed from. inputs: stage -> fingerprint, None where it is not made yet."""
+def key_material(
+    stage: Stage, recipe: Recipe, inputs: Mapping[str, str | None], commits: Mapping[str, str | None] | None = None
+) -> dict[str, Any]:
+    """What a stage's key is computed from. inputs: stage -> fingerprint, None where it is not made yet.
+
+    commits: of what the recipe names on the hub.
+    """
+    on_hub = hub_names(stage.outside.values())
+    local = {key: path for key, value in stage.outside.items() if (path := without(value, on_hub))}
     return {
         "stage": stage.name,
         "schema": SCHEMA,
         "recipe": recipe_values(recipe, stage.sections),
-        "outside": {key: fingerprint(path) for key, path in stage.outside.items()},
+        "outside": {key: fingerprint(path) for key, path in local.items()},
         "inputs": {name: inputs.get(name) for name in stage.inputs},
+        **({"hub": {name: (commits or {}).get(name) for name in on_hub}} if on_hub else {}),
     }
 
 
@@ -84,6 +93,11 @@ class RunDirectory:
         """The key of a started stage, finished or not."""
         started = self._read(stage, "key.json")
         return str(started["key"]) if started else None
+
+    def commits(self, stage: str) -> dict[str, str | None]:
+        """Commits that a started stage has stored, by the name of what it reads from the hub."""
+        material = (self._read(stage, "key.json") or {}).get("material") or {}
+        return dict(material.get("hub", {}))
 
     def write_recipe(self, recipe: Recipe) -> None:
         self._check()
@@ -174,7 +188,9 @@ class StageContext:
 
     def checkpoint(self, name: str) -> str:
         """The model of an input stage: its model/ directory, or the external checkpoint that it uses."""
-        return str(self.input(name)["summary"].get("checkpoint") or storage.join(self.input_dir(name), "model"))
+        external = self.input(name)["summary"].get("checkpoint")
+        # The recipe has it at its commit, a manifest of an older release does not.
+        return str(external and self.recipe.checkpoint(name) or external or storage.join(self.input_dir(name), "model"))
 
     def residual_temperature(self, name: str) -> float | None:
         """T_res of the model of an input stage: what the stage calibrate chose, 1 without it; of an external

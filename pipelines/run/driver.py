@@ -18,6 +18,7 @@ from pipelines.ray_cluster.resources import describe_bundles, wait_for_resources
 from pipelines.recipe.inputs import check_inputs
 from pipelines.recipe.load import dump_recipe, load_recipe
 from pipelines.recipe.model import Recipe
+from pipelines.run.commits import Commits, hub_names, known_or_asked, pinned, require_commits
 from pipelines.run.directory import RunDirectory, Stage, StageContext, remove_temporary, resolve, run_stage
 from pipelines.run.keys import key_of
 from pipelines.run.lease import Lease
@@ -89,6 +90,7 @@ class _Job:
     def __post_init__(self) -> None:
         self.console = make_console()
         self.run = RunDirectory(self.recipe.run_directory)
+        self.commits: Commits | None = None
         self.chosen = [name for name in self.stages if any(fnmatch(name, pattern) for pattern in self.only)]
         if self.options.stages:
             allowed = self.chosen
@@ -124,7 +126,11 @@ class _Job:
 
     def _plan(self, redo: Sequence[str] = ()) -> dict[str, Decision]:
         try:
-            return make_plan(self.recipe, self.stages, self.run, redo)
+            if self.commits is None:
+                names = hub_names(value for stage in self.stages.values() for value in stage.outside.values())
+                stored = [self.run.commits(stage) for stage in self.stages] if names else []
+                self.commits = known_or_asked(names, {k: v for one in stored for k, v in one.items() if v})
+            return make_plan(self.recipe, self.stages, self.run, redo, self.commits)
         except OSError as error:
             raise UserError(f"storage {self.recipe.storage} is not readable: {error}; correct --storage") from error
 
@@ -157,6 +163,8 @@ class _Job:
         plan = self._plan(self.redo)  # another job may have finished something before we had the lease
         require_runnable(self.stages, plan, self.chosen, self.run)
         to_run = [plan[name].stage for name in self.chosen if plan[name].action != "skip"]
+        for stage in to_run:
+            require_commits(stage.outside, self.commits or {})
         self._say(f"run {self.run.path}: {len(to_run)} of {len(self.chosen)} stages to run")
         for stage in to_run:  # before anything is removed or computed
             self._wait(stage)
@@ -177,7 +185,7 @@ class _Job:
     def _run_one(self, stage: Stage, stopper: Stopper) -> tuple[str, dict[str, Any]]:
         # Re-evaluate now that the earlier stages have run and all inputs are known.
         inputs = {name: (self.run.manifest(name) or {}).get("fingerprint") for name in stage.inputs}
-        decision = decide(self.recipe, stage, self.run, inputs)
+        decision = decide(self.recipe, stage, self.run, inputs, commits=self.commits)
         if decision.action == "refuse":
             require_runnable(self.stages, self._plan(), [stage.name], self.run)
         if decision.action == "skip" and decision.manifest:
@@ -203,7 +211,7 @@ class _Job:
     def _context(self, stage: Stage, material: dict[str, Any] | None = None) -> StageContext:
         manifest = self.run.manifest(stage.name)
         return StageContext(
-            recipe=self.recipe,
+            recipe=pinned(self.recipe, self.commits or {}),
             run=self.run,
             stage=stage.name,
             key=key_of(material) if material else manifest["key"] if manifest else "",

@@ -61,6 +61,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for key in _differing(old["recipe"], new["recipe"])
     ]
     lines += [f"{key}: the files have changed" for key in _differing(old["outside"], new["outside"])]
+    there, now = old.get("hub", {}), new.get("hub", {})  # an older release stored no commits
+    moved = [name for name in there.keys() & now.keys() if there[name] and now[name] and there[name] != now[name]]
+    lines += [f"{name}: commit {there[name][:12]} there, {now[name][:12]} now" for name in sorted(moved)]
     pending = {name for name, value in new["inputs"].items() if value is None}
     lines += [f"its input {k!r} has changed" for k in _differing(old["inputs"], new["inputs"]) if k not in pending]
     if old["schema"] != new["schema"]:

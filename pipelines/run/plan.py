@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pipelines.recipe.files import suggestion
 from pipelines.recipe.model import Recipe
+from pipelines.run.commits import Commits
 from pipelines.run.directory import RunDirectory, Stage, key_material
 from pipelines.run.keys import differences, key_of
 from rcd_core.errors import UserError
@@ -27,13 +28,17 @@ class Decision:
 
 
 def make_plan(
-    recipe: Recipe, stages: Mapping[str, Stage], run: RunDirectory, redo: Collection[str] = ()
+    recipe: Recipe,
+    stages: Mapping[str, Stage],
+    run: RunDirectory,
+    redo: Collection[str] = (),
+    commits: Commits | None = None,
 ) -> dict[str, Decision]:
     """Compare every stage's key with its manifest. Writes and raises nothing; see `require_runnable`."""
     known: dict[str, str | None] = {}
     plan = {}
     for name, stage in stages.items():
-        decision = decide(recipe, stage, run, known, redo)
+        decision = decide(recipe, stage, run, known, redo, commits)
         done = decision.action == "skip" and decision.manifest is not None
         known[name] = decision.manifest["fingerprint"] if done and decision.manifest else None
         plan[name] = decision
@@ -41,10 +46,15 @@ def make_plan(
 
 
 def decide(
-    recipe: Recipe, stage: Stage, run: RunDirectory, inputs: Mapping[str, str | None], redo: Collection[str] = ()
+    recipe: Recipe,
+    stage: Stage,
+    run: RunDirectory,
+    inputs: Mapping[str, str | None],
+    redo: Collection[str] = (),
+    commits: Commits | None = None,
 ) -> Decision:
     """The decision for one stage. inputs: fingerprints of its input stages, None where one is not made yet."""
-    material = key_material(stage, recipe, inputs)
+    material = key_material(stage, recipe, inputs, commits)
     manifest = run.manifest(stage.name)
     if stage.name in redo:
         return Decision(stage, "run", "requested by --redo", material)

@@ -11,10 +11,9 @@ from __future__ import annotations
 from dataclasses import fields
 
 from pipelines.recipe.model import Recipe, ReferenceStage
-from pipelines.recipe.rules import data_files, reference_keys
+from pipelines.recipe.rules import SYNTHETIC, reference_keys, source_list
 from pipelines.run.directory import Stage
 from rcd_core.families.config import ModelConfig
-from rcd_core.io import storage
 from rcd_core.residual import ResidualSettings
 from rcd_core.training.settings import SignalRule
 
@@ -44,7 +43,8 @@ def stages_of(recipe: Recipe) -> dict[str, Stage]:
 
 
 def _prepare(recipe: Recipe) -> Stage:
-    files = {"data.train": tuple(data_files(recipe.data.train)), "data.test": tuple(data_files(recipe.data.test))}
+    sources = {"data.train": source_list(recipe.data.train), "data.test": source_list(recipe.data.test)}
+    files = {key: tuple(name for name in names if name != SYNTHETIC) for key, names in sources.items()}
     tokenizer = _outside("tokenizer.path", recipe.tokenizer.path)
     return Stage(
         name="prepare",
@@ -189,8 +189,8 @@ def _calibrated(recipe: Recipe) -> tuple[str, ...]:
 
 
 def _outside(key: str, start: str | ModelConfig | None) -> dict[str, str]:
-    """A checkpoint whose files enter the key. A hub id enters it as a value of the recipe."""
-    return {key: start} if isinstance(start, str) and storage.is_absolute(start) else {}
+    """A checkpoint whose files, or whose commit on the hub, enter the key."""
+    return {key: start} if isinstance(start, str) else {}
 
 
 def _workers(recipe: Recipe, stage: str, count: int) -> tuple[dict[str, float], ...]:

@@ -15,6 +15,7 @@ from pipelines.recipe.files import explain, problems_error
 from pipelines.recipe.model import Recipe
 from pipelines.recipe.rules import checkpoint_problems, needs_reference
 from pipelines.recipe.types import Count, Positive, Section
+from pipelines.run.commits import ask_commit, at_commit, hub_names
 from rcd_core.decode_settings import DecodeSettings
 
 REFERENCE, INGRESS = "Reference", "Ingress"  # deployments
@@ -132,6 +133,19 @@ def describe(recipe: Recipe, checkpoint: Callable[[str], str], t_res: float | No
         path, top_k = checkpoint("reference"), recipe.signals.top_k
         reference = DescribedReference(checkpoint=path, top_k=top_k, replicas=replicas)
     return Description(models=models, reference=reference)
+
+
+def at_commits(description: Description) -> Description:
+    """The description with every hub id at the commit that it names now, so that all replicas load the same weights.
+
+    Raises UserError if the hub does not say it and the id was never downloaded here.
+    """
+    raw = description.model_dump(mode="json")
+    described = [one for one in (*raw["models"].values(), raw["reference"]) if one]
+    commits = {name: ask_commit(name) for name in hub_names(one["checkpoint"] for one in described)}
+    for one in described:
+        one["checkpoint"] = at_commit(one["checkpoint"], commits)
+    return parse_description(raw)
 
 
 def parse_description(raw: Any, label: str = "the application's args") -> Description:

@@ -23,7 +23,7 @@ from pipelines.run.keys import key_of
 from pipelines.serving.api_keys import api_keys
 from pipelines.serving.backend import ServedModel
 from pipelines.serving.config_file import app_args
-from pipelines.serving.description import INGRESS, REFERENCE, Description, Replicas, parse_description
+from pipelines.serving.description import INGRESS, REFERENCE, Description, Replicas, at_commits, parse_description
 from pipelines.serving.http.app import create_app
 from pipelines.serving.http.guard import ApiLimits
 from pipelines.serving.reference import REFERENCE_SESSIONS, REFERENCE_THREADS, Reference
@@ -150,7 +150,7 @@ def application(
 def build(args: dict[str, Any]) -> serve.Application:
     """Serve's application builder (`import_path: pipelines.serving.graph:build`). API keys come from the environment of
     the cluster's head (http/guard.py). Raises UserError with every problem of `args`."""
-    return application(parse_description(args), ApiLimits(api_keys=api_keys()))
+    return application(at_commits(parse_description(args)), ApiLimits(api_keys=api_keys()))
 
 
 def __getattr__(name: str) -> serve.Application:

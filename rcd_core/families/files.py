@@ -150,7 +150,7 @@ def released_name(path: str) -> str:
     parts = text.rstrip("/").split("/")
     if len(parts) > 2 and parts[-2] == "snapshots":  # models--OWNER--NAME/snapshots/COMMIT
         return parts[-3]
-    return parts[-1]
+    return parts[-1] if os.path.exists(path) else parts[-1].partition("@")[0]  # of a hub id, the revision
 
 
 def read_json(path: Path) -> dict[str, Any]:

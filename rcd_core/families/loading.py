@@ -5,7 +5,6 @@ Only safetensors are read, and no code of a checkpoint is executed.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from rcd_core.families.llada import LLaDAModel
 from rcd_core.families.sdar import SDARModel
 from rcd_core.families.unsupported import check_vocabulary, refuse_adapter, refuse_quantised
 from rcd_core.families.weights import StoredTensor, list_weights, read_weights
+from rcd_core.io.hub import CHECKPOINT_FILES, is_hub_id, snapshot
 from rcd_core.io.node_copy import node_copy
 from rcd_core.io.storage import is_uri
 
@@ -42,7 +42,7 @@ def load_model(
 ) -> DiffusionModel:
     """Load an SDAR, LLaDA, Qwen3 or Llama checkpoint in eval mode.
 
-    path: a directory, an s3:// or gs:// URI, or a hub id. dtype None: the checkpoint's.
+    path: a directory, an s3:// or gs:// URI, or a hub id owner/name[@revision]. dtype None: the checkpoint's.
     Raises UserError for an unsupported architecture, and for weights that are missing, pickled, damaged or do not fit
     config.json.
     """
@@ -132,16 +132,11 @@ def _directory(text: str) -> Path:
     directory = Path(text)
     if directory.is_dir():
         return directory
-    if directory.is_absolute() or text.count("/") != 1:
-        raise UserError(f"checkpoint {text!r} does not exist; give a directory, a URI or a hub id owner/name")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
-    except Exception as error:
-        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-        where = "in the hub's cache, and HF_HUB_OFFLINE forbids downloads" if offline else "available from the hub"
-        raise UserError(f"checkpoint {text!r} is neither a local directory nor {where}: {error}") from error
+    if not is_hub_id(text):
+        raise UserError(
+            f"checkpoint {text!r} does not exist; give a directory, a URI or a hub id owner/name[@revision]"
+        )
+    return snapshot(text, CHECKPOINT_FILES)
 
 
 def family_of(config: dict[str, Any], directory: Path) -> type[DiffusionModel]:

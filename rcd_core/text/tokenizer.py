@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcd_core.errors import UserError
+from rcd_core.io.hub import TOKENIZER_FILES, is_hub_id, snapshot
 from rcd_core.io.node_copy import node_copy
 from rcd_core.tasks.base import MASK_TEXT
 
@@ -72,6 +73,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a directory, a URI or a hub id. No code of the checkpoint is executed. Raises UserError."""
     loader: Any
     local = Path(node_copy(str(path)))
+    if not local.exists() and is_hub_id(str(path)):
+        local = snapshot(str(path), TOKENIZER_FILES)
     try:
         if (local / "tokenizer.json").exists():
             # This class does not import torch, which takes seconds per worker.

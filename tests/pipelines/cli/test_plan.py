@@ -58,7 +58,7 @@ def test_sizes_come_from_a_checkpoint_on_this_machine(capsys: pytest.CaptureFixt
 def test_a_plan_that_lacks_sizes_names_the_key_and_the_remedy(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
     refused = plan(capsys, "--recipe", "sdar-8b-b64", code=2)
     assert "reference.start is JetLM/SDAR-1.7B-Chat" in refused
     assert "hf download JetLM/SDAR-1.7B-Chat config.json" in refused

@@ -27,6 +27,7 @@ from pipelines.signals.plan import make_job
 from rcd_core import DecodeSettings, UserError
 from rcd_core.io import storage
 from tests.pipelines.calibration_run import run_job
+from tests.pipelines.ray_cluster.pretended_gpu import show_gpu
 from tests.pipelines.signal_run import context
 from tests.pipelines.test_job import Job
 
@@ -93,17 +94,14 @@ def test_replicas_get_what_their_deployment_asks_for() -> None:
 @pytest.mark.drill
 @pytest.mark.timeout(700)
 def test_a_job_without_gpus_stays_on_the_cpu(ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All stages on real Ray, whose workers believe that they have a GPU."""
+    """On real Ray, whose workers believe that they have a GPU."""
     hook = {"worker_process_setup_hook": f"{show_gpu.__module__}.{show_gpu.__name__}"}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": hook}))
     few = [f"{stage}.train.{key}=2" for stage in ("base", "reference", "target") for key in ("steps", "batch_size")]
     few += ["target.residual.source=signals", "target.residual.alpha_scale=null", "variants={}", "noise.draws=1"]
-    few += ["data.num_train=64", "data.num_test=2", "evaluate.thresholds=[0.5]", "calibrate.num_examples=16"]
+    few += ["calibrate=null", "baseline=false", "deploy.baseline=false"]
+    few += ["data.num_train=64", "data.num_test=2", "evaluate.thresholds=[0.5]"]
     job = Job("demo", "run", tmp_path, few)
     job.finish("--stages", "[!d]*")
     results = storage.read_json(storage.join(job.run.stage_directory("evaluate"), "results.json"))
     assert {device["dtype"] for device in results["hardware"]["devices"]} == {"float32"}
-
-
-def show_gpu() -> None:
-    torch.cuda.is_available = lambda: True

@@ -11,9 +11,9 @@ from pipelines.data.sources import columns_of
 from pipelines.recipe.files import parse_yaml, recipe_names
 from pipelines.recipe.inputs import check_inputs
 from pipelines.recipe.load import dump_recipe, load_recipe, parse_recipe
-from pipelines.recipe.rules import is_hub_id
 from pipelines.run.stages import stages_of
 from rcd_core.errors import UserError
+from rcd_core.io.hub import is_hub_id
 from tests.docs.recipes import PAGE, recipe_page, write_or_check
 
 
@@ -189,7 +189,8 @@ def test_another_task_is_tested_than_trained() -> None:
 
 
 def test_hub_ids() -> None:
-    assert is_hub_id("JetLM/SDAR-8B-Chat") and not is_hub_id("/abs/olute") and not is_hub_id("a/b/c")
+    assert is_hub_id("JetLM/SDAR-8B-Chat") and is_hub_id("JetLM/SDAR-8B-Chat@refs/pr/1")
+    assert not any(map(is_hub_id, ("/abs/olute", "a/b/c", "s3://a/b", "hf://a/b")))
 
 
 def checkpoint(directory: Path, vocab_size: int, words: dict[str, int] | None = None) -> Path:
