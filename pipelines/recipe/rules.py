@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 
 from pipelines.recipe.model import Recipe
+from rcd_core.alpha import CONFIDENCE_RULES
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.io import storage
 from rcd_core.io.hub import is_hub_id
@@ -68,12 +69,28 @@ def problems(recipe: Recipe) -> Iterator[str]:
                 f"{key}.alpha_scale is null, and source {residual.source!r} has no signals to measure it on; "
                 "give a number of nats"
             )
+    yield from _signal_problems(recipe)
     yield from _worker_problems(recipe)
     yield from _placement_problems(recipe)
     yield from _calibrate_problems(recipe)
     yield from _evaluate_problems(recipe)
     yield from _arm_problems(recipe)
     yield from _deploy_problems(recipe)
+
+
+def _signal_problems(recipe: Recipe) -> Iterator[str]:
+    """Rules for alpha that need a probability which stored signals do not have (rcd_core.signals)."""
+    signals, vocab_size = recipe.signals, recipe.tokenizer.vocab_size
+    all_ids = signals.keep_mass is None and recipe.tokenizer.path is None and signals.top_k >= vocab_size
+    if signals.alpha_temperature == signals.delta_temperature or all_ids:
+        return
+    for key, residual in recipe.residuals().items():
+        if residual.source == "signals" and residual.alpha in CONFIDENCE_RULES:
+            yield (
+                f"{key}.alpha is {residual.alpha!r}, which needs the largest probability at signals.alpha_temperature "
+                f"{signals.alpha_temperature:g}, but signals are stored at signals.delta_temperature "
+                f"{signals.delta_temperature:g}; make the two equal, or use source 'online' or a rule of the entropy"
+            )
 
 
 def _training_problems(recipe: Recipe) -> Iterator[str]:

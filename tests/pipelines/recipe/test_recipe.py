@@ -188,6 +188,17 @@ def test_another_task_is_tested_than_trained() -> None:
     assert columns_of(load_recipe("demo", ["data.test_task=sudoku"]), "test") == columns_of(load_recipe("demo"), "test")
 
 
+@pytest.mark.parametrize("rule", ["confidence", "inverse_confidence", "learned"])
+def test_stored_signals_lack_what_a_rule_needs_at_another_temperature(rule: str) -> None:
+    wanted = [f"target.residual.alpha={rule}", "target.residual.source=signals", "target.residual.alpha_scale=null"]
+    apart = [*wanted, "signals.alpha_temperature=2", "variants={}"]
+    with pytest.raises(UserError, match=r"target\.residual\.alpha.*signals\.alpha_temperature 2.*delta_temperature 1"):
+        load_recipe("demo", apart)
+    load_recipe("demo", [*apart, "signals.delta_temperature=2"])
+    load_recipe("demo", [*apart, "signals.keep_mass=null", "signals.top_k=512"])  # every id
+    load_recipe("demo", [*apart, "target.residual.source=online"])
+
+
 def test_hub_ids() -> None:
     assert is_hub_id("JetLM/SDAR-8B-Chat") and is_hub_id("JetLM/SDAR-8B-Chat@refs/pr/1")
     assert not any(map(is_hub_id, ("/abs/olute", "a/b/c", "s3://a/b", "hf://a/b")))
