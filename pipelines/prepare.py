@@ -11,6 +11,7 @@ data.min_length are dropped and counted separately.
 from __future__ import annotations
 
 import hashlib
+import platform
 import sys
 import tempfile
 from collections import Counter
@@ -92,6 +93,8 @@ def run(ctx: StageContext) -> dict[str, Any]:
     storage.remove(storage.join(ctx.directory, VALIDATION))
     sources = {split: source_files(ctx.recipe, split) for split in splits_of(ctx.recipe)}
     tokenizer = _save_tokenizer(ctx, sources.get("train", []))
+    for split in sources:  # raises for a tokenizer that no row can use, here instead of in a worker
+        Encoder(get_task(ctx.recipe.data.task_of(split)), tokenizer, 1, 1)
     encoded = {}
     for split in sources:
         with ctx.console.status(f"prepare: tokenising the {split} rows"):
@@ -179,6 +182,12 @@ def _file_rows(
 ) -> Iterator[pa.Table]:
     be_patient()
     sources = groups[index["id"][0].as_py()]
+    for path in (source.path for source in sources if not storage.is_uri(source.path)):
+        if not storage.exists(path):
+            raise UserError(
+                f"data file {path} does not exist on node {platform.node()}, but the driver can read it; put it where "
+                "every node reads it: a shared disk, s3:// or gs://"
+            )
     labelled = ((source.label, row) for source in sources for row in read_rows(source.path, columns))
     rows = islice(labelled, limit)
     while batch := list(islice(rows, ROWS_PER_FILE)):

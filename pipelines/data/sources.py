@@ -23,7 +23,12 @@ class Source:
     path: str
 
 
-def check_sources(recipe: Recipe) -> None:
+def check_early(recipe: Recipe) -> None:
+    """`check_sources` before the first stage, without hub data where the hub does not answer."""
+    check_sources(recipe, needs_hub=False)
+
+
+def check_sources(recipe: Recipe, needs_hub: bool = True) -> None:
     """Raise UserError unless every source is readable and has the mapped columns. Reads the first rows only."""
     for split in splits_of(recipe):
         names, columns = _names(recipe, split), columns_of(recipe, split)
@@ -33,8 +38,15 @@ def check_sources(recipe: Recipe) -> None:
             get_task(recipe.data.task_of(split)).synthetic(0, split, recipe.seed)
             continue
         for name in names:
-            files = hub_files(name, split, f"data.{split}") if name.startswith(HUB) else [name]
-            check_columns(files[0], columns, f"data.{split}")
+            file = name
+            if name.startswith(HUB):
+                try:
+                    file = hub_files(name, split, f"data.{split}")[0]
+                except UserError:
+                    if needs_hub:
+                        raise
+                    continue
+            check_columns(file, columns, f"data.{split}")
 
 
 def columns_of(recipe: Recipe, split: str) -> dict[str, str]:

@@ -57,13 +57,13 @@ class Generator:
 
     def converse(self, messages: list[dict[str, str]]) -> list[int]:
         """The token ids of a conversation in the chat template."""
-        from jinja2 import TemplateError
+        from rcd_core.text.tokenizer import render_chat
 
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise UserError(f"the checkpoint's chat template refuses the prompt: {error}; give --raw") from error
-        return self.encode(str(text))
+            text = render_chat(self.tokenizer, messages, add_generation_prompt=True)
+        except UserError as error:
+            raise UserError(f"{error}; or give --raw") from error
+        return self.encode(text)
 
     def decode(self, ids: list[int], special: bool = True) -> str:
         if self.tokenizer is None:

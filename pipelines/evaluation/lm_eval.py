@@ -25,6 +25,7 @@ from rcd_core.decoding.decoder import Decoder
 from rcd_core.decoding.request import NUM_SEED_BITS
 from rcd_core.errors import UserError
 from rcd_core.noise import hash_key
+from rcd_core.text.tokenizer import render_chat
 
 MAX_BATCH = 32
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -67,13 +68,12 @@ class RcdLM(LM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if not self.generator.has_template:
             raise UserError(f"the tokenizer of {self.name} has no chat template; leave out --apply_chat_template")
-        text = self.generator.tokenizer.apply_chat_template(
+        return render_chat(
+            self.generator.tokenizer,
             chat_history,
-            tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
-        return str(text)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The answers in the order of the requests, each truncated at the first of its `until` strings. Whole

@@ -116,9 +116,10 @@ class _Job:
             if not self.chosen:
                 raise UserError("--repair: only stage signals can be repaired, and it is not among the stages to run")
         check_inputs(self.recipe)
-        for check in filter(None, (self.stages[name].check for name in self.chosen)):
-            resolve(check)(self.recipe)
         plan = self._plan(self.redo)
+        to_run = (self.stages[name] for name in self.chosen if plan[name].action != "skip")
+        for check in filter(None, (stage.check for stage in to_run)):
+            resolve(check)(self.recipe)
         if self.options.dry_run:
             self._show(plan)
         require_runnable(self.stages, plan, self.chosen, self.run)

@@ -51,6 +51,7 @@ def _prepare(recipe: Recipe) -> Stage:
         function="pipelines.prepare:run",
         sections=("data", "tokenizer", "block_length", "seed"),
         outside={**{key: paths for key, paths in files.items() if paths}, **tokenizer},
+        check="pipelines.data.sources:check_early",
         bundles=({"CPU": 1.0},),
     )
 

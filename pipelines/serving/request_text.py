@@ -9,8 +9,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
-from jinja2 import TemplateError
-
 from pipelines.serving.backend import (
     DecodeEvent,
     DecodeRequest,
@@ -28,7 +26,7 @@ from rcd_core.decoding.stream import BlockDone, Event, PassDone, TextStream
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
 from rcd_core.tasks import MASK_TEXT
-from rcd_core.text.tokenizer import stop_token_ids
+from rcd_core.text.tokenizer import render_chat, stop_token_ids
 
 # Beyond these bounds the scaled logits overflow float32, and no token is ever committed.
 _BOUNDS = {"temperature": (1e-4, 1e4), "residual_temperature": (1e-4, 1e4), "cfg_scale": (0.0, 1e4)}
@@ -145,9 +143,9 @@ class RequestText:
         if not self.tokenizer.chat_template:
             raise UserError("messages cannot be used: the model's tokenizer has no chat template; use /v1/completions")
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except TemplateError as error:
-            raise UserError(f"messages are rejected by the model's chat template: {error}") from error
+            return render_chat(self.tokenizer, messages, add_generation_prompt=True)
+        except UserError as error:
+            raise UserError(f"messages cannot be used: {error}") from error
 
 
 class AnswerText:

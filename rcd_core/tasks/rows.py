@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import islice
 from typing import Any
 
@@ -40,7 +41,8 @@ class Row:
 def read_rows(path: str, columns: Mapping[str, str]) -> Iterator[Row]:
     """Yield the rows of a .jsonl or .parquet file as texts. columns: field -> column.
 
-    The column `question` may be called `problem` or `prompt` in the file. Numbers become text; blank lines are skipped.
+    The column `question` may be called `problem` or `prompt` in the file. Numbers and UTF-8 bytes become text, blank
+    lines are skipped.
     A column `input` next to a mapped `instruction` is added to the instruction after an empty line (Alpaca's format).
     Raises UserError if the file cannot be read.
     """
@@ -119,10 +121,18 @@ def _text(record: Any, column: str) -> str:
         raise BadRow(f"missing {column!r}", repr(record))
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
+    elif isinstance(value, Decimal):  # of a Parquet column, with all its digits
+        value = f"{value:f}"
+    elif isinstance(value, bytes):
+        value = value.decode("utf-8", "surrogateescape")
     if not isinstance(value, str):
         raise BadRow(f"{column!r} is no text", repr(value))
     if not value.strip():
         raise BadRow(f"empty {column!r}", repr(record))
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half a surrogate pair, or bytes that are not UTF-8
+        raise BadRow(f"{column!r} is not valid Unicode", ascii(value)) from error
     return value
 
 

@@ -59,6 +59,8 @@ class Encoder:
         if not isinstance(pad, int):
             raise UserError(f"the tokenizer {tokenizer.name_or_path!r} has neither pad_token nor eos_token; set one")
         self.pad_id = pad
+        if not task.infill:
+            chat_texts(tokenizer, "question", "answer")  # a template that no row can use
 
     def problem(self, row: Mapping[str, str]) -> Problem:
         try:
@@ -94,7 +96,10 @@ class Encoder:
             mask_text = self.tokenizer.convert_ids_to_tokens(self.mask_id)
             texts = problem.prompt.replace(MASK_TEXT, str(mask_text)), problem.response
         else:
-            texts = chat_texts(self.tokenizer, problem.prompt, problem.response)
+            try:
+                texts = chat_texts(self.tokenizer, problem.prompt, problem.response)
+            except UserError as error:
+                raise BadRow("refused by the chat template", str(error)) from error
         prompt, response = (self._tokenize(text) for text in texts)
         if self.mask_id in response or (not self.task.infill and self.mask_id in prompt):
             raise BadRow("mask token in the text", problem.prompt)

@@ -110,20 +110,37 @@ def chat_texts(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -
     """Apply the chat template to one exchange -> (model input, training target).
 
     The target is everything that the template appends to the input, end of turn included (SDAR: "...<|im_end|>\\n").
-    Raises UserError if there is no template, or if an answer changes the text before it.
+    Raises UserError if there is no usable template, or if an answer changes the text before it.
     """
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer {tokenizer.name_or_path!r} has no chat template; set chat_template in it")
     messages = [{"role": "user", "content": prompt}]
-    model_input = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    model_input = render_chat(tokenizer, messages, add_generation_prompt=True)
     messages.append({"role": "assistant", "content": response})
-    exchange = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    exchange = render_chat(tokenizer, messages)
     if not exchange.startswith(model_input):
         raise UserError(
             f"the chat template of {tokenizer.name_or_path!r} changes the prompt when an answer follows; "
             "use one whose generation prompt opens the assistant's turn"
         )
     return model_input, exchange[len(model_input) :]
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> str:
+    """A conversation in the tokenizer's chat template. options: of apply_chat_template.
+
+    Raises UserError if the template has a fault, refuses the messages, or is several without a default one.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except (TemplateError, ValueError, TypeError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path!r} cannot be used for these messages ({why}); correct "
+            "chat_template in its tokenizer_config.json, or its chat_template.jinja"
+        ) from error
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -161,6 +161,7 @@ def test_bad_rows_are_counted_listed_and_left_out(
             {"question": "no number", "answer": "five"},
             {"question": " ".join(map(str, range(200))), "answer": "#### 1"},
             {"question": "spells <|MASK|>", "answer": "#### 1"},
+            {"question": "half a pair \ud83d", "answer": "#### 1"},
             "",
             problem(1),
             problem(2),
@@ -170,9 +171,10 @@ def test_bad_rows_are_counted_listed_and_left_out(
     ctx = context({"train": train, "test": test, "max_bad_rows": 0.7})
     summary = prepare.run(ctx)
     assert summary["counts"]["train"] == {
-        "rows": 10,
+        "rows": 11,
         "bad": {
             "'answer' is no text": 1,
+            "'question' is not valid Unicode": 1,
             "above data.max_length": 1,
             "empty 'question'": 1,
             "mask token in the text": 1,
@@ -185,8 +187,8 @@ def test_bad_rows_are_counted_listed_and_left_out(
         "duplicates": 1,
     }
     bad = pq.read_table(f"{ctx.directory}/bad.parquet").to_pylist()
-    assert [(row["split"], row["source"], row["row"]) for row in bad] == [("train", train, i) for i in range(2, 9)]
-    assert "7 bad rows" in ctx.console.file.getvalue()  # type: ignore[attr-defined]
+    assert [(row["split"], row["source"], row["row"]) for row in bad] == [("train", train, i) for i in range(2, 10)]
+    assert "8 bad rows" in ctx.console.file.getvalue()  # type: ignore[attr-defined]
     # A problem asked twice is evaluated twice, under two names; an example is trained on once.
     ids = [row["example_id"] for row in rows_of(ctx, "test", summary)]
     assert len(set(ids)) == 3 and sum(i.endswith("-1") for i in ids) == 1
@@ -195,7 +197,7 @@ def test_bad_rows_are_counted_listed_and_left_out(
     with pytest.raises(UserError) as error:
         prepare.run(strict)
     message = str(error.value)
-    assert "data.train: 7 of 10 rows" in message and "data.max_bad_rows (0.2)" in message
+    assert "data.train: 8 of 11 rows" in message and "data.max_bad_rows (0.2)" in message
     assert "1 x not JSON" in message and f"{train}:2: not JSON" in message and "bad.parquet" in message
     assert not (Path(strict.directory) / "train").exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -28,6 +29,7 @@ def test_bad_lines_are_reported_with_their_numbers(tmp_path: Path) -> None:
         b'{"q": "type", "a": [1]}',
         b'{"q": "bytes \xff", "a": "1"}',
         b'{"q": "two", "a": "2", "more": [1]}',
+        b'{"q": "half a pair \\ud83d", "a": "1"}',
     ]
     path.write_bytes(b"\n".join(lines))
     rows = list(read_rows(str(path), {"question": "q", "answer": "a"}))
@@ -42,6 +44,7 @@ def test_bad_lines_are_reported_with_their_numbers(tmp_path: Path) -> None:
         (6, "empty 'q'"),
         (7, "'a' is no text"),
         (8, "not JSON"),
+        (10, "'q' is not valid Unicode"),
     ]
 
 
@@ -51,6 +54,15 @@ def test_parquet_rows(tmp_path: Path) -> None:
     good, bad = read_rows(path, {"question": "q", "answer": "a"})
     assert good.values == {"question": "one", "answer": "1"}
     assert bad.number == 2 and bad.bad is not None and bad.bad.reason == "missing 'q'"
+
+
+def test_numbers_and_bytes_of_parquet_columns_are_text(tmp_path: Path) -> None:
+    path = str(tmp_path / "rows.parquet")
+    columns = {"q": ["größer".encode(), b"\xff"], "a": [Decimal("1234567.50"), Decimal("0.0000001")]}
+    pq.write_table(pa.table(columns), path)
+    good, bad = read_rows(path, {"question": "q", "answer": "a"})
+    assert good.values == {"question": "größer", "answer": "1234567.5000000"}
+    assert bad.bad is not None and bad.bad.reason == "'q' is not valid Unicode"
 
 
 def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:

@@ -9,8 +9,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rcd_core.errors import UserError
-from rcd_core.tasks import get_task
+from rcd_core.tasks import Problem, get_task
+from rcd_core.tasks.rows import BadRow
+from rcd_core.text.encoding import Encoder
 from rcd_core.text.tokenizer import (
+    CHAT_TEMPLATE,
     SPECIAL_TOKENS,
     chat_texts,
     load_tokenizer,
@@ -95,6 +98,26 @@ def test_errors_name_what_is_missing(tmp_path: Path) -> None:
     bare.chat_template = None
     with pytest.raises(UserError, match="chat_template"):
         chat_texts(bare, "a", "b")
-    bare.chat_template = "{{ messages | length }}"
-    with pytest.raises(UserError, match="chat template"):
-        chat_texts(bare, "a", "b")
+    faults = [
+        "{{ messages | length }}",
+        "{% for m in messages %}",
+        "{{ raise_exception('no') }}",
+        {"tool_use": "{{ 1 }}"},
+    ]
+    for template in faults:
+        bare.chat_template = template
+        with pytest.raises(UserError, match="chat template"):
+            chat_texts(bare, "a", "b")
+        with pytest.raises(UserError, match="chat template"):  # before any row
+            Encoder(get_task("qa"), bare, 8, 64)
+    Encoder(get_task("sudoku"), bare, 8, 64)  # its canvases need no template
+
+
+def test_a_row_that_the_template_refuses_is_a_bad_row() -> None:
+    picky = train_tokenizer(TEXTS, 400)
+    fault = "{% if 'odd' in messages[0]['content'] %}{{ raise_exception('odd') }}{% endif %}"
+    picky.chat_template = fault + CHAT_TEMPLATE
+    encoder = Encoder(get_task("qa"), picky, 8, 64)
+    encoder.train(Problem("even", "2", "2"))
+    with pytest.raises(BadRow, match="chat template"):
+        encoder.train(Problem("odd", "3", "3"))
