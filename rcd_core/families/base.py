@@ -20,7 +20,7 @@ from rcd_core.alpha import LearnedAlpha, save_learned_alpha
 from rcd_core.attention.layouts import PADDING, Layout, block_causal
 from rcd_core.decode_settings import Start
 from rcd_core.families.config import ModelConfig
-from rcd_core.families.files import CheckpointFiles
+from rcd_core.families.files import CALIBRATION_FILE, CheckpointFiles
 from rcd_core.families.weights import MAX_SHARD_BYTES, write_json, write_weights
 
 _ALPHA = "learned_alpha."  # prefix of that network's weights in a state dict of the whole model
@@ -210,11 +210,13 @@ class DiffusionModel(nn.Module):
         """Write a checkpoint in the authors' format, in shards of at most max_shard_bytes.
 
         config.json contains the RCD settings as `rcd`; a learned alpha network gets its own file. config.json is
-        removed first and written last, so that an unfinished checkpoint does not load.
+        removed first and written last, so that an unfinished checkpoint does not load. The T_res of weights that were
+        there before is removed as well.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.json").unlink(missing_ok=True)
+        for name in ("config.json", CALIBRATION_FILE):
+            (directory / name).unlink(missing_ok=True)
         config, weights = self.official_files()
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)

@@ -114,6 +114,16 @@ def test_decoding_uses_the_stored_temperature(tmp_path: Path) -> None:
         Decoder(model).generate([[5]], DecodeSettings(residual=True, start="zero", max_new_tokens=2))
 
 
+def test_other_weights_do_not_inherit_the_stored_temperature(tmp_path: Path) -> None:
+    directory = calibrated(tmp_path / "a")
+    checkpoint(tmp_path / "b")
+    load_model(tmp_path / "b").save_pretrained(directory)
+    assert "calibration" not in load_model(directory).info.rcd
+    saved = load_model(calibrated(tmp_path / "c"))  # a copy of the same weights keeps it
+    saved.save_pretrained(tmp_path / "d")
+    assert load_model(tmp_path / "d").info.rcd["residual_temperature"] == 0.7
+
+
 @pytest.mark.parametrize("wrong", [{"residual_temperature": 0}, {"residual_temperature": "1"}, {"schema_version": 9}])
 def test_a_broken_calibration_is_named(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"{CALIBRATION_FILE}: {next(iter(wrong))}"):
