@@ -24,6 +24,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from torch.distributed.checkpoint.api import CheckpointException
 
 from pipelines.training.faults import disk_full_error, is_disk_full
+from rcd_core.io.retries import patiently
 from rcd_core.noise import hash_key
 from rcd_core.training.strategies import PROGRESS
 
@@ -107,7 +108,7 @@ def finished_steps(checkpoint: Checkpoint) -> int | None:
     torch.distributed.checkpoint writes an index, DeepSpeed a directory."""
     files: Any = checkpoint.filesystem
     with contextlib.suppress(OSError, ValueError, KeyError):
-        with files.open_input_stream(f"{checkpoint.path}/{PROGRESS}") as stream:
+        with patiently(files.open_input_stream)(f"{checkpoint.path}/{PROGRESS}") as stream:
             progress = json.loads(stream.read())
         index = "state" if progress["strategy"] == "deepspeed" else ".metadata"
         if files.get_file_info(f"{checkpoint.path}/{index}").type != FileType.NotFound:

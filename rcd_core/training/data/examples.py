@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from rcd_core.errors import UserError
 from rcd_core.io import storage
+from rcd_core.io.retries import may_pass, patiently
 from rcd_core.noise import NoiseSettings, count_set, mask_examples
 from rcd_core.training.data.rows import RowOrder, TrainingRow
 from rcd_core.training.objective import IGNORED
@@ -90,6 +91,7 @@ class ExampleSource:
         tokens = slice(chunk.labels.offsets[place], chunk.labels.offsets[place + 1])
         return TrainingRow(index, example_id, draw, input_ids, labels, masked[tokens], p[tokens])
 
+    @patiently
     def _read_chunk(self, number: int) -> _Chunk:
         path, group = self.files[self.chunks.file[number]], self.chunks.group[number]
         with _parquet(path) as parquet:
@@ -192,4 +194,6 @@ def _parquet(path: str) -> Iterator[Any]:
     except UserError:
         raise
     except (OSError, ValueError, LookupError) as error:
+        if may_pass(error):
+            raise
         raise UserError(f"examples {path} cannot be read ({error}); run full.py --redo prepare") from error

@@ -8,6 +8,7 @@ in order and takes its own rows from them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from rcd_core.errors import UserError
 from rcd_core.io import storage
+from rcd_core.io.retries import may_pass, patiently
 from rcd_core.noise import NoiseSettings
 from rcd_core.training.data.rows import TrainingRow
 from rcd_core.training.data.signal_format import SCHEMA_VERSION, SignalGroup
@@ -72,15 +74,18 @@ class SignalSource:
         group = int(np.searchsorted(shard.starts, place, side="right")) - 1
         return self._group(number, group).row(place - int(shard.starts[group]), index)
 
+    @patiently
     def _read_group(self, number: int, group: int) -> SignalGroup:
-        return SignalGroup(self._shard(number).read(group), self._temperatures)
+        try:
+            return SignalGroup(self._shard(number).read(group), self._temperatures)
+        except OSError:
+            self._close()  # a stale handle stays stale
+            raise
 
     def _shard(self, number: int) -> _Shard:
         if self._open is not None and self._open[0] == number:
             return self._open[1]
-        if self._open is not None:
-            self._open[1].close()
-            self._open = None
+        self._close()
         path = storage.join(self.directory, self.manifest["shards"][number])
         if number not in self._verified:
             if problem := damage(path, self.manifest["shard_bytes"][number], self.manifest["shard_sha256"][number]):
@@ -89,6 +94,12 @@ class SignalSource:
         shard = _Shard(path, int(self.offsets[number + 1] - self.offsets[number]))
         self._open = (number, shard)
         return shard
+
+    def _close(self) -> None:
+        if self._open is not None:
+            with suppress(OSError):
+                self._open[1].close()
+            self._open = None
 
 
 def damage(path: str, num_bytes: int, sha256: str) -> str:
@@ -107,6 +118,11 @@ def _damaged(path: str, problem: object) -> UserError:
     return UserError(f"signal shard {path} is damaged ({problem}); run pipelines/precompute.py --repair on this recipe")
 
 
+def _problem(path: str, error: Exception) -> Exception:
+    """The error itself if the storage may answer later."""
+    return error if may_pass(error) else _damaged(path, error)
+
+
 class _Shard:
     """An open Parquet file. starts: the first row of each row group, and the number of rows."""
 
@@ -118,7 +134,7 @@ class _Shard:
             self._stream = storage.open_input(path)
             self._file = pq.ParquetFile(self._stream)
         except (OSError, ValueError) as error:
-            raise _damaged(path, error) from error
+            raise _problem(path, error) from error
         metadata = self._file.metadata
         sizes = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
         self.starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
@@ -129,7 +145,7 @@ class _Shard:
         try:
             return self._file.read_row_group(group)
         except (OSError, ValueError) as error:
-            raise _damaged(self.path, error) from error
+            raise _problem(self.path, error) from error
 
     def close(self) -> None:
         self._stream.close()

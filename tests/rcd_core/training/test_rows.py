@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,20 @@ def test_a_reader_holds_two_chunks(files: list[str], monkeypatch: pytest.MonkeyP
     assert source._chunk.cache_info().currsize == 2
     ids = {r.example_id: r.input_ids.tolist() for r in rows}
     assert ids == {example(i)["example_id"]: example(i)["input_ids"] for i in range(87)}
+
+
+def test_a_chunk_is_read_again_after_a_stale_handle(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = ExampleSource(files, NOISE).row(0)
+    source, read, calls = ExampleSource(files, NOISE), pq.ParquetFile.read_row_group, []
+
+    def first_stale(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", first_stale)
+    assert source.row(0).input_ids.tolist() == expected.input_ids.tolist() and len(calls) == 2
 
 
 def test_masks_do_not_depend_on_other_rows(files: list[str], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 from dataclasses import replace
@@ -139,6 +140,22 @@ def test_a_damaged_shard_is_named(cache: Cache) -> None:
     assert "missing" in damaged(directory, manifest, range(40))
     source = SignalSource(directory, manifest)
     assert all(same(source.row(g), expected[g]) for g in range(7)), "other shards can be read"
+
+
+def test_a_stale_handle_is_opened_again(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a network file system, while a shard is open and while its examples are read."""
+    directory, manifest, expected = cache
+    source, read, stale = SignalSource(directory, manifest), pq.ParquetFile.read_row_group, [False, True, True, False]
+
+    def once_stale(file: Any, group: int, *arguments: Any, **options: Any) -> Any:
+        if stale and stale.pop(0):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(file, group, *arguments, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", once_stale)
+    for g in (0, 30):
+        assert source.row(g).input_ids.tolist() == expected[g].input_ids.tolist()
+    assert stale == []
 
 
 def test_a_shard_with_another_number_of_rows_is_named(cache: Cache) -> None:
