@@ -105,6 +105,10 @@ class Overloaded(Exception):
         return f"the queue is full; try again in {self.retry_after_s:g} s"
 
 
+class DecodingFailed(Exception):
+    """The model's predictions for this request are not finite; the message names checkpoint and layer."""
+
+
 class Unavailable(Exception):
     """No replica can answer, or the replica was lost and no other could resume its answer."""
 
@@ -113,8 +117,8 @@ class Backend(Protocol):
     """A model that decodes."""
 
     def stream(self, request: DecodeRequest) -> AsyncIterator[DecodeEvent]:
-        """Raises UserError (invalid request) or Overloaded on the first step, Unavailable on any step. Closing the
-        iterator cancels the request."""
+        """Raises UserError (invalid request) or Overloaded on the first step, Unavailable or DecodingFailed on any
+        step. Closing the iterator cancels the request."""
 
     async def ready(self) -> None:
         """Return once the model can decode; raise if it cannot."""

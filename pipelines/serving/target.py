@@ -14,8 +14,8 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from pipelines.ray_cluster.hardware import device_of, gpu_share
-from pipelines.serving.backend import DecodeRequest, Overloaded
-from pipelines.serving.engine_thread import EngineThread, EventBatch
+from pipelines.serving.backend import DecodeRequest, DecodingFailed, Overloaded
+from pipelines.serving.engine_thread import EngineFailed, EngineThread, EventBatch
 from pipelines.serving.metrics import export_metrics
 from pipelines.serving.reference import RemoteReference
 from rcd_core import UserError, load_model
@@ -40,13 +40,17 @@ class FirstBatch(EventBatch):
 
 @dataclass(frozen=True)
 class Refusal:
-    """A UserError, or Overloaded if retry_after_s is set. A value, because Serve logs a traceback of exceptions."""
+    """A UserError; Overloaded if retry_after_s is set; DecodingFailed if the request has begun. A value, because Serve
+    logs a traceback of exceptions."""
 
     message: str
     checkpoint: str
     retry_after_s: float | None = None
+    failed: bool = False
 
     def error(self) -> Exception:
+        if self.failed:
+            return DecodingFailed(self.message)
         return UserError(self.message) if self.retry_after_s is None else Overloaded(self.retry_after_s)
 
 
@@ -103,6 +107,11 @@ class Target:
             yield Refusal(str(error), self.checkpoint)
         except Overloaded as error:
             yield Refusal(str(error), self.checkpoint, error.retry_after_s)
+        except EngineFailed as error:
+            if not isinstance(error.__cause__, ArithmeticError):
+                raise
+            logger.error("a request failed: %s", error.__cause__)
+            yield Refusal(str(error.__cause__), self.checkpoint, failed=True)
 
     async def ready(self) -> None:
         """Returns once the constructor has finished; raises EngineGone if the engine gave up."""

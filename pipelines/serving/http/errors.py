@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from pipelines.recipe.files import suggestion
-from pipelines.serving.backend import Overloaded, Unavailable
+from pipelines.serving.backend import DecodingFailed, Overloaded, Unavailable
 from pipelines.serving.http.bodies import (
     MAX_INT,
     MAX_STOPS,
@@ -106,6 +106,8 @@ def api_error(error: Exception) -> ApiError:
         return ApiError(504, str(error) or "the model did not answer in time", code="timeout")
     if isinstance(error, Unavailable):
         return ApiError(503, str(error) or "no replica of the model can answer", code="unavailable")
+    if isinstance(error, DecodingFailed):
+        return ApiError(500, str(error))
     if isinstance(error, ClientGone):
         return ApiError(CLIENT_GONE, "the client has disconnected")
     logging.getLogger("rcd.http").error("a request failed", exc_info=error)

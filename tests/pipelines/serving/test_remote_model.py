@@ -8,10 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from ray.exceptions import ActorDiedError
 
-from pipelines.serving.backend import DecodeRequest, Finished, TextDelta, TraceStep, Unavailable
+from pipelines.serving.backend import DecodeRequest, DecodingFailed, Finished, TextDelta, TraceStep, Unavailable
 from pipelines.serving.engine_thread import EngineThread
+from pipelines.serving.http.errors import api_error
 from pipelines.serving.remote_model import RemoteModel
 from pipelines.serving.target import Target, weights_id
 from rcd_core import Decoder
@@ -167,3 +169,20 @@ def test_weights_id_identifies_weights_and_settings(replicas: dict[str, Target])
     one.embedding.weight.data[3, 4] *= 1.0001
     assert weights_id(one) != replicas["old"].checkpoint
     assert len(weights_id(one.bfloat16())) == 16
+
+
+def test_predictions_that_are_not_finite_fail_the_request_with_the_place(replicas: dict[str, Target]) -> None:
+    """The message that HTTP clients get, after one try; the engine goes on."""
+    old = replicas["old"]
+    weights = old.engine.model.lm_head_weight
+    sound = weights.detach().clone()
+    handle = Handle((old, ALL))
+    with torch.no_grad():
+        weights[:] = float("nan")
+        try:
+            with pytest.raises(DecodingFailed, match=f"{old.engine.model.name}.*the head") as failed:
+                events_of(handle, REQUEST)
+        finally:
+            weights[:] = sound
+    assert api_error(failed.value).status == 500 and "the head" in str(api_error(failed.value))
+    assert sent(events_of(Handle((old, ALL)), REQUEST)) == text_of(old)
