@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from rcd_core.io import retries
+
 pytest_plugins = ["tests.fault_table"]
 ROOT = Path(__file__).resolve().parents[1]
 # Ray reads these on import: no token in the user's home, no telemetry, no warning per worker.
@@ -54,6 +56,12 @@ def ray_cluster() -> Iterator[str]:
         ray.shutdown()
         patch.undo()
         shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def hasty_storage() -> None:
+    """A job in this process, of an earlier test, has made it wait half an hour for an object store."""
+    retries._job.clear()
 
 
 @pytest.fixture(scope="session")
