@@ -33,6 +33,7 @@ from rcd_core.io import storage
 from rcd_core.training.loop import STEP_NOTE
 
 LOST = (RayActorError, WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError)
+_PEER_GONE = ("by peer", "Broken pipe", "NCCL error", "TCPStore")  # torch, where another rank's loss is seen first
 WAITING = (InitializingState, RestartingState, ReschedulingState, SchedulingState)
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ def user_error(error: BaseException, stage: str, max_failures: int) -> BaseExcep
         if isinstance(cause, InsufficientClusterResourcesError):
             return UserError(f"{stage}: {' '.join(str(cause).split())}")
     for cause in chain:
-        if isinstance(cause, LOST):
+        if isinstance(cause, LOST) or any(text in first_line(cause) for text in _PEER_GONE):
             return UserError(
                 f"{stage}: training workers were lost more often than resources.max_failures {max_failures} allows "
                 f"(last error: {first_line(cause)}); check the nodes' memory and logs; the same command resumes from "
