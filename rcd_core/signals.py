@@ -23,6 +23,7 @@ from rcd_core.decode_settings import AlphaRule
 from rcd_core.errors import UserError
 from rcd_core.ops.encode import encode
 from rcd_core.ops.residual_embedding import SparseResidual
+from rcd_core.precision import at_least_fp32
 from rcd_core.signal_arrow import from_table, to_table
 
 _TILE_BYTES = 64 << 20  # fp32 logits that from_hidden holds at a time
@@ -318,7 +319,42 @@ class DenseSignals(_Signals):
         return self.logits.shape[0]
 
 
-Signals = ReferenceSignals | DenseSignals
+@dataclass(frozen=True)
+class HiddenSignals(_Signals):
+    """The same, of which only a tile exists at a time: final hidden states (N, D) of a reference, and its head, (n, D)
+    -> (n, V) logits. Each method runs the head; residual_state runs it once for both alpha and delta."""
+
+    hidden: Tensor
+    head: Callable[[Tensor], Tensor]
+    vocab_size: int
+    alpha_temperature: float = 1.0
+    delta_temperature: float = 1.0
+
+    def tiles(self) -> Iterator[DenseSignals]:
+        """At least one, of at most 64 MiB of fp32 logits or one position."""
+        for rows in torch.split(self.hidden, max(1, _TILE_BYTES // (4 * self.vocab_size))):
+            with torch.no_grad():
+                logits = at_least_fp32(self.head(rows))
+            yield DenseSignals(logits, self.alpha_temperature, self.delta_temperature)
+
+    def uncertainty(self, vocab_size: int, rule: AlphaRule) -> tuple[Tensor, Tensor]:
+        entropies, confidences = zip(*(tile.uncertainty(vocab_size, rule) for tile in self.tiles()), strict=True)
+        return torch.cat(entropies), torch.cat(confidences)
+
+    def soft_embedding(self, embedding_weight: Tensor) -> Tensor:
+        return torch.cat([tile.soft_embedding(embedding_weight) for tile in self.tiles()])
+
+    def top1(self) -> Tensor:
+        return torch.cat([tile.top1() for tile in self.tiles()])
+
+    def __getitem__(self, index: slice | Tensor) -> HiddenSignals:
+        return replace(self, hidden=self.hidden[index])
+
+    def __len__(self) -> int:
+        return self.hidden.shape[0]
+
+
+Signals = ReferenceSignals | DenseSignals | HiddenSignals
 
 
 def sparse_residual(
@@ -335,7 +371,11 @@ def sparse_residual(
 def residual_state(
     signals: Signals, embedding_weight: Tensor, rule: AlphaRule, alpha_scale: float | None, **more: Unpack[AlphaInputs]
 ) -> tuple[Tensor, Tensor]:
-    """(alpha (N,), delta (N, D)) of masked positions under a rule, from either form of signals."""
+    """(alpha (N,), delta (N, D)) of masked positions under a rule, from any form of signals."""
+    if isinstance(signals, HiddenSignals):
+        parts = [residual_state(tile, embedding_weight, rule, alpha_scale, **more) for tile in signals.tiles()]
+        alphas, deltas = zip(*parts, strict=True)
+        return torch.cat(alphas), torch.cat(deltas)
     alpha = signals.alpha(len(embedding_weight), rule, alpha_scale, **more)
     delta = embedding_weight[signals.top1()] if rule == "top1" else signals.soft_embedding(embedding_weight)
     return alpha, delta

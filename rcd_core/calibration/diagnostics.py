@@ -24,7 +24,7 @@ from rcd_core.decoding.observer import Observed
 from rcd_core.decoding.reference import LocalReference
 from rcd_core.decoding.sequence import LiveBlock
 from rcd_core.families.base import DiffusionModel
-from rcd_core.signals import DenseSignals
+from rcd_core.signals import DenseSignals, HiddenSignals
 
 TOP_KS = (1, 2, 5, 10, 20)
 ENTROPY_EDGES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # nats; the last bin is open
@@ -96,7 +96,8 @@ class Agreement:
         self._last = last
         if self.reference is not None and discarded.any():
             signals = self.reference.signals(step.reference_requests(discarded))
-            logits = torch.cat([s.logits for s in signals if isinstance(s, DenseSignals)]).to(logp.device)
+            tiles = [tile.logits for s in signals if isinstance(s, HiddenSignals) for tile in s.tiles()]
+            logits = torch.cat(tiles).to(logp.device)
             own = logp[torch.from_numpy(discarded).to(logp.device)]
             self._compare(logits, own, shares[discarded], step.masked.blocks[0])
 

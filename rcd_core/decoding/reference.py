@@ -15,12 +15,11 @@ import torch
 
 from rcd_core.attention.paged_backends import paged_backend
 from rcd_core.decoding.model_runner import MAX_PASS_TOKENS, Forward
-from rcd_core.decoding.pages import Ids, PagedCache, page_size_of
+from rcd_core.decoding.pages import Ids, PagedCache, bytes_per_position, page_size_of
 from rcd_core.decoding.sequence import Chunk, LiveBlock, Positions
 from rcd_core.decoding.tables import Tables
 from rcd_core.families.base import DiffusionModel
-from rcd_core.precision import at_least_fp32
-from rcd_core.signals import DenseSignals, ReferenceSignals, Signals
+from rcd_core.signals import HiddenSignals, ReferenceSignals, Signals
 
 
 @dataclass(frozen=True)
@@ -83,14 +82,15 @@ class Context:
 
 class LocalReference:
     """A reference model in this process. SDAR's contexts stay in the cache from block to block and are found by their
-    tokens. cache_slots: contexts that are kept, then the least recently used is dropped. max_length: positions of a
-    context; a longer canvas enlarges them, which empties the cache. attention: as of an Engine."""
+    tokens. cache_slots: most contexts that are kept, then the least recently used is dropped. max_length: positions of
+    a context; a longer canvas enlarges them, which empties the cache. attention: as of an Engine."""
 
     def __init__(
         self, model: DiffusionModel, cache_slots: int = 64, max_length: int = 0, attention: str = "auto"
     ) -> None:
         self.model = model
         self.cache_slots, self.max_length = cache_slots, max_length
+        self._most_contexts = cache_slots
         self.reused_tokens = 0  # context tokens that were in the cache
         self._page_size = page_size_of(model.device)
         self._backend = paged_backend(attention, model.config, model.dtype, model.device, self._page_size)
@@ -106,6 +106,26 @@ class LocalReference:
         for start in range(0, len(requests), self.cache_slots):
             signals += self._batch(forward, requests[start : start + self.cache_slots])
         return signals
+
+    def missing_bytes(self, contexts: int, length: int) -> int:
+        """What `plan` with these arguments takes beyond the cache there is; negative if that is larger."""
+        if self._has_room(contexts, length):
+            return 0
+        c = self._forward.cache if self._forward is not None else None
+        held = sum(t.nbytes for t in (*c.keys, *c.values)) if c is not None else 0
+        pages = min(contexts, self._most_contexts) * -(-length // self._page_size) + 1
+        return pages * self._page_size * bytes_per_position(self.model) - held
+
+    def plan(self, contexts: int, length: int) -> None:
+        """Make room for so many contexts, at most cache_slots, of this length; a new cache replaces one without room.
+        Without a plan there is room for cache_slots contexts."""
+        if not self._has_room(contexts, length):
+            self.cache_slots, self.max_length = min(contexts, self._most_contexts), length
+            self._forward = None
+
+    def _has_room(self, contexts: int, length: int) -> bool:
+        enough = self.cache_slots >= min(contexts, self._most_contexts) and self.max_length >= length
+        return enough and self._forward is not None
 
     def _reserve(self, length: int) -> Forward:
         if self._forward is None or length > self.max_length:
@@ -180,5 +200,5 @@ class LocalReference:
     def _signals(self, hidden: torch.Tensor, top_k: int | None, alpha_t: float, delta_t: float) -> Signals:
         temperatures = {"alpha_temperature": alpha_t, "delta_temperature": delta_t}
         if top_k is None:
-            return DenseSignals(at_least_fp32(self.model.head(hidden)), **temperatures)
+            return HiddenSignals(hidden, self.model.head, self.model.vocab_size, **temperatures)
         return ReferenceSignals.from_hidden(hidden, self.model.lm_head_weight, top_k, **temperatures)

@@ -23,7 +23,7 @@ from rcd_core.alpha import entropy as residual_entropy
 from rcd_core.decode_settings import AlphaRule
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
-from rcd_core.signals import DenseSignals, ReferenceSignals, Signals
+from rcd_core.signals import DenseSignals, ReferenceSignals
 from rcd_core.training.objective import LossWeight, TrainingBatch, masked_blocks, masked_hidden, training_loss
 
 Treatment = Literal["drop", "renormalise", "mean_tail"]
@@ -219,7 +219,9 @@ def _residuals(
     return torch.cat(entropies), _join(dense), {kind: _join(states) for kind, states in sparse.items()}
 
 
-def _state(signals: Signals, delta: Tensor, vocab_size: int, rule: Rule, blocks: Tensor) -> _State:
+def _state(
+    signals: ReferenceSignals | DenseSignals, delta: Tensor, vocab_size: int, rule: Rule, blocks: Tensor
+) -> _State:
     entries = signals.topk_logprobs if isinstance(signals, ReferenceSignals) else signals.logits
     alpha = signals.alpha(vocab_size, rule.alpha, rule.alpha_scale, learned=rule.learned, groups=blocks)
     return _State(alpha, delta, torch.isfinite(entries).sum(1), 0.0)

@@ -22,7 +22,7 @@ from rcd_core.families.base import DiffusionModel
 from rcd_core.ops.fused_loss import weighted_cross_entropy
 from rcd_core.ops.residual_embedding import SparseResidual, residual_embedding
 from rcd_core.residual import inject_residual
-from rcd_core.signals import DenseSignals, ReferenceSignals, Signals, residual_state, sparse_residual
+from rcd_core.signals import DenseSignals, ReferenceSignals, residual_state, sparse_residual
 from rcd_core.training.settings import SignalRule
 
 IGNORED = -100
@@ -169,7 +169,7 @@ def loss_weights(family: str, batch: TrainingBatch, weight: LossWeight) -> Tenso
 def training_loss(
     model: DiffusionModel,
     batch: TrainingBatch | Mapping[str, Any],
-    residual: Residual | Signals | None = None,
+    residual: Residual | ReferenceSignals | DenseSignals | None = None,
     *,
     weight: LossWeight = "inverse_t",
     alpha: AlphaRule = "normalized_entropy",

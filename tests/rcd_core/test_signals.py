@@ -14,7 +14,8 @@ from rcd_core import ReferenceSignals, UserError
 from rcd_core.alpha import entropy
 from rcd_core.ops.encode import TailSums, encode, tail_sums_fused, tail_sums_plain
 from rcd_core.ops.top_k import top_k
-from rcd_core.signals import DenseSignals, residual_state
+from rcd_core.signals import DenseSignals, HiddenSignals, residual_state
+from tests.rcd_core.tensor_sizes import LargestTensor
 
 NUM, VOCAB, WIDTH = 7, 50, 12
 
@@ -118,22 +119,29 @@ def close(a: ReferenceSignals, b: ReferenceSignals) -> None:
 
 def test_from_hidden_never_allocates_all_logits() -> None:
     """The largest tensor during encoding is a tile, not (N, V)."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            sizes = [t.untyped_storage().nbytes() for t in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(t)]
-            largest = max([largest, *sizes])
-            return out
-
     hidden, head = torch.randn(1000, 4), torch.randn(40_000, 4)
-    with Watch():
+    with LargestTensor() as largest:
         ReferenceSignals.from_hidden(hidden, head, k=4)
-    assert 32 << 20 < largest <= 64 << 20
+    assert 32 << 20 < largest.bytes <= 64 << 20
+
+
+@pytest.mark.parametrize("rows", [1, 10, 35])
+def test_whole_distributions_exist_a_tile_at_a_time(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 10 positions. One tile gives the bits of the whole matrix."""
+    monkeypatch.setattr("rcd_core.signals._TILE_BYTES", 10 * 4 * 1000)
+    generator = torch.Generator().manual_seed(0)
+    hidden, head, table = (torch.randn(n, 4, generator=generator) for n in (rows, 1000, 1000))
+    tiled = HiddenSignals(hidden, lambda h: h @ head.T, len(head), 1.5, 1.0)
+    with LargestTensor() as largest:
+        found = residual_state(tiled, table, "normalized_entropy", None)
+    assert largest.bytes <= 10 * 4 * 1000
+    dense = DenseSignals(hidden @ head.T, 1.5, 1.0)
+    for x, y in zip(found, residual_state(dense, table, "normalized_entropy", None), strict=True):
+        assert torch.equal(x, y) or rows > 10
+        torch.testing.assert_close(x, y)
+    assert torch.equal(tiled[:5].top1(), dense.top1()[:5]) and len(tiled) == rows
+    torch.testing.assert_close(tiled.alpha(1000, "confidence"), dense.alpha(1000, "confidence"))
+    torch.testing.assert_close(tiled.soft_embedding(table), dense.soft_embedding(table))
 
 
 def test_a_small_tail_is_as_accurate_as_a_large_one() -> None:
