@@ -89,5 +89,9 @@ class Decoder:
     def _engine(self, sequences: list[Sequence]) -> Engine:
         longest = max((len(s.canvas) for s in sequences), default=1)
         block_length = max((s.widest_scope for s in sequences), default=1)
-        max_batch = fit_batch(self.model, longest, block_length, min(self.max_batch, len(sequences)))
+        local = self.reference if isinstance(self.reference, LocalReference) else None
+        most = min(self.max_batch, len(sequences))
+        max_batch = fit_batch(self.model, longest, block_length, most, reference=local)
+        if local is not None:
+            local.plan(max_batch, longest)
         return Engine(self.model, self.reference, max_batch=max_batch, max_length=longest, observer=self.observer)

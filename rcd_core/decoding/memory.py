@@ -12,6 +12,7 @@ import torch
 
 from rcd_core.decoding.model_runner import MAX_PASS_TOKENS
 from rcd_core.decoding.pages import bytes_per_position, page_size_of
+from rcd_core.decoding.reference import LocalReference
 from rcd_core.decoding.sampler import TILE_BYTES
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
@@ -58,16 +59,24 @@ def fit_batch(
     max_batch: int,
     free: int | None = None,
     part: float = 1.0,
+    reference: LocalReference | None = None,
 ) -> int:
     """How many requests fit at once, at most max_batch. free: bytes, by default a share of the device's free memory.
-    part: share of the device, if other processes will use the rest. Raises UserError if not even one fits."""
+    part: share of the device, if other processes will use the rest. reference: one on the same device, whose passes
+    alternate with those of the engine. Raises UserError if not even one fits."""
     if free is None:
         available = available_bytes(model.device, part)
         if available is None:
             return max_batch
         free = int(available * _SHARE.get(model.device.type, 0.5))
     for count in range(max_batch, 0, -1):
-        needed = engine_memory(model, count, max_length, block_length).total
+        own = engine_memory(model, count, max_length, block_length)
+        needed = own.total
+        if reference is not None:
+            other = reference.model
+            states = count * max_length * other.config.hidden_size * other.dtype.itemsize
+            transient = engine_memory(other, count, max_length, block_length).transient + states
+            needed += reference.missing_bytes(count, max_length) + max(0, transient - own.transient)
         if needed <= free:
             return count
     raise UserError(
@@ -80,7 +89,9 @@ def available_bytes(device: torch.device, part: float = 1.0) -> int | None:
     """Free memory of a device in bytes; None if unknown. part: share of a GPU that belongs to this process."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return min(free, int(part * total) - torch.cuda.memory_reserved(device))
+        allocated = torch.cuda.memory_allocated(device)
+        cached = torch.cuda.memory_reserved(device) - allocated  # freed, and kept by PyTorch for the next tensors
+        return min(free + cached, int(part * total) - allocated)
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from rcd_core import Decoder, DecodeSettings, LocalReference, UserError, WarmStart
 from rcd_core.decoding.engine import Engine, QueueFull
-from rcd_core.decoding.memory import available_bytes, engine_memory, fit_batch
+from rcd_core.decoding.memory import engine_memory, fit_batch
 from rcd_core.decoding.model_runner import MAX_PASS_TOKENS, RequestPass, group_requests
 from rcd_core.decoding.pages import PagedCache
 from rcd_core.decoding.request import make_sequence
@@ -333,13 +333,6 @@ def test_as_many_requests_as_fit() -> None:
         fit_batch(m, 64, 4, max_batch=8, free=1000)
     cache = PagedCache(m, 3 * 64 // 16, 16)
     assert engine_memory(m, 3, 64, 4).cache == sum(t.nbytes for t in (*cache.keys, *cache.values))
-
-
-def test_available_bytes_of_a_part_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """50 of 80 bytes are free, and this process has reserved 10."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50, 80))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10)
-    assert [available_bytes(torch.device("cuda"), part) for part in (1.0, 0.5, 0.25)] == [50, 30, 10]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is measured on Linux only")
