@@ -37,12 +37,13 @@ from rcd_core.decoding.decoder import Decoder
 from rcd_core.decoding.observer import Observed
 from rcd_core.decoding.reference import LocalReference
 from rcd_core.decoding.request import resolve_settings
+from rcd_core.dense_signals import DenseSignals
 from rcd_core.errors import UserError
 from rcd_core.evaluation.outcomes import wilson_interval
 from rcd_core.families.base import DiffusionModel
 from rcd_core.families.files import CALIBRATION_SCHEMA
 from rcd_core.noise import NoiseSettings
-from rcd_core.signals import DenseSignals, Signals
+from rcd_core.signals import Signals
 from rcd_core.text.encoding import Encoder
 from rcd_core.training.settings import SignalRule
 

@@ -23,8 +23,8 @@ from rcd_core.calibration.distance import NUM_SHARES, share_bins
 from rcd_core.decoding.observer import Observed
 from rcd_core.decoding.reference import LocalReference
 from rcd_core.decoding.sequence import LiveBlock
+from rcd_core.dense_signals import DenseSignals, HiddenSignals
 from rcd_core.families.base import DiffusionModel
-from rcd_core.signals import DenseSignals, HiddenSignals
 
 TOP_KS = (1, 2, 5, 10, 20)
 ENTROPY_EDGES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # nats; the last bin is open

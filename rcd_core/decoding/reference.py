@@ -18,8 +18,9 @@ from rcd_core.decoding.model_runner import MAX_PASS_TOKENS, Forward
 from rcd_core.decoding.pages import Ids, PagedCache, bytes_per_position, page_size_of
 from rcd_core.decoding.sequence import Chunk, LiveBlock, Positions
 from rcd_core.decoding.tables import Tables
+from rcd_core.dense_signals import HiddenSignals
 from rcd_core.families.base import DiffusionModel
-from rcd_core.signals import HiddenSignals, ReferenceSignals, Signals
+from rcd_core.signals import ReferenceSignals, Signals
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ from torch.nn import functional as F
 from rcd_core.alpha import block_alpha, position_rule, ramp_weight
 from rcd_core.decode_settings import BLOCK_RULES
 from rcd_core.decoding.sequence import LiveBlock, MaskedPositions, Positions, Sequence
+from rcd_core.dense_signals import DenseSignals
 from rcd_core.families.base import DiffusionModel
 from rcd_core.ops.random import device_uniforms, position_keys
 from rcd_core.precision import reduction_dtype
-from rcd_core.signals import DenseSignals, ReferenceSignals, Signals, residual_state
+from rcd_core.signals import ReferenceSignals, Signals, residual_state
 
 
 class ResidualState:

@@ -21,9 +21,10 @@ from torch import Tensor
 from rcd_core.alpha import LearnedAlpha
 from rcd_core.alpha import entropy as residual_entropy
 from rcd_core.decode_settings import AlphaRule
+from rcd_core.dense_signals import DenseSignals
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
-from rcd_core.signals import DenseSignals, ReferenceSignals
+from rcd_core.signals import ReferenceSignals
 from rcd_core.training.objective import LossWeight, TrainingBatch, masked_blocks, masked_hidden, training_loss
 
 Treatment = Literal["drop", "renormalise", "mean_tail"]

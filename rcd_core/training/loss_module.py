@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from rcd_core.decode_settings import AlphaRule
+from rcd_core.dense_signals import AlphaInputs
 from rcd_core.families.base import DiffusionModel
 from rcd_core.residual import ResidualSettings
-from rcd_core.signals import AlphaInputs, ReferenceSignals, residual_state, sparse_residual
+from rcd_core.signals import ReferenceSignals, residual_state, sparse_residual
 from rcd_core.training.controls import on_policy_batch
 from rcd_core.training.data.batches import MicroBatch
 from rcd_core.training.objective import LossWeight, Residual, TrainingBatch, loss_parts, masked_blocks, masked_hidden

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from rcd_core.attention import PackedTokens, bidirectional, block_diffusion
 from rcd_core.decode_settings import AlphaRule
+from rcd_core.dense_signals import DenseSignals
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
 from rcd_core.ops.fused_loss import weighted_cross_entropy
 from rcd_core.ops.residual_embedding import SparseResidual, residual_embedding
 from rcd_core.residual import inject_residual
-from rcd_core.signals import DenseSignals, ReferenceSignals, residual_state, sparse_residual
+from rcd_core.signals import ReferenceSignals, residual_state, sparse_residual
 from rcd_core.training.settings import SignalRule
 
 IGNORED = -100

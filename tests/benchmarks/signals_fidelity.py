@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from rcd_core.dense_signals import DenseSignals
 from rcd_core.evaluation.signal_fidelity import Kind, Report, Rule, kinds_up_to, measure, sparse_delta
 from rcd_core.families.base import DiffusionModel
 from rcd_core.families.loading import load_model
-from rcd_core.signals import DenseSignals, ReferenceSignals
+from rcd_core.signals import ReferenceSignals
 from rcd_core.training.data.batches import collate
 from rcd_core.training.data.examples import ExampleSource
 from rcd_core.training.objective import TrainingBatch, masked_hidden, training_loss

@@ -11,8 +11,9 @@ import torch
 from rcd_core import ReferenceSignals, UserError
 from rcd_core.alpha import CONFIDENCE_RULES, LearnedAlpha
 from rcd_core.decode_settings import AlphaRule
+from rcd_core.dense_signals import DenseSignals
 from rcd_core.ops.reduce import Feedback, Table, reduce_greedy
-from rcd_core.signals import DenseSignals, residual_state, sparse_residual
+from rcd_core.signals import residual_state, sparse_residual
 
 VOCAB, WIDTH, MASK = 40, 6, 39
 SCALE = 2.5

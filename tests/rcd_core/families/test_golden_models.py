@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from rcd_core import TrainingBatch, training_loss
 from rcd_core.alpha import entropy_weight
+from rcd_core.dense_signals import DenseSignals
 from rcd_core.residual import inject_residual, soft_embedding
-from rcd_core.signals import DenseSignals, ReferenceSignals
+from rcd_core.signals import ReferenceSignals
 from rcd_core.training.objective import masked_hidden, reference_signals
 from rcd_core.training.settings import SignalRule
 from tests.rcd_core.golden_models import GOLDEN, load_fp64

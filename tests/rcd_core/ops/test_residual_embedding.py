@@ -7,8 +7,9 @@ import torch
 
 from rcd_core import inject_residual
 from rcd_core.decode_settings import AlphaRule
+from rcd_core.dense_signals import DenseSignals
 from rcd_core.ops.residual_embedding import residual_embedding
-from rcd_core.signals import DenseSignals, ReferenceSignals, residual_state, sparse_residual
+from rcd_core.signals import ReferenceSignals, residual_state, sparse_residual
 
 V, D = 23, 6
 
