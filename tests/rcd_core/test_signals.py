@@ -227,6 +227,7 @@ def test_fused_sums_equal_plain_ones(dtype: torch.dtype) -> None:
         torch.testing.assert_close(a.tail, b.tail)
 
 
+@pytest.mark.drill  # compiles C++ code; the same sums are tested above without the compiler
 def test_compiled_sums_equal_plain_ones() -> None:
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("torch.compile needs a C++ compiler on CPU")
