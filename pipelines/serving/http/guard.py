@@ -71,6 +71,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        scope.pop("route", None)  # of an application that mounts this one; the metrics would take it for ours
         headers = Headers(scope=scope)
         sent_id = headers.get(REQUEST_ID, "")
         request_id = sent_id if _VALID_ID.fullmatch(sent_id) else uuid.uuid4().hex

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import httpx
 import pytest
 from httpx_sse import EventSource
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.routing import Mount
 from starlette.testclient import TestClient
 
 from pipelines.serving.http.bodies import ChatRequest, CompletionRequest
+from pipelines.serving.http.guard import ApiLimits
 from tests.pipelines.serving.http.fake_backend import app_of
+from tests.pipelines.serving.served_app import listening
 
 CLIENT = TestClient(app_of())  # raises what the application does not catch
 PATHS = {"/v1/completions": '"prompt": "p"', "/v1/chat/completions": '"messages": [{"role": "user", "content": "p"}]'}
@@ -138,6 +143,55 @@ JUNK = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=3),
     max_leaves=6,
 )
+
+
+KEY = "s3cret"
+PREFIXED = TestClient(app_of(ApiLimits(api_keys=(KEY,))), root_path="/rcd")
+ROUTES = ["/", "/v1/models", "/v1/models/m", "/version", "/openapi.json", "/health", "/ready", "/metrics"]
+FILES = ["/playground", "/playground/models.json", "/playground/main.js", "/playground/../v1/models"]
+PIECES = st.sampled_from(["", "/", "//", "/rcd", "/v1", "/playground", "/..", "/%2e%2e", "%2f", "/.", ";x", "?x", "m"])
+TARGETS = st.sampled_from([*PATHS, *ROUTES, *FILES]) | st.lists(PIECES, min_size=1, max_size=5).map("".join)
+METHODS = st.sampled_from(["POST", "POST", "GET", "GET", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"])
+AUTHORIZATION = st.sampled_from([None, "", "Bearer", "Bearer wrong", f"Basic {KEY}", KEY, f"Bearer {KEY}x"])
+
+
+def fuzz_under_a_prefix(base: str, client: Any, data: st.DataObject, *, with_key: bool) -> None:
+    """One request. Whatever it is, there is no 500, and without a key only the page and its files are answered."""
+    target, method = data.draw(TARGETS), data.draw(METHODS)
+    body = data.draw(st.dictionaries(st.sampled_from([*CompletionRequest.model_fields, "messages"]), JUNK, max_size=3))
+    if data.draw(st.booleans()):
+        body = {"model": "m", "prompt": "p", "messages": [{"role": "user", "content": "p"}]} | body
+    sent = f"Bearer {KEY}" if with_key else data.draw(AUTHORIZATION)
+    headers = {"Content-Type": "application/json"} | ({} if sent is None else {"Authorization": sent})
+    content = json.dumps(body).encode() if data.draw(st.integers(0, 9)) else data.draw(st.binary(max_size=20))
+    answer = client.request(method, f"{base}{target or '/'}", content=content, headers=headers, follow_redirects=False)
+    assert answer.status_code < 500 or (answer.status_code == 503 and target == "/ready"), answer.text
+    if not with_key and answer.status_code < 400:
+        page = answer.headers.get("Content-Type", "").startswith(("text/html", "text/css", "text/javascript", "image/"))
+        assert page or answer.status_code in (301, 302, 307, 308), (target, answer.headers)
+
+
+@pytest.mark.parametrize("with_key", [False, True])
+@settings(max_examples=40, derandomize=True, database=None, deadline=None)
+@given(data=st.data())
+def test_random_requests_under_a_prefix(with_key: bool, data: st.DataObject) -> None:
+    fuzz_under_a_prefix("/rcd", PREFIXED, data, with_key=with_key)
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("with_key", [False, True])
+def test_two_thousand_random_requests_under_a_prefix(with_key: bool) -> None:
+    """By real HTTP, half of them in each case."""
+    app = Starlette(routes=[Mount("/rcd", app=app_of(ApiLimits(api_keys=(KEY,))))])
+
+    with listening(app) as url, httpx.Client(trust_env=False, timeout=30) as client:
+
+        @settings(max_examples=1000, derandomize=True, database=None, deadline=None)
+        @given(data=st.data())
+        def fuzz(data: st.DataObject) -> None:
+            fuzz_under_a_prefix(f"{url}/rcd", client, data, with_key=with_key)
+
+        fuzz()
 
 
 @settings(max_examples=400, derandomize=True, database=None, deadline=None)

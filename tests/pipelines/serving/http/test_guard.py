@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -112,6 +113,27 @@ def test_no_route_needs_a_key_without_keys(how: str) -> None:
     for method, path in KEYED:
         body = {"json": CHAT if "chat" in path else BODY} if method == "POST" else {}
         assert client.request(method, prefix + path, **body).status_code == 200, path
+
+
+def test_metrics_name_routes_alike_under_any_prefix() -> None:
+    """By the route without the prefix, and one name for all paths that are none."""
+    seen = set()
+    for how in ("at the root", "mounted", "root_path"):
+        client, prefix = prefixed(ApiLimits(), how)
+        for method, path in KEYED:
+            body = {"json": CHAT if "chat" in path else BODY} if method == "POST" else {}
+            client.request(method, prefix + path, **body)
+        for path in ("/v1/models/other", "/none", "/v1/none", "/playground/none.js", "/playground/style.css"):
+            client.get(prefix + path)
+        client.post(prefix + "/v1/completions", content=b"{")
+        text = client.get(prefix + "/metrics").text
+        lines = [line for line in text.splitlines() if line.startswith("rcd_http_requests_total")]
+        seen.add("\n".join(sorted(lines)))
+    assert len(seen) == 1, seen
+    routes = set(re.findall(r'route="([^"]*)"', seen.pop()))
+    ours = {*app_of().openapi()["paths"], "/v1/models/{model_id:path}", "/openapi.json", "/playground/models.json"}
+    assert routes <= ours | {"/playground", "none"}
+    assert {"/v1/completions", "/v1/models/{model_id:path}", "none"} <= routes
 
 
 def test_keys_of_the_environment_are_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
