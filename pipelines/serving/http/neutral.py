@@ -72,7 +72,7 @@ MESSAGE: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": (),
     "images": ([],),  # this and the next two are LiteLLM's
-    "provider_specific_fields": ({},),
+    "provider_specific_fields": ({}, {"refusal": None}),
     "thinking_blocks": ([],),
     "refusal": ("",),
     "tool_call_id": (),
