@@ -15,6 +15,7 @@ from rcd_core.decoding.reference import LocalReference, Reference
 from rcd_core.decoding.request import make_sequence, uncalibrated
 from rcd_core.decoding.sequence import Sequence, check_failures
 from rcd_core.decoding.stream import Event, stream
+from rcd_core.decoding.tensor_parallel import make_engine
 from rcd_core.families.base import DiffusionModel
 
 Settings = DecodeSettings | Many[DecodeSettings] | None  # one for all requests, or one per request
@@ -94,4 +95,5 @@ class Decoder:
         max_batch = fit_batch(self.model, longest, block_length, most, reference=local)
         if local is not None:
             local.plan(max_batch, longest)
-        return Engine(self.model, self.reference, max_batch=max_batch, max_length=longest, observer=self.observer)
+        options = {"max_batch": max_batch, "max_length": longest, "observer": self.observer}
+        return make_engine(self.model, self.reference, **options)

@@ -233,11 +233,15 @@ class Engine:
         self.statistics.add("reference", len(requests), time.perf_counter() - begun)
 
     def _collect_answers(self) -> None:
-        if self._pending and len({b.sequence for b in self._pending}) == len(self.running):  # nothing else to do
-            wait([future for _, future in self._pending.values()], return_when=FIRST_COMPLETED)
-        for block in [b for b, (_, future) in self._pending.items() if future.done()]:
-            request, future = self._pending.pop(block)
-            self._warm_start(block, request, future.result())
+        if not self._pending:
+            return
+        blocks, futures = list(self._pending), [future for _, future in self._pending.values()]
+        ranks = self.model.ranks
+        if ranks.rank == 0 and len({b.sequence for b in blocks}) == len(self.running):  # nothing else to do
+            wait(futures, return_when=FIRST_COMPLETED)
+        for i, signals in ranks.share([(i, future.result()) for i, future in enumerate(futures) if future.done()]):
+            request, _ = self._pending.pop(blocks[i])
+            self._warm_start(blocks[i], request, signals)
 
     def _warm_start(self, block: LiveBlock, request: WarmStart, signals: Signals | None) -> None:
         if signals is None:

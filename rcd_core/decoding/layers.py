@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from rcd_core.attention.paged import Attend
 from rcd_core.decoding.pages import PagedCache
+from rcd_core.ops.ranks import ALONE, Ranks
 
 
 @dataclass
@@ -111,6 +112,7 @@ class Joined:
 
     def __init__(self, parts: Sequence[Any]) -> None:
         self.weight = _joined([part.weight for part in parts]).t()
+        self.ranks: Ranks = getattr(parts[0], "ranks", ALONE)  # whose outputs are summed
         biases = [part.bias for part in parts]
         self.bias = None if biases[0] is None else _joined(biases)
 
@@ -123,7 +125,10 @@ class Joined:
 
     def added(self, base: Tensor, x: Tensor) -> Tensor:
         """base (T, E) plus the layer's output."""
-        result = torch.addmm(base, x, self.weight)
+        if self.ranks.size > 1:
+            result = self.ranks.sum(torch.mm(x, self.weight)).add_(base)
+        else:
+            result = torch.addmm(base, x, self.weight)
         return result if self.bias is None else result.add_(self.bias)
 
 

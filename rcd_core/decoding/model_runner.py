@@ -212,7 +212,7 @@ class ModelRunner:
         if not done:
             return np.zeros((NUM_RESULTS, 0), dtype=np.float32), None
         begun = time.perf_counter()
-        found: NDArray[np.float32] = results.cpu().numpy()
+        found: NDArray[np.float32] = self.model.ranks.agree(results).cpu().numpy()
         self.statistics.spend("choose", time.perf_counter() - begun)
         return found, torch.cat(hidden) if needs_hidden else None
 

@@ -18,7 +18,7 @@ from rcd_core.decoding.model_runner import MAX_PASS_TOKENS, Forward
 from rcd_core.decoding.pages import Ids, PagedCache, bytes_per_position, page_size_of
 from rcd_core.decoding.sequence import Chunk, LiveBlock, Positions
 from rcd_core.decoding.tables import Tables
-from rcd_core.dense_signals import HiddenSignals
+from rcd_core.dense_signals import TILE_BYTES, HiddenSignals
 from rcd_core.families.base import DiffusionModel
 from rcd_core.signals import ReferenceSignals, Signals
 
@@ -124,6 +124,10 @@ class LocalReference:
             self.cache_slots, self.max_length = min(contexts, self._most_contexts), length
             self._forward = None
 
+    def restart(self, contexts: int, length: int) -> None:
+        """Drop the contexts, and plan for so many of this length."""
+        self.cache_slots, self.max_length, self._forward = contexts, length, None
+
     def _has_room(self, contexts: int, length: int) -> bool:
         enough = self.cache_slots >= min(contexts, self._most_contexts) and self.max_length >= length
         return enough and self._forward is not None
@@ -202,4 +206,6 @@ class LocalReference:
         temperatures = {"alpha_temperature": alpha_t, "delta_temperature": delta_t}
         if top_k is None:
             return HiddenSignals(hidden, self.model.head, self.model.vocab_size, **temperatures)
-        return ReferenceSignals.from_hidden(hidden, self.model.lm_head_weight, top_k, **temperatures)
+        tiles = torch.split(hidden, max(1, TILE_BYTES // (4 * self.model.vocab_size)))
+        parts = [ReferenceSignals.from_logits(self.model.head(tile), top_k, **temperatures) for tile in tiles]
+        return ReferenceSignals.cat(parts)

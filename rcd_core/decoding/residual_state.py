@@ -20,11 +20,12 @@ from torch.nn import functional as F
 from rcd_core.alpha import block_alpha, position_rule, ramp_weight
 from rcd_core.decode_settings import BLOCK_RULES
 from rcd_core.decoding.sequence import LiveBlock, MaskedPositions, Positions, Sequence
+from rcd_core.decoding.vocabulary import vocabulary_of
 from rcd_core.dense_signals import DenseSignals
 from rcd_core.families.base import DiffusionModel
 from rcd_core.ops.random import device_uniforms, position_keys
 from rcd_core.precision import reduction_dtype
-from rcd_core.signals import ReferenceSignals, Signals, residual_state
+from rcd_core.signals import ReferenceSignals, Signals
 
 
 class ResidualState:
@@ -32,7 +33,7 @@ class ResidualState:
     fixed shape: zero_row always has alpha 0, for tokens without a residual; discard_row takes results of padding."""
 
     def __init__(self, model: DiffusionModel, num_slots: int) -> None:
-        self.model, self.num_slots = model, num_slots
+        self.model, self.num_slots, self.vocabulary = model, num_slots, vocabulary_of(model)
         self.positions_per_slot = 0
         self.alpha, self.delta = self._zeros(0)
 
@@ -86,13 +87,7 @@ class ResidualState:
         """Fill the residual of (N,) positions from signals: a reference's, or a random distribution's."""
         if isinstance(signals, ReferenceSignals):
             signals = signals.to(self.model.device)
-        alpha, delta = residual_state(
-            signals,
-            self.model.embedding.weight,
-            position_rule(block.settings),
-            block.settings.alpha_scale,
-            learned=self.model.learned_alpha,
-        )
+        alpha, delta = self.vocabulary.residual(signals, position_rule(block.settings), block.settings.alpha_scale)
         rows = block.sequence.slot * self.positions_per_slot + positions % self.positions_per_slot
         self.write(torch.from_numpy(rows).to(self.model.device), alpha, delta)
         block.has_residual = True

@@ -23,7 +23,7 @@ from rcd_core.decoding.residual_state import ResidualState
 from rcd_core.decoding.sequence import LiveBlock, MaskedPositions
 from rcd_core.families.base import DiffusionModel
 from rcd_core.ops.random import position_keys, uniforms
-from rcd_core.ops.reduce import Feedback, Table, reduce_greedy
+from rcd_core.ops.reduce import Feedback
 from rcd_core.precision import reduction_dtype
 
 TILE_BYTES = 64 << 20  # fp32 logits of one tile
@@ -97,8 +97,7 @@ class Sampler:
     """Head and reduction of one model. The next residuals go into `state`."""
 
     def __init__(self, model: DiffusionModel, state: ResidualState) -> None:
-        self.model, self.state = model, state
-        self.table = Table(model.embedding.weight, model.learned_alpha)
+        self.model, self.state, self.vocabulary = model, state, state.vocabulary
         self.special = SpecialTokens(model.mask_token_id, model.info.eos_token_ids, model.info.end_token_ids)
         self.tile_rows = max(1, TILE_BYTES // (4 * model.vocab_size))
         # fp32 holds token ids exactly up to 2^24.
@@ -169,21 +168,21 @@ class Sampler:
         -> (NUM_RESULTS, n). No host synchronisation."""
         rows, state_rows = integers[0], integers[1]
         draws = Draws(*integers[3:].view(torch.float64)) if len(integers) > 3 else None
-        logits = self._wide(self.model.head(hidden.index_select(0, rows)))
+        logits = self._logits(hidden.index_select(0, rows))
         if kind.guided and draws is not None and unconditional is not None:
-            plain = self._wide(self.model.head(unconditional.index_select(0, rows)))
+            plain = self._logits(unconditional.index_select(0, rows))
             logits = plain + (draws.cfg_scale.to(logits.dtype)[:, None] + 1) * (logits - plain)
-        reduced = reduce_greedy(logits, self.model.mask_token_id, kind.feedback, self.table, kind.entropy)
+        reduced = self.vocabulary.reduce(logits, kind.feedback, kind.entropy)
         if reduced.alpha is not None and reduced.delta is not None:
             self.state.write(state_rows, reduced.alpha, reduced.delta)
         tokens, confidence = reduced.tokens, reduced.confidence
         if not kind.greedy:
             tempered = not self.model.blocks_from_prompt_end
-            tokens, confidence = choose_tokens(logits, kind, draws, self.special, tempered)
+            tokens, confidence = choose_tokens(self.vocabulary.whole(logits), kind, draws, self.special, tempered)
         return torch.stack([tokens.to(self.dtype), confidence.to(self.dtype), reduced.entropy.to(self.dtype)])
 
-    def _wide(self, logits: Tensor) -> Tensor:
-        return logits.to(self.dtype)
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.vocabulary.logits(hidden).to(self.dtype)
 
 
 def _numbers(model: DiffusionModel, masked: MaskedPositions, part: slice, kinds: list[Kind]) -> NDArray[np.float64]:

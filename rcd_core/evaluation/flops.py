@@ -29,7 +29,7 @@ def pass_flops(shape: ModelShape, *, queries: float, keys: float, predicted: flo
 
 
 def shape_of(model: DiffusionModel) -> ModelShape:
-    return ModelShape.of_backbone(model.family, model.config)  # type: ignore[arg-type]
+    return ModelShape.of_backbone(model.family, model.whole_config)  # type: ignore[arg-type]
 
 
 def reference_weight(request: Sequence, done: Generation, reference: ModelShape) -> float:

@@ -22,6 +22,7 @@ from rcd_core.decode_settings import Start
 from rcd_core.families.config import ModelConfig
 from rcd_core.families.files import CALIBRATION_FILE, CheckpointFiles
 from rcd_core.families.weights import MAX_SHARD_BYTES, write_json, write_weights
+from rcd_core.ops.ranks import ALONE, Ranks
 
 _ALPHA = "learned_alpha."  # prefix of that network's weights in a state dict of the whole model
 
@@ -69,6 +70,8 @@ class DiffusionModel(nn.Module):
         self.info = info
         self.name = "this model"  # the checkpoint's path, for messages
         self.learned_alpha: LearnedAlpha | None = None  # only for targets trained with alpha "learned"
+        self.ranks: Ranks = ALONE  # that hold the weights together; `config` is of this rank's layers
+        self.whole_config = backbone.config
 
     @property
     def config(self) -> Any:
@@ -80,7 +83,7 @@ class DiffusionModel(nn.Module):
 
     @property
     def vocab_size(self) -> int:
-        return int(self.embedding.weight.shape[0])
+        return int(self.embedding.num_embeddings)
 
     @property
     def max_positions(self) -> int:
@@ -103,7 +106,12 @@ class DiffusionModel(nn.Module):
         return self.embedding.weight.dtype
 
     def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.parameters())
+        """Of the whole model, on however many ranks."""
+        if self.ranks.size == 1:
+            return sum(p.numel() for p in self.parameters())
+        with torch.device("meta"):
+            whole = sum(int(p.numel()) for p in self.backbone_class(self.whole_config).parameters())
+        return whole + (sum(p.numel() for p in self.learned_alpha.parameters()) if self.learned_alpha else 0)
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> DiffusionModel:
         """A model like this one that holds `weights` (the gathered state dict of a sharded training) without a copy."""
@@ -184,7 +192,7 @@ class DiffusionModel(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V) logits."""
-        return nn.functional.linear(hidden, self.lm_head_weight)
+        return self.ranks.whole(nn.functional.linear(hidden, self.lm_head_weight), self.vocab_size)
 
     def logits(
         self, input_ids: Tensor, block_length: int | None = None, attention_mask: Tensor | None = None

@@ -22,11 +22,13 @@ from rcd_core.families.config import ModelConfig
 from rcd_core.families.files import CheckpointFiles
 from rcd_core.families.llada import LLaDAModel
 from rcd_core.families.sdar import SDARModel
+from rcd_core.families.split import check_split, part_of, split_backbone
 from rcd_core.families.unsupported import check_vocabulary, refuse_adapter, refuse_quantised
 from rcd_core.families.weights import StoredTensor, list_weights, read_weights
 from rcd_core.io.hub import CHECKPOINT_FILES, is_hub_id, snapshot
 from rcd_core.io.node_copy import node_copy
 from rcd_core.io.storage import is_uri
+from rcd_core.ops.ranks import ALONE, Ranks
 
 _FAMILIES: tuple[type[DiffusionModel], ...] = (SDARModel, LLaDAModel)
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -39,10 +41,12 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     attention: str = "sdpa",
+    ranks: Ranks = ALONE,
 ) -> DiffusionModel:
     """Load an SDAR, LLaDA, Qwen3 or Llama checkpoint in eval mode.
 
     path: a directory, an s3:// or gs:// URI, or a hub id owner/name[@revision]. dtype None: the checkpoint's.
+    ranks: load one rank's part of the weights (families/split.py), and read nothing else of the files.
     Raises UserError for an unsupported architecture, and for weights that are missing, pickled, damaged or do not fit
     config.json.
     """
@@ -67,9 +71,14 @@ def load_model(
     _check_fit(expected, stored, directory)
     if dtype is None:
         dtype = stored[_EMBEDDING].dtype
-    weights = dict(read_weights(stored, device, dtype))
+    whole = config
+    if ranks.size > 1:
+        check_split(whole, ranks.size, directory)
+        backbone = split_backbone(family.backbone_class, whole, ranks)
+        config = backbone.config
+    weights = dict(read_weights(stored, device, dtype, lambda name: part_of(name, whole, ranks)))
     if config.tie_word_embeddings:
-        config.tie_word_embeddings = _is_copy(weights, directory)
+        config.tie_word_embeddings = whole.tie_word_embeddings = _is_copy(weights, directory)
     if config.tie_word_embeddings:
         weights[_HEAD] = weights[_EMBEDDING]
     backbone.load_state_dict(weights, assign=True)
@@ -79,7 +88,7 @@ def load_model(
     backbone.model.rotary_emb = type(backbone.model.rotary_emb)(config).to(device)
     backbone.config._attn_implementation = backend
     model = family(backbone, info)
-    model.name = str(path)
+    model.name, model.ranks, model.whole_config = str(path), ranks, whole
     model.learned_alpha = load_learned_alpha(directory, device, required=info.rcd.get("alpha") == "learned")
     return model.eval()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,11 +71,15 @@ def list_weights(directory: Path) -> dict[str, StoredTensor]:
 
 
 def read_weights(
-    stored: Mapping[str, StoredTensor], device: str | torch.device, dtype: torch.dtype
+    stored: Mapping[str, StoredTensor],
+    device: str | torch.device,
+    dtype: torch.dtype,
+    part: Callable[[str], tuple[slice, ...]] = lambda key: (),
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (key, tensor on `device` in `dtype`) for each entry, with one file open at a time.
 
     On the CPU a tensor that needs no cast is a private mapping of the file: pages are loaded when touched.
+    part: index of what is wanted of a tensor; nothing else of it is read.
     """
     by_file: dict[Path, list[str]] = {}
     for key, entry in stored.items():
@@ -83,7 +87,9 @@ def read_weights(
     for file, keys in by_file.items():
         with safe_open(file, framework="pt") as content:
             for key in keys:
-                yield key, content.get_tensor(stored[key].name).to(device=device, dtype=dtype)
+                name, index = stored[key].name, part(key)
+                tensor = content.get_slice(name)[index] if index else content.get_tensor(name)
+                yield key, tensor.to(device=device, dtype=dtype)
 
 
 def write_weights(directory: Path, weights: Mapping[str, Tensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:

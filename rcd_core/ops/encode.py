@@ -53,14 +53,22 @@ def encode(
     device. Rows without a finite peak give NaN, which the caller detects by `peak`."""
     rows = logits.shape[0] if logits.is_cuda else max(1, _PIECE_BYTES // (4 * logits.shape[1]))
     chosen = tail_sums or (_compiled() if logits.is_cuda else tail_sums_plain)
-    parts = [_encode(z, k, alpha_temperature, delta_temperature, chosen) for z in torch.split(logits, rows)]
+    parts = [encode_tile(z, k, alpha_temperature, delta_temperature, chosen) for z in torch.split(logits, rows)]
     return parts[0] if len(parts) == 1 else Encoded(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _encode(z: Tensor, k: int, alpha_temperature: float, delta_temperature: float, tail_sums: TailSums) -> Encoded:
+def encode_tile(
+    z: Tensor,
+    k: int,
+    alpha_temperature: float,
+    delta_temperature: float,
+    tail_sums: TailSums,
+    find: Callable[[Tensor, int], tuple[Tensor, Tensor]] = top_k,
+) -> Encoded:
+    """`encode` of logits that are reduced at once. find: the k largest entries."""
     if not z.is_cuda:
         z = at_least_fp32(z)  # on CUDA the compiled sums read bf16 directly
-    top, ids = top_k(z, k)
+    top, ids = find(z, k)
     top = at_least_fp32(top)
     tail, dot = tail_sums(z, top, ids, delta_temperature)
     x, z_sum, log_sum = _kept(top, tail, delta_temperature)
@@ -95,14 +103,25 @@ def tail_sums_plain(z: Tensor, top: Tensor, ids: Tensor, temperature: float) -> 
 def tail_sums_fused(z: Tensor, top: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """The same sums. Not kept are the entries below the smallest kept one, and those of its equals beyond the k."""
     del ids
+    return rest_sums(sums_below(z, top, temperature), top, temperature)
+
+
+def sums_below(z: Tensor, top: Tensor, temperature: float) -> Tensor:
+    """(3, N): over the entries below the smallest kept one the sums of e^x and of x e^x, and the number of its
+    equals. They may be added up over parts of the vocabulary."""
     peak, least = top[:, :1], top[:, -1:]
     z = at_least_fp32(z)
     x = ((z - peak) / temperature).clamp(min=LOWEST)
     e = torch.where(z < least, x.exp(), 0.0)
-    equals = ((z == least).sum(1) - (top == least).sum(1)).to(z.dtype)
-    x_least = ((least - peak) / temperature).clamp(min=LOWEST)[:, 0]
-    e_least = equals * x_least.exp()
-    return e.sum(1) + e_least, (e * x).sum(1) + e_least * x_least
+    return torch.stack([e.sum(1), (e * x).sum(1), (z == least).sum(1).to(z.dtype)])
+
+
+def rest_sums(below: Tensor, top: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """What `tail_sums_fused` returns, from `sums_below` of the whole vocabulary."""
+    least = top[:, -1:]
+    x_least = ((least - top[:, :1]) / temperature).clamp(min=LOWEST)[:, 0]
+    e_least = (below[2] - (top == least).sum(1)) * x_least.exp()
+    return below[0] + e_least, below[1] + e_least * x_least
 
 
 @cache

@@ -8,6 +8,7 @@ Shapes: N masked positions of the tile, V vocabulary, K kept entries, D width. E
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from rcd_core.alpha import LearnedAlpha, alpha_from_statistics
 from rcd_core.decode_settings import AlphaRule
-from rcd_core.ops.encode import LOWEST, encode
+from rcd_core.ops.encode import LOWEST, Encoded, encode
 from rcd_core.precision import at_least_fp32, reduction_dtype
 
 
@@ -31,6 +32,11 @@ class Feedback:
     alpha_temperature: float
     delta_temperature: float
     top_k: int | None
+
+    @property
+    def kept(self) -> int | None:
+        """top_k where delta needs it."""
+        return None if self.rule == "top1" else self.top_k
 
 
 class Reduced(NamedTuple):
@@ -50,8 +56,10 @@ def reduce_greedy(
     """(N, V) logits, fp32 or wider -> Reduced, computed in their dtype. No host synchronisation."""
     if feedback is None:
         return _plain(logits, mask_token_id, with_entropy)
-    if feedback.top_k is not None and feedback.rule != "top1":
-        return _sparse(logits, feedback.top_k, mask_token_id, feedback, table)
+    if feedback.kept is not None:
+        k = min(feedback.kept, logits.shape[1])
+        encoded = encode(logits, k, feedback.alpha_temperature, feedback.delta_temperature)
+        return reduce_encoded(encoded, mask_token_id, feedback, table, lambda: _plain(logits, mask_token_id, True))
     return _dense(logits, mask_token_id, feedback, table)
 
 
@@ -68,6 +76,15 @@ class Table:
         if self._sum is None:
             self._sum = self.weight.sum(0, dtype=reduction_dtype(self.weight.dtype))
         return self._sum
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.weight)
+
+    def mixture(self, ids: Tensor, weights: Tensor, share: Tensor) -> Tensor:
+        """(N, D), fp32 or wider: sum_k weights[n, k] E[ids[n, k]] + share[n] * sum_v E[v]."""
+        few = F.embedding_bag(ids, self.weight, per_sample_weights=weights.to(self.weight.dtype), mode="sum")
+        return at_least_fp32(few) + share[:, None] * self.sum
 
 
 def _plain(z: Tensor, mask_token_id: int, with_entropy: bool) -> Reduced:
@@ -111,20 +128,24 @@ def _entropy(p: Tensor, logp: Tensor) -> Tensor:
     return entropy
 
 
-def _sparse(z: Tensor, k: int, mask_token_id: int, feedback: Feedback, table: Table) -> Reduced:
-    k = min(k, z.shape[1])
-    encoded = encode(z, k, feedback.alpha_temperature, feedback.delta_temperature)
-    p = encoded.logprobs.exp()
+def reduce_encoded(
+    encoded: Encoded, mask_token_id: int, feedback: Feedback, table: Table, plain: Callable[[], Reduced]
+) -> Reduced:
+    """encoded: K entries of each prediction. plain: the reduction without feedback, where they do not give it."""
+    p, k = encoded.logprobs.exp(), encoded.ids.shape[1]
     if k > 1 and feedback.alpha_temperature == feedback.delta_temperature == 1.0:
         mask_first = encoded.ids[:, 0] == mask_token_id  # then the second largest is the largest that may be chosen
         tokens, confidence = (torch.where(mask_first, c[:, 1], c[:, 0]) for c in (encoded.ids, p))
         reduced = Reduced(tokens, confidence, encoded.entropy)
     else:
-        reduced = _plain(z, mask_token_id, True)
+        reduced = plain()
     alpha = alpha_from_statistics(
-        feedback.rule, encoded.entropy, encoded.confidence, z.shape[1], feedback.alpha_scale, learned=table.learned
+        feedback.rule,
+        encoded.entropy,
+        encoded.confidence,
+        table.vocab_size,
+        feedback.alpha_scale,
+        learned=table.learned,
     )
-    share = encoded.tail / max(1, z.shape[1] - k)
-    weights = (p - share[:, None]).to(table.weight.dtype)
-    delta = F.embedding_bag(encoded.ids, table.weight, per_sample_weights=weights, mode="sum")
-    return Reduced(*reduced[:3], alpha, at_least_fp32(delta) + share[:, None] * table.sum)
+    share = encoded.tail / max(1, table.vocab_size - k)
+    return Reduced(*reduced[:3], alpha, table.mixture(encoded.ids, p - share[:, None], share))

@@ -90,7 +90,7 @@ def test_a_pass_never_synchronises_with_the_host(s: DecodeSettings, monkeypatch:
 
     e = fixed_engine("sdar")
     e._runner.graphs = checked = Checked(torch.device("cpu"))
-    assert e._runner.forward.cache and e._runner.sampler.table.sum is not None, "made before the pass"
+    assert e._runner.forward.cache and e._runner.sampler.vocabulary.table.sum is not None, "made before the pass"
     out = decode("sdar", [([3, 4, 5, 6], s)], e)[0]
     assert checked.checked == out.num_forwards.prefill + 2 * out.num_forwards.denoise  # layers, and the head
 
