@@ -12,6 +12,7 @@ from rcd_core.io.hub import cached_snapshot
 
 HUB = "hf://"
 _READABLE = (".parquet", ".jsonl")
+_TIMEOUT_S = 30.0  # of a connection or a read; without one, a network that drops packets stops a dry run for ever
 # How file names call a split where the data set's card does not say which files it has: the hub's convention.
 _KEYWORDS = {
     "train": ("train", "training"),
@@ -45,7 +46,7 @@ def _listing(name: str, revision: str | None, where: str) -> tuple[str, list[str
     from huggingface_hub import DatasetCard, HfApi
 
     try:
-        info = HfApi().dataset_info(name, revision=revision)
+        info = HfApi().dataset_info(name, revision=revision, timeout=_TIMEOUT_S)
     except Exception as error:  # the hub's client has no common base class for its errors
         snapshot = cached_snapshot(name, revision, "dataset")
         if snapshot is None:

@@ -138,6 +138,8 @@ def test_unanswerable_questions(completion: str, right: bool) -> None:
         ("555-0100", "454-0-1", False),
         ("+1 555 0100", "+1 555 0101", False),
         ("+1 555 0100", "+1  555 0100.", True),
+        ("+1-0100-555", "+1-555-0100", False),  # equal as differences
+        ("+49 123 30", "+49 30 123", False),  # equal as products
         ("455", "555-0100", False),
         ("-2", "3-5", False),
         ("10:30 PM", "10:30 pm", True),
