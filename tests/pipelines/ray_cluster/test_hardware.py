@@ -102,6 +102,6 @@ def test_a_job_without_gpus_stays_on_the_cpu(ray_cluster: str, tmp_path: Path, m
     few += ["calibrate=null", "baseline=false", "deploy.baseline=false"]
     few += ["data.num_train=64", "data.num_test=2", "evaluate.thresholds=[0.5]"]
     job = Job("demo", "run", tmp_path, few)
-    job.finish("--stages", "[!d]*")
+    job.finish("--stages", "[!d]*", timeout=650)
     results = storage.read_json(storage.join(job.run.stage_directory("evaluate"), "results.json"))
     assert {device["dtype"] for device in results["hardware"]["devices"]} == {"float32"}
