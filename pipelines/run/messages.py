@@ -17,6 +17,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_TEXTS = ("No space left on device", "Disk quota exceeded")
 # Ray Data keeps only the traceback's text of an error in an actor.
 _IN_TEXT = re.compile(rf"^{UserError.__module__}\.{UserError.__name__}: (.+)$", re.MULTILINE)
+_RETRIES = "\nFailed to apply UDF transform"  # to the message of an error in a task, Ray Data adds its settings
 
 
 def user_message(error: BaseException) -> str | None:
@@ -24,7 +25,7 @@ def user_message(error: BaseException) -> str | None:
     chain = list(causes(error))
     for cause in chain:
         if isinstance(cause, UserError) and type(cause) is UserError:
-            return str(cause)
+            return str(cause).partition(_RETRIES)[0]
     for cause in chain:
         if match := _IN_TEXT.search(str(cause)):
             return match[1]

@@ -168,7 +168,7 @@ def test_bad_rows_are_counted_listed_and_left_out(
         ],
     )
     test = write_jsonl(tmp_path / "test.jsonl", [problem(1), problem(1), problem(3)])
-    ctx = context({"train": train, "test": test, "max_bad_rows": 0.7})
+    ctx = context({"train": train, "test": test, "max_bad_rows": 0.75})
     summary = prepare.run(ctx)
     assert summary["counts"]["train"] == {
         "rows": 11,
