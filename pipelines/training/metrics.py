@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -121,7 +122,7 @@ class _Appended:
             size, content = file.tell(), "".join(lines).encode()
             try:
                 if file.write(content) != len(content):
-                    raise OSError(errno.ENOSPC, "no space left for all bytes")
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError:
                 with suppress(OSError):
                     file.truncate(size)  # no half line

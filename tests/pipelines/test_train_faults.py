@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from pipelines.run.stages import stages_of
 from pipelines.training import worker
 from pipelines.training.metrics import MetricsLog, read_metrics
 from tests.fault_table import FaultTable
-from tests.pipelines.serving.serve_run import until
+from tests.pipelines.test_precompute_faults import Disk
+from tests.pipelines.test_precompute_faults import disk as disk  # a fixture
 from tests.pipelines.training_run import context, make_recipe, weights
 
 pytestmark = [pytest.mark.drill, pytest.mark.timeout(600)]
@@ -44,7 +44,8 @@ from pathlib import Path
 from pipelines.ray_cluster.connection import connect
 from pipelines.run.directory import RunDirectory, run_stage
 from pipelines.run.stages import stages_of
-from tests.pipelines.serving.serve_run import until
+from tests.pipelines.test_precompute_faults import Disk
+from tests.pipelines.test_precompute_faults import disk as disk  # a fixture
 from tests.pipelines.training_run import context, make_recipe
 connect()
 recipe = make_recipe(Path(sys.argv[1]), "killed", resources={"num_workers": 1})
@@ -111,25 +112,21 @@ def test_an_error_is_retried_unless_it_comes_again(
 
 @pytest.mark.faults("a full disk for metrics", "target")
 def test_a_training_goes_on_without_room_for_metrics(
-    quiet: StageContext, tmp_path: Path, fault_table: FaultTable
+    quiet: StageContext,
+    disk: Disk,  # noqa: F811
+    tmp_path: Path,
+    fault_table: FaultTable,
 ) -> None:
     ctx = context(make_recipe(tmp_path, "full", resources=ONE))
     directory = Path(ctx.directory)
     directory.mkdir(parents=True)
-    (directory / "tensorboard").symlink_to("/proc/none")
-    full = tmp_path / "full.link"
-    full.symlink_to("/dev/full")
-
-    def fill_after_the_first_lines() -> None:
-        until(lambda: (directory / "metrics.jsonl").exists(), seconds=200)
-        full.replace(directory / "metrics.jsonl")
-
-    thread = threading.Thread(target=fill_after_the_first_lines, daemon=True)
-    thread.start()
+    for name in ("metrics.jsonl", "tensorboard"):
+        (directory / name).symlink_to(disk.path / name)
+    disk.free(4)  # kB; the lines of all steps take more
     summary = train_stage.run(ctx)
-    thread.join()
     assert same_bits(ctx, quiet)
-    assert summary["loss"] == round(read_metrics(quiet.directory)[-1]["loss"], 6)
+    lines = read_metrics(quiet.directory)
+    assert 0 < len(read_metrics(ctx.directory)) < len(lines) and summary["loss"] == round(lines[-1]["loss"], 6)
     printed = ctx.console.file.getvalue()  # type: ignore[attr-defined]
     assert printed.count("is incomplete (") == 1 and "No space left" in printed, printed
     fault_table.add("the training went on, with one warning", "the same bits")
