@@ -30,8 +30,7 @@ from pipelines.recipe.model import Recipe
 from pipelines.run.directory import StageContext
 from pipelines.serving.api_keys import api_keys
 from pipelines.serving.description import describe
-from pipelines.serving.graph import application
-from pipelines.serving.http.guard import ApiLimits
+from pipelines.serving.graph import api_limits, application
 from rcd_core.errors import UserError
 from rcd_core.io import storage
 from rcd_core.tasks import get_task
@@ -44,11 +43,11 @@ def run(ctx: StageContext) -> dict[str, Any]:
     recipe = ctx.recipe
     if not ctx.verbose:
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    limits = ApiLimits(api_keys=api_keys())
+    description = describe(recipe, ctx.checkpoint, ctx.residual_temperature("target"))
+    limits = api_limits(description)
     if _live(recipe.name) == (ctx.key, limits.id) and _reachable(recipe):
         ctx.console.print(f"deploy: {recipe.name} is live already")
     else:
-        description = describe(recipe, ctx.checkpoint, ctx.residual_temperature("target"))
         _start_http(recipe)
         # A live application of this recipe frees its resources while its successor starts.
         wait_for_resources(

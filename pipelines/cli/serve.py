@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pipelines.cli.flags import ServeCheckFlags
-from pipelines.serving.config_file import is_ours, read_config
+from pipelines.serving.api_keys import api_keys, check_host
+from pipelines.serving.config_file import http_host, is_ours, read_config
 
 
 def check(flags: ServeCheckFlags) -> int:
-    for application in read_config(flags.config)["applications"]:
+    config = read_config(flags.config)
+    for application in config["applications"]:
         if is_ours(application):
+            allowed = bool(application["args"].get("allow_without_keys"))
+            check_host("http_options.host", http_host(config), api_keys(), allowed, "here")
             content = f"serves {', '.join(application['args']['models'])}"
         else:
             content = f"is made by {application['import_path']}"

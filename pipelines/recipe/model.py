@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from pipelines.recipe.deploy import DeploySettings
 from pipelines.recipe.types import (
     Baseline,
     Count,
@@ -175,48 +176,6 @@ class CalibrateSettings(Section):
     """Inputs on which target and reference are compared: those that decoding visits, or those of training."""
     decode: DecodeSettings = DecodeSettings()
     """Decoding settings; the confidence threshold decides which inputs decoding visits."""
-
-
-class DeployedModel(Section):
-    """A checkpoint from outside the run, served next to the target."""
-
-    checkpoint: str
-    """Directory, URI or hub id."""
-    decode: DecodeSettings = DecodeSettings()
-    """Default decoding settings of its requests."""
-
-
-class DeploySettings(Section):
-    """The HTTP endpoint."""
-
-    host: str = "127.0.0.1"
-    """Address to listen on."""
-    port: Annotated[int, Field(ge=1, le=65535)] = 8000
-    """Port to listen on."""
-    allow_without_keys: bool = False
-    """Serve beyond this machine without API keys, to everyone who reaches `host`."""
-    model_id: str = "rcd"
-    """The name that requests give as `model`."""
-    start: Start = "reference"
-    """Default `start` of requests; `reference` deploys the reference, too."""
-    decode: DecodeSettings = DecodeSettings()
-    """Default decoding settings of requests."""
-    baseline: bool = False
-    """Also serve the baseline, as `<model_id>-baseline`."""
-    models: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], DeployedModel] = {}
-    """Further models by id."""
-    max_batch: Count = 32
-    """Requests that a replica decodes at once; fewer when memory is short."""
-    max_queue: Annotated[int, Field(ge=0)] = 128
-    """Requests that may wait per replica; further ones get status 429."""
-    max_length: Count | None = None
-    """Most tokens of prompt and answer; null: the model's limit, at most 4096."""
-    min_replicas: Count = 1
-    """Fewest replicas of target and reference each."""
-    max_replicas: Count = 1
-    """Most replicas of target and reference each; their number follows the load."""
-    target_ongoing_requests: Positive | None = None
-    """Ongoing requests per target replica above which a replica is added; null: `max_batch`."""
 
 
 class Resources(Section):

@@ -27,6 +27,7 @@ _NEUTRAL = (
     "signals.max_bad_rows",
     "evaluate.batch_size",
     "deploy.allow_without_keys",
+    "deploy.open_state",
 )
 _CHECKPOINT_FILES = (".safetensors", ".json", ".txt", ".jinja", ".model")
 _ABSENT: dict[str, Any] = {}

@@ -27,20 +27,30 @@ def api_keys(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     return tuple(keys)
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens on `host`."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
 def check(recipe: Recipe, environment: Mapping[str, str] = os.environ) -> None:
     """Called before the first stage of a job that deploys. Raises UserError for unusable keys, and if everyone who
     reaches `deploy.host` could send requests, unless the recipe allows it."""
-    host = recipe.deploy.host
-    loopback = host == "localhost" or host == "::1" or host.startswith("127.")
-    if not (api_keys(environment) or loopback or recipe.deploy.allow_without_keys):
+    deploy = recipe.deploy
+    check_host("deploy.host", deploy.host, api_keys(environment), deploy.allow_without_keys, "here")
+
+
+def check_host(name: str, host: str, keys: tuple[str, ...], allow_without_keys: bool, where: str) -> None:
+    """Raises UserError, naming the setting `name`, if everyone who reaches `host` could send requests and that is not
+    allowed. where: the environment without keys."""
+    if not (keys or allow_without_keys or is_loopback(host)):
         raise UserError(
-            f"deploy.host is {host!r}, beyond this machine, but there are no API keys; set {KEYS} or {KEYS_FILE}, "
-            "or deploy.allow_without_keys: true to serve everyone"
+            f"{name} is {host!r}, beyond this machine, but there are no API keys {where}; set {KEYS} or {KEYS_FILE}, "
+            "or allow_without_keys: true to serve everyone"
         )
 
 
 def _require_keys(keys: list[str], source: str) -> list[str]:
     keys = [key.strip() for key in keys if key.strip()]
     if not keys:
-        raise UserError(f"{source} has no key; add one, or unset the variable to serve everyone")
+        raise UserError(f"{source} has no key; add one, or unset the variable to serve this machine only, without keys")
     return keys

@@ -50,6 +50,11 @@ def app_args() -> Any:
     raise UserError(f"Serve config {path} has no application with import_path {BUILD}; name another file in {CONFIG}")
 
 
+def http_host(config: dict[str, Any]) -> str:
+    """The host on which Serve listens by a config without problems."""
+    return str(ServeDeploySchema.model_validate(copy.deepcopy(config)).http_options.host)
+
+
 def is_ours(application: dict[str, Any]) -> bool:
     return application.get("import_path") in (BUILD, BUILD.replace(":", "."))
 

@@ -68,10 +68,12 @@ class DescribedReference(Section):
 
 
 class Description(Section):
-    """models: by the id in the field `model` of requests."""
+    """models: by the id in the field `model` of requests. allow_without_keys, open_state: as `deploy.*` of a recipe."""
 
     models: Annotated[dict[str, DescribedModel], Field(min_length=1)]
     reference: DescribedReference | None = None
+    allow_without_keys: bool = False
+    open_state: bool = False
 
     @property
     def deployments(self) -> list[str]:
@@ -132,7 +134,8 @@ def describe(recipe: Recipe, checkpoint: Callable[[str], str], t_res: float | No
         replicas = replicas.model_copy(update={"num_gpus": gpus, "resources": reference_nodes})
         path, top_k = checkpoint("reference"), recipe.signals.top_k
         reference = DescribedReference(checkpoint=path, top_k=top_k, replicas=replicas)
-    return Description(models=models, reference=reference)
+    doors = {name: getattr(deploy, name) for name in ("allow_without_keys", "open_state")}
+    return Description(models=models, reference=reference, **doors)
 
 
 def at_commits(description: Description) -> Description:

@@ -149,8 +149,18 @@ def application(
 
 def build(args: dict[str, Any]) -> serve.Application:
     """Serve's application builder (`import_path: pipelines.serving.graph:build`). API keys come from the environment of
-    the cluster's head (http/guard.py). Raises UserError with every problem of `args`."""
-    return application(at_commits(parse_description(args)), ApiLimits(api_keys=api_keys()))
+    the process that builds it, on any node. Raises UserError with every problem of `args`."""
+    description = at_commits(parse_description(args))
+    return application(description, api_limits(description))
+
+
+def api_limits(description: Description) -> ApiLimits:
+    """With the API keys of this process's environment. Raises UserError if they cannot be read."""
+    return ApiLimits(
+        api_keys=api_keys(),
+        open_state=description.open_state,
+        allow_without_keys=description.allow_without_keys,
+    )
 
 
 def __getattr__(name: str) -> serve.Application:

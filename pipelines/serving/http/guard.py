@@ -29,7 +29,8 @@ class ApiLimits:
     """timeout_s: deadline of a request in seconds, and the largest timeout_s that a request may set. ping_s: silence
     after which a stream sends a comment. max_body_bytes: of a request. max_chars: characters and token ids of its
     prompts, counted once per choice, since every choice is sent to a replica. api_keys: every request except for the
-    page must bring one of them; if empty, no key is needed. open_state: /health, /ready and /metrics need no key."""
+    page must bring one of them; if empty, no key is needed. open_state: /health, /ready and /metrics need no key.
+    allow_without_keys: no keys are needed beyond this machine either."""
 
     timeout_s: float = 600.0
     ping_s: float = 10.0
@@ -37,11 +38,12 @@ class ApiLimits:
     max_chars: int = 4 * 2**20
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     open_state: bool = False
+    allow_without_keys: bool = False
 
     @property
     def id(self) -> str:
         """Identifies the limits without revealing the keys."""
-        values = (self.timeout_s, self.max_body_bytes, self.open_state, *sorted(self.api_keys))
+        values = (self.timeout_s, self.max_body_bytes, self.open_state, self.allow_without_keys, *sorted(self.api_keys))
         return hashlib.sha256(repr(values).encode()).hexdigest()
 
     def needs_key(self, scope: Scope) -> bool:

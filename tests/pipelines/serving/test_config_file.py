@@ -30,6 +30,7 @@ from pipelines.serving.description import (
     parse_description,
 )
 from pipelines.serving.graph import build
+from pipelines.serving.http.guard import ApiLimits
 from rcd_core.errors import UserError
 from rcd_core.io import storage
 from rcd_core.io.node_copy import CACHE
@@ -147,6 +148,42 @@ def test_one_message_lists_all_mistakes_with_exit_code_2(tmp_path: Path, capsys:
     assert cli.main(["serve", "check", str(path)]) == 2
     assert cli.main(["serve", "check", str(tmp_path / "none.yaml")]) == 2
     assert capsys.readouterr().err.count("error: Serve config") == 2
+
+
+def test_a_host_beyond_this_machine_needs_keys_or_permission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RCD_API_KEYS", raising=False)
+    path = tmp_path / "serve.yaml"
+    opened = changed(CONFIGURED, ("http_options", "host"), "0.0.0.0")
+    without = {name: value for name, value in CONFIGURED.items() if name != "http_options"}  # Serve's default
+    for config in (opened, without):
+        path.write_text(yaml.safe_dump(config))
+        assert cli.main(["serve", "check", str(path)]) == 2
+        assert "http_options.host" in (error := capsys.readouterr().err) and "RCD_API_KEYS" in error
+    path.write_text(yaml.safe_dump(changed(opened, (*APPLICATION, "args", "allow_without_keys"), True)))
+    assert cli.main(["serve", "check", str(path)]) == 0
+    path.write_text(yaml.safe_dump(opened))
+    monkeypatch.setenv("RCD_API_KEYS", "a")
+    assert cli.main(["serve", "check", str(path)]) == 0
+
+
+def test_the_args_say_who_gets_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RCD_API_KEYS", "a")
+    models = {"models": {"rcd": {"checkpoint": "/a"}}}
+
+    def limits(**args: Any) -> Any:
+        return build({**models, **args})._bound_deployment.init_args[3]
+
+    assert limits() == ApiLimits(api_keys=("a",))
+    opened = limits(allow_without_keys=True, open_state=True)
+    assert opened == ApiLimits(api_keys=("a",), allow_without_keys=True, open_state=True)
+
+
+def test_a_recipe_says_it_too() -> None:
+    keys = ["deploy.allow_without_keys=true", "deploy.open_state=true"]
+    description = describe(load_recipe("demo", keys), "/{}".format)
+    assert description.allow_without_keys and description.open_state
 
 
 def test_the_builder_names_the_same_key() -> None:
