@@ -27,6 +27,8 @@ AlphaRule = Literal[
 SCALED_RULES = ("calibrated_entropy", "uniform", "learned")  # divide the entropy by alpha_scale if it is set
 CONSTANT_RULES = ("fixed", "one", "ramp")  # do not depend on the prediction, so T_res does not change them
 BLOCK_RULES = ("uniform", "ramp")  # depend on more than the position's own prediction
+COUNTS = ("block_length", "denoising_steps", "max_new_tokens", "top_k", "residual_top_k", "max_live_blocks")
+SHARES = ("confidence_threshold", "block_add_threshold", "decoded_token_threshold")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,9 @@ class DecodeSettings:
     residual_temperature: T_res, applied to alpha, and to delta only if delta_temperature is "residual".
     residual_top_k: delta from the k largest entries with the tail's mass on the mean; None uses all.
     residual_scope "all_masked": also of masks beyond the block (LLaDA).
+    max_live_blocks: blocks that are denoised at once, as D2F does (decoding/live_blocks.py); None: one after the other,
+    with the family's own attention. block_add_threshold, decoded_token_threshold: decoded share of a block from which
+    the next one is added, and from which the next one commits at least one token a pass; D2F's defaults.
     compat_passes: for exact comparison with the authors' code, makes the same passes (decoding/compat.py).
     """
 
@@ -66,6 +71,9 @@ class DecodeSettings:
     confidence_eos_eot_inf: bool = False
     stop_token_ids: tuple[int, ...] | None = None
     cache: CacheMode | None = None
+    max_live_blocks: int | None = None
+    block_add_threshold: float = 0.5
+    decoded_token_threshold: float = 0.9
     compat_passes: bool = False
     residual: bool = False
     residual_source: Literal["self", "reference"] = "self"
@@ -86,9 +94,11 @@ class DecodeSettings:
         self._choice("residual_source", ("self", "reference"))
         self._choice("delta_temperature", ("one", "residual"))
         self._choice("residual_scope", ("block", "all_masked"))
-        for name in ("block_length", "denoising_steps", "max_new_tokens", "top_k", "residual_top_k"):
+        for name in COUNTS:
             self._require(name, lambda v: isinstance(v, int) and v >= 1, "an integer of at least 1")
-        self._require("confidence_threshold", lambda v: 0.0 <= v <= 1.0, "a number in [0, 1]")
+        # D2F's code returns no token for a block_add_threshold above 1, and may never end for the other one.
+        for name in SHARES:
+            self._require(name, lambda v: 0.0 <= v <= 1.0, "a number in [0, 1]")
         self._require("top_p", lambda v: 0.0 < v <= 1.0, "a number in (0, 1]")
         for name in ("temperature", "cfg_scale"):
             self._require(name, lambda v: 0.0 <= v < float("inf"), "a finite number of at least 0")
@@ -106,7 +116,7 @@ class DecodeSettings:
 
     def _require(self, name: str, is_valid: Any, requirement: str) -> None:
         value = getattr(self, name)
-        if value is None and name not in ("max_new_tokens", "confidence_threshold"):
+        if value is None and name not in ("max_new_tokens", *SHARES):
             return
         if isinstance(value, bool) or not isinstance(value, int | float) or not is_valid(value):
             raise UserError(f"{name} is {value!r}; it must be {requirement}")

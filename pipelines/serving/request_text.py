@@ -110,6 +110,8 @@ class RequestText:
         from_end = self.model.blocks_from_prompt_end
         # Caches and residuals that span blocks depend on positions that were masked when they were computed.
         local = not from_end or (settings.cache in (None, "none") and settings.residual_scope == "block")
+        if settings.max_live_blocks is not None:
+            local = settings.max_live_blocks == 1
         origin = 0 if from_end else num_prompt
         whole_blocks = (origin + len(request.committed)) % block_length == 0
         if request.committed and local and whole_blocks and not settings.compat_passes:

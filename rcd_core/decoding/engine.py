@@ -154,8 +154,8 @@ class Engine:
             if s.settings.residual and self._state.reserve(max(s.settings.block_length, s.widest_scope), self.running):
                 self._runner.graphs.clear()
             self.statistics.reused_tokens += taken
-            chunks = [-(-n // max(1, self.prefill_chunk)) for n in (s.block[0], s.block[0] - taken)]
-            self.statistics.reused_prefills += chunks[0] - chunks[1]
+            passes = [s.num_prefills(n, self.prefill_chunk) for n in (s.block[0], s.block[0] - taken)]
+            self.statistics.reused_prefills += passes[0] - passes[1]
 
     def _choose_rows(self) -> list[RequestPass]:
         """The chunks of every request that can run, with pages for all of their tokens."""
@@ -262,7 +262,7 @@ class Engine:
     def _commit(self, masked: MaskedPositions, predictions: Floats, alpha: Floats, hidden: Tensor | None) -> None:
         """Write the tokens that each request's policy commits. predictions: (NUM_RESULTS, N), see sampler.py."""
         tokens, confidence, entropy = predictions[0].astype(np.int64), predictions[1], predictions[2]
-        commit = choose_commits(self.model, masked, confidence, entropy)
+        commit = choose_commits(masked, confidence, entropy)
         if self.observer is not None and hidden is not None:
             has_residual = masked.per_block(lambda b: b.has_residual) > 0
             commits = masked.per_block(lambda b: not b.is_start_pass) > 0
@@ -276,7 +276,7 @@ class Engine:
         for block, part in zip(masked.blocks, masked.slices(), strict=True):
             s = block.sequence
             first, last = int(num_committed[part.start]), int(num_committed[part.stop])
-            stuck = first == last and not (block.is_start_pass or block.done)
+            stuck = first == last and block.must_commit
             if stuck or not (all_finite or finite[part].all()):
                 s.fail(self._failure or describe_not_finite(block))
                 self._failure = s.error

@@ -1,9 +1,9 @@
 """Policies: which masked tokens a pass commits, as in the generate.py of SDAR, LLaDA and Fast-dLLM.
 
-A policy sees the current block of every request at once and returns (R, b) bool: a subset of `masked` with at least one
-position for each request that has a mask left, so decoding always ends.
+A policy sees all live blocks of a step and returns (R, b) bool: a subset of `masked`, with at least one position
+of each block that has a mask left and a quota, so decoding always ends.
 
-Shapes: R requests, b block columns.
+Shapes: R live blocks, b block columns.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Floats = NDArray[np.float64]
 @dataclass(frozen=True)
 class BlockView:
     """masked, confidence, entropy (nats) and random_score (uniform numbers) are (R, b); quota (commits planned for this
-    pass), threshold and bound (nats) are (R,)."""
+    pass, 0: it may commit nothing), threshold, bound (nats) and inclusive are (R,)."""
 
     masked: Bools
     confidence: Floats
@@ -30,21 +30,21 @@ class BlockView:
     quota: NDArray[np.int64]
     threshold: Floats
     bound: Floats
-    inclusive: bool  # commit at confidence >= threshold (Fast-dLLM) instead of > (SDAR)
+    inclusive: Bools  # commit at confidence >= threshold (Fast-dLLM) instead of > (SDAR)
 
 
 def _lowest(scores: Floats, masked: Bools, count: NDArray[np.int64]) -> Bools:
-    """The `count` (R,) masked columns with the lowest scores of each request, at least one; ties go to the left."""
+    """The `count` (R,) masked columns with the lowest scores of each block; ties go to the left."""
     num_rows, num_columns = masked.shape
     order = np.argsort(np.where(masked, scores, np.inf), axis=1, kind="stable")
     chosen = np.zeros_like(masked)
-    chosen[np.arange(num_rows)[:, None], order] = np.arange(num_columns) < np.maximum(count, 1)[:, None]
+    chosen[np.arange(num_rows)[:, None], order] = np.arange(num_columns) < count[:, None]
     return chosen & masked
 
 
 def sequential(view: BlockView) -> Bools:
     """The leftmost `quota` masked columns."""
-    return view.masked & (np.cumsum(view.masked, axis=1) <= np.maximum(view.quota, 1)[:, None])
+    return view.masked & (np.cumsum(view.masked, axis=1) <= view.quota[:, None])
 
 
 def low_confidence_static(view: BlockView) -> Bools:
@@ -55,16 +55,17 @@ def low_confidence_static(view: BlockView) -> Bools:
 def low_confidence_dynamic(view: BlockView) -> Bools:
     """All masked columns above the threshold if they are at least `quota`, else the `quota` most confident."""
     threshold = view.threshold[:, None]
-    above = view.confidence >= threshold if view.inclusive else view.confidence > threshold
+    above = (view.confidence > threshold) | (view.confidence == threshold) & view.inclusive[:, None]
     above &= view.masked
-    enough = above.sum(1) >= np.maximum(view.quota, 1)
+    enough = above.sum(1) >= view.quota
     return np.where(enough[:, None], above, low_confidence_static(view))
 
 
 def entropy_bounded(view: BlockView) -> Bools:
     """The most certain masked columns whose entropies sum to less than the bound (JetEngine's rule)."""
     sums = np.cumsum(np.sort(np.where(view.masked, view.entropy, np.inf), axis=1), axis=1)
-    return _lowest(view.entropy, view.masked, (sums < view.bound[:, None]).sum(1))
+    count = (sums < view.bound[:, None]).sum(1)
+    return _lowest(view.entropy, view.masked, np.maximum(count, np.minimum(view.quota, 1)))
 
 
 def random(view: BlockView) -> Bools:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from rcd_core.decode_settings import CONSTANT_RULES, DecodeSettings, ResolvedSettings, Start
 from rcd_core.decoding.compat import CompatSequence
+from rcd_core.decoding.live_blocks import LiveBlocksSequence
 from rcd_core.decoding.sequence import Sequence
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
 
 NUM_SEED_BITS = 31
+# A block that is not activated commits by a bound; blocks behind it are not seen, and a cached pass has no second one.
+_WITH_LIVE_BLOCKS: dict[str, tuple[Any, ...]] = {
+    "policy": ("low_confidence_dynamic", "entropy_bounded"),
+    "residual_scope": ("block",),
+    "cfg_scale": (0.0,),
+}
 
 
 def resolve_settings(settings: DecodeSettings, model: DiffusionModel, has_reference: bool) -> ResolvedSettings:
@@ -18,10 +27,16 @@ def resolve_settings(settings: DecodeSettings, model: DiffusionModel, has_refere
     not support."""
     rcd = model.info.rcd
     block_length = settings.block_length or model.info.block_length
-    allowed_caches = ("none", "prefix", "dual") if model.blocks_from_prompt_end else ("none", "block")
-    cache = settings.cache or ("none" if model.blocks_from_prompt_end else "block")
+    live_blocks = settings.max_live_blocks is not None
+    block_causal = live_blocks or not model.blocks_from_prompt_end
+    allowed_caches = ("none", "block") if block_causal else ("none", "prefix", "dual")
+    cache = settings.cache or ("block" if block_causal else "none")
     if cache not in allowed_caches:
-        raise UserError(f"cache is {cache!r}; allowed for {model.family}: {', '.join(allowed_caches)}")
+        case = f"{model.family} with max_live_blocks" if live_blocks else model.family
+        raise UserError(f"cache is {cache!r}; allowed for {case}: {', '.join(allowed_caches)}")
+    for name, allowed in _WITH_LIVE_BLOCKS.items() if live_blocks else ():
+        if (value := getattr(settings, name)) not in allowed:
+            raise UserError(f"{name} is {value!r}; allowed with max_live_blocks: {', '.join(map(str, allowed))}")
     if settings.cfg_scale and (cache != "none" or not model.blocks_from_prompt_end):
         raise UserError(f"cfg_scale is {settings.cfg_scale}; guidance is LLaDA's and needs cache='none'")
     if settings.residual_scope == "all_masked" and not model.blocks_from_prompt_end:
@@ -89,7 +104,8 @@ def make_sequence(
     """Check one request and lay out its canvas and blocks. Raises UserError naming the field.
 
     committed: new tokens of finished blocks, to resume a request that another engine began. With the same seed it ends
-    with the same tokens. Ignored for infill, which starts again. num_logprobs: of Sequence; not for infill.
+    with the same tokens. Ignored for infill and with several live blocks, which start again. num_logprobs: of Sequence;
+    not for infill.
     """
     name = "canvas" if infill else "prompt"
     resolved = resolve_settings(settings, model, has_reference)
@@ -118,7 +134,7 @@ def make_sequence(
         )
     canvas = np.full(total, model.mask_token_id, dtype=np.int64)
     canvas[: len(given)] = given
-    if committed and not infill:
+    if committed and not infill and (resolved.max_live_blocks or 1) == 1:
         canvas[len(given) :][: len(committed)] = committed
     starts = range(origin, len(canvas), b)
     blocks = [(s, min(s + b, len(canvas))) for s in starts if (canvas[s : s + b] == model.mask_token_id).any()]
@@ -127,5 +143,7 @@ def make_sequence(
     if infill and num_logprobs is not None:
         raise UserError("logprobs do not go with infill; leave the field out")
     kind = CompatSequence if resolved.compat_passes else Sequence
+    if resolved.max_live_blocks is not None:
+        kind = LiveBlocksSequence
     num_prompt = len(canvas) if infill else len(given)
     return kind(model, resolved, canvas, num_prompt, infill, blocks, num_logprobs=num_logprobs)

@@ -205,7 +205,7 @@ def _keyed_uniforms(masked: MaskedPositions, purpose: str) -> NDArray[np.float64
 
 
 def choose_commits(
-    model: DiffusionModel, masked: MaskedPositions, confidence: NDArray[np.floating], entropy: NDArray[np.floating]
+    masked: MaskedPositions, confidence: NDArray[np.floating], entropy: NDArray[np.floating]
 ) -> NDArray[np.bool_]:
     """(N,) bool: the positions that are committed, chosen in each block by its request's policy."""
     blocks, owner = masked.blocks, masked.owner
@@ -225,6 +225,7 @@ def choose_commits(
     quota = np.array([b.quota() for b in blocks])
     threshold = np.array([b.settings.confidence_threshold for b in blocks])
     bound = np.array([b.settings.entropy_bound or 0.0 for b in blocks])
+    inclusive = np.array([b.sequence.threshold_inclusive for b in blocks])
     chosen = np.zeros(shape, dtype=bool)
     for policy in set(policies):
         group = np.array([p == policy for p in policies])
@@ -236,7 +237,7 @@ def choose_commits(
             quota=quota[group],
             threshold=threshold[group],
             bound=bound[group],
-            inclusive=model.threshold_inclusive,
+            inclusive=inclusive[group],
         )
         chosen[group] = POLICIES[policy](view)
     commit = np.zeros(len(owner), dtype=bool)

@@ -53,6 +53,7 @@ class LiveBlock:
     step: int = 0  # denoising passes so far
     started: bool = False  # its first residual is in place
     has_residual: bool = False  # its part of the residual state is filled
+    activated: bool = True  # False: it commits what is certain enough, possibly nothing (live_blocks.py)
     masked_positions: Positions = field(init=False)  # (N,) from the block's start to scope_end
     _schedule: tuple[int, int] = field(init=False)
 
@@ -86,10 +87,15 @@ class LiveBlock:
         """Start "self": the block's first pass commits nothing, it only supplies the first residual."""
         return self.settings.residual and not self.started
 
+    @property
+    def must_commit(self) -> bool:
+        """Whether a pass that commits nothing of this block is a fault."""
+        return self.activated and not (self.is_start_pass or self.done)
+
     def quota(self) -> int:
-        """Commits planned for this pass."""
+        """Commits planned for this pass: at least one, so that decoding ends, but none before it is activated."""
         each, extra = self._schedule
-        return each + (self.step < extra)
+        return max(1, each + (self.step < extra)) if self.activated else 0
 
     def _planned_commits(self) -> tuple[int, int]:
         """(commits of every pass of the block, passes that commit one more). SDAR divides the block length by the
@@ -163,6 +169,10 @@ class Sequence:
         return not self.model.blocks_from_prompt_end
 
     @property
+    def threshold_inclusive(self) -> bool:
+        return self.model.threshold_inclusive
+
+    @property
     def widest_scope(self) -> int:
         """Most positions of the residual state that this request needs at once."""
         first = self.blocks[0][0]
@@ -190,6 +200,10 @@ class Sequence:
         self.live = [self.open_block(block.index)]
 
     # -- passes
+    def num_prefills(self, pending: int, prefill_chunk: int) -> int:
+        """Prefill passes for so many tokens of the prompt."""
+        return -(-pending // max(1, prefill_chunk))
+
     def next_pass(self, prefill_chunk: int) -> tuple[PassKind, list[Chunk]]:
         """prefill_chunk: most prompt tokens in one pass, rounded down to whole blocks but at least one block."""
         (start, end), length, cache = self.block, len(self.canvas), self.settings.cache

@@ -49,7 +49,7 @@ def reference_weight(request: Sequence, done: Generation, reference: ModelShape)
         predicted = masked * (p + 1) / (2 * p)
         if settings.residual_source == "reference":  # runs before each pass, on the positions still masked
             masked = predicted
-        if model.blocks_from_prompt_end:  # LLaDA: every pass sees the whole canvas
+        if not request.block_causal:  # LLaDA: every pass sees the whole canvas
             later = {"none": length, "prefix": length - start, "dual": end - start}[settings.cache or "none"]
             target_flops += pass_flops(target, queries=(length + (p - 1) * later) / p, keys=length, predicted=predicted)
             reference_flops += pass_flops(reference, queries=length, keys=length, predicted=masked)

@@ -19,7 +19,7 @@ from pydantic_core import CoreSchema, PydanticUseDefault, core_schema
 from pipelines.recipe.descriptions import DESCRIPTIONS
 from pipelines.serving.backend import DecodeRequest
 from pipelines.serving.http import neutral
-from rcd_core.decode_settings import DecodeSettings
+from rcd_core.decode_settings import COUNTS, SHARES, DecodeSettings
 from rcd_core.errors import UserError
 
 DECODE_FIELDS = tuple(f.name for f in fields(DecodeSettings) if f.name != "trace")  # over HTTP: return_trace
@@ -68,10 +68,10 @@ NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 _BOUNDED: dict[str, Any] = {
     "seed": Seed,
     "stop_token_ids": Annotated[tuple[TokenId, ...], Field(strict=False)],  # JSON has lists, strict tuples reject them
-    **dict.fromkeys(("block_length", "denoising_steps", "max_new_tokens", "top_k", "residual_top_k"), Count),
+    **dict.fromkeys(COUNTS, Count),
     **dict.fromkeys(("temperature", "cfg_scale"), Annotated[float, Field(ge=0)]),
     **dict.fromkeys(("entropy_bound", "residual_temperature", "alpha_scale"), Annotated[float, Field(gt=0)]),
-    "confidence_threshold": Annotated[float, Field(ge=0, le=1)],
+    **dict.fromkeys(SHARES, Annotated[float, Field(ge=0, le=1)]),
     "top_p": Annotated[float, Field(gt=0, le=1)],
 }
 
