@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from rcd_core.errors import UserError
 
 Policy = Literal["sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded", "random"]
+RankBy = Literal["confidence", "entropy", "margin"]
 Start = Literal["reference", "zero", "self", "dirichlet"]
 CacheMode = Literal["none", "block", "prefix", "dual"]
 # Computed in alpha.py. The names live here because settings are read without torch.
@@ -39,6 +40,8 @@ class DecodeSettings:
     policy: which masked tokens a pass commits (decoding/policies.py). confidence_threshold: low_confidence_dynamic
     commits every masked token above it, but at least the planned number. entropy_bound: nats; entropy_bounded commits
     the most certain tokens whose entropies sum to less.
+    rank_by: which tokens come first where low_confidence_static or low_confidence_dynamic commits a number of them: the
+    most confident, those with the least entropy, or those farthest ahead of the next probable token.
     filtered_confidence: confidence after top-k and top-p, as in SDAR's generate.py, instead of before both.
     cfg_scale, logits_eos_inf (never predict EOS), confidence_eos_eot_inf (commit EOS and end of turn last): LLaDA's.
     residual: feed discarded distributions back (RCD, Eq. 2); False is plain block decoding. residual_source
@@ -61,6 +64,7 @@ class DecodeSettings:
     policy: Policy = "low_confidence_dynamic"
     confidence_threshold: float = 0.85
     entropy_bound: float | None = None
+    rank_by: RankBy = "confidence"
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
@@ -88,6 +92,7 @@ class DecodeSettings:
 
     def __post_init__(self) -> None:
         self._choice("policy", get_args(Policy))
+        self._choice("rank_by", get_args(RankBy))
         self._choice("start", (None, *get_args(Start)))
         self._choice("cache", (None, *get_args(CacheMode)))
         self._choice("alpha", (None, *get_args(AlphaRule)))

@@ -262,7 +262,7 @@ class Engine:
     def _commit(self, masked: MaskedPositions, predictions: Floats, alpha: Floats, hidden: Tensor | None) -> None:
         """Write the tokens that each request's policy commits. predictions: (NUM_RESULTS, N), see sampler.py."""
         tokens, confidence, entropy = predictions[0].astype(np.int64), predictions[1], predictions[2]
-        commit = choose_commits(masked, confidence, entropy)
+        commit = choose_commits(masked, confidence, entropy, predictions[3])
         if self.observer is not None and hidden is not None:
             has_residual = masked.per_block(lambda b: b.has_residual) > 0
             commits = masked.per_block(lambda b: not b.is_start_pass) > 0

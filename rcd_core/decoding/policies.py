@@ -20,12 +20,13 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class BlockView:
-    """masked, confidence, entropy (nats) and random_score (uniform numbers) are (R, b); quota (commits planned for this
-    pass, 0: it may commit nothing), threshold, bound (nats) and inclusive are (R,)."""
+    """masked, confidence, entropy (nats), rank (largest first) and random_score (uniform numbers) are (R, b); quota
+    (commits planned for this pass, 0: it may commit nothing), threshold, bound (nats) and inclusive are (R,)."""
 
     masked: Bools
     confidence: Floats
     entropy: Floats
+    rank: Floats
     random_score: Floats
     quota: NDArray[np.int64]
     threshold: Floats
@@ -48,12 +49,12 @@ def sequential(view: BlockView) -> Bools:
 
 
 def low_confidence_static(view: BlockView) -> Bools:
-    """The `quota` most confident masked columns."""
-    return _lowest(-view.confidence, view.masked, view.quota)
+    """The `quota` masked columns of highest rank, for example the most confident."""
+    return _lowest(-view.rank, view.masked, view.quota)
 
 
 def low_confidence_dynamic(view: BlockView) -> Bools:
-    """All masked columns above the threshold if they are at least `quota`, else the `quota` most confident."""
+    """All masked columns above the threshold if they are at least `quota`, else the `quota` of highest rank."""
     threshold = view.threshold[:, None]
     above = (view.confidence > threshold) | (view.confidence == threshold) & view.inclusive[:, None]
     above &= view.masked

@@ -27,11 +27,12 @@ from rcd_core.ops.reduce import Feedback
 from rcd_core.precision import reduction_dtype
 
 TILE_BYTES = 64 << 20  # fp32 logits of one tile
-NUM_RESULTS = 3  # token, confidence, entropy
+NUM_RESULTS = 4  # token, confidence, entropy, margin
 _FIXED_TILES = (64, 512)  # positions of a tile of fixed shape, at most what TILE_BYTES allows
 _FLOATS = 5  # of a position: Draws' fields
 
 Integers = NDArray[np.int64]
+Floats = NDArray[np.floating]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Kind:
     decision depends on a value on the device.
 
     drawn: temperature above 0. filtered: top_k or top_p. no_eos, eos_last: LLaDA's two EOS options. guided: classifier-
-    free guidance. entropy: it is needed.
+    free guidance. entropy, margin: they are needed.
     """
 
     feedback: Feedback | None
@@ -51,6 +52,7 @@ class Kind:
     no_eos: bool = False
     eos_last: bool = False
     guided: bool = False
+    margin: bool = False
 
     @classmethod
     def of(cls, block: LiveBlock, entropy: bool) -> Kind:
@@ -64,6 +66,7 @@ class Kind:
             no_eos=s.logits_eos_inf,
             eos_last=s.confidence_eos_eot_inf,
             guided=s.cfg_scale > 0,
+            margin=s.rank_by == "margin",
         )
 
     @property
@@ -114,8 +117,8 @@ class Sampler:
         graphs: GraphCache | None,
     ) -> None:
         """Predict masked.positions[part] (n,) from rows `index` (n,) of hidden (T, D), into columns `part` of results
-        (NUM_RESULTS, N): token, confidence, entropy. unconditional (T, D): the pass without the prompt. graphs: run in
-        tiles of fixed shape; hidden must be the same tensor in every call then."""
+        (NUM_RESULTS, N): token, confidence, entropy, margin. unconditional (T, D): the pass without the prompt. graphs:
+        run in tiles of fixed shape; hidden must be the same tensor in every call then."""
         owner = masked.owner[part]
         entropy = any(block.sequence.needs_entropy for block in masked.blocks)
         kinds = [Kind.of(block, entropy) for block in masked.blocks]
@@ -141,7 +144,8 @@ class Sampler:
             device = torch.from_numpy(np.ascontiguousarray(integers)).to(hidden.device)
             for at in range(0, count, self.tile_rows):
                 columns = device[2, at : at + self.tile_rows]
-                results[:, columns] = self._tile(kind, device[:, at : at + self.tile_rows], hidden, unconditional)
+                result = self._tile(kind, device[:, at : at + self.tile_rows], hidden, unconditional)
+                results[: len(result), columns] = result
             return
         sizes = [min(size, self.tile_rows) for size in _FIXED_TILES]
         at = 0
@@ -160,12 +164,13 @@ class Sampler:
                 return self._tile(kind, device.view(-1, size), hidden, unconditional)
 
             result = graphs(("head", kind, size), fixed.ravel(), warmup.ravel(), run)
-            results[:, torch.from_numpy(np.ascontiguousarray(tile[2])).to(results.device)] = result[:, :real]
+            columns = torch.from_numpy(np.ascontiguousarray(tile[2])).to(results.device)
+            results[: len(result), columns] = result[:, :real]
             at += size
 
     def _tile(self, kind: Kind, integers: Tensor, hidden: Tensor, unconditional: Tensor | None) -> Tensor:
         """(3 + 5, n) integers: rows of hidden, rows of the state, columns of the result, Draws' bits
-        -> (NUM_RESULTS, n). No host synchronisation."""
+        -> (NUM_RESULTS, n), or without the last if not needed. No host synchronisation."""
         rows, state_rows = integers[0], integers[1]
         draws = Draws(*integers[3:].view(torch.float64)) if len(integers) > 3 else None
         logits = self._logits(hidden.index_select(0, rows))
@@ -179,7 +184,11 @@ class Sampler:
         if not kind.greedy:
             tempered = not self.model.blocks_from_prompt_end
             tokens, confidence = choose_tokens(self.vocabulary.whole(logits), kind, draws, self.special, tempered)
-        return torch.stack([tokens.to(self.dtype), confidence.to(self.dtype), reduced.entropy.to(self.dtype)])
+        results = [tokens, confidence, reduced.entropy]
+        if kind.margin:
+            first, second = torch.softmax(self.vocabulary.whole(logits), -1).topk(2, -1).values.T
+            results.append(first - second)
+        return torch.stack([result.to(self.dtype) for result in results])
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.vocabulary.logits(hidden).to(self.dtype)
@@ -204,9 +213,7 @@ def _keyed_uniforms(masked: MaskedPositions, purpose: str) -> NDArray[np.float64
     return uniforms(position_keys(purpose, seeds, masked.positions, steps))
 
 
-def choose_commits(
-    masked: MaskedPositions, confidence: NDArray[np.floating], entropy: NDArray[np.floating]
-) -> NDArray[np.bool_]:
+def choose_commits(masked: MaskedPositions, confidence: Floats, entropy: Floats, margin: Floats) -> NDArray[np.bool_]:
     """(N,) bool: the positions that are committed, chosen in each block by its request's policy."""
     blocks, owner = masked.blocks, masked.owner
     starts, ends = np.array([(b.start, b.end) for b in blocks]).T
@@ -215,13 +222,18 @@ def choose_commits(
     cells = (owner * shape[1] + masked.positions - starts[owner])[inside]  # in the flattened grids below
     is_masked = np.zeros(shape, dtype=bool)
     is_masked.ravel()[cells] = True
-    grids = np.zeros((3, *shape))
+    grids = np.zeros((4, *shape))
     grids[0].ravel()[cells] = confidence[inside]
     policies = [b.settings.policy for b in blocks]
     if "entropy_bounded" in policies:
         grids[1].ravel()[cells] = entropy[inside]
     if "random" in policies:
         grids[2].ravel()[cells] = _keyed_uniforms(masked, "lot")[inside]
+    ranks = [b.settings.rank_by for b in blocks]
+    grids[3] = grids[0]
+    for name, rank in (("entropy", -entropy), ("margin", margin)) if set(ranks) != {"confidence"} else ():
+        of_name = np.array([r == name for r in ranks])[owner][inside]
+        grids[3].ravel()[cells[of_name]] = rank[inside][of_name]
     quota = np.array([b.quota() for b in blocks])
     threshold = np.array([b.settings.confidence_threshold for b in blocks])
     bound = np.array([b.settings.entropy_bound or 0.0 for b in blocks])
@@ -233,6 +245,7 @@ def choose_commits(
             masked=is_masked[group],
             confidence=grids[0, group],
             entropy=grids[1, group],
+            rank=grids[3, group],
             random_score=grids[2, group],
             quota=quota[group],
             threshold=threshold[group],

@@ -146,7 +146,7 @@ class Sequence:
             self.feedback = Feedback(
                 rule=position_rule(s), alpha_scale=s.alpha_scale, top_k=s.residual_top_k, **s.temperatures
             )
-        self.needs_entropy = s.trace or s.policy == "entropy_bounded"
+        self.needs_entropy = s.trace or s.policy == "entropy_bounded" or s.rank_by == "entropy"
         self.wide = s.residual and s.residual_scope == "all_masked"
         self.live = [self.open_block(0)]
 

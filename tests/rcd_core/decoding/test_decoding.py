@@ -47,6 +47,7 @@ def any_settings(draw: st.DrawFn, family: str) -> DecodeSettings:
         policy=policy,  # type: ignore[arg-type]
         confidence_threshold=draw(st.sampled_from([0.0, 0.3, 0.6, 1.0])),
         entropy_bound=1.0 if policy == "entropy_bounded" else None,
+        rank_by=draw(st.sampled_from(["confidence", "confidence", "entropy", "margin"])),  # type: ignore[arg-type]
         temperature=temperature,
         filtered_confidence=temperature > 0 and draw(st.booleans()),
         logits_eos_inf=draw(st.booleans()),

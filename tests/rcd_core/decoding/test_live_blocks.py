@@ -15,7 +15,7 @@ from tests.rcd_core.decoding.test_engine import engine, request, run
 SEVERAL = DecodeSettings(
     block_length=4,
     max_new_tokens=40,
-    confidence_threshold=0.5,
+    confidence_threshold=0.8,
     max_live_blocks=3,
     block_add_threshold=0.25,
     decoded_token_threshold=0.75,

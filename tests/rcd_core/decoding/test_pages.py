@@ -76,7 +76,7 @@ def test_a_page_that_is_taken_again_is_no_longer_found() -> None:
 def test_few_pages_change_no_result(family: str, data: st.DataObject) -> None:
     """With pages for about one request, requests are preempted, and end as they do alone, passes included."""
     several = data.draw(st.lists(st.tuples(prompts, any_settings(family)), min_size=2, max_size=5))
-    e = engine(family, num_pages=data.draw(st.integers(3, 5)), reuse_prefixes=data.draw(st.booleans()))
+    e = engine(family, num_pages=data.draw(st.integers(4, 5)), reuse_prefixes=data.draw(st.booleans()))
     requests = [request(family, p, replace(s, max_new_tokens=3 * s.max_new_tokens)) for p, s in several]
     outputs = run(e, *requests)
     assert_free(e, 4)

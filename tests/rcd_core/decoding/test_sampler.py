@@ -121,6 +121,7 @@ def test_every_policy_commits_something_and_only_masked(data: st.DataObject) -> 
         generator.random((rows, width)),
         generator.random((rows, width)),
         generator.random((rows, width)),
+        generator.random((rows, width)),
         generator.integers(0, width + 2, rows),
         generator.random(rows),
         generator.random(rows),
