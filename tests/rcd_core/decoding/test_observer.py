@@ -26,8 +26,9 @@ class Recorder:
     def __call__(self, seen: Observed) -> None:
         logits = model(self.family).head(seen.hidden)
         assert len(logits) == len(seen.alpha) == len(seen.committed) == len(seen.has_residual) == len(seen.masked_share)
-        for i, s in enumerate(b.sequence for b in seen.masked.blocks):
-            own = seen.masked.owner == i
+        blocks = seen.masked.blocks
+        for s in dict.fromkeys(b.sequence for b in blocks):
+            own = np.array([b.sequence is s for b in blocks])[seen.masked.owner]
             positions = seen.masked.positions[own]
             assert (s.canvas[positions] == s.model.mask_token_id).all(), "nothing is committed yet"
             self.steps.setdefault(id(s), []).append(
