@@ -154,12 +154,17 @@ def ramp_weight(step: int) -> float:
 
 
 def group_mean(values: Tensor, groups: Tensor | None) -> Tensor:
-    """(N,) values and (N,) integer group numbers -> (N,) mean of each value's group. groups None: the mean of all."""
+    """(N,) values and (N,) integer group numbers -> (N,) mean of each value's group. groups None: the mean of all.
+    No host synchronisation."""
     if groups is None:
         return values.mean().expand_as(values)
-    _, index, counts = torch.unique(groups, return_inverse=True, return_counts=True)
-    sums = values.new_zeros(len(counts)).index_add_(0, index, values)
-    means: Tensor = sums / counts
+    ordered, order = groups.sort()
+    number = (ordered != ordered.roll(1)).long()
+    number[:1] = 0
+    index = torch.empty_like(order).scatter_(0, order, number.cumsum(0))  # groups numbered from 0
+    zeros = values.new_zeros(len(values))
+    counts = zeros.index_add(0, index, torch.ones_like(values))
+    means: Tensor = zeros.index_add(0, index, values) / counts.clamp(min=1)
     return means[index]
 
 
