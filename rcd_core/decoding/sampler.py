@@ -127,8 +127,10 @@ class Sampler:
         for kind in dict.fromkeys(kinds[i] for i in np.unique(owner)):
             of_kind = np.flatnonzero(np.array([k == kind for k in kinds])[owner])
             packed = np.stack([index[of_kind], state_rows[of_kind], columns[of_kind]])
-            integers = np.concatenate([packed, numbers[:, of_kind].view(np.int64)]) if numbers.size else packed
-            self._tiles(kind, integers, hidden, unconditional, results, graphs)
+            if kind.drawn or kind.guided:  # a tile of one kind always has the same shape, whatever else runs
+                packed = np.concatenate([packed, numbers[:, of_kind].view(np.int64)])
+            # The pass without the prompt is a new tensor each time, which a captured tile would not find.
+            self._tiles(kind, packed, hidden, unconditional, results, None if kind.guided else graphs)
 
     def _tiles(
         self,
