@@ -32,6 +32,9 @@ from rcd_core.families.base import DiffusionModel
 
 MAX_PASS_TOKENS = 8192  # a longer request gets a pass of its own. Bounds the memory of a pass.
 _FIXED_QUERIES = 256  # longest row in a pass of fixed shape: blocks, not canvases
+_ROW_LENGTHS = sorted(
+    {a << b for a in (2, 3) for b in range(8)} | {1}
+)  # of fixed shapes, at most 1.5 times the one before
 _PER_TOKEN = 4  # packed integers: id, position, row of the cache, row of the residual state
 
 Integers = NDArray[np.int64]
@@ -119,6 +122,8 @@ class Forward:
             request = np.append(request, np.full(extra, len(tables) - 1))  # the table of nobody
         rows = Rows(starts, num_keys, request, tables, self.tables.lane_pages)
         longest = queries or int(np.diff(starts).max())
+        if queries is not None:  # one shape whether or not a request has residuals in this pass
+            has_residual = self.state.positions_per_slot > 0
         shape = PassShape(tokens.shape[1], len(num_keys), longest, has_residual)
         return Packed(np.concatenate([tokens.ravel(), self.backend.integers(rows)]), shape, rows, place)
 
@@ -185,7 +190,7 @@ class ModelRunner:
             fixed = self.fixed_shapes and max(r.longest_row for r in requests) <= _FIXED_QUERIES
             packed = self.forward.pack(
                 [(r.sequence.slot, r.chunks) for r in requests],
-                queries=max(r.longest_row for r in requests) if fixed else None,
+                queries=_row_length(max(r.longest_row for r in requests)) if fixed else None,
             )
             states = self._run_fixed(packed) if fixed else self.forward.hidden(packed)
             kinds = [r.kind for r in requests]
@@ -246,6 +251,10 @@ def group_requests(requests: Many[RequestPass], fixed_shapes: bool) -> list[list
         passes[-1].append(request)
         tokens += request.num_tokens
     return [sorted(group, key=lambda r: r.sequence.slot) for group in passes]
+
+
+def _row_length(longest: int) -> int:
+    return next(length for length in _ROW_LENGTHS if length >= longest)
 
 
 def _predicted(requests: Many[RequestPass], masked: MaskedPositions, part: slice) -> Integers:
