@@ -4,8 +4,8 @@ sdpa    PyTorch's scaled dot product. Small passes use one mask for all layers. 
         each read only the keys that some query of the tile sees, so that extra memory grows linearly with the length.
 eager   plain matrix products: the reference for the others.
 flex    FlexAttention with a BlockMask made from the extents of 128-token tiles; compiled on GPUs.
-flash   flash-attn (an extra) where all queries of a row see the same prefix: LLaDA, and SDAR's passes over one block,
-        which is all decoding except prefill. Other layouts use sdpa, because flash-attn has no block-shaped masks.
+flash   flash-attn (an extra) where all queries of a row see the same prefix: LLaDA. Other layouts use sdpa, because
+        flash-attn has no block-shaped masks.
 
 Shapes: B rows, H query heads, G key/value heads, Q queries, K keys, d head width.
 Each backend maps query (B, H, Q, d), key and value (B, G, K, d) to (B, Q, H, d).
@@ -65,20 +65,16 @@ def flex_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout | N
 
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout | None, scaling: float) -> Tensor:
-    """Keys beyond a row's length are left out instead of masked. From cache pools each row reads its own slot, without
-    a copy and without a shape that depends on a length."""
+    """Keys beyond a row's length are left out instead of masked."""
     lengths = None if layout is None else layout.lengths
     if layout is not None and lengths is None:
         return sdpa_attention(query, key, value, layout, scaling)
-    from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     options = {"softmax_scale": scaling, "causal": False}
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))  # (B, Q, H, d)
     if layout is None or lengths is None:
         return flash_attn_func(q, k, v, **options)  # type: ignore[no-any-return]
-    if layout.slots is not None:
-        rows = {"cache_seqlens": lengths.int(), "cache_batch_idx": layout.slots.int()}
-        return flash_attn_with_kvcache(q, k, v, **rows, **options)  # type: ignore[no-any-return]
     num_rows, num_queries, num_keys = layout.shape
     present = torch.arange(num_keys, device=lengths.device) < lengths[:, None]
     key_starts = nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
@@ -100,19 +96,15 @@ BACKENDS = {name: f"rcd_{name}" for name in FUNCTIONS}  # our name -> key in tra
 def _register(name: str, backend: Callable[..., Tensor]) -> None:
     def attention(module: nn.Module, *inputs: Any, scaling: float, **_: Any) -> tuple[Tensor, None]:
         """transformers' calling convention; inputs: query, key, value and, as the mask, the layout."""
-        return backend(*inputs, scaling), None
+        query, key, value, layout = inputs
+        # Under autocast the rotation makes queries and keys fp32, and values stay bf16; kernels take one dtype.
+        return backend(query.to(value.dtype), key.to(value.dtype), value, layout, scaling), None
 
     AttentionInterface.register(BACKENDS[name], attention)
 
 
 for _name, _backend in FUNCTIONS.items():
     _register(_name, _backend)
-
-
-def reads_pools(key: str) -> bool:
-    """Whether the backend with this registry key reads a row's slot from whole cache pools, for layouts with
-    lengths."""
-    return key == BACKENDS["flash"]
 
 
 def backend_key(attention: str, device: torch.device | str = "cpu") -> str:
@@ -152,17 +144,28 @@ def _tiled(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: f
     num_queries = query.shape[2]
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     parts = []
-    for start in range(0, num_queries, TILE):
+    for start, seen in zip(range(0, num_queries, TILE), _seen(layout), strict=True):
         rows = slice(start, min(start + TILE, num_queries))
-        arguments = (query[:, :, rows], key, value, layout, rows, scaling)
+        arguments = (query[:, :, rows], key, value, layout, rows, seen, scaling)
         parts.append(checkpoint(_tile, *arguments, use_reentrant=False) if needs_grad else _tile(*arguments))
     return torch.cat(parts, dim=2)
 
 
-def _tile(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rows: slice, scaling: float) -> Tensor:
-    mask = layout.visible(rows)
-    seen = mask.any(2).any(0).flatten().nonzero().flatten()  # keys that some query of some row sees
-    grouped, mask = _grouped(query, key), mask.index_select(3, seen)
+def _seen(layout: Layout) -> list[Tensor]:
+    """For each tile of queries, the keys (k,) that some query of some row sees. Found once for all layers, because
+    their numbers come from the device."""
+    if "seen" not in layout.memo:
+        starts = range(0, layout.shape[1], TILE)
+        tiles = torch.stack([layout.visible(slice(s, s + TILE)).any(2).any(0).flatten() for s in starts])
+        layout.memo["seen"] = list(torch.split(tiles.nonzero()[:, 1], tiles.sum(1).tolist()))
+    seen: list[Tensor] = layout.memo["seen"]
+    return seen
+
+
+def _tile(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, rows: slice, seen: Tensor, scaling: float
+) -> Tensor:
+    grouped, mask = _grouped(query, key), layout.visible(rows).index_select(3, seen)
     key, value = key.index_select(2, seen), value.index_select(2, seen)
     return _attend(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped)
 

@@ -29,8 +29,8 @@ PADDING = -2  # the code of keys that no real query sees
 class Layout:
     """low, high, own (B, Q) and code (B, K), int32.
 
-    lengths (B,): set if every query sees exactly the keys [0, length). slots (B,): set if keys and values are whole
-    cache pools, of which row i uses slot slots[i]. memo: masks that a backend derives once for all layers of a pass.
+    lengths (B,): set if every query sees exactly the keys [0, length). memo: masks that a backend derives once for all
+    layers of a pass.
     """
 
     low: Tensor
@@ -38,7 +38,6 @@ class Layout:
     own: Tensor
     code: Tensor
     lengths: Tensor | None = None
-    slots: Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> Layout:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rcd_core import Decoder, DecodeSettings, UserError, load_model
+from rcd_core import UserError, load_model
 from rcd_core.attention import backends as attention
 from rcd_core.attention.layouts import Layout, bidirectional, block_causal, block_diffusion
 from rcd_core.training.objective import TrainingBatch, loss_sum
@@ -223,44 +223,12 @@ def plain_flash_varlen(
     return torch.cat(parts)
 
 
-def plain_flash_cache(
-    q: Tensor, k: Tensor, v: Tensor, *, cache_seqlens: Tensor, cache_batch_idx: Tensor, **options: Any
-) -> Tensor:
-    """flash_attn_with_kvcache: row i of q sees the first cache_seqlens[i] keys of slot cache_batch_idx[i]."""
-    assert cache_seqlens.dtype == cache_batch_idx.dtype == torch.int32
-    places = list(zip(cache_batch_idx.tolist(), cache_seqlens.tolist(), strict=True))
-    rows = [(q[i : i + 1], *(t[s : s + 1, :n] for t in (k, v))) for i, (s, n) in enumerate(places)]
-    return torch.cat([plain_flash(*row, **options) for row in rows])
-
-
 @pytest.fixture
 def flash_package(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     package: Any = types.ModuleType("flash_attn")
     package.flash_attn_func, package.flash_attn_varlen_func = plain_flash, plain_flash_varlen
-    package.flash_attn_with_kvcache = plain_flash_cache
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     return package
-
-
-@pytest.mark.parametrize("family", ["sdar", "llada"])
-def test_flash_decodes_from_the_cache_without_copies(
-    family: str, flash_package: types.ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Requests that leave and join put the others into slots that are not adjacent."""
-    prompts = [list(range(5, 5 + n)) for n in (3, 9, 14, 6, 11)]
-    cache: Any = "block" if family == "sdar" else "dual"
-    requests = [
-        DecodeSettings(block_length=4, max_new_tokens=n, stop_token_ids=(), cache=cache) for n in (12, 4, 16, 8, 12)
-    ]
-    model = load_model(GOLDEN / f"{family}_tiny")
-    expected = [g.token_ids for g in Decoder(model, max_batch=3).generate(prompts, requests)]
-    slots = []
-    inner = plain_flash_cache
-    package: Any = flash_package
-    package.flash_attn_with_kvcache = lambda *a, **k: (slots.append(k["cache_batch_idx"].tolist()), inner(*a, **k))[1]
-    monkeypatch.setattr(model.config, "_attn_implementation", attention.BACKENDS["flash"])
-    assert [g.token_ids for g in Decoder(model, max_batch=3).generate(prompts, requests)] == expected
-    assert [0, 2] in slots and [0, 1, 2] in slots
 
 
 @pytest.mark.parametrize("kind", KINDS)
