@@ -1,0 +1,39 @@
+"""Models for the fake GPU: they have the official vocabulary, because fake weights take no memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from rcd_core.alpha import LearnedAlpha
+from rcd_core.attention import backend_key
+from rcd_core.families.base import CheckpointInfo, DiffusionModel
+from rcd_core.families.config import ModelConfig
+from rcd_core.families.loading import new_model
+from tests.rcd_core.fake_gpu.device import FakeGpu
+
+VOCAB = 151_936
+
+
+def fake_model(
+    gpu: FakeGpu, family: str = "sdar", dtype: torch.dtype = torch.bfloat16, layers: int = 2, attention: str = "sdpa"
+) -> DiffusionModel:
+    """4 query and 2 key heads of 64, with a learned alpha."""
+    config: Any = ModelConfig(
+        family=family,  # type: ignore[arg-type]
+        hidden_size=256,
+        num_layers=layers,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        intermediate_size=512,
+        max_positions=4096,
+    )
+    info = CheckpointInfo(mask_token_id=VOCAB - 1, eos_token_ids=(0,), pad_token_id=0, block_length=4)
+    with _disable_current_modes(), torch.device("meta"):
+        model = new_model(config, vocab_size=VOCAB, info=info, seed=0).eval()
+        model.learned_alpha = LearnedAlpha()
+    model.config._attn_implementation = backend_key(attention, "cuda")
+    return gpu.model(model, dtype)  # type: ignore[no-any-return]
