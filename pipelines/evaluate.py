@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 from pipelines.evaluation.actor import DECODED, ROWS, DecodeActor, Method, Plan, Shard
 from pipelines.evaluation.answers import KEY, read_shards
 from pipelines.evaluation.results import MethodInfo, analyse
+from pipelines.ray_cluster.placement import placement_groups
 from pipelines.recipe.settings_files import provenance
 from pipelines.report.evaluation import print_tables, write_evaluation
 from pipelines.run.directory import StageContext
@@ -116,6 +117,7 @@ def make_plan(ctx: StageContext, methods: Sequence[Method], done: Set[Answer]) -
         batch_size=evaluate.batch_size,
         threads=max(1, int(recipe.resources.cpus_per_worker)),
         gpus=recipe.resources.gpus_per_worker,
+        bundles=(recipe.resources.worker_bundle("evaluate"),) * recipe.resources.tensor_parallel,
         parts=storage.join(ctx.directory, "parts"),
         name=uuid.uuid4().hex[:8],
         flush_s=FLUSH_S,
@@ -206,6 +208,11 @@ def _decode(ctx: StageContext, plan: Plan) -> None:
     """Decode all shards with a pool of actors, which write the answers below plan.parts."""
     if not plan.shards:
         return
+    with placement_groups(plan.bundles) as place:
+        _run_actors(ctx, plan, place)
+
+
+def _run_actors(ctx: StageContext, plan: Plan, place: Callable[[], dict[str, Any]] | None) -> None:
     import ray.data
 
     resources = ctx.recipe.resources
@@ -222,6 +229,7 @@ def _decode(ctx: StageContext, plan: Plan) -> None:
             num_cpus=resources.cpus_per_worker,
             num_gpus=resources.gpus_per_worker,
             resources=resources.custom_resources("evaluate"),
+            ray_remote_args_fn=place,
         )
         .iter_batches(batch_size=None, batch_format="pyarrow")
     )

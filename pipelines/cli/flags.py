@@ -90,6 +90,7 @@ class GenerateFlags:
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], MODEL("auto: the checkpoint's.")] = "auto"
     device: Annotated[str | None, MODEL("Default: cuda if available, else cpu.")] = None
     attention: Annotated[Literal["sdpa", "eager", "flex", "flash"], MODEL("Attention implementation.")] = "sdpa"
+    tensor_parallel: Annotated[Int, MODEL("Processes that hold the model together; start them with torchrun.")] = 1
     mask_id: Annotated[Int | None, MODEL("Must equal the checkpoint's mask token id, which is used.")] = None
     trust_remote_code: Annotated[bool, MODEL("Accepted and ignored: a checkpoint's code is never run.")] = False
 

@@ -17,11 +17,14 @@ from pipelines.cli.flags import GenerateFlags, decode_settings
 from pipelines.cli.live_view import SequenceCanvas, live_view
 from pipelines.cli.terminal import INTERRUPTED, can_draw, converse, print_text, read_stdin, statistics_line, turn
 from pipelines.evaluation.generator import Generator, load_generator
+from pipelines.ray_cluster.hardware import device_of
 from rcd_core.decode_settings import DecodeSettings
-from rcd_core.decoding.engine import Engine
+from rcd_core.decoding.reference import LocalReference
 from rcd_core.decoding.request import uncalibrated
 from rcd_core.decoding.sequence import Sequence, check_failures
+from rcd_core.decoding.tensor_parallel import follow, make_engine, release
 from rcd_core.errors import UserError
+from rcd_core.ops.ranks import torchrun_ranks
 from rcd_core.tasks.base import MASK_TEXT
 
 MAX_BATCH = 64
@@ -31,6 +34,7 @@ def generate(flags: GenerateFlags) -> int:
     settings = decode_settings(flags.decode)
     DecodeSettings(**settings)  # raises before the minutes that loading may take
     _check(flags)
+    ranks = torchrun_ranks(flags.tensor_parallel, flags.device or device_of(None)[0])
     generator = load_generator(
         flags.model_dir,
         flags.ref_model_dir,
@@ -40,8 +44,20 @@ def generate(flags: GenerateFlags) -> int:
         attention=flags.attention,
         mask_id=flags.mask_id,
         needs_tokenizer=not flags.prompt_ids,
-        verbose=flags.verbose,
+        ranks=ranks,
+        verbose=flags.verbose and ranks.rank == 0,
     )
+    model, reference = generator.decoder.model, generator.decoder.reference
+    if ranks.rank:
+        follow(model, reference if isinstance(reference, LocalReference) else None)
+        return 0
+    try:
+        return _generate(generator, flags)
+    finally:
+        release(model)
+
+
+def _generate(generator: Generator, flags: GenerateFlags) -> int:
     if not (flags.prompt or flags.prompt_ids or flags.json) and sys.stdin.isatty():
         return _chat(generator, flags)
     return _answer(generator, flags, _inputs(generator, flags))
@@ -126,7 +142,7 @@ def _answer(generator: Generator, flags: GenerateFlags, sequences: list[Sequence
 def _decode(generator: Generator, flags: GenerateFlags, sequences: list[Sequence]) -> bool:
     """Run the engine until all are finished. Returns False after Ctrl-C; the sequences then hold what was committed."""
     decoder = generator.decoder
-    engine = Engine(
+    engine = make_engine(
         decoder.model,
         decoder.reference,
         max_batch=min(MAX_BATCH, len(sequences)),

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -84,6 +85,7 @@ class Plan:
     parts: str
     name: str
     flush_s: float
+    bundles: tuple[dict[str, float], ...] = ()  # of RankGroup
 
     def directory(self, number: int) -> str:
         return storage.join(self.parts, f"{self.name}-{number:06d}")
@@ -98,6 +100,7 @@ class DecodeActor:
     """Decodes shards. Keeps the models of one method in memory."""
 
     def __init__(self, plan: Plan) -> None:
+        from pipelines.ray_cluster.ranks import RankGroup
         from rcd_core.text.tokenizer import load_tokenizer
 
         be_patient()
@@ -111,7 +114,10 @@ class DecodeActor:
         self.tokenizer = load_tokenizer(plan.tokenizer)
         columns = ["example_id", "prompt_ids", "prompt", "answer"]
         self.examples = pa.concat_tables([_read(file, columns) for file in plan.files])
-        self.models: dict[str, Any] = {}
+        self.group = RankGroup(plan.bundles, plan.threads)
+        self.paths: tuple[str | None, ...] = ()  # of the models in memory
+        self.model: Any = None
+        self.reference: Any = None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Shard numbers -> their numbers of answers. The answers are written to the directories of the shards."""
@@ -134,7 +140,8 @@ class DecodeActor:
         from rcd_core.decoding.decoder import Decoder
 
         method = self.plan.methods[shard.method]
-        model, reference = self._load(method)
+        self._load(method)
+        model, reference = self.model, self.reference
         decoder = Decoder(model, reference, max_batch=self.plan.batch_size)
         numbers, samples = zip(*(divmod(item, self.plan.samples) for item in items), strict=True)
         examples = self.examples.take(list(numbers)).to_pylist()
@@ -166,7 +173,7 @@ class DecodeActor:
                 # The stop token counts, the rest of its block does not.
                 "tokens": len(output.token_ids) + (output.finish_reason == "stop"),
                 **asdict(passes),
-                **_reference_weights(model, reference, request, output),
+                **_reference_weights(model, reference and reference.model, request, output),
                 "seconds": seconds,
                 "finish_reason": output.finish_reason,
                 "completion": completion,
@@ -176,16 +183,37 @@ class DecodeActor:
             }
             started = time.perf_counter()  # the time of grading does not count
 
-    def _load(self, method: Method) -> tuple[Any, Any]:
-        from rcd_core.families.loading import load_model
+    def _load(self, method: Method) -> None:
+        from rcd_core.decoding.tensor_parallel import release
 
-        paths = [path for path in (method.checkpoint, method.reference) if path]
-        # Free the models of the previous method before loading others.
-        self.models = {path: model for path, model in self.models.items() if path in paths}
-        for path in paths:
-            if path not in self.models:
-                self.models[path] = load_model(path, dtype=self.dtype, device=self.device)
-        return self.models[method.checkpoint], self.models[method.reference] if method.reference else None
+        paths = (method.checkpoint, method.reference)
+        if paths == self.paths:
+            return
+        if self.model is not None:
+            release(self.model)
+        self.model = self.reference = None
+        load = partial(load_models, *paths, device=self.device, dtype=self.dtype)
+        self.group.follow(load)
+        self.model, self.reference = load(self.group.ranks)
+        self.paths = paths
+
+
+_loaded: dict[str, Any] = {}  # models of this process by path
+
+
+def load_models(checkpoint: str, reference: str | None, ranks: Any, *, device: str, dtype: Any) -> tuple[Any, Any]:
+    """(a rank's part of the model, its LocalReference or None). A model of the last call is kept if it is needed."""
+    from rcd_core.decoding.reference import LocalReference
+    from rcd_core.families.loading import load_model
+
+    be_patient()
+    paths = [path for path in (checkpoint, reference) if path]
+    for path in set(_loaded) - set(paths):  # free them before others are loaded
+        del _loaded[path]
+    for path in paths:
+        if path not in _loaded:
+            _loaded[path] = load_model(path, dtype=dtype, device=device, ranks=ranks)
+    return _loaded[checkpoint], LocalReference(_loaded[reference]) if reference else None
 
 
 def _reference_weights(model: Any, reference: Any, request: Any, output: Any) -> dict[str, float]:

@@ -15,6 +15,7 @@ from rcd_core.decoding.decoder import Decoder
 from rcd_core.decoding.sequence import Sequence
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
+from rcd_core.ops.ranks import ALONE, Ranks
 from rcd_core.tasks.base import MASK_TEXT
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -92,6 +93,7 @@ def load_generator(
     attention: str = "sdpa",
     mask_id: int | None = None,
     needs_tokenizer: bool = True,
+    ranks: Ranks = ALONE,
     verbose: bool = False,
 ) -> Generator:
     """Load a model, its tokenizer and the reference, if the settings use one.
@@ -103,7 +105,7 @@ def load_generator(
     from rcd_core.families.loading import checkpoint_directory
     from rcd_core.text.tokenizer import load_tokenizer, stop_token_ids
 
-    load = partial(_load, dtype=dtype, device=device, attention=attention)
+    load = partial(_load, dtype=dtype, device=device, attention=attention, ranks=ranks)
     with _prefix_errors("--model_dir"):
         directory = checkpoint_directory(model_dir)
         tokenizer = None
@@ -159,7 +161,7 @@ def _describe(model: DiffusionModel) -> str:
     return f"{model.family}, {size}, {str(model.dtype).removeprefix('torch.')} on {model.device}"
 
 
-def _load(path: Any, *, dtype: str, device: str | None, attention: str) -> DiffusionModel:
+def _load(path: Any, *, dtype: str, device: str | None, attention: str, ranks: Ranks) -> DiffusionModel:
     import torch
 
     from pipelines.ray_cluster.hardware import device_of
@@ -172,7 +174,7 @@ def _load(path: Any, *, dtype: str, device: str | None, attention: str) -> Diffu
         reason = str(error).splitlines()[0]
         raise UserError(f"--device is {device!r}, which cannot be used here: {reason}; try --device cpu") from error
     torch_dtype = None if dtype == "auto" else getattr(torch, dtype)
-    return load_model(path, dtype=torch_dtype, device=device, attention=attention)
+    return load_model(path, dtype=torch_dtype, device=device, attention=attention, ranks=ranks)
 
 
 @contextmanager

@@ -193,6 +193,8 @@ class Resources(Section):
     """Most actors of stage signals."""
     evaluate_actors: Count = 1
     """Most actors of stages calibrate and evaluate."""
+    tensor_parallel: Count = 1
+    """Workers over which stages evaluate and deploy split each model; an actor or replica takes so many."""
     timeout_s: Annotated[float, Field(ge=0)] = 600
     """Seconds to wait for resources."""
     no_progress_timeout_s: Positive | None = None
@@ -203,8 +205,7 @@ class Resources(Section):
     @property
     def worker_counts(self) -> range:
         """Every number of workers that a training may have."""
-        workers = self.num_workers
-        return range(workers, workers + 1) if isinstance(workers, int) else range(workers[0], workers[1] + 1)
+        return range(n, n + 1) if isinstance(n := self.num_workers, int) else range(n[0], n[1] + 1)
 
     @property
     def elastic(self) -> bool:
@@ -213,8 +214,7 @@ class Resources(Section):
 
     def custom_resources(self, stage: str) -> dict[str, float]:
         """Custom Ray resources of each worker of a stage, from all patterns that match its name."""
-        matching = (amounts for pattern, amounts in self.custom.items() if fnmatch(stage, pattern))
-        return {name: amount for amounts in matching for name, amount in amounts.items()}
+        return {n: amount for key, of in self.custom.items() if fnmatch(stage, key) for n, amount in of.items()}
 
     def worker_bundle(self, stage: str) -> dict[str, float]:
         """All resources that one worker of a stage needs on its node."""

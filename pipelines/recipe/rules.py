@@ -221,6 +221,11 @@ def _worker_problems(recipe: Recipe) -> Iterator[str]:
     """The trainings against the number of workers and the held-out examples."""
     resources = recipe.resources
     counts, workers = resources.worker_counts, resources.num_workers
+    if resources.tensor_parallel > 1 and resources.gpus_per_worker % 1:
+        yield (
+            f"resources.tensor_parallel is {resources.tensor_parallel} and resources.gpus_per_worker "
+            f"{resources.gpus_per_worker:g}; each of these workers needs a GPU of its own, so set it to 1"
+        )
     if resources.elastic and not counts:
         yield f"resources.num_workers is {list(workers)}; give the smaller number first, as in [2, 8]"  # type: ignore[arg-type]
     if resources.elastic and not resources.max_failures:

@@ -159,7 +159,7 @@ def _evaluate(recipe: Recipe, models: tuple[str, ...], using_reference: set[str]
             *(("reference",) if "evaluate" in using_reference else ()),
         ),
         sections=("evaluate", "block_length", "data.task", "data.test_task", "seed"),
-        bundles=_workers(recipe, "evaluate", recipe.resources.evaluate_actors),
+        bundles=_workers(recipe, "evaluate", recipe.resources.evaluate_actors * recipe.resources.tensor_parallel),
         report="pipelines.evaluate:report",
     )
 

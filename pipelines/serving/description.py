@@ -43,7 +43,8 @@ class Replicas(Section):
 
 class DescribedModel(Section):
     """reference: whether requests may start from the reference; None: if `decode` does. deployment: its name on the
-    dashboard; None: the model's id. max_batch, max_queue, max_length: as in target.Target."""
+    dashboard; None: the model's id. max_batch, max_queue, max_length: as in target.Target. tensor_parallel: processes
+    over which a replica splits the model; `replicas` has the resources of each."""
 
     checkpoint: str
     decode: DecodeSettings = DecodeSettings()
@@ -52,7 +53,13 @@ class DescribedModel(Section):
     max_batch: Count = 32
     max_queue: Annotated[int, Field(ge=0)] = 128
     max_length: Count | None = None
+    tensor_parallel: Count = 1
     replicas: Replicas = Replicas()
+
+    @property
+    def bundles(self) -> list[dict[str, float]]:
+        """Resources of the ranks of a replica."""
+        return [bundle(self.replicas)] * self.tensor_parallel
 
     @property
     def uses_reference(self) -> bool:
@@ -89,7 +96,9 @@ class Description(Section):
     @property
     def bundles(self) -> list[dict[str, float]]:
         """Resources of the replicas that are started at first."""
-        return [bundle(replicas) for replicas in self.replicas for _ in range(replicas.min_replicas)]
+        models = [b for model in self.models.values() for b in model.bundles * model.replicas.min_replicas]
+        replicas = self.reference.replicas if self.reference else None
+        return models + ([bundle(replicas)] * replicas.min_replicas if replicas else [])
 
 
 def bundle(replicas: Replicas) -> dict[str, float]:
@@ -116,13 +125,15 @@ def describe(recipe: Recipe, checkpoint: Callable[[str], str], t_res: float | No
     # Models on the same nodes share the GPUs of one training worker, which held at least one of them.
     nodes, reference_nodes = resources.custom_resources("deploy"), resources.custom_resources("deploy-reference")
     shares_gpus = has_reference and nodes == reference_nodes
+    ranks = resources.tensor_parallel  # each on a GPU of its own
     replicas = Replicas(
         min_replicas=deploy.min_replicas,
         max_replicas=deploy.max_replicas,
-        num_gpus=min(1.0, resources.gpus_per_worker / (len(served) + shares_gpus)),
+        num_gpus=min(1.0, resources.gpus_per_worker / ((len(served) + shares_gpus) if ranks == 1 else 1)),
         resources=nodes,
     )
-    limits = deploy.model_dump(include={"max_batch", "max_queue", "max_length"})
+    limits: dict[str, Any] = deploy.model_dump(include={"max_batch", "max_queue", "max_length"})
+    limits["tensor_parallel"] = ranks
     limits["replicas"] = replicas.model_copy(update={"target_ongoing_requests": deploy.target_ongoing_requests})
     models = {
         model_id: DescribedModel(checkpoint=path, decode=decode, deployment=name, **limits)
@@ -192,6 +203,11 @@ def _contradictions(description: Description) -> Iterator[str]:
     for key, one in described.items():
         yield from checkpoint_problems(f"{key}.checkpoint", one.checkpoint)
         few, many = one.replicas.min_replicas, one.replicas.max_replicas
+        if isinstance(one, DescribedModel) and one.tensor_parallel > 1 and one.replicas.num_gpus % 1:
+            yield (
+                f"{key}.replicas.num_gpus is {one.replicas.num_gpus:g} and tensor_parallel {one.tensor_parallel}; each "
+                "rank needs a GPU of its own, so set num_gpus to 1, or to 0 for CPUs"
+            )
         if many < few:
             yield f"{key}.replicas.max_replicas is {many} but min_replicas is {few}; it must be at least as large"
     taken = {REFERENCE, INGRESS}

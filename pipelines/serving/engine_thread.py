@@ -23,6 +23,7 @@ from rcd_core.decoding.engine import Engine
 from rcd_core.decoding.reference import AsyncReference, Reference
 from rcd_core.decoding.sequence import Sequence
 from rcd_core.decoding.stream import Event, Progress
+from rcd_core.decoding.tensor_parallel import make_engine
 from rcd_core.families.base import DiffusionModel
 
 MAX_FAILURES = 3  # failed steps in a row after which the thread gives up: the cause is not a single request
@@ -269,7 +270,7 @@ class EngineThread:
                 self._engine.cancel(client.sequence)
 
     def _new_engine(self) -> Engine:
-        return Engine(
+        return make_engine(
             self.model, self.reference, max_batch=self.max_batch, max_length=self.max_length, reuse_prefixes=True
         )
 

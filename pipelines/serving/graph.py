@@ -116,6 +116,8 @@ def application(
             model.replicas,
             target_ongoing=model.max_batch,
             max_ongoing=model.max_batch + model.max_queue + SPARE_REQUESTS,  # the engine itself refuses more
+            # Serve puts the replica into the first bundle, and the other ranks, which it starts, into the others.
+            **({"placement_group_bundles": model.bundles} if model.tensor_parallel > 1 else {}),
             **draining,
         ).bind(
             model.checkpoint,
@@ -126,6 +128,7 @@ def application(
             max_batch=model.max_batch,
             max_queue=model.max_queue,
             max_length=model.max_length,
+            bundles=model.bundles,
             has_t_res=model.decode.residual_temperature is not None,
         )
     defaults = {model_id: model.decode for model_id, model in description.models.items()}

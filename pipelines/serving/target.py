@@ -6,14 +6,16 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from pipelines.ray_cluster.hardware import device_of, gpu_share
+from pipelines.ray_cluster.ranks import RankGroup
 from pipelines.serving.backend import DecodeRequest, DecodingFailed, Overloaded
 from pipelines.serving.engine_thread import EngineFailed, EngineThread, EventBatch
 from pipelines.serving.metrics import export_metrics
@@ -24,6 +26,7 @@ from rcd_core.decoding.memory import fit_batch
 from rcd_core.decoding.request import uncalibrated
 from rcd_core.families.base import DiffusionModel
 from rcd_core.io.node_copy import node_copy
+from rcd_core.ops.ranks import Ranks
 from rcd_core.text.tokenizer import load_tokenizer
 
 logger = logging.getLogger("ray.serve")
@@ -56,9 +59,9 @@ class Refusal:
 
 class Target:
     """The deployment. max_batch: requests decoded at once, fewer if memory does not suffice. max_queue: requests that
-    may wait. max_length: positions of a request; None: the model's, at most MAX_LENGTH. gpus: what the
-    replica has asked Ray for. reference_top_k, reference_sessions: of RemoteReference. has_t_res: requests have a
-    default residual_temperature."""
+    may wait. max_length: positions of a request; None: the model's, at most MAX_LENGTH. gpus: what the replica has
+    asked Ray for. bundles: of RankGroup. reference_top_k, reference_sessions: of RemoteReference. has_t_res: requests
+    have a default residual_temperature."""
 
     def __init__(
         self,
@@ -71,11 +74,14 @@ class Target:
         max_batch: int,
         max_queue: int,
         max_length: int | None,
+        bundles: Sequence[Mapping[str, float]] = (),
         has_t_res: bool = False,
     ) -> None:
-        checkpoint = node_copy(checkpoint)  # once, so that model and tokenizer are of the same version
+        self.group = RankGroup(bundles)
         device, dtype = device_of(gpus)
-        model = load_model(checkpoint, dtype=dtype, device=device)
+        self.group.follow(partial(_load, checkpoint, dtype, device))
+        checkpoint = node_copy(checkpoint)  # once, so that model and tokenizer are of the same version
+        model, _ = _load(checkpoint, dtype, device, self.group.ranks)
         residual = bool(model.info.rcd) or reference is not None
         if not has_t_res and (message := uncalibrated(DecodeSettings(residual=residual), model)):
             logger.warning("%s: %s", checkpoint, message)
@@ -126,8 +132,13 @@ class Target:
         self.engine.check()
 
 
+def _load(checkpoint: str, dtype: torch.dtype | None, device: str, ranks: Ranks) -> tuple[DiffusionModel, None]:
+    return load_model(checkpoint, dtype=dtype, device=device, ranks=ranks), None
+
+
 def weights_id(model: DiffusionModel) -> str:
-    """16 hex digits that identify weights, settings and precision, on any device and from any path.
+    """16 hex digits that identify weights, settings and precision, on any device and from any path; of a split model
+    those of rank 0, so they differ with the number of ranks.
 
     Each tensor enters as the sum of its bits: exact in any order, and fast on its device. A collision of two trainings
     is practically impossible; this is no protection against a deliberate one.

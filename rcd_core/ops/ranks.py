@@ -8,6 +8,7 @@ Shapes: R ranks, N positions, V vocabulary.
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
+
+from rcd_core.errors import UserError
 
 PASS_TIMEOUT_S = 600.0  # for a collective of a pass: compilation and captures may hold up one rank
 _gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
@@ -59,16 +62,16 @@ ALONE = Ranks()
 
 
 class ProcessRanks(Ranks):
-    """Ranks of torch.distributed: of the process group if there is one, else of a new one. init_method: of
-    init_process_group; "env://" under torchrun. device_type: where the tensors of collectives are, "cuda" (NCCL) or
-    "cpu" (gloo)."""
+    """Ranks of torch.distributed: of the process group if there is one, else of a new one. device_type: where the
+    tensors of collectives are, "cuda" (NCCL) or "cpu" (gloo). store: torch.distributed's, where the processes meet;
+    None: as the environment variables of torchrun say."""
 
-    def __init__(self, rank: int, size: int, device_type: str, init_method: str = "env://") -> None:
+    def __init__(self, rank: int, size: int, device_type: str, store: Any = None) -> None:
         self.rank, self.size = rank, size
         if not dist.is_initialized():
             dist.init_process_group(
                 "nccl" if device_type == "cuda" else "gloo",
-                init_method=init_method,
+                store=store,
                 rank=rank,
                 world_size=size,
                 timeout=timedelta(seconds=PASS_TIMEOUT_S),
@@ -96,3 +99,18 @@ class ProcessRanks(Ranks):
 
     def close(self) -> None:
         dist.destroy_process_group()
+
+
+def torchrun_ranks(size: int, device: str) -> Ranks:
+    """The ranks of this process's torchrun. Raises UserError if they are not `size`."""
+    found = int(os.environ.get("WORLD_SIZE", "1"))
+    if found != size:
+        raise UserError(
+            f"tensor_parallel is {size}, but this is one of {found} process(es); start them with "
+            f"torchrun --nproc-per-node {size} --no-python rcd ..., or leave tensor_parallel out"
+        )
+    if size == 1:
+        return ALONE
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return ProcessRanks(int(os.environ["RANK"]), size, torch.device(device).type)

@@ -223,6 +223,7 @@ def test_without_max_new_tokens_the_answer_fits_the_model(
         ("--prompt x --model_dir GOLDEN/sdar_tiny", "tokenizer.json"),
         ("--prompt x --device warp", "--device is 'warp'"),
         ("--prompt x --mask_id 9", "--mask_id is 9"),
+        ("--prompt x --tensor_parallel 2", "tensor_parallel is 2"),
         ("--prompt x --prompt_ids 1", "--prompt and --prompt_ids"),
         ("--prompt_ids 1,b", "--prompt_ids: "),
         ("--prompt_ids 1,999999", "999999"),

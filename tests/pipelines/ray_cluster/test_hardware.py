@@ -77,7 +77,8 @@ def test_answers_without_gpus_are_decoded_on_the_cpu(tiny_models: Path, tmp_path
         shards=(), samples=1, batch_size=1, threads=1, gpus=0, parts="", name="", flush_s=1.0,
     )  # fmt: skip
     actor = DecodeActor(plan)
-    model, _ = actor._load(method)
+    actor._load(method)
+    model = actor.model
     assert model.device.type == "cpu" and model.dtype == torch.float32 and "bfloat16" not in actor.hardware
 
 

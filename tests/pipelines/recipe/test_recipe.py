@@ -99,6 +99,7 @@ def test_variants_change_only_what_they_name() -> None:
         ("target.train.strategy=deepspeed", "target.train.strategy is deepspeed"),
         ("resources.num_workers=[2, 3]", "target.train.batch_size is 64"),
         ("resources.num_workers=[4, 2]", "resources.num_workers is [4, 2]"),
+        ("resources={tensor_parallel: 2, gpus_per_worker: 0.5}", "resources.tensor_parallel is 2"),
         ("resources={num_workers: [1, 2], max_failures: 0}", "resources.max_failures is 0"),
         ("evaluate.arms.x={model: targt}", "evaluate.arms.x.model is 'targt'"),
         ("evaluate.arms.seqd={model: base}", "evaluate.arms.seqd"),

@@ -68,9 +68,11 @@ def until(holds: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
-def serve_context(storage: Path, sizes: dict[str, Any] | None = None, **deploy: Any) -> StageContext:
+def serve_context(
+    storage: Path, sizes: dict[str, Any] | None = None, resources: dict[str, Any] | None = None, **deploy: Any
+) -> StageContext:
     """A run whose stages before deploy are done, with random models. sizes: override START for target and baseline.
-    deploy: keys of the recipe's section."""
+    resources, deploy: keys of the recipe's sections."""
     start = {**START, **(sizes or {})}
     raw = {
         "name": "tiny",
@@ -81,6 +83,7 @@ def serve_context(storage: Path, sizes: dict[str, Any] | None = None, **deploy: 
         "base": {"start": start, "train": {"steps": 1, "batch_size": 1}},
         "target": {"train": {"steps": 1, "batch_size": 1}},
         "signals": {"top_k": 16},
+        "resources": resources or {},
         "deploy": {
             "port": free_port(),
             "model_id": "tiny-rcd",

@@ -204,6 +204,14 @@ def test_which_models_use_the_reference() -> None:
         parse_description({"models": {"rcd": {**cold, "reference": True}}})
 
 
+def test_every_rank_of_a_replica_has_resources_and_a_gpu_of_its_own() -> None:
+    replicas = {"min_replicas": 2, "max_replicas": 2, "num_gpus": 1}
+    model = {"checkpoint": "/a", "tensor_parallel": 2, "replicas": replicas}
+    assert parse_description({"models": {"rcd": model}}).bundles == [{"CPU": 0.5, "GPU": 1.0}] * 4
+    with pytest.raises(UserError, match=r"models\.rcd\.replicas\.num_gpus is 0\.5 and tensor_parallel 2"):
+        parse_description({"models": {"rcd": changed(model, ("replicas", "num_gpus"), 0.5)}})
+
+
 def test_a_recipe_can_serve_other_checkpoints(tmp_path: Path) -> None:
     """Next to target and baseline, with their own settings and deployment."""
     other = {"checkpoint": str(tmp_path / "other"), "decode": {"residual": True, "start": "self"}}

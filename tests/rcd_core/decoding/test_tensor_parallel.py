@@ -15,7 +15,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from rcd_core import Decoder, DecodeSettings, LocalReference, UserError, WarmStart, load_model
@@ -87,7 +87,8 @@ def _any_settings(whole: DiffusionModel, split: DiffusionModel, reference: Refer
     local = LocalReference(load(f"{whole.family}_ref_tiny", Ranks()))
     pair = Decoder(whole, local, max_batch=3), Decoder(split, reference, max_batch=3)
 
-    @settings(max_examples=10, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=8, phases=[Phase.generate], deadline=None, derandomize=True, database=None,
+              suppress_health_check=list(HealthCheck))  # fmt: skip
     @given(st.lists(st.tuples(prompts, any_settings(whole.family)), min_size=2, max_size=5))
     def check(several: list[tuple[list[int], DecodeSettings]]) -> None:
         _same(*pair, [p for p, _ in several], [s for _, s in several])
