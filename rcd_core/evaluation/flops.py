@@ -36,8 +36,9 @@ def reference_weight(request: Sequence, done: Generation, reference: ModelShape)
     """FLOPs of a reference pass / FLOPs of a denoising pass of the target, as means over the blocks of `done`.
 
     request: the result of `Decoder.check`. A reference pass predicts all n masked positions of its block. The target is
-    assumed to commit a block evenly, so a pass predicts n (p + 1) / (2 p) positions on average. The two passes of
-    classifier-free guidance count as one, as in the engine.
+    assumed to commit a block evenly, so a pass predicts n (p + 1) / (2 p) positions on average, and to run one block a
+    pass: with several live blocks this is an upper bound. The two passes of classifier-free guidance count as one, as
+    in the engine.
     """
     model, settings = request.model, request.settings
     length, target = len(request.canvas), shape_of(model)

@@ -45,7 +45,7 @@ def main() -> None:
     for temperature in temperatures:
         for threshold in THRESHOLDS:
             at = replace(settings, residual_temperature=temperature, confidence_threshold=threshold)
-            rows += _decode(Decoder(model, reference), task, tokenizer, problems, at, f"{temperature:g}", threshold)
+            rows += decode_rows(Decoder(model, reference), task, tokenizer, problems, at, f"{temperature:g}", threshold)
     outcomes = collect(rows)
     print(f"{options.stage}, {len(problems)} problems, start {options.start}: accuracy in % @ tokens per forward")
     print("threshold", *(f"{t:>15g}" for t in temperatures), sep="")
@@ -70,7 +70,7 @@ def _problems(run: str, names: list[str]) -> list[dict[str, Any]]:
     return [row for name in names for row in pq.read_table(f"{run}/prepare/test/{name}").to_pylist()]
 
 
-def _decode(
+def decode_rows(
     decoder: Decoder,
     task: Any,
     tokenizer: Any,

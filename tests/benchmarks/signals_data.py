@@ -61,6 +61,7 @@ class Recipe:
     steps: tuple[int, int, int]
     batch_size: int
     learning_rate: float
+    rule: Rule = Rule(alpha="calibrated_entropy", alpha_scale=3.0)
 
 
 def _sizes(width: int, layers: int) -> ModelConfig:
@@ -70,6 +71,19 @@ def _sizes(width: int, layers: int) -> ModelConfig:
 
 
 SUDOKU = Recipe("sudoku", 320, 37, 37, _sizes(48, 2), _sizes(64, 3), (400, 500, 200), 64, 4e-3)
+# Models and training of recipe arithmetic, but that its reference runs in the training step.
+ARITHMETIC = Recipe(
+    "arithmetic",
+    512,
+    8,
+    128,
+    _sizes(48, 2),
+    _sizes(64, 3),
+    (800, 2000, 500),
+    32,
+    4e-3,
+    Rule(),
+)
 GSM8K = Recipe("gsm8k", 2048, 8, 160, _sizes(64, 2), _sizes(96, 2), (300, 300, 150), 16, 4e-3)
 
 
@@ -108,14 +122,14 @@ def make(recipe: Recipe, directory: Path, data: Path | None, num_examples: int) 
         new_model(start, vocab_size=len(tokenizer), info=info, seed=seed)
         for seed, start in enumerate((recipe.reference, recipe.target))
     )
-    rule = Rule(alpha="calibrated_entropy", alpha_scale=3.0)
+    rule = recipe.rule
     residual = ResidualSettings(source="online", alpha=rule.alpha, alpha_scale=rule.alpha_scale)
     saved = {name: str(directory / name) for name in ("reference", "target", "start")}
-    _train(reference, files, noise, recipe, recipe.steps[0], ResidualSettings(source="none"), None)
+    train_model(reference, files, noise, recipe, recipe.steps[0], ResidualSettings(source="none"), None)
     reference.save_pretrained(saved["reference"], tokenizer)
-    _train(base, files, noise, recipe, recipe.steps[1], ResidualSettings(source="none"), None)
+    train_model(base, files, noise, recipe, recipe.steps[1], ResidualSettings(source="none"), None)
     base.save_pretrained(saved["start"], tokenizer)
-    _train(base, files, noise, recipe, recipe.steps[2], residual, reference)
+    train_model(base, files, noise, recipe, recipe.steps[2], residual, reference)
     base.save_pretrained(saved["target"], tokenizer)
     return Workload(recipe.task, *saved.values(), files, noise, recipe.block_length, rule)
 
@@ -156,7 +170,7 @@ def _write_table(examples: dict[str, tuple[list[int], list[int]]], path: str) ->
     pq.write_table(table, path, row_group_size=ROWS_PER_GROUP)
 
 
-def _train(
+def train_model(
     model: DiffusionModel,
     files: tuple[str, ...],
     noise: NoiseSettings,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from rcd_core import Decoder, DecodeSettings, UserError
+from rcd_core.decoding.request import make_sequence
 from tests.rcd_core.decoding.test_decoding import FAMILIES, decoder, model
 from tests.rcd_core.decoding.test_engine import engine, request, run
 
@@ -95,6 +96,18 @@ def test_a_preempted_request_ends_with_the_same_tokens(family: str, s: DecodeSet
         assert out.token_ids == alone.token_ids
         assert [step.committed for step in out.steps] == [step.committed for step in alone.steps]
         assert out.num_forwards == alone.num_forwards
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("live", [1, 3])
+def test_a_request_resumes_only_if_each_block_was_alone(family: str, live: int) -> None:
+    """With several live blocks it starts again, because they depend on how far those before them were."""
+    s = replace(SEVERAL, max_live_blocks=live, block_add_threshold=0.0)
+    prompt = list(range(20, 28))
+    whole = decoder(family).generate([prompt], s)[0].token_ids
+    rest = make_sequence(model(family), prompt, s, infill=False, has_reference=False, committed=whole[:8])
+    assert rest.block[0] == (16 if live == 1 else 8)
+    assert run(engine(family), rest)[0].token_ids == whole
 
 
 @pytest.mark.parametrize("family", FAMILIES)
