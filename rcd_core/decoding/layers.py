@@ -1,15 +1,17 @@
 """The layers of a model as decoding runs them: projections joined, norms and rotation in few operations.
 
 They compute what the backbone's own layers compute. Weights are not copied: the joined matrices hold the backbone's
-parameters, which become views of them.
+parameters, which become views of them. What lies between matrix products and attention is compiled on CUDA into one
+kernel each (TORCH_COMPILE_DISABLE=1 turns it off): one compilation serves all layers and lengths.
 
 Shapes: T tokens of a pass, D width, F width of the MLP, H query heads, G key/value heads, d head width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -40,9 +42,12 @@ class Buffers:
 class Layers:
     """The transformer layers and the last norm of a backbone of transformers."""
 
-    def __init__(self, body: Any, config: Any) -> None:
+    def __init__(self, body: Any, config: Any, compiled: bool | None = None) -> None:
+        """compiled None: on CUDA."""
         self.body, self.config = body, config
-        self.layers = [Layer(layer, config) for layer in body.layers]
+        if compiled is None:
+            compiled = body.norm.weight.is_cuda
+        self.layers = [Layer(layer, config, compiled) for layer in body.layers]
         self.norm, self.eps = body.norm.weight, config.rms_norm_eps
 
     def __call__(self, embeds: Tensor, positions: Tensor, write: Tensor, attend: Attend, cache: PagedCache) -> Tensor:
@@ -75,7 +80,9 @@ class Layers:
 class Layer:
     """One layer: attention with grouped heads, norms of queries and keys where the model has them, and a gated MLP."""
 
-    def __init__(self, layer: Any, config: Any) -> None:
+    def __init__(self, layer: Any, config: Any, compiled: bool) -> None:
+        self.rotate: Callable[..., None] = _compiled(normed_and_rotated) if compiled else normed_and_rotated
+        self.gate: Callable[..., Tensor] = _compiled(gated) if compiled else gated
         attention, mlp = layer.self_attn, layer.mlp
         self.eps = config.rms_norm_eps
         self.queries, self.groups = config.num_attention_heads, config.num_key_value_heads
@@ -93,18 +100,37 @@ class Layer:
     def __call__(self, x: Tensor, b: Buffers, write: Tensor, attend: Attend, keys: Tensor, values: Tensor) -> Tensor:
         normed = F.rms_norm(x, x.shape[-1:], self.norms[0], self.eps)
         self.qkv(normed, out=b.flat)
-        heads, width = b.rotated, b.heads.shape[-1]
-        if self.head_norms is not None:
-            heads = F.rms_norm(heads, (width,), None, self.eps).mul_(self.head_norms)
-        torch.addcmul(heads * b.cos, heads.roll(width // 2, -1), b.sin, out=b.rotated)
+        self.rotate(b.rotated, self.head_norms, b.cos, b.sin, self.eps)
         query, key, value = torch.split(b.heads, [self.queries, self.groups, self.groups], 1)
         keys.index_copy_(0, write, key)
         values.index_copy_(0, write, value)
         attended = attend(query, keys, values, self.scaling).reshape(len(x), -1)
         x = self.out.added(x, attended)
         self.gate_up(F.rms_norm(x, x.shape[-1:], self.norms[1], self.eps), out=b.gate_up)
-        gate, up = b.gate_up.chunk(2, -1)
-        return self.down.added(x, F.silu(gate) * up)
+        return self.down.added(x, self.gate(b.gate_up))
+
+
+def normed_and_rotated(heads: Tensor, norms: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> None:
+    """In place: queries and keys (T, H + G, d), normed with weights (H + G, d) if there are any."""
+    width, x = heads.shape[-1], heads
+    if norms is not None:
+        x = F.rms_norm(heads, (width,), None, eps).mul_(norms)
+    if torch.compiler.is_compiling():  # which refuses `out` that is not contiguous
+        heads.copy_(torch.addcmul(x * cos, x.roll(width // 2, -1), sin))
+    else:
+        torch.addcmul(x * cos, x.roll(width // 2, -1), sin, out=heads)
+
+
+def gated(gate_up: Tensor) -> Tensor:
+    """(T, 2 F) -> (T, F)."""
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    compiled: Callable[..., Any] = torch.compile(function, dynamic=True, fullgraph=True)
+    return compiled
 
 
 class Joined:
