@@ -35,7 +35,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 aten = torch.ops.aten
 _CUDA, _META, _NUM_DEVICE_TYPES = 1, 14, 22  # of c10/core/DeviceType.h
-_VIEWS = """alias as_strided chunk detach device expand permute select slice split split_with_sizes squeeze t transpose
+VIEWS = """alias as_strided chunk detach device expand permute select slice split split_with_sizes squeeze t transpose
     unbind unflatten unsqueeze unsafe_split view view_as_real _reshape_alias _unsafe_view lift_fresh""".split()
 _KERNELS = ("rms_norm",)  # made of other operations, except on CUDA
 _ATTENTION = ("_varlen_attn", "_scaled_dot_product", "scaled_dot_product", "flex_attention")
@@ -102,7 +102,7 @@ class FakeGpu:
             (FakeTensor, "tolist", lambda t: self._on_host(t, "tolist")),
         ):
             enter(mock.patch.object(target, name, value, create=True))
-        enter(mock.patch.dict("os.environ", {"TORCH_COMPILE_DISABLE": "1"}))
+        enter(mock.patch.dict("os.environ", {"TORCHDYNAMO_DISABLE": "1"}))
         self.mode = enter(FakeTensorMode(allow_non_fake_inputs=True))
         enter(_Watch(self._run))
         return self
@@ -162,7 +162,7 @@ class FakeGpu:
         if func is aten.nonzero.default:
             return self._fake(self._places(args[0], "nonzero"), args[0].device)
         on_gpu = any(t.device.type == "cuda" for t in tensors) or "cuda" in str(kwargs.get("device"))
-        if on_gpu and name not in _VIEWS:
+        if on_gpu and name not in VIEWS:
             self.calls[name] += 1
         self._note_copies(name, args, kwargs, tensors)
         out = func(*args, **kwargs)
@@ -173,7 +173,7 @@ class FakeGpu:
             )
             made = {t.untyped_storage()._cdata for t in tree_leaves(out) if isinstance(t, torch.Tensor)}
             self._made |= made - set(read)
-        if on_gpu and name not in _VIEWS and not name.endswith("_") and name not in ("empty", "new_empty", "zeros"):
+        if on_gpu and name not in VIEWS and not name.endswith("_") and name not in ("empty", "new_empty", "zeros"):
             self.largest = max([self.largest, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
         if known and all(v is not None for v in known) or not tensors and "random" not in name and "rand" not in name:
             self._propagate(func, args, kwargs, out)

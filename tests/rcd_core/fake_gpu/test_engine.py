@@ -18,7 +18,7 @@ from rcd_core.decoding.cuda_graphs import GraphCache
 from rcd_core.decoding.engine import Engine
 from rcd_core.decoding.observer import Observed
 from rcd_core.decoding.request import make_sequence
-from rcd_core.decoding.sequence import Chunk
+from tests.benchmarks.operations import one_pass
 from tests.rcd_core.fake_gpu.device import FakeGpu
 from tests.rcd_core.fake_gpu.flash_attn_stub import flash_attn_stub
 from tests.rcd_core.fake_gpu.models import VOCAB, fake_model
@@ -239,17 +239,10 @@ def test_random_starts_are_made_on_the_device(gpu: FakeGpu) -> None:
 @pytest.mark.parametrize("attention", ["tables", "lanes", "flash"])
 def test_operations_of_a_layer(attention: str, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """D8: at most 20 in a decoding pass; views start nothing on the device."""
-    attention, counts = use(attention, monkeypatch), []
-    for layers in (1, 2):
-        model = fake_model(gpu, layers=layers)
-        engine = Engine(model, None, max_batch=4, max_length=64, attention=attention)
-        forward = engine._runner.forward
-        packed = forward.pack([(0, [Chunk(np.array([5, MASK, MASK, 7]), 8, 12, 4)])], queries=4)
-        with torch.inference_mode(), gpu.counting() as calls:
-            forward.hidden(packed)
-        counts.append(calls)
-    of_a_layer = counts[1] - counts[0]
-    assert sum(of_a_layer.values()) <= 20, of_a_layer
+    engine_attention = use(attention, monkeypatch)
+    few, more = (one_pass(fake_model(gpu, layers=n), gpu.counting(), engine_attention) for n in (1, 2))
+    calls = more - few
+    assert sum(calls.values()) <= 20, calls
 
 
 class Keys(GraphCache):
