@@ -6,10 +6,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rcd_core import Decoder, DecodeSettings, UserError
 from rcd_core.decoding.request import make_sequence
+from rcd_core.decoding.sampler import choose_commits
+from rcd_core.decoding.sequence import MaskedPositions
 from tests.rcd_core.decoding.test_decoding import FAMILIES, decoder, model
 from tests.rcd_core.decoding.test_engine import engine, request, run
 
@@ -39,6 +42,15 @@ def test_live_blocks_are_neighbours_and_at_most_so_many(family: str) -> None:
         assert not (r.canvas[r.num_prompt : r.block[0]] == r.model.mask_token_id).any()
     assert counts == {1, 2, 3}
     assert r.forwards.prefill == r.forwards.store == 0
+
+
+@pytest.mark.parametrize(("live", "committed"), [(None, [0, 1, 3]), (2, [1])])
+def test_d2f_commits_above_the_threshold_only(live: int | None, committed: list[int]) -> None:
+    """LLaDA's plain decoding, as Fast-dLLM's, commits at the threshold too."""
+    r = request("llada", [5], replace(SEVERAL, confidence_threshold=0.5, max_live_blocks=live))
+    masked, unused = MaskedPositions.of(r.live), np.zeros(4)
+    commit = choose_commits(masked, np.array([0.5, 0.9, 0.1, 0.5]), unused, unused)
+    assert np.flatnonzero(commit).tolist() == committed
 
 
 def test_one_live_block_is_plain_decoding_without_a_prefill() -> None:
