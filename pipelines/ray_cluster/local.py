@@ -33,6 +33,8 @@ TOKEN = "RCD_LOCAL_HEAD"  # the environment variable that marks every process of
 _RAY = str(Path(sys.executable).parent / "ray")
 START_TIMEOUT_S = 90
 STOP_TIMEOUT_S = 30
+_STORE_BYTES = (400 << 20, 16 << 30)  # bounds of the object store
+_STORE_SHARE = 0.1  # of the memory: blocks of Ray Data are in it; models and their workers need the rest
 JOB_STOP_S = 10  # between SIGTERM and SIGKILL; Ray's default of 3 s is too short to close training workers
 _RAY_ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")  # set, they override --address of `ray job submit`
 
@@ -167,7 +169,7 @@ def _launch(state: Path, log: Path, dashboard_port: int) -> Head:
     command = [_RAY, "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}", f"--temp-dir={temp_dir}"]
     command += ["--min-worker-port=0", "--max-worker-port=0"]  # any free ones
-    command += [f"--num-cpus={max(4, os.cpu_count() or 1)}", f"--object-store-memory={400 * 1024**2}"]
+    command += [f"--num-cpus={max(4, os.cpu_count() or 1)}", f"--object-store-memory={_object_store_bytes()}"]
     command += [f"--{name}={port}" for name, port in ports.items()]
     head = Head(
         token=token,
@@ -188,6 +190,15 @@ def _launch(state: Path, log: Path, dashboard_port: int) -> Head:
             start_new_session=True,
         )
     return head
+
+
+def _object_store_bytes() -> int:
+    """A share of the machine's memory within bounds, and no more than fits into shared memory, where Ray keeps it."""
+    smallest, largest = _STORE_BYTES
+    size = min(largest, int(_STORE_SHARE * psutil.virtual_memory().total))
+    with contextlib.suppress(OSError):  # macOS has no /dev/shm
+        size = min(size, int(0.9 * shutil.disk_usage("/dev/shm").free))
+    return max(smallest, size)
 
 
 def _dashboard(port: int) -> str:

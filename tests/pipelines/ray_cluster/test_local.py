@@ -9,10 +9,12 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pipelines.cli import main as cli
+from pipelines.ray_cluster import local
 from pipelines.ray_cluster.local import ROOT, TOKEN, Head, check_endpoint_port, request
 from rcd_core.errors import UserError
 
@@ -52,6 +54,19 @@ def test_a_head_takes_jobs_and_leaves_no_process(tmp_path: Path) -> None:
     assert "stopped" in down and head.processes() == []
     assert not state.exists() and not Path(head.temp_dir).exists()
     assert "no local Ray head is running" in run(*rcd, "down", "--state", str(state))
+
+
+@pytest.mark.parametrize(
+    ("memory_gib", "shared_gib", "mib"),
+    [(2, 1, 400), (32, 16, 3276), (32, 2, 1843), (2048, 1024, 16384), (64, 0.0625, 400)],
+)
+def test_the_object_store_follows_the_machine(
+    memory_gib: float, shared_gib: float, mib: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, shared = SimpleNamespace(total=int(memory_gib * 2**30)), SimpleNamespace(free=int(shared_gib * 2**30))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shared)
+    assert local._object_store_bytes() >> 20 == mib
 
 
 def test_a_taken_dashboard_port_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
