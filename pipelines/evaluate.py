@@ -10,6 +10,7 @@ plots and report.html. While it runs, parts/ has the answers decoded so far, fro
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 import uuid
@@ -27,16 +28,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.evaluation.actor import DECODED, ROWS, DecodeActor, Method, Plan, Shard
-from pipelines.evaluation.answers import KEY, read_shards
+from pipelines.evaluation.actor import DECODED, ROWS, DecodeActor, Method, Piece, Plan
+from pipelines.evaluation.answers import KEY, read_answers
 from pipelines.evaluation.results import MethodInfo, analyse
 from pipelines.ray_cluster.placement import placement_groups
+from pipelines.ray_cluster.resources import describe_bundles
+from pipelines.ray_cluster.waiting import WaitReporter
 from pipelines.recipe.settings_files import provenance
 from pipelines.report.evaluation import print_tables, write_evaluation
 from pipelines.run.directory import StageContext
 from rcd_core.io import storage
 
 BASELINE = "seqd"
+PIECE_SIZE = (
+    32  # most answers of a piece: bounds the files of an evaluation, and the work between two lines of progress
+)
 FLUSH_S = 5.0  # a kill loses finished answers of at most this time
 Answer = tuple[str, float, int]  # method, threshold, item
 
@@ -48,12 +54,12 @@ def run(ctx: StageContext) -> dict[str, Any]:
         ctx.console.print("  evaluate: T_res is not calibrated in this run (recipe section `calibrate`)")
     methods = tuple(with_t_res(ctx, methods))
     parts = storage.join(ctx.directory, "parts")
-    done = set(_distinct(read_shards(parts, DECODED, list(KEY)), "arm", "threshold", "item"))
+    done = set(_distinct(read_answers(parts, DECODED, list(KEY)), "arm", "threshold", "item"))
     if done:
         ctx.console.print(f"  evaluate: resuming, {len(done)} answers are already decoded")
     plan = make_plan(ctx, methods, done)
     _decode(ctx, plan)
-    decoded = _in_order(read_shards(parts, DECODED, list(KEY)), methods)
+    decoded = _in_order(read_answers(parts, DECODED, list(KEY)), methods)
     table = decoded.select(ROWS.names)
     with storage.open_output(storage.join(ctx.directory, "results.parquet")) as stream:
         pq.write_table(table, stream, compression="zstd")
@@ -85,25 +91,24 @@ def report(ctx: StageContext) -> None:
 
 
 def make_plan(ctx: StageContext, methods: Sequence[Method], done: Set[Answer]) -> Plan:
-    """The answers left to decode: for every method and threshold a shard per actor, fewer where one batch has room for
-    more."""
+    """The answers left to decode, method by method and threshold by threshold, in pieces that keep every actor busy."""
     recipe, evaluate = ctx.recipe, ctx.recipe.evaluate
     summary = ctx.input("prepare")["summary"]
     num_items = min(evaluate.num_examples or sys.maxsize, summary["counts"]["test"]["examples"]) * evaluate.samples
-    shards: list[Shard] = []
-    for number, method in enumerate(methods):
-        for threshold in sorted(evaluate.thresholds, reverse=True):  # slowest first, so that no actor ends much later
-            items = [item for item in range(num_items) if (method.info.name, threshold, item) not in done]
-            size = max(evaluate.batch_size, -(-len(items) // recipe.resources.evaluate_actors))
-            count = -(-len(items) // size)
-            shards += [
-                Shard(
-                    method=number,
-                    threshold=threshold,
-                    items=tuple(items[len(items) * i // count : len(items) * (i + 1) // count]),
-                )
-                for i in range(count)
-            ]
+    left = {
+        # Highest thresholds take the most passes: first, so that no actor ends much later than the others.
+        (number, threshold): [i for i in range(num_items) if (method.info.name, threshold, i) not in done]
+        for number, method in enumerate(methods)
+        for threshold in sorted(evaluate.thresholds, reverse=True)
+    }
+    size = min(PIECE_SIZE, max(1, -(-sum(map(len, left.values())) // recipe.resources.evaluate_actors)))
+    pieces: list[Piece] = []
+    for (number, threshold), items in left.items():
+        count = -(-len(items) // size)
+        cuts = [len(items) * i // count for i in range(count + 1)] if count else []
+        pieces += [
+            Piece(method=number, threshold=threshold, items=tuple(items[a:b])) for a, b in itertools.pairwise(cuts)
+        ]
     directory = ctx.input_dir("prepare")
     return Plan(
         task=recipe.data.task_of("test"),
@@ -112,7 +117,7 @@ def make_plan(ctx: StageContext, methods: Sequence[Method], done: Set[Answer]) -
         tokenizer=storage.join(directory, "tokenizer"),
         files=tuple(storage.join(directory, "test", name) for name in summary["test"]),
         methods=tuple(methods),
-        shards=tuple(shards),
+        pieces=tuple(pieces),
         samples=evaluate.samples,
         batch_size=evaluate.batch_size,
         threads=max(1, int(recipe.resources.cpus_per_worker)),
@@ -205,8 +210,8 @@ def _method(ctx: StageContext, name: str, title: str, stage: str, settings: Any)
 
 
 def _decode(ctx: StageContext, plan: Plan) -> None:
-    """Decode all shards with a pool of actors, which write the answers below plan.parts."""
-    if not plan.shards:
+    """Decode all pieces with a pool of actors, which write the answers below plan.parts."""
+    if not plan.pieces:
         return
     with placement_groups(plan.bundles) as place:
         _run_actors(ctx, plan, place)
@@ -215,33 +220,38 @@ def _decode(ctx: StageContext, plan: Plan) -> None:
 def _run_actors(ctx: StageContext, plan: Plan, place: Callable[[], dict[str, Any]] | None) -> None:
     import ray.data
 
-    resources = ctx.recipe.resources
-    numbers = [{"id": number} for number in range(len(plan.shards))]
-    batches: Any = (
-        # from_items runs in the driver: a read task of Ray Data would wait forever if the actors took all CPUs.
-        ray.data.from_items(numbers, override_num_blocks=len(numbers))
-        .map_batches(
-            DecodeActor,
-            fn_constructor_args=(plan,),
-            batch_size=1,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=min(resources.evaluate_actors, len(plan.shards))),
-            num_cpus=resources.cpus_per_worker,
-            num_gpus=resources.gpus_per_worker,
-            resources=resources.custom_resources("evaluate"),
-            ray_remote_args_fn=place,
-        )
-        .iter_batches(batch_size=None, batch_format="pyarrow")
+    resources, numbers = ctx.recipe.resources, [{"id": number} for number in range(len(plan.pieces))]
+    actors = min(resources.evaluate_actors, len(plan.pieces))
+    # from_items runs in the driver: a read task of Ray Data would wait forever if the actors took all CPUs.
+    data = ray.data.from_items(numbers, override_num_blocks=len(numbers)).map_batches(
+        DecodeActor,
+        fn_constructor_args=(plan,),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(
+            size=actors, max_concurrent_calls_per_actor=plan.pieces_at_once, enable_true_multi_threading=True
+        ),
+        num_cpus=resources.cpus_per_worker,
+        num_gpus=resources.gpus_per_worker,
+        resources=resources.custom_resources("evaluate"),
+        ray_remote_args_fn=place,
     )
-    total = sum(len(shard.items) for shard in plan.shards)
+    # Ray ends a job that moves no block for half an hour. Long answers of a large model can take longer.
+    data.context.execution_no_progress_timeout_s = -1
+    batches: Any = data.iter_batches(batch_size=None, batch_format="pyarrow")
+    total = sum(len(piece.items) for piece in plan.pieces)
     done, tenths, started = 0, 0, time.monotonic()
-    for batch in batches:
-        done += pc.sum(batch["answers"]).as_py()
-        if done * 10 // total > tenths:
-            tenths = done * 10 // total
-            rate = done / (time.monotonic() - started)
-            left = f", {rate:.0f} a second, {(total - done) / rate:.0f} s left" if done < total else ""
-            ctx.console.print(f"  evaluate: {done} of {total} answers decoded{left}")
+    pool = describe_bundles(list(plan.bundles) * actors)
+    what = f"evaluate: waiting for {len(plan.pieces[0].items)} answers, of up to {pool},"
+    with WaitReporter(ctx.console, what, len(plan.pieces)) as waiting:
+        for batch in batches:
+            waiting.progress()
+            done += pc.sum(batch["answers"]).as_py()
+            if done * 10 // total > tenths:
+                tenths = done * 10 // total
+                rate = done / (time.monotonic() - started)
+                left = f", {rate:.0f} a second, {(total - done) / rate:.0f} s left" if done < total else ""
+                ctx.console.print(f"  evaluate: {done} of {total} answers decoded{left}")
 
 
 def _in_order(decoded: pa.Table, methods: Sequence[Method]) -> pa.Table:

@@ -1,23 +1,34 @@
-"""The Ray actor that decodes an evaluation, and the plan that it reads."""
+"""The Ray actor that decodes an evaluation, and the plan that it reads.
+
+An actor works on several pieces at once, each in its own thread. Their requests share one engine, so that its batch
+stays full from one piece, and one threshold, to the next.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import time
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.evaluation.answers import ShardWriter, read_shard
+from pipelines.evaluation.answers import PieceWriter
 from pipelines.evaluation.results import MethodInfo, judge
+from pipelines.evaluation.shared_engine import SharedEngine
 from pipelines.ray_cluster.hardware import describe_device, device_of
 from rcd_core.decode_settings import DecodeSettings
+from rcd_core.decoding.decoder import Decoder
+from rcd_core.decoding.reference import LocalReference
 from rcd_core.decoding.request import NUM_SEED_BITS
+from rcd_core.decoding.sequence import check_failures
+from rcd_core.decoding.tensor_parallel import release
 from rcd_core.io import storage
 from rcd_core.io.retries import be_patient
 from rcd_core.noise import hash_key
@@ -37,7 +48,7 @@ ROWS = pa.schema(
         "store": pa.int32(),
         "reference_weight": pa.float64(),  # parameters of the reference / parameters of the method's model
         "reference_flops_weight": pa.float64(),  # FLOPs of a reference pass / of a target pass: evaluation.flops
-        "seconds": pa.float64(),  # wall-clock seconds, shared equally by answers decoded together: 1 / throughput
+        "seconds": pa.float64(),  # of the engine: those of a pass are shared equally by the answers in it
         "finish_reason": pa.string(),
         "completion": pa.string(),
         "graders_differ": pa.bool_(),  # null: the task has one grader, or an older release decoded the answer
@@ -59,8 +70,8 @@ class Method:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shard:
-    """Answers that one actor decodes by one method (a number) at one threshold. items: as in DECODED."""
+class Piece:
+    """Answers that an actor decodes in one call, by one method (a number) at one threshold. items: as in DECODED."""
 
     method: int
     threshold: float
@@ -69,7 +80,7 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What an actor needs to decode any shard. Shard i is written to the directory <parts>/<name>-<i>."""
+    """What an actor needs to decode any piece. Piece i is written to <parts>/<name>-<i>.parquet."""
 
     task: str
     grader: str
@@ -77,7 +88,7 @@ class Plan:
     tokenizer: str
     files: tuple[str, ...]
     methods: tuple[Method, ...]
-    shards: tuple[Shard, ...]
+    pieces: tuple[Piece, ...]
     samples: int
     batch_size: int
     threads: int
@@ -87,8 +98,13 @@ class Plan:
     flush_s: float
     bundles: tuple[dict[str, float], ...] = ()  # of RankGroup
 
-    def directory(self, number: int) -> str:
-        return storage.join(self.parts, f"{self.name}-{number:06d}")
+    @property
+    def pieces_at_once(self) -> int:
+        """Pieces that an actor works on: one more than fill its batch, so that requests are waiting for a free slot."""
+        return -(-self.batch_size // max(len(piece.items) for piece in self.pieces)) + 1
+
+    def path(self, number: int) -> str:
+        return storage.join(self.parts, f"{self.name}-{number:06d}.parquet")
 
 
 def request_seed(seed: int, example_id: str, sample: int) -> int:
@@ -97,7 +113,7 @@ def request_seed(seed: int, example_id: str, sample: int) -> int:
 
 
 class DecodeActor:
-    """Decodes shards. Keeps the models of one method in memory."""
+    """Decodes pieces; may be called by several threads. Keeps the models and the engine of one method in memory."""
 
     def __init__(self, plan: Plan) -> None:
         from pipelines.ray_cluster.ranks import RankGroup
@@ -117,76 +133,110 @@ class DecodeActor:
         self.group = RankGroup(plan.bundles, plan.threads)
         self.paths: tuple[str | None, ...] = ()  # of the models in memory
         self.model: Any = None
-        self.reference: Any = None
+        self.reference: LocalReference | None = None
+        self.current: tuple[tuple[str, str | None], Decoder, SharedEngine] | None = None
+        self.users = 0  # of the current engine
+        self.switching = threading.Condition()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Shard numbers -> their numbers of answers. The answers are written to the directories of the shards."""
+        """Piece numbers -> their numbers of answers. The answers are written to the files of the pieces."""
         return pa.table({"answers": [self.decode(number) for number in batch["id"].to_pylist()]})
 
     def decode(self, number: int) -> int:
-        """Decode the answers of a shard that are not on disk. Returns the number of answers of the whole shard."""
-        shard, directory = self.plan.shards[number], self.plan.directory(number)
-        # Ray retries the shard of a lost actor on another one.
-        done = set(read_shard(directory, DECODED)["item"].to_pylist())
-        missing = [item for item in shard.items if item not in done]
-        if missing:
-            writer = ShardWriter(directory, DECODED, self.plan.flush_s)
-            for row in self._rows(shard, missing):
-                writer.add(row)
-            writer.flush()
-        return len(shard.items)
+        """Decode the answers of a piece that are not on disk. Returns the number of answers of the whole piece."""
+        piece = self.plan.pieces[number]
+        # Ray retries the piece of a lost actor on another one.
+        writer = PieceWriter(self.plan.path(number), DECODED, self.plan.flush_s)
+        done = set(writer.written["item"].to_pylist())
+        if missing := [item for item in piece.items if item not in done]:
+            try:
+                for row in self._rows(piece, missing):
+                    writer.add(row)
+            finally:
+                writer.flush()
+        return len(piece.items)
 
-    def _rows(self, shard: Shard, items: Sequence[int]) -> Iterator[dict[str, Any]]:
-        from rcd_core.decoding.decoder import Decoder
-
-        method = self.plan.methods[shard.method]
-        self._load(method)
-        model, reference = self.model, self.reference
-        decoder = Decoder(model, reference, max_batch=self.plan.batch_size)
+    def _rows(self, piece: Piece, items: Sequence[int]) -> Iterator[dict[str, Any]]:
+        method = self.plan.methods[piece.method]
         numbers, samples = zip(*(divmod(item, self.plan.samples) for item in items), strict=True)
         examples = self.examples.take(list(numbers)).to_pylist()
         seed = method.settings.seed or 0
-        settings = [
-            replace(
-                method.settings,
-                confidence_threshold=shard.threshold,
-                seed=request_seed(seed, example["example_id"], sample),
-            )
-            for example, sample in zip(examples, samples, strict=True)
+        with self._engine(method) as (decoder, engine):
+            requests, index = [], {}
+            for i, example in enumerate(examples):
+                settings = replace(
+                    method.settings,
+                    confidence_threshold=piece.threshold,
+                    seed=request_seed(seed, example["example_id"], samples[i]),
+                )
+                requests.append(decoder.check(example["prompt_ids"], settings, infill=self.task.infill))
+                index[requests[i]] = i, settings
+            for request, seconds in engine.finished(requests):
+                if request.error is not None:
+                    continue
+                i, settings = index[request]
+                example, output = examples[i], request.output()
+                if self.task.infill:
+                    completion = str(self.tokenizer.decode(output.canvas_ids))
+                else:
+                    completion = str(self.tokenizer.decode(output.token_ids, skip_special_tokens=True))
+                passes = output.num_forwards
+                whole = decoder.check(example["prompt_ids"], settings, infill=self.task.infill)
+                yield {
+                    "arm": method.info.name,
+                    "threshold": piece.threshold,
+                    "example_id": example["example_id"],
+                    "sample": samples[i],
+                    **judge(self.plan.task, self.plan.grader, completion, example["answer"], example["prompt"]),
+                    # The stop token counts, the rest of its block does not.
+                    "tokens": len(output.token_ids) + (output.finish_reason == "stop"),
+                    **asdict(passes),
+                    **_reference_weights(decoder, whole if passes.reference else None, output),
+                    "seconds": seconds,
+                    "finish_reason": output.finish_reason,
+                    "completion": completion,
+                    "item": items[i],
+                    "settings": json.dumps(asdict(replace(output.settings, confidence_threshold=0.0, seed=seed))),
+                    "hardware": self.hardware,
+                }
+        check_failures(requests)
+
+    @contextmanager
+    def _engine(self, method: Method) -> Iterator[tuple[Decoder, SharedEngine]]:
+        """The engine of a method's models. Another method's engine is replaced once nobody uses it any more."""
+        key = (method.checkpoint, method.reference)
+        with self.switching:
+            self.switching.wait_for(lambda: not self.users or (self.current is not None and self.current[0] == key))
+            if self.current is None or self.current[0] != key:
+                self._replace_engine(key)
+            assert self.current is not None
+            self.users += 1
+            _, decoder, engine = self.current
+        try:
+            yield decoder, engine
+        finally:
+            with self.switching:
+                self.users -= 1
+                self.switching.notify_all()
+
+    def _replace_engine(self, key: tuple[str, str | None]) -> None:
+        if self.current is not None:
+            self.current[2].close()
+            self.current = None
+        self._load(key)
+        decoder = Decoder(self.model, self.reference, max_batch=self.plan.batch_size)
+        # The longest prompt at the settings of every method that will use the engine.
+        lengths = pc.list_value_length(self.examples["prompt_ids"])
+        longest = self.examples["prompt_ids"][pc.index(lengths, pc.max(lengths)).as_py()].as_py()
+        requests = [
+            decoder.check(longest, method.settings, infill=self.task.infill)
+            for method in self.plan.methods
+            if (method.checkpoint, method.reference) == key
         ]
-        started = time.perf_counter()
-        prompts = [example["prompt_ids"] for example in examples]
-        for i, output in decoder.as_completed(prompts, settings, infill=self.task.infill):
-            seconds = time.perf_counter() - started
-            example, passes = examples[i], output.num_forwards
-            if self.task.infill:
-                completion = str(self.tokenizer.decode(output.canvas_ids))
-            else:
-                completion = str(self.tokenizer.decode(output.token_ids, skip_special_tokens=True))
-            request = decoder.check(prompts[i], settings[i], infill=self.task.infill) if passes.reference else None
-            yield {
-                "arm": method.info.name,
-                "threshold": shard.threshold,
-                "example_id": example["example_id"],
-                "sample": samples[i],
-                **judge(self.plan.task, self.plan.grader, completion, example["answer"], example["prompt"]),
-                # The stop token counts, the rest of its block does not.
-                "tokens": len(output.token_ids) + (output.finish_reason == "stop"),
-                **asdict(passes),
-                **_reference_weights(model, reference and reference.model, request, output),
-                "seconds": seconds,
-                "finish_reason": output.finish_reason,
-                "completion": completion,
-                "item": items[i],
-                "settings": json.dumps(asdict(replace(output.settings, confidence_threshold=0.0, seed=seed))),
-                "hardware": self.hardware,
-            }
-            started = time.perf_counter()  # the time of grading does not count
+        positions, block = max(len(r.canvas) for r in requests), max(r.widest_scope for r in requests)
+        self.current = key, decoder, SharedEngine(decoder.engine(positions, block, self.plan.batch_size))
 
-    def _load(self, method: Method) -> None:
-        from rcd_core.decoding.tensor_parallel import release
-
-        paths = (method.checkpoint, method.reference)
+    def _load(self, paths: tuple[str, str | None]) -> None:
         if paths == self.paths:
             return
         if self.model is not None:
@@ -203,7 +253,6 @@ _loaded: dict[str, Any] = {}  # models of this process by path
 
 def load_models(checkpoint: str, reference: str | None, ranks: Any, *, device: str, dtype: Any) -> tuple[Any, Any]:
     """(a rank's part of the model, its LocalReference or None). A model of the last call is kept if it is needed."""
-    from rcd_core.decoding.reference import LocalReference
     from rcd_core.families.loading import load_model
 
     be_patient()
@@ -216,14 +265,16 @@ def load_models(checkpoint: str, reference: str | None, ranks: Any, *, device: s
     return _loaded[checkpoint], LocalReference(_loaded[reference]) if reference else None
 
 
-def _reference_weights(model: Any, reference: Any, request: Any, output: Any) -> dict[str, float]:
+def _reference_weights(decoder: Decoder, request: Any, output: Any) -> dict[str, float]:
     """The cost of a reference pass in target passes. request: None if there was no reference pass."""
     from rcd_core.evaluation.flops import reference_weight, shape_of
 
     if request is None:
         return {"reference_weight": 0.0, "reference_flops_weight": 0.0}
+    assert isinstance(decoder.reference, LocalReference)
+    reference = decoder.reference.model
     return {
-        "reference_weight": reference.num_parameters() / model.num_parameters(),
+        "reference_weight": reference.num_parameters() / decoder.model.num_parameters(),
         "reference_flops_weight": reference_weight(request, output, shape_of(reference)),
     }
 

@@ -2,8 +2,8 @@
 
 The stage evaluate writes Parquet files, an endpoint's answers are appended to one log:
 
-    <directory>/<shard>/0000.parquet, 0001.parquet, ...   a shard is written by one actor
-    <directory>/settings.json, answers.jsonl              a JSON object per answer
+    <directory>/<piece>.parquet                 a piece is what an actor decodes in one call
+    <directory>/settings.json, answers.jsonl    a JSON object per answer
 """
 
 from __future__ import annotations
@@ -21,19 +21,21 @@ import pyarrow.parquet as pq
 from pipelines.run.keys import differences
 from rcd_core.errors import UserError
 from rcd_core.io import storage
+from rcd_core.io.threads import in_threads
 
 KEY = ("arm", "threshold", "example_id", "sample")
 
 
-class ShardWriter:
-    """Writes the rows of one shard: a file every `flush_s` seconds, and one at the end."""
+class PieceWriter:
+    """Writes the answers to one piece of work into one file, again every `flush_s` seconds and at the end. It goes on
+    with the rows that the file has: a piece is written by one actor at a time, and small."""
 
     def __init__(
-        self, directory: str, schema: pa.Schema, flush_s: float, clock: Callable[[], float] = time.monotonic
+        self, path: str, schema: pa.Schema, flush_s: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.directory, self.schema, self.flush_s, self.clock = directory, schema, flush_s, clock
+        self.path, self.schema, self.flush_s, self.clock = path, schema, flush_s, clock
+        self.written = _read(path, schema) if storage.exists(path) else schema.empty_table()
         self.rows: list[dict[str, Any]] = []
-        self.num_files = len(storage.list_files(directory, ".parquet"))
         self.flushed = clock()
 
     def add(self, row: dict[str, Any]) -> None:
@@ -42,40 +44,36 @@ class ShardWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write the rows. They share their seconds equally: the order in which answers of a batch finish does not show
-        what each of them cost."""
         if self.rows:
-            seconds = sum(row["seconds"] for row in self.rows) / len(self.rows)
-            rows = [{**row, "seconds": seconds} for row in self.rows]
-            with storage.open_output(storage.join(self.directory, f"{self.num_files:04d}.parquet")) as stream:
-                pq.write_table(pa.Table.from_pylist(rows, schema=self.schema), stream, compression="zstd")
-            self.rows, self.num_files = [], self.num_files + 1
+            self.written = pa.concat_tables([self.written, pa.Table.from_pylist(self.rows, schema=self.schema)])
+            self.rows = []
+            with storage.open_output(self.path) as stream:
+                pq.write_table(self.written, stream, compression="zstd")
         self.flushed = self.clock()
 
 
-def read_shard(directory: str, schema: pa.Schema) -> pa.Table:
-    """The rows of one shard; none if it does not exist."""
-    tables = [schema.empty_table()]
-    for name in storage.list_files(directory, ".parquet"):
-        with storage.open_input(name) as stream:
-            table = pq.read_table(stream)
-        for field in schema:
-            if field.name not in table.column_names:  # an older release wrote the file
-                table = table.append_column(field, pa.nulls(len(table), field.type))
-        tables.append(table.select(schema.names).cast(schema))
-    return pa.concat_tables(tables)
-
-
-def read_shards(directory: str, schema: pa.Schema, keys: list[str]) -> pa.Table:
-    """The rows of all shards, sorted by `keys` and without duplicates. An actor of a killed job can outlive its driver
+def read_answers(directory: str, schema: pa.Schema, keys: list[str]) -> pa.Table:
+    """The rows of all files, sorted by `keys` and without duplicates. An actor of a killed job can outlive its driver
     for a moment and write rows that the next job decodes as well."""
-    shards = [read_shard(shard, schema) for shard in storage.list_directories(directory)]
-    table = pa.concat_tables([schema.empty_table(), *shards]).sort_by([(key, "ascending") for key in keys])
+    names = storage.list_files(directory, ".parquet")
+    for inner in in_threads(lambda name: storage.list_files(name, ".parquet"), storage.list_directories(directory)):
+        names += inner  # of an older release
+    tables = in_threads(lambda name: _read(name, schema), names)
+    table = pa.concat_tables([schema.empty_table(), *tables]).sort_by([(key, "ascending") for key in keys])
     is_first = np.ones(len(table), dtype=bool)
     if len(table) > 1:
         columns = [table[key].to_numpy(zero_copy_only=False) for key in keys]
         is_first[1:] = np.logical_or.reduce([column[1:] != column[:-1] for column in columns])
     return table.filter(pa.array(is_first))
+
+
+def _read(path: str, schema: pa.Schema) -> pa.Table:
+    with storage.open_input(path) as stream:
+        table = pq.read_table(stream)
+    for field in schema:
+        if field.name not in table.column_names:  # an older release wrote the file
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table.select(schema.names).cast(schema)
 
 
 class AnswerLog:

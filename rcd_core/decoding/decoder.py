@@ -76,6 +76,16 @@ class Decoder:
                     yield index[sequence], sequence.output()
         check_failures(sequences)
 
+    def engine(self, longest: int, block_length: int, requests: int) -> Engine:
+        """An engine for requests of up to `longest` positions and blocks of up to block_length tokens, with room for
+        `requests` at once; fewer if memory is short or max_batch says so."""
+        local = self.reference if isinstance(self.reference, LocalReference) else None
+        max_batch = fit_batch(self.model, longest, block_length, min(self.max_batch, requests), reference=local)
+        if local is not None:
+            local.plan(max_batch, longest)
+        options = {"max_batch": max_batch, "max_length": longest, "observer": self.observer}
+        return make_engine(self.model, self.reference, **options)
+
     @staticmethod
     def _in_order(results: Iterator[tuple[int, Generation]]) -> list[Generation]:
         return [generation for _, generation in sorted(results, key=lambda pair: pair[0])]
@@ -90,10 +100,4 @@ class Decoder:
     def _engine(self, sequences: list[Sequence]) -> Engine:
         longest = max((len(s.canvas) for s in sequences), default=1)
         block_length = max((s.widest_scope for s in sequences), default=1)
-        local = self.reference if isinstance(self.reference, LocalReference) else None
-        most = min(self.max_batch, len(sequences))
-        max_batch = fit_batch(self.model, longest, block_length, most, reference=local)
-        if local is not None:
-            local.plan(max_batch, longest)
-        options = {"max_batch": max_batch, "max_length": longest, "observer": self.observer}
-        return make_engine(self.model, self.reference, **options)
+        return self.engine(longest, block_length, len(sequences))

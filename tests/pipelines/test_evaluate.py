@@ -18,10 +18,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import ray
+import ray.data
 from rich.console import Console
 
 from pipelines import evaluate, prepare
 from pipelines.evaluation.actor import DecodeActor, Plan, request_seed
+from pipelines.evaluation.shared_engine import SharedEngine
+from pipelines.ray_cluster import waiting
 from pipelines.recipe.load import parse_recipe
 from pipelines.recipe.model import Recipe
 from pipelines.run.directory import RunDirectory, StageContext
@@ -161,12 +164,42 @@ def test_results_have_settings_hardware_and_rates(sudoku: StageContext) -> None:
     assert [c["arm"] for c in made["comparisons"]] == [name for name in arms if name != "seqd"]
 
 
-def test_batches_and_actors_do_not_change_the_results(sudoku: StageContext) -> None:
+def test_batches_actors_and_waiting_do_not_change_the_results(
+    sudoku: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's guard against executions without progress does not end it; a line tells that it waits."""
     before = timeless(sudoku)
     sections = {"evaluate": {"thresholds": [0.9, 0.02], "batch_size": 12}, "resources": {"evaluate_actors": 1}}
     other = make_recipe(Path(sudoku.recipe.storage), **sections)
-    evaluate.run(stage_context(other, "evaluate", sudoku.inputs))
+    ctx = stage_context(other, "evaluate", sudoku.inputs)
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "execution_no_progress_timeout_s", 0.1)
+    monkeypatch.setattr(waiting, "EVERY_S", 0.2)
+    evaluate.run(ctx)
     assert timeless(sudoku) == before
+    assert "evaluate: waiting for 12 answers, of up to 1 x (CPU 1)" in ctx.console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("actors", "largest"), [(2, 30), (40, 24), (2000, 1)])
+def test_pieces_are_small_and_cover_what_is_left(actors: int, largest: int, sudoku: StageContext) -> None:
+    sections: dict[str, Any] = {
+        "evaluate": {"thresholds": [0.5, 0.9], "samples": 10, "decode": {"temperature": 1.0}, "batch_size": 256},
+        "resources": {"evaluate_actors": actors},
+    }
+    recipe = make_recipe(Path(sudoku.recipe.storage), **sections)
+    ctx = stage_context(recipe, "evaluate", sudoku.inputs)
+    methods = tuple(evaluate.make_methods(ctx))
+    done = {("seqd", 0.9, item) for item in range(100)}
+    plan = evaluate.make_plan(ctx, methods, done)
+    left = [(plan.methods[p.method].info.name, p.threshold, item) for p in plan.pieces for item in p.items]
+    assert left == [
+        (method.info.name, threshold, item)
+        for method in methods
+        for threshold in (0.9, 0.5)
+        for item in range(120)
+        if (method.info.name, threshold, item) not in done
+    ]
+    assert max(len(piece.items) for piece in plan.pieces) == largest
+    assert plan.pieces_at_once == -(-256 // largest) + 1, "a full batch and a piece that waits"
 
 
 def test_report_prints_tables_and_paths(sudoku: StageContext) -> None:
@@ -261,18 +294,18 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def decode(ctx: StageContext, plan: Plan) -> None:
         actor = DecodeActor(plan)
-        for number in range(len(plan.shards)):
+        for number in range(len(plan.pieces)):
             actor.decode(number)
 
-    as_completed = Decoder.as_completed
+    finished = SharedEngine.finished
 
-    def counted(self: Decoder, inputs: Any, *args: Any, **options: Any) -> Any:
-        batches.append(len(inputs))
-        return as_completed(self, inputs, *args, **options)
+    def counted(self: SharedEngine, requests: Any) -> Any:
+        batches.append(len(requests))
+        return finished(self, requests)
 
     monkeypatch.setattr(evaluate, "_decode", decode)
     monkeypatch.setattr(evaluate, "FLUSH_S", 0.0)
-    monkeypatch.setattr(Decoder, "as_completed", counted)
+    monkeypatch.setattr(SharedEngine, "finished", counted)
     return batches
 
 
@@ -321,7 +354,7 @@ def test_a_killed_evaluation_resumes_and_gives_the_same_results(
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
-        while len(list(Path(ctx.directory).glob("parts/*/*.parquet"))) < 20:
+        while sum(pq.read_metadata(path).num_rows for path in Path(ctx.directory).glob("parts/*.parquet")) < 20:
             assert process.poll() is None and time.monotonic() < deadline, process.returncode
             time.sleep(0.01)
     finally:
@@ -332,7 +365,7 @@ def test_a_killed_evaluation_resumes_and_gives_the_same_results(
     decode = evaluate._decode
     monkeypatch.setattr(evaluate, "_decode", lambda ctx, plan: (again.append(plan), decode(ctx, plan)))
     evaluate.run(ctx)
-    assert 0 < sum(len(shard.items) for shard in again[0].shards) <= 5 * 2 * 12 - 20
+    assert 0 < sum(len(piece.items) for piece in again[0].pieces) <= 5 * 2 * 12 - 20
     assert timeless(ctx) == timeless(sudoku)
     fault_table.add("the next job decoded only the missing answers", "the same answers")
 

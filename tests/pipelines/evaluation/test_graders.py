@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.evaluation.actor import DECODED
-from pipelines.evaluation.answers import read_shard
+from pipelines.evaluation.answers import read_answers
 from pipelines.evaluation.endpoint import EndpointAnswers, EndpointMethod, EndpointOptions
 from pipelines.evaluation.results import MethodInfo, judge
 from pipelines.recipe.load import parse_recipe
@@ -82,5 +82,5 @@ def test_answers_of_an_older_release_are_read(tmp_path: Path) -> None:
     old = DECODED.remove(DECODED.get_field_index("graders_differ"))
     row = {name: None for name in old.names} | {"arm": "a", "item": 3, "completion": "21"}
     pq.write_table(pa.Table.from_pylist([row], schema=old), tmp_path / "0000.parquet")
-    (read,) = read_shard(str(tmp_path), DECODED).to_pylist()
+    (read,) = read_answers(str(tmp_path), DECODED, ["arm"]).to_pylist()
     assert read == {**row, "graders_differ": None}
