@@ -4,12 +4,14 @@
     python pipelines/precompute.py --recipe demo --repair     # check every shard's bytes, compute damaged ones again
 
 Reads the examples of the stage `prepare` and the checkpoint of `reference`. Writes <run>/signals/shard-*.parquet, a
-JSON sidecar per shard, and bad_rows.parquet. Shards are planned before anything is computed (signals/plan.py); Ray Data
-maps a pool of reference actors (signals/actor.py) over their numbers. A shard with a valid sidecar is skipped.
+JSON sidecar per shard, an index of these, and bad_rows.parquet. Shards are planned before anything is computed
+(signals/plan.py); Ray Data maps a pool of reference actors (signals/actor.py) over their numbers. A shard with a valid
+sidecar is skipped.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,11 +28,13 @@ from pipelines.ray_cluster.resources import describe_bundles
 from pipelines.ray_cluster.waiting import WaitReporter
 from pipelines.run.directory import StageContext
 from pipelines.signals.actor import SignalActor
-from pipelines.signals.files import remove_leftovers, remove_shard, sidecar_path
+from pipelines.signals.files import remove_leftovers, remove_shard
 from pipelines.signals.plan import SignalJob, make_job
+from pipelines.signals.sidecars import Sidecars
 from pipelines.signals.summary import SignalSummary
 from rcd_core.errors import UserError
 from rcd_core.io import storage
+from rcd_core.io.threads import in_threads
 from rcd_core.training.data.signal_cache import damage
 
 
@@ -38,16 +42,19 @@ def run(ctx: StageContext) -> dict[str, Any]:
     """Compute the missing shards. Summary: what the rows are and how to read them; the training checks it."""
     job = make_job(ctx)
     remove_leftovers(job.directory)
-    summary = SignalSummary(ctx, job)
-    missing = [shard for shard in range(job.num_shards) if not summary.add(shard)]
+    summary, sidecars = SignalSummary(ctx, job), Sidecars(job)
+    for shard, sidecar in sidecars.complete():
+        summary.add(shard, sidecar)
+    missing = [shard for shard in range(job.num_shards) if shard not in summary.shards]
     num_done = job.num_shards - len(missing)
     if num_done:
         ctx.console.print(f"  signals: {num_done} of {job.num_shards} shards exist already")
-    for count, shard in enumerate(_compute(ctx, job, missing), start=1):
-        if not summary.add(shard):
-            raise UserError(f"{sidecar_path(job.directory, shard)} does not describe its shard; run again")
+    for count, (shard, sidecar) in enumerate(_compute(ctx, job, missing), start=1):
+        summary.add(shard, sidecar)
+        sidecars.add(shard, sidecar)
         if count % max(1, len(missing) // 10) == 0:
             ctx.console.print(f"  signals: {num_done + count} of {job.num_shards} shards")
+    sidecars.save()
     remove_leftovers(job.directory)
     return summary.manifest()
 
@@ -58,10 +65,13 @@ def repair(ctx: StageContext) -> dict[str, Any] | None:
     if manifest is None:
         raise UserError(f"--repair: {job.directory} has no manifest, so the stage is not done; run without --repair")
     old, num_damaged = manifest["summary"], 0
-    for shard, name in enumerate(old["shards"]):
-        path = storage.join(job.directory, name)
-        problem = damage(path, old["shard_bytes"][shard], old["shard_sha256"][shard])
-        if not problem and not job.valid_sidecar(shard):
+    complete = dict(Sidecars(job).complete())
+    paths = [storage.join(job.directory, name) for name in old["shards"]]
+    problems = in_threads(
+        lambda shard: damage(*shard), zip(paths, old["shard_bytes"], old["shard_sha256"], strict=True)
+    )
+    for shard, (name, problem) in enumerate(zip(old["shards"], problems, strict=True)):
+        if not problem and shard not in complete:
             problem = "its sidecar is missing or describes other rows"
         if problem:
             ctx.console.print(f"  signals: {name} is damaged: {problem}", markup=False, soft_wrap=True)
@@ -71,8 +81,8 @@ def repair(ctx: StageContext) -> dict[str, Any] | None:
     return run(ctx) if num_damaged else None
 
 
-def _compute(ctx: StageContext, job: SignalJob, shards: list[int]) -> Iterator[int]:
-    """Yields each shard once it is stored, in any order.
+def _compute(ctx: StageContext, job: SignalJob, shards: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields each shard with its sidecar once both are stored, in any order.
 
     Ray computes a shard again if its actor or node was lost; an error in the code ends the job at once.
     """
@@ -98,7 +108,7 @@ def _compute(ctx: StageContext, job: SignalJob, shards: list[int]) -> Iterator[i
         try:
             for row in data.iter_rows():
                 waiting.progress()
-                yield int(row["shard"])
+                yield int(row["shard"]), json.loads(row["sidecar"])
         except ExecutionTimeoutError as error:
             raise UserError(
                 f"signals: no shard was finished for {timeout_s:g} s, resources.no_progress_timeout_s; raise it, set "

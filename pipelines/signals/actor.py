@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -45,13 +46,12 @@ class SignalActor:
         }
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """{"shard": numbers} -> the same. Only numbers pass through the object store; rows go straight to storage."""
-        for shard in batch["shard"]:
-            self.compute(int(shard))
-        return batch
+        """{"shard": numbers} -> the same with their sidecars as JSON. Rows go straight to storage."""
+        sidecars = [json.dumps(self.compute(int(shard))) for shard in batch["shard"]]
+        return {**batch, "sidecar": np.array(sidecars, dtype=object)}
 
-    def compute(self, shard: int) -> None:
-        """Write one shard and its sidecar."""
+    def compute(self, shard: int) -> dict[str, Any]:
+        """Write one shard and its sidecar. Returns the sidecar."""
         job = self.job
         counts: Counter[str] = Counter()
         histogram: Any = 0
@@ -72,7 +72,7 @@ class SignalActor:
             sidecar = writer.close()
         sidecar |= {"first_row": job.rows_of(shard).start, **counts, **self.model_facts, "bad_rows": bad}
         sidecar["entropy_histogram"] = histogram.tolist()
-        files.write_sidecar(job.directory, shard, sidecar)
+        return files.write_sidecar(job.directory, shard, sidecar)
 
     def tables(self, rows: range) -> Iterator[tuple[list[TrainingRow], pa.Table]]:
         """(rows, their Arrow table) group by group, in row order."""

@@ -14,10 +14,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import fs
 
-from rcd_core.errors import UserError
 from rcd_core.io import storage
+from rcd_core.io.threads import in_threads
 from rcd_core.training.data.signal_format import SCHEMA_VERSION, parquet_options, schema
 
 BAD_ROWS = "bad_rows.parquet"
@@ -30,36 +29,21 @@ def shard_name(shard: int) -> str:
     return f"shard-{shard:05d}.parquet"
 
 
-def sidecar_path(directory: str, shard: int) -> str:
-    return storage.join(directory, shard_name(shard) + ".json")
-
-
-def valid_sidecar(directory: str, shard: int, first_row: int, rows: int) -> dict[str, Any] | None:
-    """The sidecar of a shard that exists with these rows and the size that was written; otherwise None."""
-    try:
-        sidecar: dict[str, Any] = storage.read_json(sidecar_path(directory, shard))
-        expected = {"schema_version": SCHEMA_VERSION, "first_row": first_row, "rows": rows}
-        if any(sidecar.get(name) != value for name, value in expected.items()):
-            return None
-        complete = storage.size(storage.join(directory, shard_name(shard))) == sidecar["bytes"]
-    except (FileNotFoundError, UserError, AttributeError):
-        return None
-    return sidecar if complete else None
+def sidecar_name(shard: int) -> str:
+    return shard_name(shard) + ".json"
 
 
 def remove_shard(directory: str, shard: int) -> None:
     """Remove the sidecar first: a shard that is half removed must not look complete."""
-    storage.remove(sidecar_path(directory, shard))
+    storage.remove(storage.join(directory, sidecar_name(shard)))
     storage.remove(storage.join(directory, shard_name(shard)))
 
 
 def remove_leftovers(directory: str) -> None:
     """Remove the temporary files of killed writers."""
-    files, inner = storage.filesystem(directory)
-    for info in files.get_file_info(fs.FileSelector(inner, allow_not_found=True)):
-        if info.is_file and info.base_name.startswith(".") and info.base_name.endswith(".tmp"):
-            with suppress(FileNotFoundError):
-                files.delete_file(info.path)
+    left = [name for name in storage.listing(directory) if name.startswith(".") and name.endswith(".tmp")]
+    for _ in in_threads(lambda name: storage.remove(storage.join(directory, name)), left):
+        pass
 
 
 class _HashingStream:
@@ -124,16 +108,22 @@ def shard_writer(directory: str, shard: int, adaptive: bool) -> Iterator[ShardWr
             raise
 
 
-def write_sidecar(directory: str, shard: int, content: Mapping[str, Any]) -> None:
-    storage.write_json(sidecar_path(directory, shard), {"schema_version": SCHEMA_VERSION, **content})
+def write_sidecar(directory: str, shard: int, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the whole sidecar."""
+    sidecar = {"schema_version": SCHEMA_VERSION, **content}
+    storage.write_json(storage.join(directory, sidecar_name(shard)), sidecar)
+    return sidecar
 
 
-def write_bad_rows(directory: str, sidecars: Iterable[tuple[int, Mapping[str, Any]]]) -> str:
-    """Write the table of rows that could not be used, shard by shard, from (shard, sidecar). Returns its path."""
+def bad_rows(shard: int, sidecar: Mapping[str, Any]) -> pa.Table:
+    """The rows of a shard that could not be used."""
+    rows = [{**row, "shard": shard_name(shard)} for row in sidecar["bad_rows"]]
+    return pa.Table.from_pylist(rows, schema=_BAD_ROWS)
+
+
+def write_bad_rows(directory: str, tables: Iterable[pa.Table]) -> str:
+    """Write the rows that could not be used. Returns the path."""
     path = storage.join(directory, BAD_ROWS)
-    with storage.open_output(path) as stream, pq.ParquetWriter(stream, _BAD_ROWS, compression="zstd") as writer:
-        for shard, sidecar in sidecars:
-            if sidecar["bad_rows"]:
-                rows = [{**row, "shard": shard_name(shard)} for row in sidecar["bad_rows"]]
-                writer.write_table(pa.Table.from_pylist(rows, schema=_BAD_ROWS))
+    with storage.open_output(path) as stream:
+        pq.write_table(pa.concat_tables([_BAD_ROWS.empty_table(), *tables]), stream, compression="zstd")
     return path

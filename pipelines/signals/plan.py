@@ -17,11 +17,11 @@ import numpy as np
 
 from pipelines.recipe.model import Recipe
 from pipelines.run.directory import StageContext
-from pipelines.signals import files
 from rcd_core.io import storage
 from rcd_core.noise import NoiseSettings
 from rcd_core.training.data.examples import Chunks
 from rcd_core.training.data.rows import Integers, RowOrder, TrainingRow
+from rcd_core.training.data.signal_format import SCHEMA_VERSION
 from rcd_core.training.settings import SignalRule
 
 MB = 1_000_000
@@ -60,10 +60,11 @@ class SignalJob:
     def rows_of(self, shard: int) -> range:
         return range(self.row_offsets[shard], self.row_offsets[shard + 1])
 
-    def valid_sidecar(self, shard: int) -> dict[str, Any] | None:
-        """The sidecar of a shard that is complete, otherwise None."""
+    def describes(self, sidecar: Mapping[str, Any], shard: int) -> bool:
+        """Whether a sidecar is one of this program for these rows."""
         rows = self.rows_of(shard)
-        return files.valid_sidecar(self.directory, shard, rows.start, len(rows))
+        expected = {"schema_version": SCHEMA_VERSION, "first_row": rows.start, "rows": len(rows)}
+        return all(sidecar.get(name) == value for name, value in expected.items())
 
 
 def make_job(ctx: StageContext) -> SignalJob:

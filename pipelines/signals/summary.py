@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from pipelines.run.directory import StageContext
 from pipelines.signals import files
 from pipelines.signals.plan import SignalJob
 from rcd_core.errors import UserError
-from rcd_core.io import storage
 from rcd_core.training.data.signal_cache import noise_record
 from rcd_core.training.data.signal_format import SCHEMA_VERSION
 
@@ -21,25 +22,21 @@ _SUMS = ("tokens", "masked_tokens", "kept_entries", "bytes")
 
 
 class SignalSummary:
-    """Sums up the shards added so far. Keeps only a few numbers of each."""
+    """Sums up the shards added so far. Keeps a few numbers of each, and its bad rows."""
 
     def __init__(self, ctx: StageContext, job: SignalJob) -> None:
         self.ctx, self.job = ctx, job
         self.shards: dict[int, dict[str, Any]] = {}
         self.histogram: Any = 0  # of entropies
         self.bad_rows: Counter[str] = Counter()  # reason -> rows
+        self.listed: dict[int, pa.Table] = {}  # the bad rows by shard
 
-    def add(self, shard: int) -> bool:
-        """Add a finished shard. Returns False if it has no valid sidecar.
-
-        Raises UserError once more rows are bad than signals.max_bad_rows allows.
-        """
-        sidecar = self.job.valid_sidecar(shard)
-        if sidecar is None:
-            return False
-        self.histogram = self.histogram + np.asarray(sidecar.pop("entropy_histogram"), dtype=np.int64)
-        bad = sidecar.pop("bad_rows")
-        self.shards[shard] = sidecar | {"num_bad": len(bad)}
+    def add(self, shard: int, sidecar: Mapping[str, Any]) -> None:
+        """Add a finished shard. Raises UserError once more rows are bad than signals.max_bad_rows allows."""
+        self.histogram = self.histogram + np.asarray(sidecar["entropy_histogram"], dtype=np.int64)
+        self.shards[shard] = {name: sidecar[name] for name in ("sha256", *_SUMS, *_COMMON)}
+        if bad := sidecar["bad_rows"]:
+            self.listed[shard] = files.bad_rows(shard, sidecar)
         self.bad_rows.update(row["reason"] for row in bad)
         limit = self.ctx.recipe.signals.max_bad_rows
         if self.bad_rows.total() > limit * self.job.num_rows:
@@ -49,7 +46,6 @@ class SignalSummary:
                 f"signals.max_bad_rows ({limit:g}) allows: {self._reasons()}; they are listed in {path}: fix the "
                 "examples, or raise signals.max_bad_rows to continue without them"
             )
-        return True
 
     def manifest(self) -> dict[str, Any]:
         """The stage's summary: all that a training checks before it uses the signals."""
@@ -93,7 +89,5 @@ class SignalSummary:
         return ", ".join(f"{count} x {reason}" for reason, count in sorted(self.bad_rows.items()))
 
     def _write_bad_rows(self) -> str:
-        """Writes the whole table again from the sidecars, so that an interrupted job cannot list a row twice."""
-        bad = (shard for shard, sidecar in sorted(self.shards.items()) if sidecar["num_bad"])
-        sidecars = ((shard, storage.read_json(files.sidecar_path(self.job.directory, shard))) for shard in bad)
-        return files.write_bad_rows(self.job.directory, sidecars)
+        """Writes the whole table again, so that an interrupted job cannot list a row twice."""
+        return files.write_bad_rows(self.job.directory, [table for _, table in sorted(self.listed.items())])

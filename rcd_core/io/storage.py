@@ -135,6 +135,11 @@ def list_directories(directory: str) -> list[str]:
     return [join(directory, i.base_name) for i in _children(directory) if not i.is_file and _visible(i.base_name)]
 
 
+def listing(directory: str) -> dict[str, Any]:
+    """Name -> pyarrow FileInfo (size, mtime_ns) of the files directly in `directory`, with temporary ones."""
+    return {str(info.base_name): info for info in _children(directory) if info.is_file}
+
+
 def _visible(name: str, suffix: str = "") -> bool:
     return not name.startswith(".") and name.endswith(suffix)
 

@@ -151,10 +151,11 @@ def _batches(actor: SignalActor, rows: range) -> list[Any]:
 class TimedActor(SignalActor):
     """The stage's actor, which also records wall and CPU time at the end of each shard."""
 
-    def compute(self, shard: int) -> None:
-        super().compute(shard)
+    def compute(self, shard: int) -> dict[str, Any]:
+        sidecar = super().compute(shard)
         with open(f"{self.job.directory}/times-{os.getpid()}", "a") as file:
             file.write(json.dumps([shard, time.time(), time.process_time()]) + "\n")
+        return sidecar
 
 
 def stage(job: SignalJob, actors: int, keep: Path | None = None) -> Rate:

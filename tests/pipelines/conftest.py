@@ -39,13 +39,13 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Computes signals in this process instead of on Ray. Returns the list of computed shards."""
     computed: list[int] = []
 
-    def compute(ctx: StageContext, job: SignalJob, shards: list[int]) -> Iterator[int]:
+    def compute(ctx: StageContext, job: SignalJob, shards: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
         actor = SignalActor(job) if shards else None
         for shard in shards:
             assert actor is not None
-            actor.compute(shard)
+            sidecar = actor.compute(shard)
             computed.append(shard)
-            yield shard
+            yield shard, sidecar
 
     monkeypatch.setattr(precompute, "_compute", compute)
     return computed

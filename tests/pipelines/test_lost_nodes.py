@@ -73,10 +73,10 @@ def mark_begun(directory: Path, shard: int) -> None:
 
 
 class SlowSignalActor(SignalActor):
-    def compute(self, shard: int) -> None:
+    def compute(self, shard: int) -> Any:
         mark_begun(Path(self.job.directory), shard)
         time.sleep(2)
-        super().compute(shard)
+        return super().compute(shard)
 
 
 def lose_a_node_of_signals(storage: str) -> float:

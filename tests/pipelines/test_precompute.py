@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from pipelines.run.directory import RunDirectory, key_material
 from pipelines.run.driver import main
 from pipelines.run.stages import stages_of
 from pipelines.signals import files as signal_files
+from pipelines.signals import sidecars
 from pipelines.signals.actor import SignalActor
 from pipelines.signals.plan import (
     GROUP_BATCHES,
@@ -93,6 +96,35 @@ def test_only_shards_without_a_valid_sidecar_are_computed(
     assert shards_of(ctx) == undisturbed.shards and not list(directory.glob(".*"))
 
 
+def test_the_index_stands_for_unchanged_sidecars_only(
+    prepared: Recipe, in_process: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sidecars, "INDEXED", 4)
+    ctx = context(prepared)
+    expected = precompute.run(ctx)
+    directory, shards = Path(ctx.directory), len(expected["shards"])
+    assert len(list(directory.glob("index-*"))) == -(-shards // 4)
+    written = max(path.stat().st_mtime_ns for path in directory.glob("shard-*"))
+    for number, path in enumerate(sorted(directory.glob("index-*"))):
+        os.utime(path, ns=(written + 1 + number, written + 1 + number))  # file systems keep time in coarse steps
+    in_process.clear()
+    real, read = storage.read_json, list[str]()
+    monkeypatch.setattr(storage, "read_json", lambda path: (read.append(Path(path).name), real(path))[1])
+
+    def again() -> list[int]:
+        in_process.clear()
+        read.clear()
+        assert precompute.run(context(prepared)) == expected
+        return [int(name[6:11]) for name in read if name.startswith("shard-")]
+
+    assert again() == [] and not in_process
+    (directory / "shard-00001.parquet.json").unlink()
+    os.truncate(directory / "shard-00002.parquet", 9)
+    (directory / "shard-00003.parquet.json").write_text((directory / "shard-00004.parquet.json").read_text())
+    (directory / "index-00000.parquet").write_bytes(b"damaged")
+    assert again() == [0, 2, 3] and in_process == [1, 2, 3], "the first index had 0 to 3; 1 has no sidecar"
+
+
 def test_a_row_does_not_depend_on_its_neighbours(prepared: Recipe, tmp_path: Path) -> None:
     """Alone in its batch or with longer rows: the same numbers up to rounding."""
     job = make_job(context(prepared))
@@ -108,10 +140,11 @@ def test_a_row_does_not_depend_on_its_neighbours(prepared: Recipe, tmp_path: Pat
         assert alone["tail_mass"] == pytest.approx(expected["tail_mass"], abs=1e-5)
 
 
-def test_an_actor_exchanges_numbers_and_holds_one_group_of_rows(prepared: Recipe) -> None:
+def test_an_actor_exchanges_sidecars_and_holds_one_group_of_rows(prepared: Recipe) -> None:
     actor = SignalActor(make_job(context(prepared)))
     answer = actor({"shard": np.array([1])})
-    assert answer == {"shard": np.array([1])}
+    assert list(answer) == ["shard", "sidecar"] and answer["shard"] == np.array([1])
+    assert json.loads(answer["sidecar"][0]) == storage.read_json(f"{actor.job.directory}/shard-00001.parquet.json")
     sizes = [len(rows) for rows, _ in actor.tables(range(120))]
     assert sum(sizes) == 120 and max(sizes) <= GROUP_BATCHES * 64 / (2 * BLOCK)
 
@@ -230,8 +263,7 @@ def test_cached_signals_train_as_the_online_ones(keep_mass: float | None, tmp_pa
     actor = SignalActor(job)
     summary = SignalSummary(ctx, job)
     for shard in range(job.num_shards):
-        actor.compute(shard)
-        assert summary.add(shard)
+        summary.add(shard, actor.compute(shard))
     cached = SignalSource(ctx.directory, summary.manifest())
     online = ExampleSource(job.examples, job.noise, job.chunks)
     settings = TrainSettings(steps=1, batch_size=40, learning_rate=1e-3, log_every=1, clip_norm=1e9)

@@ -56,14 +56,14 @@ def test_waiting_is_announced_and_ends_after_the_timeout(
 
 
 class BrokenActor(SignalActor):
-    def compute(self, shard: int) -> None:
+    def compute(self, shard: int) -> Any:
         with (Path(self.job.directory).parents[1] / "calls").open("a") as calls:
             calls.write("x")
         raise ZeroDivisionError("a mistake in the code")
 
 
 class SleepingActor(SignalActor):
-    def compute(self, shard: int) -> None:
+    def compute(self, shard: int) -> Any:
         time.sleep(600)
 
 
@@ -73,7 +73,7 @@ class KillingActor(SignalActor):
     The victim is this process, or the one named in the file.
     """
 
-    def compute(self, shard: int) -> None:
+    def compute(self, shard: int) -> Any:
         here = Path(self.job.directory).parents[1]
         kills = json.loads((here / "kills.json").read_text())
         moment, marker = kills["moments"].get(str(shard)), here / f"killed-{shard}"
@@ -88,9 +88,10 @@ class KillingActor(SignalActor):
             patch.setattr(storage, "_sync", lambda path: reached(f"before the rename of the {_kind(path)}"))
             patch.setattr(signal_files.ShardWriter, "write", _then(signal_files.ShardWriter.write, reached, "during"))
             real = signal_files.write_sidecar
-            patch.setattr(signal_files, "write_sidecar", lambda *a: (reached("before the sidecar"), real(*a)))
-            super().compute(shard)
+            patch.setattr(signal_files, "write_sidecar", lambda *a: (reached("before the sidecar"), real(*a))[1])
+            sidecar = super().compute(shard)
         reached("after the sidecar")
+        return sidecar
 
 
 def _kind(temporary: str) -> str:
