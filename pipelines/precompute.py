@@ -41,9 +41,10 @@ from rcd_core.training.data.signal_cache import damage
 def run(ctx: StageContext) -> dict[str, Any]:
     """Compute the missing shards. Summary: what the rows are and how to read them; the training checks it."""
     job = make_job(ctx)
-    remove_leftovers(job.directory)
+    listed = storage.listing(job.directory)
+    remove_leftovers(job.directory, listed)
     summary, sidecars = SignalSummary(ctx, job), Sidecars(job)
-    for shard, sidecar in sidecars.complete():
+    for shard, sidecar in sidecars.complete(listed):
         summary.add(shard, sidecar)
     missing = [shard for shard in range(job.num_shards) if shard not in summary.shards]
     num_done = job.num_shards - len(missing)
@@ -55,7 +56,8 @@ def run(ctx: StageContext) -> dict[str, Any]:
         if count % max(1, len(missing) // 10) == 0:
             ctx.console.print(f"  signals: {num_done + count} of {job.num_shards} shards")
     sidecars.save()
-    remove_leftovers(job.directory)
+    if not storage.is_object_store(job.directory):
+        remove_leftovers(job.directory, storage.listing(job.directory))
     return summary.manifest()
 
 
@@ -65,7 +67,7 @@ def repair(ctx: StageContext) -> dict[str, Any] | None:
     if manifest is None:
         raise UserError(f"--repair: {job.directory} has no manifest, so the stage is not done; run without --repair")
     old, num_damaged = manifest["summary"], 0
-    complete = dict(Sidecars(job).complete())
+    complete = dict(Sidecars(job).complete(storage.listing(job.directory)))
     paths = [storage.join(job.directory, name) for name in old["shards"]]
     problems = in_threads(
         lambda shard: damage(*shard), zip(paths, old["shard_bytes"], old["shard_sha256"], strict=True)

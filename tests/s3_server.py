@@ -1,4 +1,5 @@
-"""A local S3 server: moto on a free loopback port, in its own process. It can refuse requests for a while."""
+"""A local S3 server: moto on a free loopback port, in its own process. It can refuse requests for a while, or delay
+each."""
 
 from __future__ import annotations
 
@@ -22,11 +23,12 @@ _SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request r
 
 
 @contextmanager
-def s3_server(bucket: str, refuse: Path | None = None) -> Iterator[dict[str, str]]:
+def s3_server(bucket: str, refuse: Path | None = None, latency_s: float = 0.0) -> Iterator[dict[str, str]]:
     """Serves an empty bucket. Yields the environment variables that point to it, and sets them in this process
     meanwhile.
 
-    refuse: while this file exists, every request is answered with 503 SlowDown and adds a line to it.
+    refuse: while this file exists, every request is answered with 503 SlowDown and adds a line to it. latency_s: added
+    to every request.
 
     pyarrow, and Ray through it, reads them when it opens an s3:// URI.
     """
@@ -40,7 +42,7 @@ def s3_server(bucket: str, refuse: Path | None = None) -> Iterator[dict[str, str
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
-    command = [sys.executable, "-m", "tests.s3_server", str(port), str(refuse or "")]
+    command = [sys.executable, "-m", "tests.s3_server", str(port), str(refuse or ""), str(latency_s)]
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _wait_for(server, port)
@@ -65,13 +67,14 @@ def _wait_for(server: subprocess.Popen[bytes], port: int) -> None:
             time.sleep(0.05)
 
 
-def _serve(port: int, refuse: str) -> None:
+def _serve(port: int, refuse: str, latency_s: float) -> None:
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
     from werkzeug.serving import run_simple
 
     moto = DomainDispatcherApplication(create_backend_app)
 
     def answer(environ: dict[str, Any], start: Any) -> Any:
+        time.sleep(latency_s)
         if not refuse or not os.path.exists(refuse):
             return moto(environ, start)
         with open(refuse, "a") as log:
@@ -84,4 +87,4 @@ def _serve(port: int, refuse: str) -> None:
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]), sys.argv[2])
+    _serve(int(sys.argv[1]), sys.argv[2], float(sys.argv[3]))

@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rcd_core.io import storage
-from rcd_core.io.threads import in_threads
 from rcd_core.training.data.signal_format import SCHEMA_VERSION, parquet_options, schema
 
 BAD_ROWS = "bad_rows.parquet"
@@ -39,11 +38,11 @@ def remove_shard(directory: str, shard: int) -> None:
     storage.remove(storage.join(directory, shard_name(shard)))
 
 
-def remove_leftovers(directory: str) -> None:
-    """Remove the temporary files of killed writers."""
-    left = [name for name in storage.listing(directory) if name.startswith(".") and name.endswith(".tmp")]
-    for _ in in_threads(lambda name: storage.remove(storage.join(directory, name)), left):
-        pass
+def remove_leftovers(directory: str, names: Iterable[str]) -> None:
+    """Remove the temporary files of killed writers. names: of all files in the directory."""
+    for name in names:
+        if name.startswith(".") and name.endswith(".tmp"):
+            storage.remove(storage.join(directory, name))
 
 
 class _HashingStream:

@@ -32,9 +32,11 @@ class Sidecars:
         self._new: list[tuple[int, str]] = []
         self._num_files = 0
 
-    def complete(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(shard, sidecar) of every shard that exists with its rows and the size that was written, in order."""
-        listed = storage.listing(self.job.directory)
+    def complete(self, listed: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(shard, sidecar) of every shard that exists with its rows and the size that was written, in order.
+
+        listed: storage.listing of the job's directory.
+        """
         index = self._index(listed)
         present = [shard for shard in range(self.job.num_shards) if files.sidecar_name(shard) in listed]
         read = [shard for shard in present if shard not in index]

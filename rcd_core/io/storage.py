@@ -179,8 +179,12 @@ def open_output(path: str) -> Iterator[BinaryIO]:
         raise
 
 
+def is_object_store(path: str) -> bool:
+    """Object stores have no directories, no rename and no temporary files of killed writers."""
+    return _is_object_store(filesystem(path)[0])
+
+
 def _is_object_store(files: Any) -> bool:
-    """Object stores have no directories and no rename."""
     return files.type_name in ("s3", "gcs", "abfs")
 
 
