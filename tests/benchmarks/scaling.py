@@ -17,12 +17,11 @@ from typing import Any
 from pipelines.data.ordering import BYTES_AT_ONCE
 from pipelines.recipe.load import load_recipe
 from pipelines.recipe.model import Recipe
-from pipelines.signals.costs import PASSES, Volume, column_bytes, costs
+from pipelines.signals.costs import Volume, column_bytes
 from pipelines.signals.plan import GROUP_BATCHES, plan_shards, planned_rows
 from rcd_core.io import storage
-from rcd_core.training.plan import ModelShape, peak, training_cost
+from rcd_core.training.plan import ModelShape, training_cost
 
-SIDECAR_REQUESTS = 3  # signals.files.valid_sidecar: HEAD and GET of the sidecar, HEAD of the shard
 PREPARED_BYTES = 8  # per token in Ray's object store: id and label, int32
 PROBLEMS = 500  # MATH-500
 _SDAR: Any = {"family": "sdar", "num_kv_heads": 8, "head_dim": 128, "vocab_size": 151_936, "tie_embeddings": False}
@@ -129,11 +128,8 @@ class Scaling:
         between = [w for w in divisors if w > m.gpus_per_node]
         sending = next((w for w in between if self.send_s(w) > self.step_s(batch, w)), None)
         evaluate = self.recipe.evaluate
-        pieces = 2 * len(evaluate.thresholds) * ceil(PROBLEMS * evaluate.samples / evaluate.batch_size)
+        answers = 2 * len(evaluate.thresholds) * PROBLEMS * evaluate.samples
         prefix = next(w for w in range(batch, 1000 * batch, batch) if self.requests_per_s(w) > m.get_per_s)
-        flops = peak(m.device) * m.mfu
-        hours = costs(self.volume, PASSES["sdar"], REFERENCE.parameters, TARGET.parameters, flops, 0.0).reference_hours
-        driver_s = self.shards * SIDECAR_REQUESTS * m.get_ms / 1e3
         wait = self.wait_s(most) / (self.wait_s(most) + self.step_s(batch, most))
         return [
             (
@@ -142,7 +138,11 @@ class Scaling:
                 "blocks start with a pass over the whole context instead of one block",
             ),
             ("hashing a shard before its first row", _at(waiting), f"workers wait {wait:.0%} of the time at {most}"),
-            ("pieces of an evaluation", f"{pieces} actors", f"{max(0, self.gpus - pieces)} of {self.gpus} GPUs idle"),
+            (
+                "answers of an evaluation",
+                f"{answers // evaluate.batch_size + 1} actors",
+                f"batches of {answers // self.gpus} instead of {evaluate.batch_size} on {self.gpus} GPUs",
+            ),
             (
                 "fsdp2 traffic between nodes",
                 _at(sending),
@@ -157,11 +157,6 @@ class Scaling:
                 "requests to one prefix of an object store",
                 f"{prefix} workers",
                 f"more than {m.get_per_s:,.0f} a second",
-            ),
-            (
-                "the signals driver reading sidecars one by one",
-                f"{3600 * hours / driver_s:.0f} actors",
-                f"at most {self.shards / driver_s:.0f} shards a second",
             ),
             (
                 "prepare reading its data once per range of keys",
