@@ -86,7 +86,7 @@ def repair(ctx: StageContext) -> dict[str, Any] | None:
 def _compute(ctx: StageContext, job: SignalJob, shards: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields each shard with its sidecar once both are stored, in any order.
 
-    Ray computes a shard again if its actor or node was lost; an error in the code ends the job at once.
+    Ray computes a shard again if its actor or node was lost; an actor does so once after any other error.
     """
     if not shards:
         return

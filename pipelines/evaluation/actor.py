@@ -23,6 +23,7 @@ from pipelines.evaluation.answers import PieceWriter
 from pipelines.evaluation.results import MethodInfo, judge
 from pipelines.evaluation.shared_engine import SharedEngine
 from pipelines.ray_cluster.hardware import describe_device, device_of
+from pipelines.run.once_more import once_more
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.decoding.decoder import Decoder
 from rcd_core.decoding.reference import LocalReference
@@ -140,7 +141,7 @@ class DecodeActor:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Piece numbers -> their numbers of answers. The answers are written to the files of the pieces."""
-        return pa.table({"answers": [self.decode(number) for number in batch["id"].to_pylist()]})
+        return pa.table({"answers": [once_more(self.decode)(number) for number in batch["id"].to_pylist()]})
 
     def decode(self, number: int) -> int:
         """Decode the answers of a piece that are not on disk. Returns the number of answers of the whole piece."""
@@ -203,11 +204,18 @@ class DecodeActor:
 
     @contextmanager
     def _engine(self, method: Method) -> Iterator[tuple[Decoder, SharedEngine]]:
-        """The engine of a method's models. Another method's engine is replaced once nobody uses it any more."""
+        """The engine of a method's models. That of another method, or a failed one, is replaced once nobody uses it any
+        more."""
         key = (method.checkpoint, method.reference)
+
+        def fits() -> bool:
+            return self.current is not None and self.current[0] == key and not self.current[2].failure
+
         with self.switching:
-            self.switching.wait_for(lambda: not self.users or (self.current is not None and self.current[0] == key))
-            if self.current is None or self.current[0] != key:
+            self.switching.wait_for(lambda: not self.users or fits())
+            if self.current is not None and self.current[2].failure and self.group.ranks.failed:
+                raise self.current[2].failure  # the other ranks cannot go on
+            if not fits():
                 self._replace_engine(key)
             assert self.current is not None
             self.users += 1

@@ -14,14 +14,15 @@ _Done = queue.SimpleQueue["tuple[Request, float] | BaseException"]  # of one cal
 
 
 class SharedEngine:
-    """Runs an engine in a thread of its own. A pass that raises ends it, with the same exception for every caller."""
+    """Runs an engine in a thread of its own. A pass that raises ends it, with the same exception for every caller:
+    `failure`."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._new: queue.SimpleQueue[tuple[Request, _Done] | None] = queue.SimpleQueue()
         self._callers: dict[Request, _Done] = {}
         self._seconds: dict[Request, float] = {}
-        self._failure: BaseException | None = None
+        self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -51,7 +52,7 @@ class SharedEngine:
                 started = time.perf_counter()
                 done = self._engine.step()
             except BaseException as error:  # of any kind: callers are waiting
-                self._failure = error
+                self.failure = error
                 for caller in self._callers.values():
                     caller.put(error)
                 self._callers.clear()
@@ -67,14 +68,14 @@ class SharedEngine:
         """Take in new requests; wait for some while there is nothing to do. False: the thread must end."""
         while True:
             try:
-                new = self._new.get(block=self._failure is not None or not self._engine.busy)
+                new = self._new.get(block=self.failure is not None or not self._engine.busy)
             except queue.Empty:
                 return True
             if new is None:
                 return False
             request, caller = new
-            if self._failure is not None:
-                caller.put(self._failure)
+            if self.failure is not None:
+                caller.put(self.failure)
                 continue
             self._callers[request] = caller
             self._engine.add(request)

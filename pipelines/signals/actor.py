@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.ray_cluster.hardware import device_of
+from pipelines.run.once_more import once_more
 from pipelines.signals import files
 from pipelines.signals.plan import SignalJob, groups, plan_batches
 from rcd_core.calibration.entropy_histogram import entropy_histogram
@@ -47,7 +48,7 @@ class SignalActor:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """{"shard": numbers} -> the same with their sidecars as JSON. Rows go straight to storage."""
-        sidecars = [json.dumps(self.compute(int(shard))) for shard in batch["shard"]]
+        sidecars = [json.dumps(once_more(self.compute)(int(shard))) for shard in batch["shard"]]
         return {**batch, "sidecar": np.array(sidecars, dtype=object)}
 
     def compute(self, shard: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -30,6 +31,7 @@ from pipelines.recipe.model import Recipe
 from pipelines.run.directory import RunDirectory, StageContext
 from pipelines.run.stages import stages_of
 from rcd_core import Decoder, DecodeSettings, load_model, new_model
+from rcd_core.decoding.engine import Engine
 from rcd_core.errors import UserError
 from rcd_core.families.base import CheckpointInfo
 from rcd_core.families.config import ModelConfig
@@ -111,6 +113,11 @@ def rows(ctx: StageContext) -> list[dict[str, Any]]:
     return pq.read_table(f"{ctx.directory}/results.parquet").to_pylist()  # type: ignore[no-any-return]
 
 
+def num_decoded(ctx: StageContext) -> int:
+    """Answers on disk while the evaluation runs."""
+    return sum(pq.read_metadata(path).num_rows for path in Path(ctx.directory).glob("parts/*.parquet"))
+
+
 def timeless(ctx: StageContext) -> list[dict[str, Any]]:
     """The columns that a rerun must repeat."""
     return [{**row, "seconds": None} for row in rows(ctx)]
@@ -168,14 +175,13 @@ def test_batches_actors_and_waiting_do_not_change_the_results(
     sudoku: StageContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray's guard against executions without progress does not end it; a line tells that it waits."""
-    before = timeless(sudoku)
     sections = {"evaluate": {"thresholds": [0.9, 0.02], "batch_size": 12}, "resources": {"evaluate_actors": 1}}
     other = make_recipe(Path(sudoku.recipe.storage), **sections)
-    ctx = stage_context(other, "evaluate", sudoku.inputs)
+    ctx = stage_context(other, "other-pieces", sudoku.inputs)
     monkeypatch.setattr(ray.data.DataContext.get_current(), "execution_no_progress_timeout_s", 0.1)
     monkeypatch.setattr(waiting, "EVERY_S", 0.2)
     evaluate.run(ctx)
-    assert timeless(sudoku) == before
+    assert timeless(ctx) == timeless(sudoku)
     assert "evaluate: waiting for 12 answers, of up to 1 x (CPU 1)" in ctx.console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -295,7 +301,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def decode(ctx: StageContext, plan: Plan) -> None:
         actor = DecodeActor(plan)
         for number in range(len(plan.pieces)):
-            actor.decode(number)
+            actor(pa.table({"id": [number]}))
 
     finished = SharedEngine.finished
 
@@ -338,6 +344,29 @@ def test_an_interrupted_evaluation_decodes_the_missing_answers_only(
     assert stages_of(ctx.recipe)["evaluate"].temporary == ("parts",)
 
 
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_failed_pass_is_tried_once_more_with_a_new_engine(
+    failures: int, sudoku: StageContext, in_process: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ctx = stage_context(sudoku.recipe, f"failed-{failures}", sudoku.inputs)
+    steps, step = 0, Engine.step
+
+    def failing(self: Engine) -> Any:
+        nonlocal steps
+        steps += 1
+        if 20 < steps <= 20 + failures:
+            raise RuntimeError("a pass that fails")
+        return step(self)
+
+    monkeypatch.setattr(Engine, "step", failing)
+    if failures == 1:
+        evaluate.run(ctx)
+        assert timeless(ctx) == timeless(sudoku)
+    else:
+        with pytest.raises(RuntimeError, match="a pass that fails"):
+            evaluate.run(ctx)
+
+
 @pytest.mark.drill
 @pytest.mark.faults("the driver killed while decoding", "evaluate")
 def test_a_killed_evaluation_resumes_and_gives_the_same_results(
@@ -354,7 +383,7 @@ def test_a_killed_evaluation_resumes_and_gives_the_same_results(
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
-        while sum(pq.read_metadata(path).num_rows for path in Path(ctx.directory).glob("parts/*.parquet")) < 20:
+        while num_decoded(ctx) < 20:
             assert process.poll() is None and time.monotonic() < deadline, process.returncode
             time.sleep(0.01)
     finally:
@@ -383,12 +412,12 @@ def test_split_models_give_the_same_rows_although_a_rank_is_lost(
     seconds: list[float] = []
 
     def kill_a_rank() -> None:
-        while len(list(Path(ctx.directory).glob("parts/*/*.parquet"))) < 20:
+        while num_decoded(ctx) < 20:
             time.sleep(0.01)
         [actor] = [a for a in ray.util.list_named_actors(all_namespaces=True) if a["name"].endswith("-rank-1")]
         ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]))
-        killed, done = time.monotonic(), len(list(Path(ctx.directory).glob("parts/*/*.parquet")))
-        while len(list(Path(ctx.directory).glob("parts/*/*.parquet"))) <= done:
+        killed, done = time.monotonic(), num_decoded(ctx)
+        while num_decoded(ctx) <= done:
             time.sleep(0.1)
         seconds.append(time.monotonic() - killed)
 

@@ -55,15 +55,17 @@ def test_threads_fill_one_batch_and_get_their_own_answers() -> None:
     assert all(seconds > 0 for piece in pieces for _, seconds in piece)
 
 
-def test_a_failed_pass_ends_the_work_of_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["step", "add"])
+def test_an_error_ends_the_work_of_all_threads(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     watched, requests = engine()
     shared = SharedEngine(watched)
 
-    def step() -> Any:
-        time.sleep(0.2)
+    def fail(*args: Any) -> Any:
+        if place == "step" and not hasattr(watched, "together"):  # the first pass: all requests join before the second
+            return WatchedEngine.step(watched)
         raise MemoryError("no memory")
 
-    monkeypatch.setattr(watched, "step", step)
+    monkeypatch.setattr(watched, place, fail)
     with ThreadPoolExecutor(2) as threads:
         work = [threads.submit(lambda part=part: list(shared.finished(part))) for part in (requests[:2], requests[2:])]
         errors = [future.exception() for future in work]
