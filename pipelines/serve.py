@@ -44,8 +44,8 @@ def run(ctx: StageContext) -> dict[str, Any]:
     if not ctx.verbose:
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
     description = describe(recipe, ctx.checkpoint, ctx.residual_temperature("target"))
-    limits = api_limits(description)
-    if _live(recipe.name) == (ctx.key, limits.id) and _reachable(recipe):
+    limits, ingress = api_limits(description), description.ingress.model_dump()
+    if _live(recipe.name) == (ctx.key, limits.id, ingress) and _reachable(recipe):
         ctx.console.print(f"deploy: {recipe.name} is live already")
     else:
         _start_http(recipe)
@@ -57,7 +57,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
             free=recipe.name not in _applications(),
             say=ctx.console.print,
         )
-        about = {"recipe": recipe.name, "key": ctx.key, "example": _example(ctx)}
+        about = {"recipe": recipe.name, "key": ctx.key, "example": _example(ctx), "ingress": ingress}
         serve.run(application(description, limits, about), name=recipe.name, route_prefix="/", blocking=False)
         _wait_until_ready(recipe)
     return {"endpoint": endpoint(recipe), "application": recipe.name, "example": _example(ctx)}
@@ -122,14 +122,15 @@ def _applications() -> dict[str, ApplicationStatus]:
     return {name: application.status for name, application in serve.status().applications.items()}
 
 
-def _live(name: str) -> tuple[str, str] | None:
-    """Key and ApiLimits.id of the live application."""
+def _live(name: str) -> tuple[str, str, Any] | None:
+    """Key, ApiLimits.id and ingress settings of the live application."""
     if _applications().get(name) != ApplicationStatus.RUNNING:
         return None
     try:
         handle = serve.get_app_handle(name)
         about = handle.version.remote().result(timeout_s=READY_TIMEOUT_S)
-        return str(about["key"]), str(handle.limits_id.remote().result(timeout_s=READY_TIMEOUT_S))
+        limits_id = handle.limits_id.remote().result(timeout_s=READY_TIMEOUT_S)
+        return str(about["key"]), str(limits_id), about.get("ingress")
     except Exception:  # whatever is wrong, deploying again fixes it
         return None
 

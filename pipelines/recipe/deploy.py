@@ -19,6 +19,17 @@ class DeployedModel(Section):
     """Default decoding settings of its requests."""
 
 
+class IngressSettings(Section):
+    """The replicas that take HTTP requests and call the models."""
+
+    replicas: Count | None = None
+    """Number of them; null: two if the cluster has two nodes when it is deployed, else one."""
+    resources: dict[str, Positive] | None = None
+    """Custom Ray resources of each; null: a place on the head, where no spot node can take it away; {}: any node."""
+    drain_s: Positive | None = None
+    """Seconds that a replaced replica has to end its requests; null: ten more than the longest deadline."""
+
+
 class DeploySettings(Section):
     """The HTTP endpoint."""
 
@@ -30,6 +41,8 @@ class DeploySettings(Section):
     """Serve beyond this machine without API keys, to everyone who reaches `host`."""
     open_state: bool = False
     """`/health`, `/ready` and `/metrics` need no API key."""
+    ingress: IngressSettings = IngressSettings()
+    """Number, place and drain of the HTTP ingress."""
     model_id: str = "rcd"
     """The name that requests give as `model`."""
     start: Start = "reference"

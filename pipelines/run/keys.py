@@ -28,6 +28,7 @@ _NEUTRAL = (
     "evaluate.batch_size",
     "deploy.allow_without_keys",
     "deploy.open_state",
+    "deploy.ingress.*",
 )
 _CHECKPOINT_FILES = (".safetensors", ".json", ".txt", ".jinja", ".model")
 _ABSENT: dict[str, Any] = {}

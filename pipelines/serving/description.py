@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
+from pipelines.recipe.deploy import IngressSettings
 from pipelines.recipe.files import explain, problems_error
 from pipelines.recipe.model import Recipe
 from pipelines.recipe.rules import checkpoint_problems, needs_reference
@@ -75,12 +76,14 @@ class DescribedReference(Section):
 
 
 class Description(Section):
-    """models: by the id in the field `model` of requests. allow_without_keys, open_state: as `deploy.*` of a recipe."""
+    """models: by the id in the field `model` of requests. allow_without_keys, open_state, ingress: as `deploy.*` of a
+    recipe."""
 
     models: Annotated[dict[str, DescribedModel], Field(min_length=1)]
     reference: DescribedReference | None = None
     allow_without_keys: bool = False
     open_state: bool = False
+    ingress: IngressSettings = IngressSettings()
 
     @property
     def deployments(self) -> list[str]:
@@ -145,7 +148,7 @@ def describe(recipe: Recipe, checkpoint: Callable[[str], str], t_res: float | No
         replicas = replicas.model_copy(update={"num_gpus": gpus, "resources": reference_nodes})
         path, top_k = checkpoint("reference"), recipe.signals.top_k
         reference = DescribedReference(checkpoint=path, top_k=top_k, replicas=replicas)
-    doors = {name: getattr(deploy, name) for name in ("allow_without_keys", "open_state")}
+    doors = {name: getattr(deploy, name) for name in ("allow_without_keys", "open_state", "ingress")}
     return Description(models=models, reference=reference, **doors)
 
 

@@ -14,13 +14,15 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import RequestRouterConfig
+from ray.serve.context import _get_global_client  # the only way to get the address of a running Serve
 from ray.serve.handle import DeploymentHandle
 
 from pipelines.run.keys import key_of
-from pipelines.serving.api_keys import api_keys
+from pipelines.serving.api_keys import api_keys, check_host
 from pipelines.serving.backend import ServedModel
 from pipelines.serving.config_file import app_args
 from pipelines.serving.description import INGRESS, REFERENCE, Description, Replicas, at_commits, parse_description
@@ -34,7 +36,9 @@ from rcd_core.decode_settings import DecodeSettings
 INGRESS_REQUESTS = 4096  # at once; the targets refuse requests beyond their queues
 SPARE_REQUESTS = 32  # beyond an engine's batch and queue: refusals in progress, statistics, /ready
 DRAIN_SPARE_S = 10.0  # beyond the longest deadline, so that a request that reaches it ends with our own error
+ON_HEAD = {"node:__internal_head__": 0.001}  # a resource of the head, in each Ray cluster
 REFERENCE_CALLS = 4  # calls per reference replica, above which Serve adds another one
+_WHERE = "in the environment of the node that built the application"
 # Serve's switches for less work per message: one event loop per replica (the engine has its own thread anyway), and
 # buffered request logs.
 LEAN = {
@@ -52,7 +56,8 @@ STICKY = RequestRouterConfig(
 
 @serve.ingress()
 class Ingress:
-    """Answers even while models load or restart. about: the body of /version."""
+    """Answers even while models load or restart. about: the body of /version. Raises UserError if Serve listens beyond
+    this machine without keys."""
 
     def __init__(
         self,
@@ -61,6 +66,7 @@ class Ingress:
         about: dict[str, Any],
         limits: ApiLimits,
     ) -> None:
+        check_host("http_options.host", http_host(), limits.api_keys, limits.allow_without_keys, _WHERE)
         self.about, self.limits = about, limits
         created = int(about["created"])
         self.models = {
@@ -140,12 +146,18 @@ def application(
         "settings": {model_id: asdict(settings) for model_id, settings in defaults.items()},
         **(about or {}),
     }
+    settings = description.ingress
     ingress = serve.deployment(
         name=INGRESS,
+        num_replicas=settings.replicas or min(2, _num_nodes()),
         max_ongoing_requests=INGRESS_REQUESTS,
         max_surge_percent=100,  # a replica costs almost nothing: start the new one before the old one stops
-        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": LEAN_INGRESS}},
-        **draining,
+        ray_actor_options={
+            "num_cpus": 0,
+            "resources": ON_HEAD if settings.resources is None else settings.resources,
+            "runtime_env": {"env_vars": LEAN_INGRESS},
+        },
+        **(draining if settings.drain_s is None else {"graceful_shutdown_timeout_s": settings.drain_s}),
     )
     return ingress(Ingress).bind(targets, defaults, body, limits)
 
@@ -164,6 +176,12 @@ def api_limits(description: Description) -> ApiLimits:
         open_state=description.open_state,
         allow_without_keys=description.allow_without_keys,
     )
+
+
+def http_host() -> str:
+    """The host that Serve on this cluster listens on."""
+    client: Any = _get_global_client()
+    return str(client.http_config.host)
 
 
 def __getattr__(name: str) -> serve.Application:
@@ -201,6 +219,10 @@ def _deployment(
         **options,
     )
     return decorate(replica)
+
+
+def _num_nodes() -> int:
+    return sum(node["Alive"] for node in ray.nodes()) if ray.is_initialized() else 1
 
 
 def _release() -> str:

@@ -7,7 +7,7 @@ import pytest
 from pipelines.recipe.load import load_recipe
 from pipelines.run.stages import stages_of
 from pipelines.serving.description import describe
-from pipelines.serving.graph import application
+from pipelines.serving.graph import ON_HEAD, application
 from pipelines.serving.http.guard import ApiLimits
 from rcd_core.errors import UserError
 
@@ -68,4 +68,4 @@ def test_replicas_ask_for_it() -> None:
         for value in one.init_args:
             inner = value.values() if isinstance(value, dict) else [value]
             todo += [each._bound_deployment for each in inner if hasattr(each, "_bound_deployment")]
-    assert found["Target"] == {"big": 0.001} and found["Reference"] == {"small": 0.001} and not found["Ingress"]
+    assert found["Target"] == {"big": 0.001} and found["Reference"] == {"small": 0.001} and found["Ingress"] == ON_HEAD

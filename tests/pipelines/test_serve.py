@@ -212,10 +212,11 @@ def test_only_another_key_is_deployed_again(deployed: StageContext, monkeypatch:
     assert about() == before and "is live already" in printed(deployed)
     monkeypatch.setenv("RCD_API_KEYS", "sesame")
     limits_id = ApiLimits(api_keys=api_keys()).id
-    assert serve._live("tiny") != ("key-1", limits_id), "without the new API key"
+    live = {"replicas": None, "resources": None, "drain_s": None}
+    assert serve._live("tiny") != ("key-1", limits_id, live), "without the new API key"
     serve.run(replace(deployed, key="key-2"))
     assert about()["key"] == "key-2" and "sesame" not in str(about())
-    assert serve._live("tiny") == ("key-2", limits_id)
+    assert serve._live("tiny") == ("key-2", limits_id, live)
     base = serve.endpoint(deployed.recipe) + "/v1"
     assert openai.OpenAI(base_url=base, api_key="sesame", max_retries=0).models.retrieve("tiny-rcd").id == "tiny-rcd"
     with pytest.raises(openai.AuthenticationError):

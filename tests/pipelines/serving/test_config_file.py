@@ -20,6 +20,7 @@ from pipelines.ray_cluster.local import Head, environment
 from pipelines.recipe.inputs import check_inputs
 from pipelines.recipe.load import load_recipe
 from pipelines.recipe.rules import reference_keys
+from pipelines.serving import graph
 from pipelines.serving.config_file import BUILD, CONFIG, config_problems, read_config
 from pipelines.serving.description import (
     DescribedModel,
@@ -168,22 +169,51 @@ def test_a_host_beyond_this_machine_needs_keys_or_permission(
     assert cli.main(["serve", "check", str(path)]) == 0
 
 
-def test_the_args_say_who_gets_in(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("host", "starts"), [("127.0.0.1", True), ("0.0.0.0", False), ("10.0.0.1", False)])
+def test_the_ingress_starts_beyond_this_machine_with_keys_or_permission_only(
+    host: str, starts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the application was built: it asks Serve for its address."""
+    monkeypatch.setattr(graph, "http_host", lambda: host)
+
+    def start(limits: ApiLimits) -> None:
+        graph.Ingress.__mro__[1]({}, {}, {"created": 1}, limits)  # without Serve's wrapper, which needs a replica
+
+    start(ApiLimits(api_keys=("a",)))
+    start(ApiLimits(allow_without_keys=True))
+    if starts:
+        start(ApiLimits())
+    else:
+        with pytest.raises(UserError, match=r"http_options\.host .*RCD_API_KEYS"):
+            start(ApiLimits())
+
+
+def test_the_args_say_who_gets_in_and_where_the_ingress_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RCD_API_KEYS", "a")
+    monkeypatch.setattr(graph, "_num_nodes", lambda: 3)
     models = {"models": {"rcd": {"checkpoint": "/a"}}}
 
-    def limits(**args: Any) -> Any:
-        return build({**models, **args})._bound_deployment.init_args[3]
+    def ingress(**args: Any) -> Any:
+        return build({**models, **args})._bound_deployment
 
-    assert limits() == ApiLimits(api_keys=("a",))
-    opened = limits(allow_without_keys=True, open_state=True)
-    assert opened == ApiLimits(api_keys=("a",), allow_without_keys=True, open_state=True)
+    default = ingress()
+    assert default.init_args[3] == ApiLimits(api_keys=("a",))
+    assert default.num_replicas == 2 and default.ray_actor_options["resources"] == graph.ON_HEAD
+    assert default._deployment_config.graceful_shutdown_timeout_s == ApiLimits().timeout_s + graph.DRAIN_SPARE_S
+    opened = ingress(allow_without_keys=True, open_state=True)
+    assert opened.init_args[3] == ApiLimits(api_keys=("a",), allow_without_keys=True, open_state=True)
+    placed = ingress(ingress={"replicas": 5, "resources": {}, "drain_s": 7})
+    assert placed.num_replicas == 5 and not placed.ray_actor_options.get("resources")
+    assert placed._deployment_config.graceful_shutdown_timeout_s == 7
+    monkeypatch.setattr(graph, "_num_nodes", lambda: 1)
+    assert ingress().num_replicas == 1
 
 
 def test_a_recipe_says_it_too() -> None:
-    keys = ["deploy.allow_without_keys=true", "deploy.open_state=true"]
+    keys = ["deploy.allow_without_keys=true", "deploy.open_state=true", "deploy.ingress={replicas: 4, drain_s: 9}"]
     description = describe(load_recipe("demo", keys), "/{}".format)
     assert description.allow_without_keys and description.open_state
+    assert (description.ingress.replicas, description.ingress.drain_s) == (4, 9)
 
 
 def test_the_builder_names_the_same_key() -> None:
