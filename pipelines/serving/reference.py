@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -117,6 +117,9 @@ class Reference:
         self.export = asyncio.create_task(export_metrics(self.statistics))
 
     async def signals(self, requests: list[WarmStart]) -> list[bytes]:
+        """One reply per request, in order. Raises ValueError for a request of the whole distribution."""
+        if any(request.top_k is None for request in requests):  # checked here, so that it fails no other call
+            raise ValueError("a whole distribution is too large to send: top_k is None")
         return await self._batched(requests)
 
     async def ready(self) -> None:
@@ -141,4 +144,4 @@ class Reference:
         signals = self.model.signals(requests)
         self.counts["reference_passes_total"] += 1
         self.counts["reference_seconds_total"] += time.perf_counter() - started
-        return [s.to_bytes() for s in signals if isinstance(s, ReferenceSignals)]
+        return [cast(ReferenceSignals, s).to_bytes() for s in signals]

@@ -26,7 +26,7 @@ from pipelines.run.directory import StageContext
 from pipelines.run.keys import key_of
 from pipelines.serving.api_keys import api_keys
 from pipelines.serving.http.guard import ApiLimits
-from rcd_core import Decoder, DecodeSettings, load_model
+from rcd_core import Decoder, DecodeSettings, ReferenceSignals, WarmStart, load_model
 from rcd_core.errors import UserError
 from tests.conftest import ROOT
 from tests.pipelines.serving.serve_run import CANVAS, metrics, serve_context, tokenizer, until
@@ -190,6 +190,21 @@ def test_the_printed_command_works(deployed: StageContext) -> None:
     answer = json.loads(subprocess.run(shlex.split(line), capture_output=True, check=True, timeout=60).stdout)
     assert answer["choices"][0]["text"][0:2] == "12" and answer["model"] == "tiny-rcd"
     assert f"--recipe {deployed.run.path}/recipe.yaml --teardown" in printed(deployed).replace("\n", "")
+
+
+def test_a_failed_call_to_the_reference_shifts_no_other_reply(deployed: StageContext) -> None:
+    """Calls that arrive together share a pass. Every third one asks for a whole distribution, which is not sent."""
+    handle = ray_serve.get_deployment_handle("Reference", "tiny")
+    sizes = [None if n % 3 == 0 else n for n in range(12)]
+    start = WarmStart(canvas_ids=tuple(range(8, 16)), positions=(2, 3), block_length=8)
+    responses = [handle.signals.remote([replace(start, top_k=top_k)]) for top_k in sizes]
+    for top_k, response in zip(sizes, responses, strict=True):
+        if top_k is None:
+            with pytest.raises(ValueError, match="top_k"):
+                response.result(timeout_s=60)
+        else:
+            [reply] = response.result(timeout_s=60)
+            assert ReferenceSignals.from_bytes(reply).topk_ids.shape[-1] == top_k
 
 
 def test_the_snippet_of_the_readme_works(deployed: StageContext, capsys: pytest.CaptureFixture[str]) -> None:
