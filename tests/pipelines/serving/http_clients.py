@@ -61,6 +61,12 @@ def ask(http: httpx.Client, url: str, body: dict[str, Any], started: threading.S
     return reply
 
 
+def ask_once(url: str, body: dict[str, Any]) -> Reply:
+    """On a connection of its own."""
+    with httpx.Client(timeout=10, trust_env=False) as http:
+        return ask(http, url, body)
+
+
 def keep_asking(
     url: str, number: int, seeds: Sequence[int], tokens: int, stop: threading.Event, pause_s: float = 0.0
 ) -> list[Reply]:

@@ -6,6 +6,7 @@ Replicas start slowly, so `make drill` runs these.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -33,7 +34,8 @@ POLICY = "low_confidence_dynamic"
 def deployed(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StageContext]:
     # The third replica never starts, but it turns Serve's autoscaler on.
     replicas = {"min_replicas": 2, "max_replicas": 3, "target_ongoing_requests": 1000.0}
-    context = serve_context(tmp_path_factory.mktemp("runs"), SLOWER, baseline=False, **replicas)
+    ingress = {"replicas": 2}
+    context = serve_context(tmp_path_factory.mktemp("runs"), SLOWER, baseline=False, ingress=ingress, **replicas)
     serve.run(context)
     until(lambda: len(alive("Target")) == len(alive("Reference")) == 2)
     yield context
@@ -96,9 +98,47 @@ def test_a_killed_target_fails_no_request_and_changes_no_text(deployed: StageCon
         answers = [future.result(timeout=300) for future in [*streams, *whole]]
     assert [answer.text for answer in answers] == expected
     assert all(answer.tokens == TOKENS for answer in answers)
-    assert metrics(deployed)["retries_total"] > 0, "no request was on the killed replica"
+    until(lambda: metrics(deployed)["retries_total"] > 0)  # of one ingress replica: either may answer
     until(lambda: len(alive("Target")) == 2)
     fault_table.add("those of 16 requests that ran on it were resumed elsewhere", "no request failed, the same texts")
+
+
+def kill_proxy() -> None:
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if "SERVE_PROXY_ACTOR" in actor["name"]:
+            ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]), no_restart=False)
+
+
+@pytest.mark.faults("one of two ingress replicas, then the HTTP proxy killed", "deploy")
+def test_after_a_killed_ingress_or_proxy_new_requests_are_answered(
+    deployed: StageContext, fault_table: FaultTable
+) -> None:
+    """Each of eight streams is complete or breaks off, and says so; what it sent is a beginning of the right text."""
+    seeds = range(1, 9)
+    expected = undisturbed(deployed, seeds)
+    for name, kill in (("ingress", lambda: kill_one("Ingress")), ("proxy", kill_proxy)):
+        until(lambda: len(alive("Ingress")) == 2)
+        started = threading.Semaphore(0)
+        with ThreadPoolExecutor(8) as threads:
+            streams = [threads.submit(ask, deployed, seed, True, started) for seed in seeds]
+            for _ in seeds:
+                assert started.acquire(timeout=100)
+            kill()
+            killed = time.monotonic()
+            while (new := clients.ask_once(serve.endpoint(deployed.recipe), words(9, 8, False))).problem:
+                assert time.monotonic() - killed < 100, new.problem
+                time.sleep(0.1)
+            recovery_s = time.monotonic() - killed
+            answers = [future.result(timeout=300) for future in streams]
+        broken = [answer for answer in answers if answer.problem]
+        assert all(text.startswith(answer.text) for answer, text in zip(answers, expected, strict=True))
+        assert all(answer.text == text for answer, text in zip(answers, expected, strict=True) if not answer.problem)
+        if name == "ingress":
+            assert recovery_s < 10, "the other replica answers"
+        else:
+            assert len(broken) == 8, "the proxy carries every stream"
+        happened = f"{name}: {len(broken)} of 8 streams broke off without [DONE], the others were complete"
+        fault_table.add(happened, "new requests were answered", recovery_s=recovery_s)
 
 
 @pytest.mark.faults("all replicas of the reference killed, again and again", "deploy")
