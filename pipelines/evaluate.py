@@ -113,6 +113,7 @@ def make_plan(ctx: StageContext, methods: Sequence[Method], done: Set[Answer]) -
     return Plan(
         task=recipe.data.task_of("test"),
         grader=evaluate.grader,
+        attention=evaluate.attention,
         run_code=evaluate.run_code,
         tokenizer=storage.join(directory, "tokenizer"),
         files=tuple(storage.join(directory, "test", name) for name in summary["test"]),

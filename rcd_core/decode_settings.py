@@ -11,6 +11,7 @@ Policy = Literal["sequential", "low_confidence_static", "low_confidence_dynamic"
 RankBy = Literal["confidence", "entropy", "margin"]
 Start = Literal["reference", "zero", "self", "dirichlet"]
 CacheMode = Literal["none", "block", "prefix", "dual"]
+DecodeAttention = Literal["auto", "sdpa", "eager", "varlen", "flash"]  # attention/paged_backends.py
 # Computed in alpha.py. The names live here because settings are read without torch.
 AlphaRule = Literal[
     "normalized_entropy",  # H / ln V: Eq. 3, the paper's method

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_type_h
 from cyclopts import Group, Parameter, Token
 
 from pipelines.recipe.descriptions import DESCRIPTIONS
-from rcd_core.decode_settings import DecodeSettings
+from rcd_core.decode_settings import DecodeAttention, DecodeSettings
 
 
 def _whole(_: Any, tokens: Sequence[Token]) -> int:
@@ -89,7 +89,7 @@ class GenerateFlags:
     ref_model_dir: Annotated[str | None, MODEL("Reference model, which warm-starts the residuals of a block.")] = None
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], MODEL("auto: the checkpoint's.")] = "auto"
     device: Annotated[str | None, MODEL("Default: cuda if available, else cpu.")] = None
-    attention: Annotated[Literal["sdpa", "eager", "flex", "flash"], MODEL("Attention implementation.")] = "sdpa"
+    attention: Annotated[DecodeAttention, MODEL("auto: the fastest that runs here.")] = "auto"
     tensor_parallel: Annotated[Int, MODEL("Processes that hold the model together; start them with torchrun.")] = 1
     mask_id: Annotated[Int | None, MODEL("Must equal the checkpoint's mask token id, which is used.")] = None
     trust_remote_code: Annotated[bool, MODEL("Accepted and ignored: a checkpoint's code is never run.")] = False

@@ -85,6 +85,7 @@ class Plan:
 
     task: str
     grader: str
+    attention: str
     run_code: bool
     tokenizer: str
     files: tuple[str, ...]
@@ -250,7 +251,7 @@ class DecodeActor:
         if self.model is not None:
             release(self.model)
         self.model = self.reference = None
-        load = partial(load_models, *paths, device=self.device, dtype=self.dtype)
+        load: Any = partial(load_models, *paths, device=self.device, dtype=self.dtype, attention=self.plan.attention)
         self.group.follow(load)
         self.model, self.reference = load(self.group.ranks)
         self.paths = paths
@@ -259,8 +260,9 @@ class DecodeActor:
 _loaded: dict[str, Any] = {}  # models of this process by path
 
 
-def load_models(checkpoint: str, reference: str | None, ranks: Any, *, device: str, dtype: Any) -> tuple[Any, Any]:
-    """(a rank's part of the model, its LocalReference or None). A model of the last call is kept if it is needed."""
+def load_models(checkpoint: str, reference: str | None, ranks: Any, **options: Any) -> tuple[Any, Any]:
+    """(a rank's part of the model, its LocalReference or None). A model of the last call is kept if it is needed.
+    options: of load_model."""
     from rcd_core.families.loading import load_model
 
     be_patient()
@@ -269,7 +271,7 @@ def load_models(checkpoint: str, reference: str | None, ranks: Any, *, device: s
         del _loaded[path]
     for path in paths:
         if path not in _loaded:
-            _loaded[path] = load_model(path, dtype=dtype, device=device, ranks=ranks)
+            _loaded[path] = load_model(path, ranks=ranks, **options)
     return _loaded[checkpoint], LocalReference(_loaded[reference]) if reference else None
 
 

@@ -90,7 +90,7 @@ def load_generator(
     *,
     dtype: str = "auto",
     device: str | None = None,
-    attention: str = "sdpa",
+    attention: str = "auto",
     mask_id: int | None = None,
     needs_tokenizer: bool = True,
     ranks: Ranks = ALONE,

@@ -41,7 +41,7 @@ class RcdLM(LM):
         target: str | None = None,
         reference: str | None = None,
         dtype: str = "auto",
-        attention: str = "sdpa",
+        attention: str = "auto",
         device: str | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,

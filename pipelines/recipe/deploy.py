@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from pipelines.recipe.types import Count, Positive, Section
-from rcd_core.decode_settings import DecodeSettings, Start
+from rcd_core.decode_settings import DecodeAttention, DecodeSettings, Start
 
 
 class DeployedModel(Section):
@@ -57,6 +57,8 @@ class DeploySettings(Section):
     """Requests that a replica decodes at once; fewer when memory is short."""
     max_queue: Annotated[int, Field(ge=0)] = 128
     """Requests that may wait per replica; further ones get status 429."""
+    attention: DecodeAttention = "auto"
+    """Attention of target and reference, as in `evaluate`."""
     max_length: Count | None = None
     """Most tokens of prompt and answer; null: the model's limit, at most 4096."""
     min_replicas: Count = 1

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from fnmatch import fnmatch
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from pipelines.recipe.deploy import DeploySettings
+from pipelines.recipe.resources import Resources
 from pipelines.recipe.types import (
     Baseline,
     Count,
@@ -18,10 +18,9 @@ from pipelines.recipe.types import (
     Positive,
     Section,
     Share,
-    Workers,
 )
 from rcd_core.calibration.distance import Match
-from rcd_core.decode_settings import DecodeSettings, Start
+from rcd_core.decode_settings import DecodeAttention, DecodeSettings, Start
 from rcd_core.errors import UserError
 from rcd_core.families.config import ModelConfig
 from rcd_core.io import storage
@@ -163,6 +162,8 @@ class EvaluateSettings(Section):
     """Further decoding methods by name."""
     grader: Literal["default", "official"] = "default"
     """`default` compares values; `official` judges as GSM8K's and MATH's graders do. Results say where they differ."""
+    attention: DecodeAttention = "auto"
+    """Attention of decoding; `auto` takes the fastest that runs where the stage runs, and its log says which."""
     run_code: bool = False
     """Let `humaneval` run generated code, in limited processes that are no sandbox."""
 
@@ -176,50 +177,6 @@ class CalibrateSettings(Section):
     """Inputs on which target and reference are compared: those that decoding visits, or those of training."""
     decode: DecodeSettings = DecodeSettings()
     """Decoding settings; the confidence threshold decides which inputs decoding visits."""
-
-
-class Resources(Section):
-    """What stages request from the cluster. Results do not depend on it."""
-
-    num_workers: Workers = 1
-    """Training workers; `[2, 8]` trains with as many as fit, also after a restart."""
-    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
-    """CPUs per worker or actor."""
-    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
-    """GPUs per worker or actor."""
-    max_failures: Annotated[int, Field(ge=0)] = 3
-    """Lost workers after which a training resumes; exceptions are never retried."""
-    signal_actors: Count = 1
-    """Most actors of stage signals."""
-    evaluate_actors: Count = 1
-    """Most actors of stages calibrate and evaluate."""
-    tensor_parallel: Count = 1
-    """Workers over which stages evaluate and deploy split each model; an actor or replica takes so many."""
-    timeout_s: Annotated[float, Field(ge=0)] = 600
-    """Seconds to wait for resources."""
-    no_progress_timeout_s: Positive | None = None
-    """Fail stage signals when no shard finishes for this many seconds; null waits and reports."""
-    custom: dict[str, dict[str, Positive]] = {}
-    """Stage or pattern -> custom Ray resources of its workers, to place stages on nodes that offer them."""
-
-    @property
-    def worker_counts(self) -> range:
-        """Every number of workers that a training may have."""
-        return range(n, n + 1) if isinstance(n := self.num_workers, int) else range(n[0], n[1] + 1)
-
-    @property
-    def elastic(self) -> bool:
-        """Whether the number of workers may change."""
-        return not isinstance(self.num_workers, int)
-
-    def custom_resources(self, stage: str) -> dict[str, float]:
-        """Custom Ray resources of each worker of a stage, from all patterns that match its name."""
-        return {n: amount for key, of in self.custom.items() if fnmatch(stage, key) for n, amount in of.items()}
-
-    def worker_bundle(self, stage: str) -> dict[str, float]:
-        """All resources that one worker of a stage needs on its node."""
-        bundle = {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker, **self.custom_resources(stage)}
-        return {name: amount for name, amount in bundle.items() if amount}
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
     if target.start is not None and recipe.base is not None:
         yield "base is given but target.start does not use it; set one of them to null"
     yield from _training_problems(recipe)
+    yield from _attention_problems(recipe)
     if reference is None:
         for key in reference_keys(recipe):
             yield f"{key} needs the reference but reference is null; give one, or change {key}"
@@ -318,3 +319,14 @@ def checkpoint_problems(key: str, start: str) -> Iterator[str]:
         yield f"{key} is {start!r}, a relative path; {_ABSOLUTE}, or a hub id owner/name[@revision]"
     elif os.path.exists(start):
         yield f"{key} is {start!r}, a hub id and also a relative path here; give an absolute path if you mean the path"
+
+
+def _attention_problems(recipe: Recipe) -> Iterator[str]:
+    gpus = recipe.resources.gpus_per_worker
+    chosen: list[tuple[str, str]] = [("evaluate", recipe.evaluate.attention), ("deploy", recipe.deploy.attention)]
+    for key, section in (("base", recipe.base), ("reference", recipe.reference), ("target", recipe.target)):
+        if section is not None and section.train is not None:
+            chosen.append((f"{key}.train", section.train.attention))
+    for key, name in chosen:
+        if name in ("flex", "flash", "varlen") and not gpus:
+            yield f"{key}.attention is {name!r}, which needs a GPU, but resources.gpus_per_worker is 0; use 'sdpa'"

@@ -25,10 +25,13 @@ _NEUTRAL = (
     "*.train.activation_checkpointing",
     "data.max_bad_rows",
     "signals.max_bad_rows",
+    "*.train.attention",
     "evaluate.batch_size",
+    "evaluate.attention",
     "deploy.allow_without_keys",
     "deploy.open_state",
     "deploy.ingress.*",
+    "deploy.attention",
 )
 _CHECKPOINT_FILES = (".safetensors", ".json", ".txt", ".jinja", ".model")
 _ABSENT: dict[str, Any] = {}

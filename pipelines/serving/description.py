@@ -17,7 +17,7 @@ from pipelines.recipe.model import Recipe
 from pipelines.recipe.rules import checkpoint_problems, needs_reference
 from pipelines.recipe.types import Count, Positive, Section
 from pipelines.run.commits import ask_commit, at_commit, hub_names
-from rcd_core.decode_settings import DecodeSettings
+from rcd_core.decode_settings import DecodeAttention, DecodeSettings
 
 REFERENCE, INGRESS = "Reference", "Ingress"  # deployments
 _DEPLOYMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -44,8 +44,8 @@ class Replicas(Section):
 
 class DescribedModel(Section):
     """reference: whether requests may start from the reference; None: if `decode` does. deployment: its name on the
-    dashboard; None: the model's id. max_batch, max_queue, max_length: as in target.Target. tensor_parallel: processes
-    over which a replica splits the model; `replicas` has the resources of each."""
+    dashboard; None: the model's id. max_batch, max_queue, max_length, attention: as in target.Target. tensor_parallel:
+    processes over which a replica splits the model; `replicas` has the resources of each."""
 
     checkpoint: str
     decode: DecodeSettings = DecodeSettings()
@@ -55,6 +55,7 @@ class DescribedModel(Section):
     max_queue: Annotated[int, Field(ge=0)] = 128
     max_length: Count | None = None
     tensor_parallel: Count = 1
+    attention: DecodeAttention = "auto"
     replicas: Replicas = Replicas()
 
     @property
@@ -72,6 +73,7 @@ class DescribedReference(Section):
 
     checkpoint: str
     top_k: Annotated[int, Field(ge=1, le=32767)] = 32
+    attention: DecodeAttention = "auto"
     replicas: Replicas = Replicas()
 
 
@@ -135,7 +137,7 @@ def describe(recipe: Recipe, checkpoint: Callable[[str], str], t_res: float | No
         num_gpus=min(1.0, resources.gpus_per_worker / ((len(served) + shares_gpus) if ranks == 1 else 1)),
         resources=nodes,
     )
-    limits: dict[str, Any] = deploy.model_dump(include={"max_batch", "max_queue", "max_length"})
+    limits: dict[str, Any] = deploy.model_dump(include={"max_batch", "max_queue", "max_length", "attention"})
     limits["tensor_parallel"] = ranks
     limits["replicas"] = replicas.model_copy(update={"target_ongoing_requests": deploy.target_ongoing_requests})
     models = {
@@ -147,7 +149,7 @@ def describe(recipe: Recipe, checkpoint: Callable[[str], str], t_res: float | No
         gpus = replicas.num_gpus if shares_gpus else min(1.0, resources.gpus_per_worker)
         replicas = replicas.model_copy(update={"num_gpus": gpus, "resources": reference_nodes})
         path, top_k = checkpoint("reference"), recipe.signals.top_k
-        reference = DescribedReference(checkpoint=path, top_k=top_k, replicas=replicas)
+        reference = DescribedReference(checkpoint=path, top_k=top_k, attention=deploy.attention, replicas=replicas)
     doors = {name: getattr(deploy, name) for name in ("allow_without_keys", "open_state", "ingress")}
     return Description(models=models, reference=reference, **doors)
 

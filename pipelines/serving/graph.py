@@ -113,6 +113,7 @@ def application(
             described.replicas.num_gpus,
             sum(model.max_batch * model.replicas.max_replicas for model in users),
             max(model.max_length or MAX_LENGTH for model in users),
+            described.attention,
         )
     targets = {}
     for model_id, model in description.models.items():
@@ -135,6 +136,7 @@ def application(
             max_queue=model.max_queue,
             max_length=model.max_length,
             bundles=model.bundles,
+            attention=model.attention,
             has_t_res=model.decode.residual_temperature is not None,
         )
     defaults = {model_id: model.decode for model_id, model in description.models.items()}

@@ -106,9 +106,9 @@ class Reference:
     positions of a context. gpus: what the replica has asked Ray for.
     """
 
-    def __init__(self, checkpoint: str, gpus: float, contexts: int, max_length: int) -> None:
+    def __init__(self, checkpoint: str, gpus: float, contexts: int, max_length: int, attention: str = "auto") -> None:
         device, dtype = device_of(gpus)
-        model = load_model(checkpoint, dtype=dtype, device=device)
+        model = load_model(checkpoint, dtype=dtype, device=device, attention=attention)
         length = min(max_length, model.max_positions)
         contexts = fit_batch(model, length, model.info.block_length, contexts, part=gpu_share(gpus))
         self.model = LocalReference(model, contexts, length)

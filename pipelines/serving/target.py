@@ -75,13 +75,14 @@ class Target:
         max_queue: int,
         max_length: int | None,
         bundles: Sequence[Mapping[str, float]] = (),
+        attention: str = "auto",
         has_t_res: bool = False,
     ) -> None:
         self.group = RankGroup(bundles)
         device, dtype = device_of(gpus)
-        self.group.follow(partial(_load, checkpoint, dtype, device))
+        self.group.follow(partial(_load, checkpoint, dtype, device, attention))
         checkpoint = node_copy(checkpoint)  # once, so that model and tokenizer are of the same version
-        model, _ = _load(checkpoint, dtype, device, self.group.ranks)
+        model, _ = _load(checkpoint, dtype, device, attention, self.group.ranks)
         residual = bool(model.info.rcd) or reference is not None
         if not has_t_res and (message := uncalibrated(DecodeSettings(residual=residual), model)):
             logger.warning("%s: %s", checkpoint, message)
@@ -132,8 +133,10 @@ class Target:
         self.engine.check()
 
 
-def _load(checkpoint: str, dtype: torch.dtype | None, device: str, ranks: Ranks) -> tuple[DiffusionModel, None]:
-    return load_model(checkpoint, dtype=dtype, device=device, ranks=ranks), None
+def _load(
+    checkpoint: str, dtype: torch.dtype | None, device: str, attention: str, ranks: Ranks
+) -> tuple[DiffusionModel, None]:
+    return load_model(checkpoint, dtype=dtype, device=device, attention=attention, ranks=ranks), None
 
 
 def weights_id(model: DiffusionModel) -> str:

@@ -17,6 +17,7 @@ from pipelines.ray_cluster.hardware import device_of
 from pipelines.training.checkpoints import Checkpoints
 from pipelines.training.job import SEED_BITS, TrainJob
 from pipelines.training.metrics import MetricsLog
+from rcd_core.attention.backends import backend_key
 from rcd_core.errors import UserError
 from rcd_core.families.base import CheckpointInfo, DiffusionModel
 from rcd_core.families.loading import load_model, new_model
@@ -64,6 +65,7 @@ def _train(job: TrainJob) -> None:
     if storage.exists(storage.join(job.directory, EXPORTED)):
         return  # a worker was lost after the export
     model = start_model(job).requires_grad_(True)
+    model.config._attn_implementation = backend_key(job.settings.attention, device)
     if job.settings.strategy != "fsdp2":  # fsdp2 moves the model to the device in shards
         model = model.to(device)
     reference = load_model(job.reference, device=device, dtype=dtype) if job.reference else None

@@ -4,8 +4,8 @@ sdpa    PyTorch's scaled dot product. Small passes use one mask for all layers. 
         each read only the keys that some query of the tile sees, so that extra memory grows linearly with the length.
 eager   plain matrix products: the reference for the others.
 flex    FlexAttention with a BlockMask made from the extents of 128-token tiles; compiled on GPUs.
-flash   flash-attn (an extra) where all queries of a row see the same prefix: LLaDA. Other layouts use sdpa, because
-        flash-attn has no block-shaped masks.
+flash   flash-attn (an extra) where all queries of a row see the same prefix: LLaDA. Other layouts use sdpa, which a
+        warning says, because flash-attn has no block-shaped masks.
 
 Shapes: B rows, H query heads, G key/value heads, Q queries, K keys, d head width.
 Each backend maps query (B, H, Q, d), key and value (B, G, K, d) to (B, Q, H, d).
@@ -14,6 +14,7 @@ Each backend maps query (B, H, Q, d), key and value (B, G, K, d) to (B, Q, H, d)
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 from collections.abc import Callable
 from functools import cache
@@ -32,6 +33,7 @@ DENSE_PAIRS = 1 << 20  # pairs of query and key, rows included, up to which one 
 TILE = 256  # queries of a tile above that
 FLEX_TILE = 128
 
+log = logging.getLogger(__name__)
 _attend = nn.functional.scaled_dot_product_attention
 
 
@@ -68,6 +70,7 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout | 
     """Keys beyond a row's length are left out instead of masked."""
     lengths = None if layout is None else layout.lengths
     if layout is not None and lengths is None:
+        _warn_once()
         return sdpa_attention(query, key, value, layout, scaling)
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
@@ -82,6 +85,11 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout | 
     flat = q.reshape(num_rows * num_queries, *q.shape[2:])
     out = flash_attn_varlen_func(flat, k[present], v[present], starts, key_starts, num_queries, num_keys, **options)
     return out.view(q.shape)  # type: ignore[no-any-return]
+
+
+@cache
+def _warn_once() -> None:
+    log.warning("attention is 'flash', but this layout needs block-shaped masks, which flash-attn lacks: sdpa runs")
 
 
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
@@ -108,9 +116,12 @@ for _name, _backend in FUNCTIONS.items():
 
 
 def backend_key(attention: str, device: torch.device | str = "cpu") -> str:
-    """The registry key of a backend; UserError if it is unknown or cannot run on this device."""
+    """The registry key of a backend; UserError if it is unknown or cannot run on this device. "auto" and "varlen"
+    concern decoding (paged_backends.py) and mean sdpa here."""
+    if attention in ("auto", "varlen"):
+        return BACKENDS["sdpa"]
     if attention not in BACKENDS:
-        raise UserError(f"attention is {attention!r}; allowed: {', '.join(BACKENDS)}")
+        raise UserError(f"attention is {attention!r}; allowed: {', '.join(('auto', 'varlen', *BACKENDS))}")
     if attention == "flash":
         if importlib.util.find_spec("flash_attn") is None:
             raise UserError(

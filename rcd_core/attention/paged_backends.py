@@ -130,7 +130,7 @@ def paged_backend(
     deterministic: a row's result does not depend on its batch, bit for bit.
     """
     if name not in NAMES:
-        raise UserError(f"attention is {name!r}; allowed for decoding: {', '.join(NAMES)}")
+        raise UserError(f"attention is {name!r}, which does not decode; allowed: {', '.join(NAMES)}")
     sizes = config.num_attention_heads, config.num_key_value_heads, page_size
     kernels = device.type == "cuda" and dtype in _HALF
     if name in ("varlen", "flash") and not kernels:

@@ -54,8 +54,9 @@ class Engine:
     num_pages: pages of the cache (pages.py). A request takes pages as it grows; if none is left, the youngest request
     gives up its own and decodes its block again later. None: as many as max_batch requests of max_length need, and each
     request has neighbouring pages.
-    attention: backend of decoding (attention/paged_backends.py). fixed_shapes: passes over blocks are padded to a small
-    set of shapes and captured as CUDA graphs (None: on GPUs, where the attention backend can be captured).
+    attention: backend of decoding (attention/paged_backends.py); None: the model's.
+    fixed_shapes: passes over blocks are padded to a small set of shapes and captured as CUDA graphs (None: on GPUs,
+    where the attention backend can be captured).
     observer: called after every denoising step.
     """
 
@@ -70,7 +71,7 @@ class Engine:
         prefill_chunk: int = 2048,
         reuse_prefixes: bool = False,
         num_pages: int | None = None,
-        attention: str = "auto",
+        attention: str | None = None,
         fixed_shapes: bool | None = None,
         observer: Observer | None = None,
     ) -> None:
@@ -81,7 +82,7 @@ class Engine:
         self.running: list[Sequence] = []
         self.statistics = Statistics()
         page_size = page_size_of(model.device)
-        backend = paged_backend(attention, model.config, model.dtype, model.device, page_size)
+        backend = paged_backend(attention or model.attention, model.config, model.dtype, model.device, page_size)
         if backend.needs_lanes and num_pages is not None:
             raise UserError(
                 f"num_pages is set but attention {backend.name!r} reads neighbouring pages only; leave it out"
@@ -150,7 +151,7 @@ class Engine:
                 return
             self.waiting.popleft()
             self.running.append(s)
-            s.stored = taken
+            s.stored, s.kind = taken, self._runner.sampler.kind_of(s)
             if s.settings.residual and self._state.reserve(max(s.settings.block_length, s.widest_scope), self.running):
                 self._runner.graphs.clear()
             self.statistics.reused_tokens += taken
@@ -165,14 +166,15 @@ class Engine:
             if s in waits or s.finished or s not in self.running:
                 continue
             kind, chunks = s.next_pass(self.prefill_chunk)
-            while not self.tables.grow(s, max(chunk.num_keys for chunk in chunks)):
+            while not self.tables.grow(s, chunks[-1].num_keys):
                 victim = next(v for v in reversed(self.running) if not v.finished)
                 self._preempt(victim)
                 chosen = [r for r in chosen if r.sequence is not victim]
                 if victim is s:
                     break
             else:
-                chosen.append(RequestPass(s, kind, chunks, s.num_masked if kind == "denoise" else 0))
+                num_tokens = sum(len(chunk.token_ids) for chunk in chunks)
+                chosen.append(RequestPass(s, kind, chunks, num_tokens, s.num_masked if kind == "denoise" else 0))
         return chosen
 
     def _preempt(self, s: Sequence) -> None:
@@ -253,8 +255,9 @@ class Engine:
     # -- after the passes
     def _pass_done(self, request: RequestPass) -> None:
         s = request.sequence
-        if s.settings.cache == "block" and request.kind == "denoise" and s.stored < s.block[0]:
-            self.statistics.merged_stores += s.block_index > 0
+        block = s.live[0]
+        if request.kind == "denoise" and s.stored < block.start and s.settings.cache == "block":
+            self.statistics.merged_stores += block.index > 0
         s.pass_done(request.kind, request.chunks[-1].end)
         if self.reuse_prefixes and s.shares_prefix:
             self.tables.register(s)

@@ -113,7 +113,7 @@ class LiveBlocksSequence(Sequence):
         elif not ended and _share(last) >= s.block_add_threshold:
             start, end = self.blocks[last.index + 1]
             if end - self.live[0].start <= self.span:
-                self.live.append(LiveBlock(self, last.index + 1, start, end, activated=False))
+                self.live.append(LiveBlock(self, last.index + 1, start, end, s, activated=False))
         self.live[0].activated = True
         for block, following in pairwise(self.live):
             following.activated |= _share(block) >= s.decoded_token_threshold

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -144,18 +145,14 @@ class Forward:
         return self.layers(embeds, positions, write, attend, self.cache)
 
 
-@dataclass(frozen=True)
-class RequestPass:
+class RequestPass(NamedTuple):
     """What one request needs in a step. num_masked: positions that it predicts."""
 
     sequence: Sequence
     kind: PassKind
     chunks: list[Chunk]
+    num_tokens: int
     num_masked: int
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(chunk.token_ids) for chunk in self.chunks)
 
     @property
     def longest_row(self) -> int:
@@ -240,6 +237,8 @@ class ModelRunner:
 def group_requests(requests: Many[RequestPass], fixed_shapes: bool) -> list[list[RequestPass]]:
     """Requests that share a pass: at most MAX_PASS_TOKENS tokens. With fixed shapes, short and long rows are apart, and
     rows of different lengths too where padding would be most of a pass."""
+    if not fixed_shapes and sum(request.num_tokens for request in requests) <= MAX_PASS_TOKENS:
+        return [sorted(requests, key=_slot)] if requests else []
     passes: list[list[RequestPass]] = []
     tokens = longest = 0
     for request in sorted(requests, key=lambda r: r.longest_row) if fixed_shapes else requests:
@@ -250,7 +249,11 @@ def group_requests(requests: Many[RequestPass], fixed_shapes: bool) -> list[list
             tokens, longest = 0, length
         passes[-1].append(request)
         tokens += request.num_tokens
-    return [sorted(group, key=lambda r: r.sequence.slot) for group in passes]
+    return [sorted(group, key=_slot) for group in passes]
+
+
+def _slot(request: RequestPass) -> int:
+    return request.sequence.slot
 
 
 def _row_length(longest: int) -> int:
@@ -260,16 +263,18 @@ def _row_length(longest: int) -> int:
 def _predicted(requests: Many[RequestPass], masked: MaskedPositions, part: slice) -> Integers:
     """(n,) where the masked positions of a pass stand among its tokens, before padding."""
     positions, owners = masked.positions[part], masked.owner[part]
-    offsets = np.zeros(len(masked.blocks), dtype=np.int64)
-    block_of = {block: i for i, block in enumerate(masked.blocks)}
+    offsets: list[int] = []  # of the blocks of this pass, in the order of `masked`
     at = 0
     for request in requests:
+        blocks = iter(request.sequence.live if request.kind == "denoise" else ())
+        block = next(blocks, None)
         for chunk in request.chunks:
-            for block in request.sequence.live:
-                if block in block_of and chunk.start <= block.start < chunk.end:
-                    offsets[block_of[block]] = at - chunk.start
+            while block is not None and block.start < chunk.end:
+                offsets.append(at - chunk.start)
+                block = next(blocks, None)
             at += len(chunk.token_ids)
-    return positions + offsets[owners]
+    shifts: Integers = np.array(offsets, dtype=np.int64)[owners - owners[0]]
+    return positions + shifts
 
 
 def _without_prompt(s: Sequence, chunk: Chunk) -> Chunk:

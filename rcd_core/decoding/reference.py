@@ -84,17 +84,15 @@ class Context:
 class LocalReference:
     """A reference model in this process. SDAR's contexts stay in the cache from block to block and are found by their
     tokens. cache_slots: most contexts that are kept, then the least recently used is dropped. max_length: positions of
-    a context; a longer canvas enlarges them, which empties the cache. attention: as of an Engine."""
+    a context; a longer canvas enlarges them, which empties the cache."""
 
-    def __init__(
-        self, model: DiffusionModel, cache_slots: int = 64, max_length: int = 0, attention: str = "auto"
-    ) -> None:
+    def __init__(self, model: DiffusionModel, cache_slots: int = 64, max_length: int = 0) -> None:
         self.model = model
         self.cache_slots, self.max_length = cache_slots, max_length
         self._most_contexts = cache_slots
         self.reused_tokens = 0  # context tokens that were in the cache
         self._page_size = page_size_of(model.device)
-        self._backend = paged_backend(attention, model.config, model.dtype, model.device, self._page_size)
+        self._backend = paged_backend(model.attention, model.config, model.dtype, model.device, self._page_size)
         self._forward: Forward | None = None
         self._free: list[int] = []  # in order of release
         self._contexts: dict[int, Context] = {}

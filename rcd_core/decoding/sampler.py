@@ -11,6 +11,7 @@ Shapes: N masked positions of a pass, n of a tile, V vocabulary, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from rcd_core.decoding.cuda_graphs import GraphCache
 from rcd_core.decoding.policies import POLICIES, BlockView
 from rcd_core.decoding.residual_state import ResidualState
-from rcd_core.decoding.sequence import LiveBlock, MaskedPositions
+from rcd_core.decoding.sequence import MaskedPositions, Sequence
 from rcd_core.families.base import DiffusionModel
 from rcd_core.ops.random import position_keys, uniforms
 from rcd_core.ops.reduce import Feedback
@@ -28,8 +29,7 @@ from rcd_core.precision import reduction_dtype
 
 TILE_BYTES = 64 << 20  # fp32 logits of one tile
 NUM_RESULTS = 4  # token, confidence, entropy, margin
-_FIXED_TILES = (64, 512)  # positions of a tile of fixed shape, at most what TILE_BYTES allows
-_FLOATS = 5  # of a position: Draws' fields
+_FIXED_TILES = (32, 128, 512)  # positions of a tile of fixed shape, at most what TILE_BYTES allows
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.floating]
@@ -55,11 +55,11 @@ class Kind:
     margin: bool = False
 
     @classmethod
-    def of(cls, block: LiveBlock, entropy: bool) -> Kind:
-        s, drawn = block.settings, block.settings.temperature > 0
+    def of(cls, request: Sequence) -> Kind:
+        s, drawn = request.settings, request.settings.temperature > 0
         return cls(
-            feedback=block.sequence.feedback,
-            entropy=entropy,
+            feedback=request.feedback,
+            entropy=request.needs_entropy,
             drawn=drawn,
             filtered=drawn and (s.top_k is not None or s.top_p is not None),
             filtered_confidence=drawn and s.filtered_confidence,
@@ -103,8 +103,16 @@ class Sampler:
         self.model, self.state, self.vocabulary = model, state, state.vocabulary
         self.special = SpecialTokens(model.mask_token_id, model.info.eos_token_ids, model.info.end_token_ids)
         self.tile_rows = max(1, TILE_BYTES // (4 * model.vocab_size))
+        self._kinds: list[Kind] = []
         # fp32 holds token ids exactly up to 2^24.
         self.dtype = reduction_dtype(model.dtype)
+
+    def kind_of(self, request: Sequence) -> int:
+        """The number of the request's kind, for Sequence.kind."""
+        kind = Kind.of(request)
+        if kind not in self._kinds:
+            self._kinds.append(kind)
+        return self._kinds.index(kind)
 
     def predict(
         self,
@@ -120,17 +128,19 @@ class Sampler:
         (NUM_RESULTS, N): token, confidence, entropy, margin. unconditional (T, D): the pass without the prompt. graphs:
         run in tiles of fixed shape; hidden must be the same tensor in every call then."""
         owner = masked.owner[part]
-        entropy = any(block.sequence.needs_entropy for block in masked.blocks)
-        kinds = [Kind.of(block, entropy) for block in masked.blocks]
-        state_rows, columns = self.state.rows_of(masked)[part], np.arange(part.start, part.stop)
-        numbers = _numbers(self.model, masked, part, kinds)
-        for kind in dict.fromkeys(kinds[i] for i in np.unique(owner)):
-            of_kind = np.flatnonzero(np.array([k == kind for k in kinds])[owner])
-            packed = np.stack([index[of_kind], state_rows[of_kind], columns[of_kind]])
-            if kind.drawn or kind.guided:  # a tile of one kind always has the same shape, whatever else runs
-                packed = np.concatenate([packed, numbers[:, of_kind].view(np.int64)])
+        kinds = np.array([block.sequence.kind for block in masked.blocks])[owner]
+        packed = np.stack([index, self.state.rows_of(masked)[part], np.arange(part.start, part.stop)])
+        present = [(number, self._kinds[number]) for number in np.unique(kinds).tolist()]
+        numbers = None
+        if any(kind.drawn or kind.guided for _, kind in present):
+            numbers = _numbers(self.model, masked, part).view(np.int64)
+        for number, kind in present:
+            of_kind = slice(None) if len(present) == 1 else kinds == number
+            integers = packed[:, of_kind]
+            if numbers is not None and (kind.drawn or kind.guided):  # a tile of a kind always has the same shape
+                integers = np.concatenate([integers, numbers[:, of_kind]])
             # The pass without the prompt is a new tensor each time, which a captured tile would not find.
-            self._tiles(kind, packed, hidden, unconditional, results, None if kind.guided else graphs)
+            self._tiles(kind, integers, hidden, unconditional, results, None if kind.guided else graphs)
 
     def _tiles(
         self,
@@ -145,9 +155,9 @@ class Sampler:
         if graphs is None:
             device = torch.from_numpy(np.ascontiguousarray(integers)).to(hidden.device)
             for at in range(0, count, self.tile_rows):
-                columns = device[2, at : at + self.tile_rows]
-                result = self._tile(kind, device[:, at : at + self.tile_rows], hidden, unconditional)
-                results[: len(result), columns] = result
+                some = device[:, at : at + self.tile_rows]
+                result = self._tile(kind, some, hidden, unconditional)
+                results[: len(result)].index_copy_(1, some[2], result)
             return
         sizes = [min(size, self.tile_rows) for size in _FIXED_TILES]
         at = 0
@@ -196,10 +206,8 @@ class Sampler:
         return self.vocabulary.logits(hidden).to(self.dtype)
 
 
-def _numbers(model: DiffusionModel, masked: MaskedPositions, part: slice, kinds: list[Kind]) -> NDArray[np.float64]:
-    """(5, n) the positions' Draws, or (5, 0) if no position needs them."""
-    if not any(kind.drawn or kind.guided for kind in kinds):
-        return np.zeros((_FLOATS, 0))
+def _numbers(model: DiffusionModel, masked: MaskedPositions, part: slice) -> NDArray[np.float64]:
+    """(5, n) the positions' Draws."""
     owner = masked.owner[part]
     settings = [b.settings for b in masked.blocks]
     values = [(s.temperature, s.top_k or model.vocab_size, s.top_p or 1.0, 0.0, s.cfg_scale) for s in settings]
@@ -218,7 +226,9 @@ def _keyed_uniforms(masked: MaskedPositions, purpose: str) -> NDArray[np.float64
 def choose_commits(masked: MaskedPositions, confidence: Floats, entropy: Floats, margin: Floats) -> NDArray[np.bool_]:
     """(N,) bool: the positions that are committed, chosen in each block by its request's policy."""
     blocks, owner = masked.blocks, masked.owner
-    starts, ends = np.array([(b.start, b.end) for b in blocks]).T
+    numbers = np.array([(b.start, b.end, b.quota(), *b.sequence.commit_rule) for b in blocks])
+    starts, ends, quota = numbers[:, :3].astype(np.int64).T
+    threshold, bound, policy_of = numbers[:, 3:].T
     inside = masked.positions < ends[owner] if any(b.sequence.wide for b in blocks) else slice(None)
     shape = (len(blocks), int((ends - starts).max()))
     cells = (owner * shape[1] + masked.positions - starts[owner])[inside]  # in the flattened grids below
@@ -226,7 +236,9 @@ def choose_commits(masked: MaskedPositions, confidence: Floats, entropy: Floats,
     is_masked.ravel()[cells] = True
     grids = np.zeros((4, *shape))
     grids[0].ravel()[cells] = confidence[inside]
-    policies = [b.settings.policy for b in blocks]
+    names = list(POLICIES)
+    used = set(policy_of.tolist())
+    policies: dict[str, Any] = {names[int(n)]: policy_of == n if len(used) > 1 else slice(None) for n in used}
     if "entropy_bounded" in policies:
         grids[1].ravel()[cells] = entropy[inside]
     if "random" in policies:
@@ -236,13 +248,9 @@ def choose_commits(masked: MaskedPositions, confidence: Floats, entropy: Floats,
     for name, rank in (("entropy", -entropy), ("margin", margin)) if set(ranks) != {"confidence"} else ():
         of_name = np.array([r == name for r in ranks])[owner][inside]
         grids[3].ravel()[cells[of_name]] = rank[inside][of_name]
-    quota = np.array([b.quota() for b in blocks])
-    threshold = np.array([b.settings.confidence_threshold for b in blocks])
-    bound = np.array([b.settings.entropy_bound or 0.0 for b in blocks])
     inclusive = np.array([b.sequence.threshold_inclusive for b in blocks])
     chosen = np.zeros(shape, dtype=bool)
-    for policy in set(policies):
-        group = np.array([p == policy for p in policies])
+    for policy, group in policies.items():
         view = BlockView(
             masked=is_masked[group],
             confidence=grids[0, group],

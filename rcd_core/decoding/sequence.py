@@ -6,7 +6,7 @@ Shapes: T canvas length, N masked positions, q tokens of a chunk.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from rcd_core.alpha import position_rule
 from rcd_core.decode_settings import ResolvedSettings
 from rcd_core.decoding.generation import Forwards, Generation, Step, TokenLogprobs
+from rcd_core.decoding.policies import POLICIES
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
 from rcd_core.ops.reduce import Feedback
@@ -50,6 +51,7 @@ class LiveBlock:
     index: int  # in sequence.blocks
     start: int
     end: int
+    settings: ResolvedSettings
     step: int = 0  # denoising passes so far
     started: bool = False  # its first residual is in place
     has_residual: bool = False  # its part of the residual state is filled
@@ -60,12 +62,8 @@ class LiveBlock:
     def __post_init__(self) -> None:
         s = self.sequence
         part = s.canvas[self.start : self.scope_end]
-        self.masked_positions = np.flatnonzero(part == s.model.mask_token_id) + self.start
+        self.masked_positions = (part == s.mask_token_id).nonzero()[0] + self.start
         self._schedule = self._planned_commits()
-
-    @property
-    def settings(self) -> ResolvedSettings:
-        return self.sequence.settings
 
     @property
     def scope_end(self) -> int:
@@ -121,6 +119,7 @@ class Sequence:
     blocks: list[tuple[int, int]]  # [start, end) of the blocks that have masks
     stored: int = 0  # positions [0, stored) have exact keys and values in the pages
     slot: int = -1
+    kind: int = -1  # how its positions are predicted (Sampler.kind_of)
     pages: list[int] = field(default_factory=list)  # of positions [0, len(pages) x page size)
     finished: bool = False
     stopped: bool = False  # at a stop token
@@ -131,16 +130,18 @@ class Sequence:
     num_logprobs: int | None = None  # most probable tokens to report with each new token's logprob; None: no logprobs
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by position in the canvas
     live: list[LiveBlock] = field(init=False)  # in order; the last one is kept when the request is finished
+    mask_token_id: int = field(init=False)
     initially_masked: NDArray[np.bool_] = field(init=False)  # (T,)
     feedback: Feedback | None = field(init=False)  # how its own predictions become residuals
     needs_entropy: bool = field(init=False)
+    commit_rule: tuple[float, float, int] = field(init=False)  # threshold, entropy bound, number of the policy
     wide: bool = field(init=False)  # residuals reach beyond the block (residual_scope "all_masked")
-    _forwards_before: Forwards = field(init=False)  # when the block was opened
-    _steps_before: int = field(init=False)
+    _before: tuple[int, ...] = field(init=False)  # forwards and steps when the last block was opened
 
     def __post_init__(self) -> None:
         s = self.settings
-        self.initially_masked = self.canvas == self.model.mask_token_id
+        self.mask_token_id = self.model.mask_token_id
+        self.initially_masked = self.canvas == self.mask_token_id
         self.feedback = None
         if s.residual and s.residual_source == "self":
             self.feedback = Feedback(
@@ -148,11 +149,13 @@ class Sequence:
             )
         self.needs_entropy = s.trace or s.policy == "entropy_bounded" or s.rank_by == "entropy"
         self.wide = s.residual and s.residual_scope == "all_masked"
+        self.commit_rule = s.confidence_threshold, s.entropy_bound or 0.0, list(POLICIES).index(s.policy)
         self.live = [self.open_block(0)]
 
     def open_block(self, index: int) -> LiveBlock:
-        self._forwards_before, self._steps_before = replace(self.forwards), len(self.steps)
-        return LiveBlock(self, index, *self.blocks[index])
+        f = self.forwards
+        self._before = f.prefill, f.denoise, f.store, f.reference, len(self.steps)
+        return LiveBlock(self, index, *self.blocks[index], self.settings)
 
     @property
     def block(self) -> tuple[int, int]:
@@ -195,8 +198,8 @@ class Sequence:
         self.canvas[block.start :] = np.where(
             self.initially_masked[block.start :], self.model.mask_token_id, self.canvas[block.start :]
         )
-        self.stored, self.forwards = 0, replace(self._forwards_before)
-        self.steps = self.steps[: self._steps_before]
+        *forwards, num_steps = self._before
+        self.stored, self.forwards, self.steps = 0, Forwards(*forwards), self.steps[:num_steps]
         self.live = [self.open_block(block.index)]
 
     # -- passes
@@ -206,19 +209,20 @@ class Sequence:
 
     def next_pass(self, prefill_chunk: int) -> tuple[PassKind, list[Chunk]]:
         """prefill_chunk: most prompt tokens in one pass, rounded down to whole blocks but at least one block."""
-        (start, end), length, cache = self.block, len(self.canvas), self.settings.cache
+        block, cache = self.live[0], self.settings.cache
         if not self.block_causal:
-            first = 0 if cache == "none" or self.live[0].step == 0 else start
-            last = end if first and cache == "dual" else length
+            length = len(self.canvas)
+            first = 0 if cache == "none" or block.step == 0 else block.start
+            last = block.end if first and cache == "dual" else length
             return "denoise", [self._chunk(first, last, length)]
         if cache == "none":
-            return "denoise", [self._chunk(0, end)]
-        pending, b = start - self.stored, self.settings.block_length
-        if pending > 0 and (self.block_index == 0 or pending > max(b, prefill_chunk)):
-            stop = min(start, self.stored + max(b, prefill_chunk - prefill_chunk % b))
+            return "denoise", [self._chunk(0, block.end)]
+        pending, b = block.start - self.stored, self.settings.block_length
+        if pending and (block.index == 0 or pending > max(b, prefill_chunk)):
+            stop = min(block.start, self.stored + max(b, prefill_chunk - prefill_chunk % b))
             return "prefill", [self._chunk(self.stored, stop)]
         # Finished blocks that are not stored yet join this block's first pass, which saves a store pass per block.
-        return "denoise", [self._chunk(self.stored, end)]
+        return "denoise", [self._chunk(self.stored, block.end)]
 
     def _chunk(self, start: int, end: int, num_keys: int = 0) -> Chunk:
         """num_keys 0: each block sees up to its own end."""
@@ -231,7 +235,7 @@ class Sequence:
         """Count a pass over tokens before `end`, and note what it stored. LLaDA's caches are never exact."""
         setattr(self.forwards, kind, getattr(self.forwards, kind) + 1)
         if self.settings.cache == "block":
-            self.stored = end if kind != "denoise" else self.block[0]
+            self.stored = end if kind != "denoise" else self.live[0].start
 
     def apply_commits(
         self, block: LiveBlock, positions: Positions, tokens: Positions, still_masked: Positions, step: Step | None

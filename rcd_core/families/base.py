@@ -69,6 +69,7 @@ class DiffusionModel(nn.Module):
         self.backbone = backbone
         self.info = info
         self.name = "this model"  # the checkpoint's path, for messages
+        self.attention = "auto"  # the backend of decoding
         self.learned_alpha: LearnedAlpha | None = None  # only for targets trained with alpha "learned"
         self.ranks: Ranks = ALONE  # that hold the weights together; `config` is of this rank's layers
         self.whole_config = backbone.config

@@ -40,12 +40,13 @@ def load_model(
     path: str | Path,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    attention: str = "sdpa",
+    attention: str = "auto",
     ranks: Ranks = ALONE,
 ) -> DiffusionModel:
     """Load an SDAR, LLaDA, Qwen3 or Llama checkpoint in eval mode.
 
     path: a directory, an s3:// or gs:// URI, or a hub id owner/name[@revision]. dtype None: the checkpoint's.
+    attention: of training (attention/backends.py) and of the engines that decode the model (paged_backends.py).
     ranks: load one rank's part of the weights (families/split.py), and read nothing else of the files.
     Raises UserError for an unsupported architecture, and for weights that are missing, pickled, damaged or do not fit
     config.json.
@@ -88,13 +89,14 @@ def load_model(
     backbone.model.rotary_emb = type(backbone.model.rotary_emb)(config).to(device)
     backbone.config._attn_implementation = backend
     model = family(backbone, info)
-    model.name, model.ranks, model.whole_config = str(path), ranks, whole
+    model.name, model.attention = str(path), attention
+    model.ranks, model.whole_config = ranks, whole
     model.learned_alpha = load_learned_alpha(directory, device, required=info.rcd.get("alpha") == "learned")
     return model.eval()
 
 
 def new_model(
-    start: ModelConfig, *, vocab_size: int, info: CheckpointInfo, seed: int, attention: str = "sdpa"
+    start: ModelConfig, *, vocab_size: int, info: CheckpointInfo, seed: int, attention: str = "auto"
 ) -> DiffusionModel:
     """A model with fresh random fp32 weights: a pure function of (start, vocab_size, seed).
 
@@ -112,7 +114,9 @@ def new_model(
         std = start.hidden_size**-0.5 if start.tie_embeddings else 1.0
         torch.nn.init.normal_(backbone.model.embed_tokens.weight, std=std)
     backbone.config._attn_implementation = backend_key(attention)
-    return family(backbone, info)
+    model = family(backbone, info)
+    model.attention = attention
+    return model
 
 
 def describe_checkpoint(path: str | Path) -> tuple[CheckpointInfo, int]:

@@ -24,6 +24,7 @@ class TrainSettings:
     loss_weight: "inverse_t" is the paper's 1/t, "uniform" weighs all masked tokens alike.
     dtype: of the passes; master weights are fp32.
     strategy: ddp (replicas), fsdp2 (shards) or deepspeed, configured by `deepspeed`. cpu_offload: fsdp2 only.
+    attention: sdpa; flex or flash (an extra) on GPUs; eager for comparison (attention/backends.py).
     activation_checkpointing: compute layers again in the backward pass.
     max_skipped_steps: steps whose loss or gradient is not finite that may be skipped before training fails.
     checkpoint_every, log_every, validate_every (None: never): in steps.
@@ -48,6 +49,7 @@ class TrainSettings:
     strategy: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
     deepspeed: dict[str, Any] = field(default_factory=dict)
     cpu_offload: bool = False
+    attention: Literal["sdpa", "eager", "flex", "flash"] = "sdpa"
     activation_checkpointing: bool = False
     max_skipped_steps: int = 0
     validate_every: int | None = None

@@ -24,7 +24,7 @@ from unittest import mock
 
 import torch
 
-from pipelines.recipe.model import Resources
+from pipelines.recipe.resources import Resources
 from pipelines.signals.actor import SignalActor
 from pipelines.signals.plan import SignalJob, groups, plan_batches
 from rcd_core.io import storage

@@ -18,7 +18,8 @@ import pytest
 
 from pipelines import evaluate, precompute, serve, train
 from pipelines.evaluation.actor import DecodeActor
-from pipelines.recipe.model import Recipe, Resources
+from pipelines.recipe.model import Recipe
+from pipelines.recipe.resources import Resources
 from pipelines.run.directory import StageContext
 from pipelines.signals.actor import SignalActor
 from pipelines.training.metrics import read_metrics

@@ -19,8 +19,8 @@ from pipelines.cli import main as cli
 from pipelines.cli.flags import CalibrateFlags, GenerateFlags, TrainPlanFlags, decode_settings
 from pipelines.cli.live_view import printable
 from rcd_core import Decoder, DecodeSettings, load_model
-from rcd_core.attention.backends import BACKENDS
 from rcd_core.calibration.distance import Match
+from rcd_core.decode_settings import DecodeAttention
 from rcd_core.tasks.base import MASK_TEXT
 from rcd_core.text.tokenizer import load_tokenizer
 from rcd_core.training.plan import MEMORY
@@ -85,7 +85,7 @@ def test_top_k_0_is_off_as_in_the_scripts() -> None:
 def test_choices_are_those_of_the_library() -> None:
     """flags.py repeats them, as importing the library would make --help slow."""
     hints = get_type_hints(GenerateFlags)
-    assert set(get_args(hints["attention"])) == set(BACKENDS)
+    assert hints["attention"] == DecodeAttention
     assert set(get_args(get_type_hints(TrainPlanFlags)["device"])) == set(MEMORY)
     assert get_type_hints(CalibrateFlags)["match"] == Match
 

@@ -316,7 +316,7 @@ def test_passes_are_no_larger_than_planned(fixed: bool) -> None:
     for i, r in enumerate(requests):
         r.slot = i
     rows = [Chunk(np.zeros(n, dtype=np.int64), 0, n, None) for n in sizes]
-    passes = [RequestPass(r, "denoise", [row], 1) for r, row in zip(requests, rows, strict=True)]
+    passes = [RequestPass(r, "denoise", [row], len(row.token_ids), 1) for r, row in zip(requests, rows, strict=True)]
     groups = group_requests(passes, fixed)
     assert sorted(p.sequence.slot for group in groups for p in group) == list(range(49))
     assert all(sum(p.num_tokens for p in group) <= MAX_PASS_TOKENS for group in groups)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from rcd_core import DecodeSettings, UserError
 from rcd_core.attention.paged import TILE, EagerAttention, Rows, SdpaAttention
@@ -159,6 +163,45 @@ def test_sdpa_equals_eager(data: st.DataObject) -> None:
 def test_the_attention_backend_changes_no_token(family: str) -> None:
     outs = [run(engine(family, attention=name), request(family, [5, 6, 7], SETTINGS)) for name in ("sdpa", "eager")]
     assert outs[0][0].token_ids == outs[1][0].token_ids
+
+
+def plain_kernel(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, firsts: Any, *bounds: int, **options: Any) -> Tensor:
+    """What torch's varlen_attn and flash-attn's function compute, by plain products."""
+    assert starts.dtype == torch.int32 and not options.get("causal")
+    table = options["block_table"]
+    lengths = options["seqused_k"] if "seqused_k" in options else firsts.diff()
+    out = torch.empty_like(q)
+    for row, length in enumerate(lengths.tolist()):
+        tokens = slice(int(starts[row]), int(starts[row + 1]))
+        assert tokens.stop - tokens.start <= bounds[0] and length <= bounds[1]
+        if table is not None:
+            keys, values = (pool[table[row].long()].flatten(0, 1)[:length] for pool in (k, v))
+        else:
+            keys, values = (pool[int(firsts[row]) :][:length] for pool in (k, v))
+        keys, values = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (keys, values))
+        scores = torch.einsum("qhd,khd->hqk", q[tokens], keys) * (options.get("scale") or options["softmax_scale"])
+        out[tokens] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
+    return out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kernel", ["flash", "tables", "lanes"])
+def test_the_kernels_calls_give_the_same_tokens(family: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The functions of flash-attn and PyTorch are replaced by plain ones with the same arguments."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", plain_kernel)
+    package: Any = types.ModuleType("flash_attn")
+    package.flash_attn_varlen_func = plain_kernel
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    config = model(family).config
+    sizes = config.num_attention_heads, config.num_key_value_heads, 16
+    backend = FlashBackend(*sizes) if kernel == "flash" else VarlenBackend(*sizes, follows_tables=kernel == "tables")
+    monkeypatch.setattr("rcd_core.decoding.engine.paged_backend", lambda *_: backend)
+    several = [(list(range(5, 5 + n)), replace(SETTINGS, max_new_tokens=n)) for n in (3, 9, 24, 6, 17)]
+    for pages in (None, 8) if kernel != "lanes" else (None,):
+        e = engine(family, max_batch=3, num_pages=pages, fixed_shapes=True)
+        outputs = run(e, *(request(family, *one) for one in several))
+        for (prompt, settings), out in zip(several, outputs, strict=True):
+            assert out.token_ids == decoder(family).generate([prompt], settings)[0].token_ids
 
 
 @pytest.mark.parametrize("name", ["varlen", "flash", "flex"])
