@@ -155,6 +155,10 @@ class RequestPass(NamedTuple):
     num_masked: int
 
     @property
+    def denoises(self) -> bool:
+        return self.kind == "denoise"
+
+    @property
     def longest_row(self) -> int:
         return max(min(chunk.block_length or 1 << 40, len(chunk.token_ids)) for chunk in self.chunks)
 
@@ -181,7 +185,7 @@ class ModelRunner:
         """
         results = torch.empty(NUM_RESULTS, len(masked.positions), device=self.model.device, dtype=self.sampler.dtype)
         hidden: list[Tensor] = []
-        done = 0
+        done = num_blocks = 0
         for requests in passes:
             begun = time.perf_counter()
             fixed = self.fixed_shapes and max(r.longest_row for r in requests) <= _FIXED_QUERIES
@@ -194,10 +198,11 @@ class ModelRunner:
             most = max(dict.fromkeys(kinds), key=kinds.count)
             self.statistics.add(most, len(requests), time.perf_counter() - begun)
             part = slice(done, done + sum(r.num_masked for r in requests))
+            first_block, num_blocks = num_blocks, num_blocks + sum(len(r.sequence.live) for r in requests if r.denoises)
             if part.start == part.stop:  # nothing to predict: prefills and stores
                 continue
             begun = time.perf_counter()
-            index = packed.place[_predicted(requests, masked, part)]
+            index = packed.place[_predicted(requests, masked, part, first_block)]
             unconditional = None
             if any(r.sequence.settings.cfg_scale for r in requests):
                 without_prompt = [
@@ -260,20 +265,21 @@ def _row_length(longest: int) -> int:
     return next(length for length in _ROW_LENGTHS if length >= longest)
 
 
-def _predicted(requests: Many[RequestPass], masked: MaskedPositions, part: slice) -> Integers:
-    """(n,) where the masked positions of a pass stand among its tokens, before padding."""
+def _predicted(requests: Many[RequestPass], masked: MaskedPositions, part: slice, first_block: int) -> Integers:
+    """(n,) where the masked positions of a pass stand among its tokens, before padding. first_block: of the pass, in
+    masked.blocks."""
     positions, owners = masked.positions[part], masked.owner[part]
     offsets: list[int] = []  # of the blocks of this pass, in the order of `masked`
     at = 0
     for request in requests:
-        blocks = iter(request.sequence.live if request.kind == "denoise" else ())
+        blocks = iter(request.sequence.live if request.denoises else ())
         block = next(blocks, None)
         for chunk in request.chunks:
             while block is not None and block.start < chunk.end:
                 offsets.append(at - chunk.start)
                 block = next(blocks, None)
             at += len(chunk.token_ids)
-    shifts: Integers = np.array(offsets, dtype=np.int64)[owners - owners[0]]
+    shifts: Integers = np.array(offsets, dtype=np.int64)[owners - first_block]
     return positions + shifts
 
 
