@@ -56,9 +56,15 @@ def _leases(run_directory: str) -> _Leases:
     found = {}
     for path in storage.list_files(run_directory, ".json"):
         if (name := storage.basename(path)).startswith("lease"):  # lease.json is that of older releases
-            with suppress(FileNotFoundError, UserError):  # removed meanwhile, or not ours
+            try:
                 content = storage.read_json(path)
-                found[name] = content if isinstance(content, dict) else {}
+            except (FileNotFoundError, UserError):  # removed meanwhile, or not ours
+                continue
+            except OSError:  # what S3 says of a file that is removed between its opening and its reading
+                if storage.exists(path):
+                    raise
+                continue
+            found[name] = content if isinstance(content, dict) else {}
     return found
 
 

@@ -73,11 +73,11 @@ def test_answers_without_gpus_are_decoded_on_the_cpu(tiny_models: Path, tmp_path
     )
     method = Method(info=info, checkpoint=checkpoint, reference=None, settings=DecodeSettings(block_length=37))
     plan = Plan(
-        task="sudoku", grader="default", run_code=False, tokenizer=checkpoint, files=(file,), methods=(method,),
-        shards=(), samples=1, batch_size=1, threads=1, gpus=0, parts="", name="", flush_s=1.0,
+        task="sudoku", grader="default", attention="auto", run_code=False, tokenizer=checkpoint, files=(file,),
+        methods=(method,), pieces=(), samples=1, batch_size=1, threads=1, gpus=0, parts="", name="", flush_s=1.0,
     )  # fmt: skip
     actor = DecodeActor(plan)
-    actor._load(method)
+    actor._load((checkpoint, None))
     model = actor.model
     assert model.device.type == "cpu" and model.dtype == torch.float32 and "bfloat16" not in actor.hardware
 
