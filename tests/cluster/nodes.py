@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @contextmanager
-def local_nodes(*nodes: dict[str, Any], **head: Any) -> Iterator[tuple[Cluster, list[Any]]]:
-    """Starts and joins a cluster. head: arguments of the head, by default no CPUs. nodes: arguments of
-    Cluster.add_node, one mapping per node."""
+def local_nodes(*nodes: dict[str, Any], join: bool = True, **head: Any) -> Iterator[tuple[Cluster, list[Any]]]:
+    """Starts a cluster, and joins it unless `join` is false. head: arguments of the head, by default no CPUs. nodes:
+    arguments of Cluster.add_node, one mapping per node."""
     import ray
     from ray._common.utils import get_default_ray_temp_dir
     from ray._private.utils import write_ray_address
@@ -36,7 +36,8 @@ def local_nodes(*nodes: dict[str, Any], **head: Any) -> Iterator[tuple[Cluster, 
             added = [cluster.add_node(runtime_env_dir_name=f"code-{i}", **node) for i, node in enumerate(nodes)]
             # Ray looks here for the cluster of a submitted job's driver. Without the file it takes any on this machine.
             write_ray_address(cluster.address, temp_dir)
-            ray.init(address=cluster.address, log_to_driver=False)
+            if join:
+                ray.init(address=cluster.address, log_to_driver=False)
             yield cluster, added
         finally:
             ray.shutdown()

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from pipelines.training.checkpoints import NUM_TO_KEEP
 from pipelines.training.metrics import read_metrics
 from rcd_core import load_model
 from rcd_core.io import storage
+from tests.cluster.nodes import elsewhere, local_nodes
 from tests.fault_table import FaultTable
 from tests.pipelines.test_job import FEW, ROOT
 from tests.pipelines.training_run import Killer, checkpoint_steps, losses, training_workers
@@ -27,16 +29,22 @@ from tests.s3_server import s3_server
 STAGES = ("prepare", "base", "reference", "signals", "target")
 SETTINGS = [*FEW, "data.num_train=256", "data.num_test=6", "variants={}", "resources.num_workers=2"]
 SETTINGS += ["base.train.log_every=1"]
-pytestmark = [pytest.mark.drill, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.drill, pytest.mark.timeout(900)]
 
 
 def start(
-    program: str, root: str, stages: Sequence[str], *settings: str, environment: dict[str, str] | None = None
+    program: str,
+    root: str,
+    stages: Sequence[str],
+    *settings: str,
+    environment: dict[str, str] | None = None,
+    address: str | None = None,
 ) -> subprocess.Popen[str]:
-    """Start a stage file on the session's cluster. Its workers get `environment`, as with --runtime-env-json."""
+    """Start a stage file on the session's cluster, or that at `address`. Its workers get `environment`, as with
+    --runtime-env-json."""
     command = [sys.executable, str(ROOT / "pipelines" / program), "--recipe", "demo", "--storage", root]
     command += ["--stages", ",".join(stages), *(word for s in [*SETTINGS, *settings] for word in ("--set", s))]
-    own = {"OMP_NUM_THREADS": "1"}
+    own = {"OMP_NUM_THREADS": "1", **({"RAY_ADDRESS": address} if address else {})}
     if environment:
         own["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.3"
         own["RAY_JOB_CONFIG_JSON_ENV_VAR"] = json.dumps({"runtime_env": {"env_vars": environment}})
@@ -120,11 +128,88 @@ def test_a_run_in_a_bucket_with_a_killed_worker_gives_the_results_of_a_local_run
     assert all(a.equal(b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
 
 
+@pytest.mark.faults("an object store that refuses requests for a minute", "signals, then base")
+def test_a_run_waits_for_a_store_that_refuses_requests(
+    ray_cluster: str, tmp_path: Path, fault_table: FaultTable
+) -> None:
+    """503 SlowDown to everything: for 60 s while signals are computed, for 20 s during a training."""
+    often = ("target.train.steps=40", "target.train.checkpoint_every=5", "target.train.log_every=1")
+    finish(start("full.py", str(tmp_path), STAGES, *often))
+    local, remote = RunDirectory(str(tmp_path / "demo")), RunDirectory("s3://bucket/rcd/demo")
+    refuse, refused = tmp_path / "refuse", []
+    target = remote.stage_directory("target")
+
+    def refuse_for(seconds: float) -> None:
+        refuse.touch()
+        time.sleep(seconds)
+        refused.append(len(refuse.read_text().splitlines()))
+        refuse.unlink()
+
+    def trouble() -> None:
+        wait_until(lambda: storage.exists(storage.join(remote.stage_directory("signals"), "key.json")), seconds=300)
+        refuse_for(60.0)
+        wait_until(lambda: storage.exists(storage.join(target, "ray")), seconds=300)
+        refuse_for(20.0)
+
+    with s3_server("bucket", refuse) as environment:
+        watcher = threading.Thread(target=trouble, daemon=True)
+        watcher.start()
+        finish(start("full.py", "s3://bucket/rcd", STAGES, *often, environment=environment))
+        watcher.join(timeout=30)
+        assert len(refused) == 2 and min(refused) > 0, "requests were refused in both stages"
+        for stage in STAGES:
+            assert result(local, stage) == result(remote, stage), stage
+        assert [line["step"] for line in read_metrics(target)] == list(range(1, 41))
+        assert not storage.exists(storage.join(target, "restarts.jsonl"))
+    fault_table.add("the job waited and went on, without a restart", "the same bytes")
+
+
+# -- the head restarted
+
+
+def lose_the_head(root: str) -> dict[str, Any]:
+    """A head and a node, both killed with the driver during a training. The job is submitted again to a new cluster."""
+    often = ("base.train.checkpoint_every=10",)
+    stage = Path(root, "demo", "base")
+    with local_nodes({"num_cpus": 2}, join=False, num_cpus=2) as (cluster, _):
+        process = start("full.py", root, ("prepare", "base"), *often, address=cluster.address)
+        wait_until(lambda: bool(checkpoint_steps(stage)), process, seconds=300)
+        for node in (cluster.head_node, *cluster.worker_nodes):
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
+        process.kill()
+        process.communicate()
+    kept = read_metrics(str(stage))[: checkpoint_steps(stage)[-1]]
+    began = time.monotonic()
+    with local_nodes({"num_cpus": 2}, join=False, num_cpus=2) as (cluster, _):
+        process = start("full.py", root, ("prepare", "base"), *often, address=cluster.address)
+        wait_until(lambda: len(read_metrics(str(stage))) > len(kept), process, seconds=300)
+        seconds = time.monotonic() - began
+        out = finish(process)
+        quiet = start("full.py", root + "/quiet", ("prepare", "base"), *often, address=cluster.address)
+        finish(quiet)
+    return {"kept": kept, "seconds": seconds, "out": out}
+
+
+@pytest.mark.faults("the head of the cluster restarted, and the job submitted again", "base")
+def test_a_job_resumes_after_its_head_was_restarted(tmp_path: Path, fault_table: FaultTable) -> None:
+    found = elsewhere(lose_the_head, str(tmp_path), timeout=590)
+    stage, quiet = tmp_path / "demo" / "base", tmp_path / "quiet" / "demo" / "base"
+    lines = read_metrics(str(stage))
+    assert "prepare: skipped" in found["out"] and "base: starts, was interrupted, resumes" in found["out"]
+    assert 10 <= len(found["kept"]) < 60
+    assert lines[: len(found["kept"])] == found["kept"], "same speeds: these steps did not run again"
+    assert losses(str(stage)) == losses(str(quiet)) and len(lines) == 60
+    assert (stage / "model/model.safetensors").read_bytes() == (quiet / "model/model.safetensors").read_bytes()
+    fault_table.add("the same command resumed from the last checkpoint", "the same bytes", found["seconds"])
+
+
 # -- stopped
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
-    deadline = time.monotonic() + 120
+def wait_until(
+    condition: Callable[[], bool], process: subprocess.Popen[str] | None = None, seconds: float = 120
+) -> None:
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         assert process is None or process.poll() is None, process.communicate()[0]
