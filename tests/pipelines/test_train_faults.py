@@ -44,8 +44,6 @@ from pathlib import Path
 from pipelines.ray_cluster.connection import connect
 from pipelines.run.directory import RunDirectory, run_stage
 from pipelines.run.stages import stages_of
-from tests.pipelines.test_precompute_faults import Disk
-from tests.pipelines.test_precompute_faults import disk as disk  # a fixture
 from tests.pipelines.training_run import context, make_recipe
 connect()
 recipe = make_recipe(Path(sys.argv[1]), "killed", resources={"num_workers": 1})
