@@ -21,7 +21,6 @@ from rcd_core.precision import at_least_fp32
 
 ALPHA_FILE = "rcd_alpha.safetensors"  # next to the weights, so that the authors' code reads the checkpoint unchanged
 FIXED_ALPHA = 0.3
-CONFIDENCE_RULES = ("confidence", "inverse_confidence", "learned")  # need max p, at T_res as the entropy
 HIDDEN_WIDTH = 16
 LOGIT_MARGIN = 1e-3  # keeps logit(u) finite
 

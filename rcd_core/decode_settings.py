@@ -27,6 +27,7 @@ AlphaRule = Literal[
     "ramp",  # control of an experiment, decoding only: grows with the passes of a block (dInfer's IterSmooth)
 ]
 SCALED_RULES = ("calibrated_entropy", "uniform", "learned")  # divide the entropy by alpha_scale if it is set
+CONFIDENCE_RULES = ("confidence", "inverse_confidence", "learned")  # need max p, at T_res as the entropy
 CONSTANT_RULES = ("fixed", "one", "ramp")  # do not depend on the prediction, so T_res does not change them
 BLOCK_RULES = ("uniform", "ramp")  # depend on more than the position's own prediction
 COUNTS = ("block_length", "denoising_steps", "max_new_tokens", "top_k", "residual_top_k", "max_live_blocks")

@@ -17,8 +17,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from rcd_core.alpha import CONFIDENCE_RULES
-from rcd_core.decode_settings import AlphaRule
+from rcd_core.decode_settings import CONFIDENCE_RULES, AlphaRule
 from rcd_core.dense_signals import TILE_BYTES, AlphaInputs, AnySignals, DenseSignals, HiddenSignals
 from rcd_core.errors import UserError
 from rcd_core.ops.encode import encode

@@ -21,9 +21,8 @@ from rcd_core.families.config import ModelConfig
 from rcd_core.families.files import read_json
 from rcd_core.families.loading import checkpoint_directory, family_of
 from rcd_core.io.hub import is_hub_id, split_hub_id
-from rcd_core.residual import ResidualSettings
 from rcd_core.training.plan import MEMORY, USABLE, Memory, ModelShape, fits, memory, step_shape, training_cost
-from rcd_core.training.settings import TrainSettings
+from rcd_core.training.settings import ResidualSettings, TrainSettings
 
 MAX_GPUS = 1024
 PARTS = ("weights", "gradients", "optimizer", "activations", "loss", "signals")

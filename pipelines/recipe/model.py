@@ -25,8 +25,7 @@ from rcd_core.errors import UserError
 from rcd_core.families.config import ModelConfig
 from rcd_core.io import storage
 from rcd_core.noise import NoiseSettings
-from rcd_core.residual import ResidualSettings
-from rcd_core.training.settings import SignalRule, TrainSettings
+from rcd_core.training.settings import ResidualSettings, SignalRule, TrainSettings
 
 
 class DataSettings(Section):

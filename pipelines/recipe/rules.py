@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 
 from pipelines.recipe.model import Recipe
-from rcd_core.alpha import CONFIDENCE_RULES
-from rcd_core.decode_settings import DecodeSettings
+from rcd_core.decode_settings import CONFIDENCE_RULES, DecodeSettings
 from rcd_core.io import storage
 from rcd_core.io.hub import is_hub_id
 from rcd_core.tasks import TASKS

@@ -14,8 +14,7 @@ from pipelines.recipe.model import Recipe, ReferenceStage
 from pipelines.recipe.rules import SYNTHETIC, reference_keys, source_list
 from pipelines.run.directory import Stage
 from rcd_core.families.config import ModelConfig
-from rcd_core.residual import ResidualSettings
-from rcd_core.training.settings import SignalRule
+from rcd_core.training.settings import ResidualSettings, SignalRule
 
 TEMPORARY = ("ray", "exported.json")  # checkpoints of a training, and the mark that its model is written
 _TRAINING = ("block_length", "noise", "seed")

@@ -11,11 +11,10 @@ from rcd_core.decode_settings import SCALED_RULES
 from rcd_core.families.config import ModelConfig
 from rcd_core.io import storage
 from rcd_core.noise import NoiseSettings, hash_key
-from rcd_core.residual import ResidualSettings
 from rcd_core.training.data.examples import Chunks
 from rcd_core.training.data.signal_cache import noise_record, require_match
 from rcd_core.training.data.signal_format import SCHEMA_VERSION
-from rcd_core.training.settings import SignalRule, TrainSettings
+from rcd_core.training.settings import ResidualSettings, SignalRule, TrainSettings
 
 SEED_BITS = (1 << 31) - 1
 

@@ -1,7 +1,7 @@
 """Attention: layouts say which query sees which key; backends compute it inside transformers' layers."""
 
-from rcd_core.attention.backends import BACKENDS, backend_key
+from rcd_core.attention.backends import backend_key
 from rcd_core.attention.layouts import PADDING, Layout, PackedTokens, bidirectional, block_causal, block_diffusion
 
-__all__ = ["BACKENDS", "PADDING", "Layout", "PackedTokens", "backend_key", "bidirectional", "block_causal"]
+__all__ = ["PADDING", "Layout", "PackedTokens", "backend_key", "bidirectional", "block_causal"]
 __all__ += ["block_diffusion"]

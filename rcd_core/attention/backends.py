@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface
 
 from rcd_core.attention.layouts import Layout
 from rcd_core.errors import UserError
@@ -98,30 +97,33 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "flex": flex_attention,
     "flash": flash_attention,
 }
-BACKENDS = {name: f"rcd_{name}" for name in FUNCTIONS}  # our name -> key in transformers' registry
 
 
-def _register(name: str, backend: Callable[..., Tensor]) -> None:
+@cache
+def _register(name: str) -> str:
+    """Make a backend known to transformers, and return its key there."""
+    from transformers import AttentionInterface  # takes seconds, so it waits until a model is made
+
+    backend = FUNCTIONS[name]
+
     def attention(module: nn.Module, *inputs: Any, scaling: float, **_: Any) -> tuple[Tensor, None]:
         """transformers' calling convention; inputs: query, key, value and, as the mask, the layout."""
         query, key, value, layout = inputs
         # Under autocast the rotation makes queries and keys fp32, and values stay bf16; kernels take one dtype.
         return backend(query.to(value.dtype), key.to(value.dtype), value, layout, scaling), None
 
-    AttentionInterface.register(BACKENDS[name], attention)
-
-
-for _name, _backend in FUNCTIONS.items():
-    _register(_name, _backend)
+    key = f"rcd_{name}"
+    AttentionInterface.register(key, attention)
+    return key
 
 
 def backend_key(attention: str, device: torch.device | str = "cpu") -> str:
-    """The registry key of a backend; UserError if it is unknown or cannot run on this device. "auto" and "varlen"
-    concern decoding (paged_backends.py) and mean sdpa here."""
+    """The key of a backend in transformers' registry; UserError if it is unknown or cannot run on this device.
+    "auto" and "varlen" concern decoding (paged_backends.py) and mean sdpa here."""
     if attention in ("auto", "varlen"):
-        return BACKENDS["sdpa"]
-    if attention not in BACKENDS:
-        raise UserError(f"attention is {attention!r}; allowed: {', '.join(('auto', 'varlen', *BACKENDS))}")
+        return _register("sdpa")
+    if attention not in FUNCTIONS:
+        raise UserError(f"attention is {attention!r}; allowed: {', '.join(('auto', 'varlen', *FUNCTIONS))}")
     if attention == "flash":
         if importlib.util.find_spec("flash_attn") is None:
             raise UserError(
@@ -129,7 +131,7 @@ def backend_key(attention: str, device: torch.device | str = "cpu") -> str:
             )
         if torch.device(device).type != "cuda":
             raise UserError(f"attention is 'flash' but the device is {device}; flash-attn runs on CUDA, use 'sdpa'")
-    return BACKENDS[attention]
+    return _register(attention)
 
 
 def _grouped(query: Tensor, key: Tensor) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -57,8 +58,7 @@ class DiffusionModel(nn.Module):
 
     family: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]  # of config.json
-    config_class: ClassVar[Any]
-    backbone_class: ClassVar[Any]
+    transformers_name: ClassVar[str]  # of the backbone and its configuration
     threshold_inclusive: ClassVar[bool]  # commit at confidence >= threshold (Fast-dLLM) or > threshold (SDAR)
     blocks_from_prompt_end: ClassVar[bool]  # LLaDA counts blocks from the prompt's end, SDAR from position 0
     default_start: ClassVar[Start]  # how a block starts (version 2 of the paper)
@@ -111,14 +111,14 @@ class DiffusionModel(nn.Module):
         if self.ranks.size == 1:
             return sum(p.numel() for p in self.parameters())
         with torch.device("meta"):
-            whole = sum(int(p.numel()) for p in self.backbone_class(self.whole_config).parameters())
+            whole = sum(int(p.numel()) for p in self.backbone_class()(self.whole_config).parameters())
         return whole + (sum(p.numel() for p in self.learned_alpha.parameters()) if self.learned_alpha else 0)
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> DiffusionModel:
         """A model like this one that holds `weights` (the gathered state dict of a sharded training) without a copy."""
         of_alpha = {n.removeprefix(_ALPHA): w for n, w in weights.items() if n.startswith(_ALPHA)}
         with torch.device("meta"):
-            backbone = self.backbone_class(self.config)
+            backbone = self.backbone_class()(self.config)
         backbone.load_state_dict({n: w for n, w in weights.items() if not n.startswith(_ALPHA)}, assign=True)
         if self.config.tie_word_embeddings:
             backbone.tie_weights()
@@ -136,11 +136,20 @@ class DiffusionModel(nn.Module):
     def official_files(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """(config.json, weights) in the authors' format and names."""
 
+    # -- transformers' classes. Its model code takes seconds to import, so that happens when a model is made.
+    @classmethod
+    def config_class(cls) -> Any:
+        return getattr(transformers, f"{cls.transformers_name}Config")
+
+    @classmethod
+    def backbone_class(cls) -> Any:
+        return getattr(transformers, f"{cls.transformers_name}ForCausalLM")
+
     # -- reading checkpoints
     @classmethod
     @abstractmethod
     def read_config(cls, config: dict[str, Any], where: Path, has_head: bool) -> Any:
-        """config.json -> a configuration of config_class.
+        """config.json -> a configuration of config_class().
 
         has_head: whether the weights contain an LM head; decides weight tying if config.json does not.
         Raises UserError for missing fields and for networks that the backbone cannot compute.
@@ -158,8 +167,8 @@ class DiffusionModel(nn.Module):
 
     @classmethod
     def new_config(cls, sizes: ModelConfig, vocab_size: int) -> Any:
-        """The configuration, of config_class, of a model with fresh weights."""
-        return cls.config_class(
+        """The configuration, of config_class(), of a model with fresh weights."""
+        return cls.config_class()(
             vocab_size=vocab_size,
             hidden_size=sizes.hidden_size,
             intermediate_size=sizes.intermediate_size,

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from rcd_core.families.base import CheckpointInfo, DiffusionModel
 from rcd_core.families.config_json import read_rope, read_sizes, require_fields, require_values, write_sizes
@@ -57,7 +56,7 @@ _LLADA_TOP_NAMES = {llama: llada for llada, llama in _TOP_NAMES.items()}
 class LLaDAModel(DiffusionModel):
     family = "llada"
     model_types = ("llada", "llama")
-    config_class, backbone_class = LlamaConfig, LlamaForCausalLM
+    transformers_name = "Llama"
     threshold_inclusive = True
     blocks_from_prompt_end = True
     default_start = "reference"
@@ -88,10 +87,10 @@ class LLaDAModel(DiffusionModel):
         return common | _SWITCHES | _INERT | config, {_llada_name(name): tensor for name, tensor in weights.items()}
 
     @classmethod
-    def read_config(cls, config: dict[str, Any], where: Path, has_head: bool) -> LlamaConfig:
+    def read_config(cls, config: dict[str, Any], where: Path, has_head: bool) -> Any:
         """LlamaConfig of a LLaDA or Llama config.json. LLaDA's class defaults are never used."""
         if config["model_type"] == "llama":
-            return LlamaConfig(
+            return cls.config_class()(
                 **read_sizes(config, where, has_head, max_positions=2048),
                 head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
                 rope_parameters=read_rope(config, where, default_theta=10_000.0),  # Llama 1 and 2 do not name it
@@ -103,7 +102,7 @@ class LLaDAModel(DiffusionModel):
         rope = read_rope(config, where)
         require_values({"rope_parameters": rope["rope_type"]}, {"rope_parameters": "default"}, where)
         tied = config.get("weight_tying")
-        return LlamaConfig(
+        return cls.config_class()(
             vocab_size=config.get("embedding_size") or config["vocab_size"],
             hidden_size=config["d_model"],
             intermediate_size=config["mlp_hidden_size"],

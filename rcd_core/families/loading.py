@@ -65,7 +65,7 @@ def load_model(
     check_vocabulary(files.config, config.vocab_size, num_rows, directory)
     _check_ids(info, config.vocab_size, directory)
     with torch.device("meta"):
-        backbone = family.backbone_class(config)
+        backbone = family.backbone_class()(config)
     expected = {name: tuple(tensor.shape) for name, tensor in backbone.state_dict().items()}
     if config.tie_word_embeddings and _HEAD not in stored:
         del expected[_HEAD]
@@ -75,7 +75,7 @@ def load_model(
     whole = config
     if ranks.size > 1:
         check_split(whole, ranks.size, directory)
-        backbone = split_backbone(family.backbone_class, whole, ranks)
+        backbone = split_backbone(family.backbone_class(), whole, ranks)
         config = backbone.config
     weights = dict(read_weights(stored, device, dtype, lambda name: part_of(name, whole, ranks)))
     if config.tie_word_embeddings:
@@ -107,7 +107,7 @@ def new_model(
     config = family.new_config(start, vocab_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = family.backbone_class(config).float()
+        backbone = family.backbone_class()(config).float()
         for module in backbone.modules():
             if isinstance(module, torch.nn.Linear):
                 module.reset_parameters()

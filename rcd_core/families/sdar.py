@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from rcd_core.errors import UserError
 from rcd_core.families.base import CheckpointInfo, DiffusionModel
@@ -21,7 +20,7 @@ BLOCK_LENGTH = 4
 class SDARModel(DiffusionModel):
     family = "sdar"
     model_types = ("sdar", "qwen3")
-    config_class, backbone_class = Qwen3Config, Qwen3ForCausalLM
+    transformers_name = "Qwen3"
     threshold_inclusive = False
     blocks_from_prompt_end = False
     default_start = "zero"
@@ -45,7 +44,7 @@ class SDARModel(DiffusionModel):
         return config, self.stored_weights()
 
     @classmethod
-    def read_config(cls, config: dict[str, Any], where: Path, has_head: bool) -> Qwen3Config:
+    def read_config(cls, config: dict[str, Any], where: Path, has_head: bool) -> Any:
         sizes = read_sizes(config, where, has_head, max_positions=32768)
         windowed = config.get("use_sliding_window") and config.get("sliding_window") is not None
         if windowed or set(config.get("layer_types") or ()) - {"full_attention"}:
@@ -53,7 +52,7 @@ class SDARModel(DiffusionModel):
                 f"{where}: config.json sets sliding-window attention (use_sliding_window, layer_types), which block "
                 "diffusion does not have; set use_sliding_window to false and remove layer_types to use full attention"
             )
-        return Qwen3Config(
+        return cls.config_class()(
             **sizes,
             head_dim=config.get("head_dim") or 128,  # the authors' class default, whatever the width
             initializer_range=config.get("initializer_range", 0.02),

@@ -22,14 +22,13 @@ from rcd_core.alpha import LearnedAlpha
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
 from rcd_core.noise import NoiseSettings
-from rcd_core.residual import ResidualSettings
 from rcd_core.signals import ReferenceSignals
 from rcd_core.training.data.batches import Collator, MicroBatch, prefetch
 from rcd_core.training.data.rows import RowSource
 from rcd_core.training.loss_module import LossModule
 from rcd_core.training.meter import Meter
 from rcd_core.training.objective import normalizer, reference_signals
-from rcd_core.training.settings import SignalRule, TrainSettings
+from rcd_core.training.settings import ResidualSettings, SignalRule, TrainSettings
 from rcd_core.training.strategies import Strategy, make_strategy, read_progress, write_progress
 
 DEFAULT_RULE = SignalRule()

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from rcd_core.decode_settings import AlphaRule
 from rcd_core.dense_signals import AlphaInputs
 from rcd_core.families.base import DiffusionModel
-from rcd_core.residual import ResidualSettings
 from rcd_core.signals import ReferenceSignals, residual_state, sparse_residual
 from rcd_core.training.controls import on_policy_batch
 from rcd_core.training.data.batches import MicroBatch
 from rcd_core.training.objective import LossWeight, Residual, TrainingBatch, loss_parts, masked_blocks, masked_hidden
+from rcd_core.training.settings import ResidualSettings
 
 SELF_TOP_K = 32  # entries kept of the model's own predictions where residual.top_k is null
 NUM_BUCKETS = 4  # of the masking probability, for the logged losses

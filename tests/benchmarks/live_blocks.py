@@ -21,10 +21,10 @@ import torch
 from rcd_core import Decoder, DecodeSettings, load_model
 from rcd_core.evaluation.outcomes import collect, curve
 from rcd_core.families.base import DiffusionModel
-from rcd_core.residual import ResidualSettings
 from rcd_core.tasks import get_task
 from rcd_core.text.encoding import Encoder
 from rcd_core.text.tokenizer import load_tokenizer
+from rcd_core.training.settings import ResidualSettings
 from tests.benchmarks.probe import header
 from tests.benchmarks.residual_temperature import decode_rows
 from tests.benchmarks.signals_data import ARITHMETIC, make, train_model

@@ -21,14 +21,13 @@ from rcd_core.families.base import CheckpointInfo, DiffusionModel
 from rcd_core.families.config import ModelConfig
 from rcd_core.families.loading import new_model
 from rcd_core.noise import NoiseSettings
-from rcd_core.residual import ResidualSettings
 from rcd_core.tasks import Task, get_task
 from rcd_core.tasks.rows import BadRow, read_rows
 from rcd_core.text.encoding import Encoder, content_id
 from rcd_core.text.tokenizer import mask_token_id, stop_token_ids, train_tokenizer
 from rcd_core.training.data.examples import ExampleSource
 from rcd_core.training.loop import Callbacks, train
-from rcd_core.training.settings import SignalRule, TrainSettings
+from rcd_core.training.settings import ResidualSettings, SignalRule, TrainSettings
 
 ROWS_PER_GROUP = 1024
 NEAR_DENSE = 256  # entries kept while the benchmark trains its targets, so that no smaller k is favoured

@@ -28,14 +28,13 @@ from rcd_core.families.config import ModelConfig
 from rcd_core.families.loading import new_model
 from rcd_core.noise import NoiseSettings, mask_example
 from rcd_core.ops.fused_loss import weighted_cross_entropy
-from rcd_core.residual import ResidualSettings
 from rcd_core.training.data.batches import Collator, MicroBatch
 from rcd_core.training.data.rows import TrainingRow
 from rcd_core.training.loop import Callbacks, train
 from rcd_core.training.loss_module import LossModule
 from rcd_core.training.meter import peak_flops
 from rcd_core.training.objective import reference_signals
-from rcd_core.training.settings import SignalRule, TrainSettings
+from rcd_core.training.settings import ResidualSettings, SignalRule, TrainSettings
 from rcd_core.training.strategies import adamw
 from tests.benchmarks.probe import header
 

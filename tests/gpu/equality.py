@@ -21,10 +21,9 @@ from rcd_core.decoding.tables import Tables
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
 from rcd_core.noise import NoiseSettings, mask_example
-from rcd_core.residual import ResidualSettings
 from rcd_core.training.data.rows import TrainingRow
 from rcd_core.training.loop import Callbacks, train
-from rcd_core.training.settings import TrainSettings
+from rcd_core.training.settings import ResidualSettings, TrainSettings
 from tests.gpu.common import Run, prompts, settings
 
 HIDDEN_BOUND = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # ||a - b|| / ||b|| of final hidden states

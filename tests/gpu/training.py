@@ -8,12 +8,11 @@ from typing import Any
 import torch
 
 from rcd_core.families.base import DiffusionModel
-from rcd_core.residual import ResidualSettings
 from rcd_core.training.data.batches import MicroBatch
 from rcd_core.training.loss_module import LossModule
 from rcd_core.training.meter import peak_flops
 from rcd_core.training.objective import masked_hidden, reference_signals
-from rcd_core.training.settings import SignalRule, TrainSettings
+from rcd_core.training.settings import ResidualSettings, SignalRule, TrainSettings
 from rcd_core.training.strategies import DataParallel
 from tests.benchmarks.training import make_micro_batch, make_signals
 from tests.gpu.common import Run

@@ -31,12 +31,11 @@ from pipelines.training.job import check_signals
 from rcd_core.errors import UserError
 from rcd_core.families.loading import load_model
 from rcd_core.io import storage
-from rcd_core.residual import ResidualSettings
 from rcd_core.training.data.examples import Chunks, ExampleSource
 from rcd_core.training.data.signal_cache import SignalSource, noise_record
 from rcd_core.training.data.signal_format import SCHEMA_VERSION
 from rcd_core.training.loop import Callbacks, train
-from rcd_core.training.settings import TrainSettings
+from rcd_core.training.settings import ResidualSettings, TrainSettings
 from tests.fault_table import FaultTable
 from tests.pipelines.signal_run import (
     BLOCK,

@@ -16,12 +16,12 @@ from rcd_core import Decoder, DecodeSettings, ReferenceSignals, TrainingBatch, U
 from rcd_core.alpha import ALPHA_FILE, LOGIT_MARGIN, LearnedAlpha, alpha_from_statistics, ramp_weight
 from rcd_core.noise import NoiseSettings, mask_example
 from rcd_core.ops.residual_embedding import residual_embedding
-from rcd_core.residual import ResidualSettings, inject_residual
+from rcd_core.residual import inject_residual
 from rcd_core.signals import residual_state, sparse_residual
 from rcd_core.training.data.rows import TrainingRow
 from rcd_core.training.loop import Callbacks, train
 from rcd_core.training.objective import masked_blocks
-from rcd_core.training.settings import TrainSettings
+from rcd_core.training.settings import ResidualSettings, TrainSettings
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BLOCK = 4

@@ -14,7 +14,7 @@ from rcd_core import UserError, entropy_weight, inject_residual, soft_embedding
 from rcd_core.alpha import alpha_from_statistics
 from rcd_core.calibration.entropy_histogram import MAX_NATS, NUM_BINS, entropy_histogram, entropy_quantile
 from rcd_core.noise import NoiseSettings, mask_example
-from rcd_core.residual import ResidualSettings
+from rcd_core.training.settings import ResidualSettings
 
 UNIFORM, CERTAIN = torch.zeros(1, 8), torch.tensor([[60.0] + [0.0] * 7])
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rcd_core import ReferenceSignals, UserError
-from rcd_core.alpha import CONFIDENCE_RULES, LearnedAlpha
-from rcd_core.decode_settings import AlphaRule
+from rcd_core.alpha import LearnedAlpha
+from rcd_core.decode_settings import CONFIDENCE_RULES, AlphaRule
 from rcd_core.dense_signals import DenseSignals
 from rcd_core.ops.reduce import Feedback, Table, reduce_greedy
 from rcd_core.signals import residual_state, sparse_residual

@@ -17,12 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rcd_core.noise import NoiseSettings, hash_key, nested_masks, uniforms
-from rcd_core.residual import ResidualSettings
 from rcd_core.signals import ReferenceSignals
 from rcd_core.training.controls import same_masks
 from rcd_core.training.data.rows import RowSource, TrainingRow
 from rcd_core.training.objective import IGNORED, TrainingBatch
-from rcd_core.training.settings import TrainSettings
+from rcd_core.training.settings import ResidualSettings, TrainSettings
 
 MAX_PASSES = 2  # self-residual passes before the trained one: 1 or 2 per row, drawn uniformly
 GAP = (0.03, 0.3)  # each earlier pass adds this much to the row's masking probability, drawn uniformly

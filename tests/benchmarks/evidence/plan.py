@@ -10,8 +10,7 @@ import yaml
 
 from rcd_core.errors import UserError
 from rcd_core.families.config import ModelConfig
-from rcd_core.residual import ResidualSettings
-from rcd_core.training.settings import TrainSettings
+from rcd_core.training.settings import ResidualSettings, TrainSettings
 
 
 @dataclass(frozen=True, kw_only=True)

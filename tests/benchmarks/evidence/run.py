@@ -22,11 +22,10 @@ from rcd_core.decoding.decoder import Decoder
 from rcd_core.families.base import DiffusionModel
 from rcd_core.families.config import ModelConfig
 from rcd_core.families.loading import load_model
-from rcd_core.residual import ResidualSettings
 from rcd_core.training.data.batches import collate
 from rcd_core.training.loop import Callbacks, train
 from rcd_core.training.objective import reference_signals
-from rcd_core.training.settings import SignalRule, TrainSettings
+from rcd_core.training.settings import ResidualSettings, SignalRule, TrainSettings
 from tests.benchmarks.evidence.plan import Arm, Experiment, Plan
 from tests.benchmarks.evidence.world import MemorySource, World
 

@@ -21,10 +21,9 @@ from rcd_core import ReferenceSignals
 from rcd_core.attention import backends
 from rcd_core.noise import NoiseSettings, mask_example
 from rcd_core.ops import fused_loss, residual_embedding
-from rcd_core.residual import ResidualSettings
 from rcd_core.training.data.rows import TrainingRow
 from rcd_core.training.loop import Callbacks, train
-from rcd_core.training.settings import SignalRule, TrainSettings
+from rcd_core.training.settings import ResidualSettings, SignalRule, TrainSettings
 from rcd_core.training.strategies import DataParallel
 from tests.rcd_core.fake_gpu.device import FakeGpu
 from tests.rcd_core.fake_gpu.flash_attn_stub import flash_attn_stub

@@ -238,7 +238,7 @@ def test_names_and_shapes_of_the_whole_model(name: str, total_size: int | None) 
     config = LLADA_CONFIG if name == "LLaDA" else sdar_config(name)
     expected = dict(llada_shapes(config) if name == "LLaDA" else sdar_shapes(config))
     with torch.device("meta"):
-        backbone = family.backbone_class(family.read_config(config, Path(name), has_head=True))
+        backbone = family.backbone_class()(family.read_config(config, Path(name), has_head=True))
     shapes = {key: tuple(tensor.shape) for key, tensor in backbone.state_dict().items()}
     assert shapes == {family.backbone_name(key): shape for key, shape in expected.items()}
     assert total_size is None or num_bytes(expected.values()) == total_size

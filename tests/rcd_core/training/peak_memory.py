@@ -19,10 +19,9 @@ import numpy as np
 
 from rcd_core.families.config import ModelConfig
 from rcd_core.noise import NoiseSettings, mask_example
-from rcd_core.residual import ResidualSettings
 from rcd_core.training.data.rows import TrainingRow
 from rcd_core.training.plan import Memory, ModelShape, memory, step_shape
-from rcd_core.training.settings import TrainSettings
+from rcd_core.training.settings import ResidualSettings, TrainSettings
 from tests.rcd_core.training.helpers import spawn
 
 CONFIG = ModelConfig(

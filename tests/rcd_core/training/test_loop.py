@@ -13,13 +13,12 @@ import torch
 
 from rcd_core import UserError, load_model
 from rcd_core.noise import NoiseSettings
-from rcd_core.residual import ResidualSettings
 from rcd_core.training.data.batches import collate
 from rcd_core.training.data.examples import ExampleSource
 from rcd_core.training.data.rows import TrainingRow
 from rcd_core.training.loop import Callbacks, learning_rate, train
 from rcd_core.training.objective import reference_signals
-from rcd_core.training.settings import SignalRule, TrainSettings
+from rcd_core.training.settings import ResidualSettings, SignalRule, TrainSettings
 from tests.rcd_core.training.helpers import BLOCK, GOLDEN, spawn, write_examples
 
 PLAIN = ResidualSettings(source="none", dropout=0.0)

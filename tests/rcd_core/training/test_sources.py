@@ -12,7 +12,6 @@ import torch
 
 from rcd_core import ReferenceSignals, UserError, load_model
 from rcd_core.noise import NoiseSettings, mask_example, nested_masks
-from rcd_core.residual import ResidualSettings
 from rcd_core.signals import residual_state
 from rcd_core.training.controls import on_policy_batch
 from rcd_core.training.data.batches import MAX_PASSES, Collator, pack
@@ -20,7 +19,7 @@ from rcd_core.training.data.rows import TrainingRow
 from rcd_core.training.loop import Callbacks, train
 from rcd_core.training.loss_module import LossModule
 from rcd_core.training.objective import loss_sum, masked_hidden
-from rcd_core.training.settings import TrainSettings
+from rcd_core.training.settings import ResidualSettings, TrainSettings
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 NOISE = NoiseSettings(seed=4)

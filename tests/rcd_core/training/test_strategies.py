@@ -13,10 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from rcd_core import UserError, load_model
 from rcd_core.noise import NoiseSettings
-from rcd_core.residual import ResidualSettings
 from rcd_core.training.data.examples import ExampleSource
 from rcd_core.training.loop import Callbacks, train
-from rcd_core.training.settings import TrainSettings
+from rcd_core.training.settings import ResidualSettings, TrainSettings
 from rcd_core.training.strategies import read_progress
 from tests.rcd_core.training.helpers import BLOCK, GOLDEN, spawn, write_examples
 
