@@ -171,6 +171,7 @@ def test_results_have_settings_hardware_and_rates(sudoku: StageContext) -> None:
     assert [c["arm"] for c in made["comparisons"]] == [name for name in arms if name != "seqd"]
 
 
+@pytest.mark.drill
 def test_batches_actors_and_waiting_do_not_change_the_results(
     sudoku: StageContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +220,7 @@ def test_report_prints_tables_and_paths(sudoku: StageContext) -> None:
     assert (Path(sudoku.directory) / "parts").exists(), "until the manifest stands"
 
 
+@pytest.mark.drill
 def test_several_samples_and_block_lengths(make_run: Callable[[Recipe], StageContext], tmp_path: Path) -> None:
     decode = {"max_new_tokens": 20, "temperature": 1.0}
     recipe = make_recipe(

@@ -68,6 +68,7 @@ def test_rows_and_manifest(undisturbed: Result) -> None:
         assert (a.example_id, a.draw) == (b.example_id, b.draw) and np.array_equal(a.masked, b.masked)
 
 
+@pytest.mark.drill
 def test_one_actor_writes_the_bytes_of_two(undisturbed: Result, tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, resources={"signal_actors": 1})
     prepare_run(recipe)

@@ -43,7 +43,8 @@ def quick() -> Iterator[None]:
     patch.undo()
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.drill)])
+@pytest.mark.drill
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.timeout(280)
 def test_a_killed_worker_is_replaced_without_changing_the_result(
     strategy: str, ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -76,6 +77,7 @@ def test_a_killed_worker_is_replaced_without_changing_the_result(
     assert not checkpoint_steps(Path(ctx.directory)) and not (Path(ctx.directory) / EXPORTED).exists()
 
 
+@pytest.mark.drill
 def test_an_error_of_the_run_is_not_retried_and_is_one_line(ray_cluster: str, tmp_path: Path) -> None:
     ctx = context(make_recipe(tmp_path, "nan", train={"learning_rate": 1e30}, target={"residual": {"source": "none"}}))
     with pytest.raises(UserError, match="loss or gradient is not finite at step") as caught:
@@ -84,7 +86,7 @@ def test_an_error_of_the_run_is_not_retried_and_is_one_line(ray_cluster: str, tm
     assert not (Path(ctx.directory) / "restarts.jsonl").exists(), "resources.max_failures is 3"
 
 
-@pytest.mark.parametrize("num_workers", [2, [2, 4]])
+@pytest.mark.parametrize("num_workers", [2, pytest.param([2, 4], marks=pytest.mark.drill)])
 def test_workers_that_do_not_fit_fail_after_the_timeout(
     num_workers: int | list[int], ray_cluster: str, tmp_path: Path
 ) -> None:

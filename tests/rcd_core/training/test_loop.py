@@ -83,7 +83,7 @@ def _worker(rank: int, examples: str, out: Path) -> None:
         torch.save(model.state_dict(), out)
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.drill)])
 def test_any_number_of_workers_trains_the_same_model(world: int, examples: str, tmp_path: Path) -> None:
     spawn(_worker, world, examples, tmp_path / "several.pt")
     several = torch.load(tmp_path / "several.pt", weights_only=True)

@@ -107,10 +107,14 @@ def test_fsdp2_trains_what_one_process_trains_and_resumes_exactly(
     resumed = launch(tmp_path / "resumed", examples, s, resume=checkpoint)
     assert all(torch.equal(whole[n], resumed[n]) for n in whole)
     close(run(examples, settings(), resume=checkpoint)[0], alone)
-    offloaded = launch(tmp_path / "offloaded", examples, replace(s, cpu_offload=True))
-    close(offloaded, alone)
     with pytest.raises(UserError, match=r"train\.strategy fsdp2, .*deepspeed"):
         read_progress(checkpoint, "deepspeed")
+
+
+@pytest.mark.drill  # one more pair of processes
+def test_offloaded_shards_train_the_same(examples: str, alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    s = settings(strategy="fsdp2", pack_length=24, micro_batch_size=1, cpu_offload=True)
+    close(launch(tmp_path, examples, s), alone)
 
 
 @pytest.mark.drill  # two more pairs of processes
