@@ -100,7 +100,7 @@ class EngineThread:
     """A Backend in this process.
 
     max_batch: requests decoded at once. max_queue: requests that may wait. max_length: positions of a request, prompt
-    and answer. One event loop at a time may use it. The thread is a daemon; `close` ends it.
+    and answer. num_pages: as of Engine. One event loop at a time may use it. The thread is a daemon; `close` ends it.
     """
 
     def __init__(
@@ -112,9 +112,11 @@ class EngineThread:
         max_batch: int,
         max_length: int,
         max_queue: int,
+        num_pages: int | None = None,
     ) -> None:
         self.model, self.tokenizer, self.reference = model, tokenizer, reference
         self.max_batch, self.max_length, self.max_queue = max_batch, max_length, max_queue
+        self.num_pages = num_pages
         self.text = RequestText(model, tokenizer, has_reference=reference is not None, max_length=max_length)
         self.failure: BaseException | None = None
         self._engine = self._new_engine()
@@ -270,9 +272,8 @@ class EngineThread:
                 self._engine.cancel(client.sequence)
 
     def _new_engine(self) -> Engine:
-        return make_engine(
-            self.model, self.reference, max_batch=self.max_batch, max_length=self.max_length, reuse_prefixes=True
-        )
+        sizes = {"max_batch": self.max_batch, "max_length": self.max_length, "num_pages": self.num_pages}
+        return make_engine(self.model, self.reference, **sizes, reuse_prefixes=True)
 
     def _restart(self, error: Exception, failures: int) -> None:
         """Running requests are lost, because their caches may be corrupt. Queued ones move to a new engine."""

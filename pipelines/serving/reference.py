@@ -22,7 +22,7 @@ from ray.serve.handle import DeploymentHandle
 from pipelines.ray_cluster.hardware import device_of, gpu_share
 from pipelines.serving.metrics import export_metrics
 from rcd_core import LocalReference, ReferenceSignals, WarmStart, load_model
-from rcd_core.decoding.memory import fit_batch
+from rcd_core.decoding.memory import fit
 from rcd_core.signals import Signals
 
 logger = logging.getLogger("ray.serve")
@@ -110,7 +110,7 @@ class Reference:
         device, dtype = device_of(gpus)
         model = load_model(checkpoint, dtype=dtype, device=device, attention=attention)
         length = min(max_length, model.max_positions)
-        contexts = fit_batch(model, length, model.info.block_length, contexts, part=gpu_share(gpus))
+        contexts = fit(model, length, model.info.block_length, contexts, part=gpu_share(gpus)).max_batch
         self.model = LocalReference(model, contexts, length)
         self.thread = ThreadPoolExecutor(max_workers=1)  # one pass at a time, outside the event loop
         self.counts = {"reference_passes_total": 0.0, "reference_seconds_total": 0.0}

@@ -22,7 +22,7 @@ from pipelines.serving.metrics import export_metrics
 from pipelines.serving.reference import RemoteReference
 from rcd_core import UserError, load_model
 from rcd_core.decode_settings import DecodeSettings
-from rcd_core.decoding.memory import fit_batch
+from rcd_core.decoding.memory import fit
 from rcd_core.decoding.request import uncalibrated
 from rcd_core.families.base import DiffusionModel
 from rcd_core.io.node_copy import node_copy
@@ -88,13 +88,15 @@ class Target:
             logger.warning("%s: %s", checkpoint, message)
         self.checkpoint = weights_id(model)
         length = min(model.max_positions, max_length or MAX_LENGTH)
+        plan = fit(model, length, model.info.block_length, max_batch, part=gpu_share(gpus))
         self.engine = EngineThread(
             model,
             load_tokenizer(checkpoint),
             RemoteReference(reference, reference_top_k, reference_sessions) if reference else None,
-            max_batch=fit_batch(model, length, model.info.block_length, max_batch, part=gpu_share(gpus)),
+            max_batch=plan.max_batch,
             max_length=length,
             max_queue=max_queue,
+            num_pages=plan.num_pages,
         )
         self.replica_id = serve.get_replica_context().replica_id.unique_id
         self.export = asyncio.create_task(export_metrics(self.engine.statistics))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
+from dataclasses import asdict
 
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.decoding.engine import Engine
 from rcd_core.decoding.generation import Generation
-from rcd_core.decoding.memory import fit_batch
+from rcd_core.decoding.memory import fit
 from rcd_core.decoding.observer import Observer
 from rcd_core.decoding.reference import LocalReference, Reference
 from rcd_core.decoding.request import make_sequence, uncalibrated
@@ -80,10 +81,10 @@ class Decoder:
         """An engine for requests of up to `longest` positions and blocks of up to block_length tokens, with room for
         `requests` at once; fewer if memory is short or max_batch says so."""
         local = self.reference if isinstance(self.reference, LocalReference) else None
-        max_batch = fit_batch(self.model, longest, block_length, min(self.max_batch, requests), reference=local)
+        plan = fit(self.model, longest, block_length, min(self.max_batch, requests), reference=local)
         if local is not None:
-            local.plan(max_batch, longest)
-        options = {"max_batch": max_batch, "max_length": longest, "observer": self.observer}
+            local.plan(plan.max_batch, longest)
+        options = {**asdict(plan), "max_length": longest, "observer": self.observer}
         return make_engine(self.model, self.reference, **options)
 
     @staticmethod

@@ -82,7 +82,8 @@ def measure(run: Run, model: DiffusionModel, block: int, batch: int, method: str
     row["of_bound"] = row["passes_per_s"] / min(known) if known else None
     if run.device.type == "cuda":
         row["peak_gib"] = (torch.cuda.max_memory_allocated(run.device) - before) / 2**30
-    row["planned_gib"] = engine_memory(model, batch, longest, block).total / 2**30
+    backend = engine._runner.forward.backend
+    row["planned_gib"] = engine_memory(model, batch, longest, block, backend=backend).total / 2**30
     return row
 
 

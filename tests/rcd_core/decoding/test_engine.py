@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from rcd_core import Decoder, DecodeSettings, LocalReference, UserError, WarmStart
 from rcd_core.decoding.engine import Engine, QueueFull
-from rcd_core.decoding.memory import engine_memory, fit_batch
+from rcd_core.decoding.memory import engine_memory, fit
 from rcd_core.decoding.model_runner import MAX_PASS_TOKENS, RequestPass, group_requests
 from rcd_core.decoding.pages import PagedCache
 from rcd_core.decoding.request import make_sequence
@@ -327,10 +327,10 @@ def test_as_many_requests_as_fit() -> None:
     m = model("sdar")
     needed = [engine_memory(m, n, 64, 4) for n in range(1, 9)]
     assert all(a.total < b.total and a.cache < b.cache for a, b in zip(needed, needed[1:], strict=False))
-    assert fit_batch(m, 64, 4, max_batch=8, free=needed[4].total) == 5
-    assert fit_batch(m, 64, 4, max_batch=3, free=needed[4].total) == 3
+    assert fit(m, 64, 4, max_batch=8, free=needed[4].total).max_batch == 5
+    assert fit(m, 64, 4, max_batch=3, free=needed[4].total).max_batch == 3
     with pytest.raises(UserError, match="max_new_tokens"):
-        fit_batch(m, 64, 4, max_batch=8, free=1000)
+        fit(m, 64, 4, max_batch=8, free=1000)
     cache = PagedCache(m, 3 * 64 // 16, 16)
     assert engine_memory(m, 3, 64, 4).cache == sum(t.nbytes for t in (*cache.keys, *cache.values))
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 import torch
 
 from rcd_core import Decoder, DecodeSettings, LocalReference, WarmStart, signals
+from rcd_core.attention.paged_backends import VarlenBackend
 from rcd_core.decoding import decoder
-from rcd_core.decoding.memory import available_bytes, engine_memory, fit_batch
+from rcd_core.decoding.engine import Engine
+from rcd_core.decoding.memory import EnginePlan, available_bytes, engine_memory, fit
+from rcd_core.decoding.pages import bytes_per_position
+from rcd_core.decoding.request import make_sequence
 from tests.rcd_core.decoding.test_decoding import FAMILIES, model
 from tests.rcd_core.tensor_sizes import LargestTensor
 
+PLAIN = DecodeSettings(block_length=8, max_new_tokens=24, stop_token_ids=())
 WARM = DecodeSettings(block_length=8, max_new_tokens=16, residual=True, start="reference", stop_token_ids=())
 
 
@@ -44,8 +51,8 @@ def test_target_and_reference_share_the_budget(family: str) -> None:
     target, reference = model(family), LocalReference(model(f"{family}_ref_tiny"), cache_slots=6)
     alone = [engine_memory(target, n, 64, 8).total for n in range(1, 9)]
     other = [engine_memory(reference.model, n, 64, 8).cache for n in range(1, 9)]
-    assert fit_batch(target, 64, 8, 8, free=alone[7]) == 8
-    assert fit_batch(target, 64, 8, 8, free=alone[7], reference=reference) < 8
+    assert fit(target, 64, 8, 8, free=alone[7]) == EnginePlan(8)
+    assert fit(target, 64, 8, 8, free=alone[7], reference=reference).max_batch < 8
     assert [reference.missing_bytes(n, 64) for n in range(1, 9)] == [*other[:6], other[5], other[5]]
     # What the reference holds already is taken from the device's free memory: it is not counted again.
     reference.plan(4, 64)
@@ -59,11 +66,11 @@ def test_the_references_cache_is_as_large_as_the_batch(monkeypatch: pytest.Monke
     """64 contexts, however few requests there are, would not fit beside an engine that fills the memory."""
     planned = []
 
-    def plan(*arguments: object, **more: object) -> int:
+    def plan(*arguments: object, **more: object) -> EnginePlan:
         planned.append(more["reference"])
-        return fit_batch(*arguments, **more)  # type: ignore[arg-type]
+        return fit(*arguments, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(decoder, "fit_batch", plan)
+    monkeypatch.setattr(decoder, "fit", plan)
     both = Decoder(model("sdar"), model("sdar_ref_tiny"))
     first = both.generate([[1, 2], [3], [4, 5, 6]], WARM)
     local = both.reference
@@ -72,6 +79,30 @@ def test_the_references_cache_is_as_large_as_the_batch(monkeypatch: pytest.Monke
     more = both.generate([[1, 2], [3], [4, 5, 6], [7]], WARM)
     assert local.cache_slots == 4
     assert [g.token_ids for g in more[:3]] == [g.token_ids for g in first]
+
+
+def test_pages_fill_what_is_left() -> None:
+    """With a kernel that follows page tables, requests need not all have room for their longest length."""
+    m = model("sdar")
+    backend = VarlenBackend(m.config.num_attention_heads, m.config.num_key_value_heads, 16, follows_tables=True)
+    page = 16 * bytes_per_position(m)
+    whole = engine_memory(m, 8, 640, 8, backend=backend)
+    assert fit(m, 640, 8, 8, free=whole.total, backend=backend) == EnginePlan(8, 8 * 40)
+    less = fit(m, 640, 8, 8, free=whole.total - 100 * page, backend=backend)
+    assert less == EnginePlan(8, 8 * 40 - 100)
+    planned = engine_memory(m, 8, 640, 8, less.num_pages, backend)
+    assert planned.total <= whole.total - 100 * page < planned.total + page
+    # One request of the longest length must always fit, else a smaller batch leaves more for pages.
+    scarce = fit(m, 640, 8, 8, free=engine_memory(m, 5, 640, 8, 40, backend).total, backend=backend)
+    assert scarce == EnginePlan(5, 40)
+    prompts = [[1, 2, 3], [4, 5], list(range(1, 20))]
+    engine = Engine(m, None, max_length=640, **asdict(scarce))
+    requests = [make_sequence(m, ids, PLAIN, infill=False, has_reference=False) for ids in prompts]
+    for request in requests:
+        engine.add(request)
+    while engine.busy:
+        engine.step()
+    assert [r.output().token_ids for r in requests] == [g.token_ids for g in Decoder(m).generate(prompts, PLAIN)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
