@@ -226,6 +226,7 @@ needs_gsm8k = pytest.mark.skipif(
 def test_gsm8k_from_local_files_to_a_served_answer(ray_cluster: str, tmp_path: Path) -> None:
     files = [f"data.{split}={GSM8K / f'gsm8k_{split}.jsonl'}" for split in ("train", "test")]
     small = ["data.num_train=600", "data.num_test=4", "baseline=false"]
+    small += [f"resources.{name}=1" for name in ("num_workers", "signal_actors", "evaluate_actors")]
     small += ["evaluate.thresholds=[0.5]", "evaluate.starts=[zero]", "evaluate.decode.max_new_tokens=16"]
     job = Job("gsm8k", "gsm8k", tmp_path, [*FEW, "base.train.steps=8", *files, *small])
     out = job.finish()
