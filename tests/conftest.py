@@ -90,6 +90,10 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two processes share the files in this order, so that one of them does not end with a long file alone."""
+    """Two processes share the files in this order, so that one of them does not end with a long file alone. All files
+    that use Ray are of one process, because an idle Ray takes a good part of a core."""
+    ray = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
     order = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+    items.sort(key=lambda item: (item.path not in ray, order.get(item.path.name, len(order))))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path in ray else str(item.path.relative_to(ROOT))))
