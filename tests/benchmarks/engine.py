@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -26,22 +24,18 @@ import torch
 from rcd_core import Decoder, DecodeSettings, load_model
 from rcd_core.attention.paged_backends import paged_backend
 from rcd_core.decoding.engine import Engine
-from rcd_core.decoding.memory import engine_memory
 from rcd_core.decoding.model_runner import Forward, Packed
 from rcd_core.decoding.pages import PagedCache, page_size_of
 from rcd_core.decoding.request import make_sequence
 from rcd_core.decoding.sequence import Chunk
 from rcd_core.decoding.tables import Tables
-from rcd_core.families.base import CheckpointInfo, DiffusionModel
+from rcd_core.families.base import DiffusionModel
 from rcd_core.families.config import ModelConfig
-from rcd_core.families.loading import new_model
+from tests.benchmarks.engine_memory import transients
 from tests.benchmarks.engine_tokens import sparse_against_dense
+from tests.benchmarks.models import DEMO, VOCAB, random_model
 from tests.benchmarks.probe import header
 
-DEMO = ModelConfig(
-    family="sdar", hidden_size=64, num_layers=3, num_heads=4, num_kv_heads=2, intermediate_size=192, max_positions=2048
-)
-VOCAB = 151_936
 PASSES_PER_SAMPLE = 200  # at least
 
 
@@ -51,12 +45,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="GSM8K's training questions as JSON Lines")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--requests", type=int, default=32)
-    parser.add_argument("--transient", help=argparse.SUPPRESS)  # batch,block length,vocabulary
-    parser.add_argument("--top_k", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.transient:
-        print(json.dumps(transient(*(int(n) for n in options.transient.split(",")), options.top_k or None)))
-        return
     print(header(), flush=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -72,26 +61,6 @@ def main() -> None:
     found |= transients()
     found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "not measured"
     print(json.dumps(found))
-
-
-def transients() -> dict[str, Any]:
-    """Transient memory at batch 128, block 32, V = 151,936, measured in separate processes."""
-    found: dict[str, Any] = {}
-    for name, top_k in (("sparse", 32), ("dense", 0)):
-        command = [sys.executable, "-m", "tests.benchmarks.engine", "--transient", f"128,32,{VOCAB}"]
-        command += ["--top_k", str(top_k)]
-        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        taken = json.loads(out.splitlines()[-1])
-        found[f"transient_{name}_gib"] = taken["bytes"] / 2**30
-        found["transient_planned_gib"] = taken["planned"] / 2**30
-    found["transient_gib"] = max(found["transient_sparse_gib"], found["transient_dense_gib"])
-    print(json.dumps({k: round(v, 3) for k, v in found.items()}), flush=True)
-    return found
-
-
-def random_model(config: ModelConfig, vocab: int) -> DiffusionModel:
-    info = CheckpointInfo(mask_token_id=vocab - 1, eos_token_ids=(0,), pad_token_id=0, block_length=4)
-    return new_model(config, vocab_size=vocab, info=info, seed=0).eval()
 
 
 def requests(model: DiffusionModel, count: int, block_length: int, new_tokens: int) -> tuple[list[list[int]], Any]:
@@ -313,42 +282,6 @@ def timed_passes(model: DiffusionModel, prompts: list[list[int]], s: DecodeSetti
     for _ in range(passes):
         engine.step()
     return (time.perf_counter() - start) / passes
-
-
-def transient(batch: int, block_length: int, vocab: int, top_k: int | None) -> dict[str, int]:
-    """Bytes that the passes of a full batch take beyond weights, cache and residual state, and the planned bytes. The
-    model is small (width 64, one layer), but its tiles over the vocabulary are full size."""
-    from tests.benchmarks.attention import _peak_bytes, _reset_peak
-
-    model = random_model(replace(DEMO, num_layers=1), vocab)
-    prompts = [[1 + i % 100] * block_length for i in range(batch)]
-    s = DecodeSettings(
-        block_length=block_length,
-        max_new_tokens=2 * block_length,
-        denoising_steps=4,
-        policy="low_confidence_static",
-        residual=True,
-        start="zero",
-        residual_top_k=top_k,
-        stop_token_ids=(),
-    )
-    sequences = [make_sequence(model, p, s, infill=False, has_reference=False) for p in prompts]
-    length = len(sequences[0].canvas)
-    engine = Engine(model, None, max_batch=batch, max_length=length)
-    planned = engine_memory(model, batch, length, block_length)
-    for q in sequences:
-        engine.add(q)
-    with torch.inference_mode():
-        for tensor in (*engine._runner.forward.cache.keys, *engine._runner.forward.cache.values):
-            tensor.fill_(0)  # touch its pages before the peak is measured
-        engine._runner.state.reserve(block_length)
-        engine._runner.state.delta.fill_(0)
-    model.head(torch.zeros(1, model.config.hidden_size))  # and the linear algebra library's buffers
-    _reset_peak(model.device)
-    before = _peak_bytes(model.device)
-    while engine.busy:
-        engine.step()
-    return {"bytes": _peak_bytes(model.device) - before, "planned": planned.transient}
 
 
 if __name__ == "__main__":

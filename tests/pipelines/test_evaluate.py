@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import json
 import re
-import signal
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -20,107 +13,22 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import ray.data
-from rich.console import Console
 
-from pipelines import evaluate, prepare
+from pipelines import evaluate
 from pipelines.evaluation.actor import DecodeActor, Plan, request_seed
 from pipelines.evaluation.shared_engine import SharedEngine
 from pipelines.ray_cluster import waiting
-from pipelines.recipe.load import parse_recipe
 from pipelines.recipe.model import Recipe
-from pipelines.run.directory import RunDirectory, StageContext
+from pipelines.run.directory import StageContext
 from pipelines.run.stages import stages_of
-from rcd_core import Decoder, DecodeSettings, load_model, new_model
+from rcd_core import Decoder, DecodeSettings, load_model
 from rcd_core.decoding.engine import Engine
 from rcd_core.errors import UserError
-from rcd_core.families.base import CheckpointInfo
-from rcd_core.families.config import ModelConfig
-from rcd_core.families.files import CALIBRATION_FILE
 from rcd_core.tasks import get_task
-from rcd_core.text.tokenizer import load_tokenizer, mask_token_id, stop_token_ids
-from tests.fault_table import FaultTable
-from tests.pipelines.calibration_run import SIZES, TRAIN
-
-SMALLER = {**SIZES, "hidden_size": 8, "intermediate_size": 16}
-STAGES = ("baseline", "target", "target-paper", "reference")
-
-
-def make_recipe(directory: Path, **sections: Any) -> Recipe:
-    raw: dict[str, Any] = {
-        "name": "run",
-        "storage": str(directory),
-        "block_length": 37,
-        "tokenizer": {"vocab_size": 270},
-        "data": {"task": "sudoku", "train": "synthetic", "test": "synthetic", "num_train": 4, "num_test": 12},
-        "base": {"start": SIZES, "train": TRAIN},
-        "reference": {"start": SMALLER, "train": TRAIN},
-        "target": {"train": TRAIN},
-        "variants": {"paper": {"dropout": 0.0}},
-        "evaluate": {"thresholds": [0.02, 0.9], "batch_size": 5},
-        "resources": {"evaluate_actors": 2},
-    }
-    return parse_recipe({**raw, **sections})
-
-
-def stage_context(recipe: Recipe, stage: str, inputs: tuple[str, ...] = ()) -> StageContext:
-    console = Console(file=io.StringIO(), width=200)
-    run = RunDirectory(recipe.run_directory)
-    return StageContext(recipe=recipe, run=run, stage=stage, key="", inputs=inputs, console=console)
-
-
-@pytest.fixture(scope="module")
-def make_run(ray_cluster: str) -> Callable[[Recipe], StageContext]:
-    """make_run(recipe): runs prepare and saves untrained models -> the context of evaluate."""
-
-    def make(recipe: Recipe) -> StageContext:
-        ctx = stage_context(recipe, "prepare")
-        _finish(ctx, "prepare", prepare.run(ctx))
-        tokenizer = load_tokenizer(f"{ctx.directory}/tokenizer")
-        for seed, stage in enumerate(STAGES):
-            start = ModelConfig(**(SMALLER if stage == "reference" else SIZES))
-            rcd = {} if stage in ("baseline", "reference") else {"alpha": "normalized_entropy", "start": "zero"}
-            info = CheckpointInfo(
-                mask_token_id(tokenizer), stop_token_ids(tokenizer), tokenizer.pad_token_id, recipe.block_length, rcd
-            )
-            model = new_model(start, vocab_size=len(tokenizer), info=info, seed=seed)
-            for parameter in model.parameters():  # some confidences must exceed the thresholds
-                parameter.data *= 3.0
-            directory = Path(recipe.run_directory) / stage / "model"
-            model.save_pretrained(directory, tokenizer)
-            if rcd:  # older releases stored T_res there; without a stage calibrate it is 1
-                (directory / CALIBRATION_FILE).write_text('{"schema_version": 1, "residual_temperature": 9}')
-            _finish(ctx, stage, {})
-        return stage_context(recipe, "evaluate", ("prepare", *STAGES))
-
-    def _finish(ctx: StageContext, stage: str, summary: dict[str, Any]) -> None:
-        ctx.run.finish(stage, {"stage": stage}, summary, datetime.now().astimezone(), 0.0)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def sudoku(make_run: Callable[[Recipe], StageContext], tmp_path_factory: pytest.TempPathFactory) -> StageContext:
-    ctx = make_run(make_recipe(tmp_path_factory.mktemp("sudoku")))
-    evaluate.run(ctx)
-    return ctx
-
-
-def results(ctx: StageContext) -> dict[str, Any]:
-    return json.loads((Path(ctx.directory) / "results.json").read_text())  # type: ignore[no-any-return]
-
-
-def rows(ctx: StageContext) -> list[dict[str, Any]]:
-    return pq.read_table(f"{ctx.directory}/results.parquet").to_pylist()  # type: ignore[no-any-return]
-
-
-def num_decoded(ctx: StageContext) -> int:
-    """Answers on disk while the evaluation runs."""
-    return sum(pq.read_metadata(path).num_rows for path in Path(ctx.directory).glob("parts/*.parquet"))
-
-
-def timeless(ctx: StageContext) -> list[dict[str, Any]]:
-    """The columns that a rerun must repeat."""
-    return [{**row, "seconds": None} for row in rows(ctx)]
+from rcd_core.text.tokenizer import load_tokenizer, mask_token_id
+from tests.pipelines.evaluate_run import make_recipe, results, rows, stage_context, timeless
+from tests.pipelines.evaluate_run import make_run as make_run  # fixtures
+from tests.pipelines.evaluate_run import sudoku as sudoku
 
 
 def test_every_method_decodes_every_problem_at_every_threshold(sudoku: StageContext) -> None:
@@ -367,72 +275,6 @@ def test_a_failed_pass_is_tried_once_more_with_a_new_engine(
     else:
         with pytest.raises(RuntimeError, match="a pass that fails"):
             evaluate.run(ctx)
-
-
-@pytest.mark.drill
-@pytest.mark.faults("the driver killed while decoding", "evaluate")
-def test_a_killed_evaluation_resumes_and_gives_the_same_results(
-    sudoku: StageContext, monkeypatch: pytest.MonkeyPatch, fault_table: FaultTable
-) -> None:
-    """SIGKILL to a driver in another process, once some answers are on disk."""
-    ctx = stage_context(sudoku.recipe, "killed", sudoku.inputs)
-    code = (
-        "from pathlib import Path; from pipelines import evaluate; from tests.pipelines import test_evaluate as t\n"
-        "evaluate.FLUSH_S = 0.0\n"
-        f"recipe = t.make_recipe(Path({sudoku.recipe.storage!r}))\n"
-        f"evaluate.run(t.stage_context(recipe, 'killed', {sudoku.inputs!r}))"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while num_decoded(ctx) < 20:
-            assert process.poll() is None and time.monotonic() < deadline, process.returncode
-            time.sleep(0.01)
-    finally:
-        process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (Path(ctx.directory) / "results.parquet").exists()
-    again: list[Plan] = []
-    decode = evaluate._decode
-    monkeypatch.setattr(evaluate, "_decode", lambda ctx, plan: (again.append(plan), decode(ctx, plan)))
-    evaluate.run(ctx)
-    assert 0 < sum(len(piece.items) for piece in again[0].pieces) <= 5 * 2 * 12 - 20
-    assert timeless(ctx) == timeless(sudoku)
-    fault_table.add("the next job decoded only the missing answers", "the same answers")
-
-
-@pytest.mark.drill
-@pytest.mark.faults("a rank of a split model killed", "evaluate")
-def test_split_models_give_the_same_rows_although_a_rank_is_lost(
-    sudoku: StageContext, monkeypatch: pytest.MonkeyPatch, fault_table: FaultTable
-) -> None:
-    resources = {"evaluate_actors": 1, "tensor_parallel": 2}
-    recipe = make_recipe(Path(sudoku.recipe.storage), resources=resources)
-    assert stages_of(recipe)["evaluate"].bundles == ({"CPU": 1.0},) * 2
-    ctx = stage_context(recipe, "split", sudoku.inputs)
-    monkeypatch.setattr(evaluate, "FLUSH_S", 0.0)
-    seconds: list[float] = []
-
-    def kill_a_rank() -> None:
-        while num_decoded(ctx) < 20:
-            time.sleep(0.01)
-        [actor] = [a for a in ray.util.list_named_actors(all_namespaces=True) if a["name"].endswith("-rank-1")]
-        ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]))
-        killed, done = time.monotonic(), num_decoded(ctx)
-        while num_decoded(ctx) <= done:
-            time.sleep(0.1)
-        seconds.append(time.monotonic() - killed)
-
-    killer = threading.Thread(target=kill_a_rank, daemon=True)
-    killer.start()
-    evaluate.run(ctx)
-    killer.join(timeout=10)
-    pairs = list(zip(timeless(ctx), timeless(sudoku), strict=True))
-    assert all(a == b for a, b in pairs if b["arm"] == "seqd")
-    # The weights of these random models are so large that residuals amplify rounding from pass to pass.
-    assert sum(a == b for a, b in pairs) > 0.7 * len(pairs)
-    happened = "a new actor with all of its ranks decoded the missing answers"
-    fault_table.add(happened, "the same answers, up to rounding", seconds[0])
 
 
 def test_a_model_trained_without_residuals_is_decoded_without(tmp_path: Path) -> None:

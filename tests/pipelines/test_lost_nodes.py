@@ -26,11 +26,11 @@ from pipelines.training.metrics import read_metrics
 from tests.cluster.nodes import elsewhere, local_nodes
 from tests.fault_table import FaultTable
 from tests.pipelines import signal_run, training_run
+from tests.pipelines.evaluate_run import STAGES, make_recipe, stage_context, timeless
+from tests.pipelines.evaluate_run import make_run as make_run  # fixtures
+from tests.pipelines.evaluate_run import sudoku as sudoku
 from tests.pipelines.serving import test_serve_faults
 from tests.pipelines.serving.serve_run import metrics, serve_context, until
-from tests.pipelines.test_evaluate import STAGES, make_recipe, stage_context, timeless
-from tests.pipelines.test_evaluate import make_run as make_run  # fixtures
-from tests.pipelines.test_evaluate import sudoku as sudoku
 from tests.pipelines.training_run import checkpoint_steps, losses
 
 pytestmark = [pytest.mark.drill, pytest.mark.timeout(600)]

@@ -17,10 +17,10 @@ from pipelines.recipe.model import Recipe
 from pipelines.run.directory import StageContext
 from pipelines.run.messages import user_message
 from tests.fault_table import FaultTable
+from tests.pipelines.evaluate_run import make_recipe
+from tests.pipelines.evaluate_run import make_run as make_run  # a fixture
 from tests.pipelines.serving.http_clients import words
 from tests.pipelines.serving.serve_run import serve_context
-from tests.pipelines.test_evaluate import make_recipe
-from tests.pipelines.test_evaluate import make_run as make_run  # a fixture
 
 pytestmark = [pytest.mark.drill, pytest.mark.timeout(400)]
 NAN = "a checkpoint with NaN in its head"

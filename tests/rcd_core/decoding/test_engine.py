@@ -339,7 +339,7 @@ def test_as_many_requests_as_fit() -> None:
 @pytest.mark.parametrize("residual_top_k", [None, 32])
 def test_a_pass_needs_no_more_than_planned(residual_top_k: int | None) -> None:
     """The peak memory of a full batch beyond cache and state, measured in a process of its own."""
-    command = [sys.executable, "-m", "tests.benchmarks.engine", "--transient", "24,16,20000", "--top_k"]
+    command = [sys.executable, "-m", "tests.benchmarks.engine_memory", "24", "16", "20000"]
     out = subprocess.run([*command, str(residual_top_k or 0)], capture_output=True, text=True, check=True)
     measured = json.loads(out.stdout.splitlines()[-1])
     assert 0.1 * measured["planned"] < measured["bytes"] <= measured["planned"], measured
