@@ -40,7 +40,7 @@ down:
 
 test: $(VENV)/.dev
 	@# One thread each: two processes with two threads wait for one another on two cores.
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-faults: $(VENV)/.dev
 	@$(BIN)/python -m pytest -m faults -s

@@ -8,8 +8,10 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from rcd_core.io import retries
 
@@ -78,22 +80,41 @@ def golden() -> Path:
 # Files with minutes of work, the longest first.
 LONGEST = (
     "test_job.py",
-    "test_train.py",
-    "test_evaluate.py",
     "test_serve.py",
+    "test_evaluate.py",
+    "test_train.py",
     "test_precompute.py",
     "test_strategies.py",
     "test_plan.py",
     "test_answer_files.py",
     "test_loop.py",
 )
+# Files that use Ray are of one process, because an idle Ray takes a good part of a core.
+WITH_RAY = (
+    "tests/pipelines/test_",
+    "tests/pipelines/cli/test_evaluate.py",
+    "tests/pipelines/evaluation/test_grading_actor.py",
+    "tests/pipelines/ray_cluster/test_hardware.py",
+    "tests/pipelines/recipe/test_ablations.py",
+    "tests/pipelines/run/test_directory.py",
+    "tests/pipelines/serving/test_metrics.py",
+    "tests/pipelines/serving/test_serve_",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two processes share the files in this order, so that one of them does not end with a long file alone. All files
-    that use Ray are of one process, because an idle Ray takes a good part of a core."""
-    ray = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
-    order = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: (item.path not in ray, order.get(item.path.name, len(order))))
+    """Two processes share the files in this order, so that one of them does not end with a long file alone."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path in ray else str(item.path.relative_to(ROOT))))
+        if "ray_cluster" in getattr(item, "fixturenames", ()) and not item.nodeid.startswith(WITH_RAY):
+            raise pytest.UsageError(f"{item.nodeid} uses ray_cluster; name its file in WITH_RAY in tests/conftest.py")
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (not item.nodeid.startswith(WITH_RAY), order.get(item.path.name, len(order))))
+
+
+class RayInOneProcess(LoadFileScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        return "ray" if nodeid.startswith(WITH_RAY) else str(super()._split_scope(nodeid))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> RayInOneProcess:
+    return RayInOneProcess(config, log)
