@@ -162,18 +162,19 @@ class Engine:
         """The chunks of every request that can run, with pages for all of their tokens."""
         chosen: list[RequestPass] = []
         waits = {block.sequence for block in self._pending}
+        page_size = self.tables.page_size
         for s in list(self.running):
-            if s in waits or s.finished or s not in self.running:
+            if s.slot < 0 or s.finished or s in waits:  # without a slot: preempted for an earlier one
                 continue
             kind, chunks = s.next_pass(self.prefill_chunk)
-            while not self.tables.grow(s, chunks[-1].num_keys):
+            while chunks[-1].num_keys > len(s.pages) * page_size and not self.tables.grow(s, chunks[-1].num_keys):
                 victim = next(v for v in reversed(self.running) if not v.finished)
                 self._preempt(victim)
                 chosen = [r for r in chosen if r.sequence is not victim]
                 if victim is s:
                     break
             else:
-                num_tokens = sum(len(chunk.token_ids) for chunk in chunks)
+                num_tokens = sum([len(chunk.token_ids) for chunk in chunks])
                 chosen.append(RequestPass(s, kind, chunks, num_tokens, s.num_masked if kind == "denoise" else 0))
         return chosen
 

@@ -59,6 +59,8 @@ def low_confidence_dynamic(view: BlockView) -> Bools:
     above = (view.confidence > threshold) | (view.confidence == threshold) & view.inclusive[:, None]
     above &= view.masked
     enough = above.sum(1) >= view.quota
+    if enough.all():
+        return above
     return np.where(enough[:, None], above, low_confidence_static(view))
 
 

@@ -228,7 +228,7 @@ def choose_commits(masked: MaskedPositions, confidence: Floats, entropy: Floats,
     blocks, owner = masked.blocks, masked.owner
     numbers = np.array([(b.start, b.end, b.quota(), *b.sequence.commit_rule) for b in blocks])
     starts, ends, quota = numbers[:, :3].astype(np.int64).T
-    threshold, bound, policy_of = numbers[:, 3:].T
+    threshold, inclusive, bound, policy_of, rank_of = numbers[:, 3:].T
     inside = masked.positions < ends[owner] if any(b.sequence.wide for b in blocks) else slice(None)
     shape = (len(blocks), int((ends - starts).max()))
     cells = (owner * shape[1] + masked.positions - starts[owner])[inside]  # in the flattened grids below
@@ -243,12 +243,10 @@ def choose_commits(masked: MaskedPositions, confidence: Floats, entropy: Floats,
         grids[1].ravel()[cells] = entropy[inside]
     if "random" in policies:
         grids[2].ravel()[cells] = _keyed_uniforms(masked, "lot")[inside]
-    ranks = [b.settings.rank_by for b in blocks]
     grids[3] = grids[0]
-    for name, rank in (("entropy", -entropy), ("margin", margin)) if set(ranks) != {"confidence"} else ():
-        of_name = np.array([r == name for r in ranks])[owner][inside]
-        grids[3].ravel()[cells[of_name]] = rank[inside][of_name]
-    inclusive = np.array([b.sequence.threshold_inclusive for b in blocks])
+    for number, rank in enumerate((confidence, -entropy, margin)) if rank_of.any() else ():  # in the order of RankBy
+        of_rank = (rank_of == number)[owner][inside]
+        grids[3].ravel()[cells[of_rank]] = rank[inside][of_rank]
     chosen = np.zeros(shape, dtype=bool)
     for policy, group in policies.items():
         view = BlockView(
@@ -260,7 +258,7 @@ def choose_commits(masked: MaskedPositions, confidence: Floats, entropy: Floats,
             quota=quota[group],
             threshold=threshold[group],
             bound=bound[group],
-            inclusive=inclusive[group],
+            inclusive=inclusive[group] > 0,
         )
         chosen[group] = POLICIES[policy](view)
     commit = np.zeros(len(owner), dtype=bool)

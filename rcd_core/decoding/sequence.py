@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rcd_core.alpha import position_rule
-from rcd_core.decode_settings import ResolvedSettings
+from rcd_core.decode_settings import RankBy, ResolvedSettings
 from rcd_core.decoding.generation import Forwards, Generation, Step, TokenLogprobs
 from rcd_core.decoding.policies import POLICIES
 from rcd_core.errors import UserError
@@ -134,7 +134,7 @@ class Sequence:
     initially_masked: NDArray[np.bool_] = field(init=False)  # (T,)
     feedback: Feedback | None = field(init=False)  # how its own predictions become residuals
     needs_entropy: bool = field(init=False)
-    commit_rule: tuple[float, float, int] = field(init=False)  # threshold, entropy bound, number of the policy
+    commit_rule: tuple[float, ...] = field(init=False)  # threshold, inclusive, entropy bound, policy, rank_by
     wide: bool = field(init=False)  # residuals reach beyond the block (residual_scope "all_masked")
     _before: tuple[int, ...] = field(init=False)  # forwards and steps when the last block was opened
 
@@ -149,7 +149,10 @@ class Sequence:
             )
         self.needs_entropy = s.trace or s.policy == "entropy_bounded" or s.rank_by == "entropy"
         self.wide = s.residual and s.residual_scope == "all_masked"
-        self.commit_rule = s.confidence_threshold, s.entropy_bound or 0.0, list(POLICIES).index(s.policy)
+        self.commit_rule = (
+            *(s.confidence_threshold, float(self.threshold_inclusive), s.entropy_bound or 0.0),
+            *(list(POLICIES).index(s.policy), get_args(RankBy).index(s.rank_by)),
+        )
         self.live = [self.open_block(0)]
 
     def open_block(self, index: int) -> LiveBlock:
@@ -190,7 +193,7 @@ class Sequence:
     @property
     def num_masked(self) -> int:
         """Positions that a denoising pass predicts."""
-        return sum(len(block.masked_positions) for block in self.live)
+        return sum([len(block.masked_positions) for block in self.live])
 
     def restart(self) -> None:
         """Begin the first live block again, with nothing stored, as if no other had been opened."""
@@ -233,9 +236,15 @@ class Sequence:
 
     def pass_done(self, kind: PassKind, end: int) -> None:
         """Count a pass over tokens before `end`, and note what it stored. LLaDA's caches are never exact."""
-        setattr(self.forwards, kind, getattr(self.forwards, kind) + 1)
+        if kind == "denoise":
+            self.forwards.denoise += 1
+            end = self.live[0].start
+        elif kind == "prefill":
+            self.forwards.prefill += 1
+        else:
+            self.forwards.store += 1
         if self.settings.cache == "block":
-            self.stored = end if kind != "denoise" else self.live[0].start
+            self.stored = end
 
     def apply_commits(
         self, block: LiveBlock, positions: Positions, tokens: Positions, still_masked: Positions, step: Step | None
