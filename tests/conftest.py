@@ -17,11 +17,12 @@ from rcd_core.io import retries
 
 pytest_plugins = ["tests.fault_table"]
 ROOT = Path(__file__).resolve().parents[1]
-# Ray reads these on import: no token in the user's home, no telemetry, no warning per worker, and no lower priority for
-# workers, which would wait for the other test process on two cores.
+# Ray reads these on import: no token in the user's home, no telemetry, no warning per worker, no watcher for nodes that
+# a cloud takes away, and no lower priority for workers, which would wait for the other test process on two cores.
 os.environ |= {
     "RAY_AUTH_MODE": "disabled",
     "RAY_worker_niceness": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
