@@ -39,8 +39,9 @@ down:
 	@if [ -x $(BIN)/rcd ]; then $(BIN)/rcd down; else echo "nothing to stop"; fi
 
 test: $(VENV)/.dev
-	@# One thread each: two processes with two threads wait for one another on two cores.
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@# One thread each: two processes with two threads wait for one another on two cores. The tests start hundreds of
+	@# processes, which must not compile this repository again each time.
+	@env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-faults: $(VENV)/.dev
 	@$(BIN)/python -m pytest -m faults -s

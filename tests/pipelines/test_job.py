@@ -71,7 +71,7 @@ class Job:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
-    def finish(self, *options: str, code: int = 0, timeout: float = 400) -> str:
+    def finish(self, *options: str, code: int = 0, timeout: float = 800) -> str:
         process = self.start(*options)
         try:
             out = process.communicate(timeout=timeout)[0]
@@ -222,7 +222,7 @@ needs_gsm8k = pytest.mark.skipif(
 
 
 @needs_gsm8k
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 def test_gsm8k_from_local_files_to_a_served_answer(ray_cluster: str, tmp_path: Path) -> None:
     files = [f"data.{split}={GSM8K / f'gsm8k_{split}.jsonl'}" for split in ("train", "test")]
     small = ["data.num_train=600", "data.num_test=4", "baseline=false"]
