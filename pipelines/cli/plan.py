@@ -37,7 +37,7 @@ class Strategy:
     settings: dict[str, Any]
 
     def apply(self, settings: TrainSettings) -> TrainSettings:
-        changes: dict[str, Any] = {"deepspeed": {}, "cpu_offload": False} | self.settings
+        changes: dict[str, Any] = {"deepspeed": {}, "cpu_offload": False, "shard_size": None} | self.settings
         return replace(settings, **changes)
 
 
@@ -198,7 +198,7 @@ def _show(job: Job, recipe: Recipe, rows: Rows, gpus: int, flags: TrainPlanFlags
 
 
 def _strategies(settings: TrainSettings) -> Iterator[Strategy]:
-    own: dict[str, Any] = {n: getattr(settings, n) for n in ("strategy", "cpu_offload", "deepspeed")}
+    own: dict[str, Any] = {n: getattr(settings, n) for n in ("strategy", "cpu_offload", "deepspeed", "shard_size")}
     offload = ", offload" if settings.cpu_offload else ""
     yield Strategy(f"recipe: {settings.strategy}{offload}", own)
     yield from STRATEGIES

@@ -198,7 +198,8 @@ def _states(
         # they are summed in fp32 and sharded.
         gathered = numbers * (shape.root_parameters + 2 * shape.layer_parameters)
         whole = (numbers + FP32) * max(shape.root_parameters, shape.layer_parameters)
-        shards = [FP32 * total / workers, FP32 * total / workers, ADAM * total / workers]
+        part = total / settings.shards(workers)
+        shards = [FP32 * part, FP32 * part, ADAM * part]
         if settings.cpu_offload:
             return gathered, whole, 0.0, sum(shards)
         return shards[0] + gathered, shards[1] + whole, shards[2], 0.0

@@ -23,7 +23,9 @@ class TrainSettings:
     warmup: share of the steps in which the learning rate rises linearly.
     loss_weight: "inverse_t" is the paper's 1/t, "uniform" weighs all masked tokens alike.
     dtype: of the passes; master weights are fp32.
-    strategy: ddp (replicas), fsdp2 (shards) or deepspeed, configured by `deepspeed`. cpu_offload: fsdp2 only.
+    strategy: ddp (replicas), fsdp2 (shards) or deepspeed, configured by `deepspeed`. shard_size: fsdp2 only, the
+    number of neighbouring workers that hold one copy of the parameters, for example those of a node; each such group is
+    a replica. None: all workers. cpu_offload: fsdp2 only.
     attention: sdpa; flex or flash (an extra) on GPUs; eager for comparison (attention/backends.py).
     activation_checkpointing: compute layers again in the backward pass.
     max_skipped_steps: steps whose loss or gradient is not finite that may be skipped before training fails.
@@ -48,6 +50,7 @@ class TrainSettings:
     dtype: Literal["float32", "bfloat16"] = "float32"
     strategy: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
     deepspeed: dict[str, Any] = field(default_factory=dict)
+    shard_size: int | None = None
     cpu_offload: bool = False
     attention: Literal["sdpa", "eager", "flex", "flash"] = "sdpa"
     activation_checkpointing: bool = False
@@ -64,7 +67,7 @@ class TrainSettings:
             raise UserError(f"train.epochs is {self.epochs} and train.steps {self.steps}; set epochs null or steps 0")
         if self.epochs is None and self.steps < 1:
             raise UserError(f"train.steps is {self.steps}; it must be at least 1, or set train.epochs")
-        optional = ("micro_batch_size", "pack_length", "validate_every")
+        optional = ("micro_batch_size", "pack_length", "validate_every", "shard_size")
         for name in ("batch_size", "checkpoint_every", "log_every", *optional):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -78,6 +81,20 @@ class TrainSettings:
         ):
             if not valid:
                 raise UserError(f"train.{name} is {getattr(self, name)}; it must {range_}")
+
+        if self.shard_size is not None and self.strategy != "fsdp2":
+            raise UserError(
+                f"train.shard_size is {self.shard_size} but train.strategy is {self.strategy}; use fsdp2 or null"
+            )
+
+    def shards(self, workers: int) -> int:
+        """Workers that share one copy of the parameters under fsdp2. UserError if the groups would be unequal."""
+        size = min(self.shard_size or workers, workers)
+        if workers % size:
+            raise UserError(
+                f"train.shard_size is {self.shard_size}, which does not divide {workers} workers; change one"
+            )
+        return size
 
     def resolved(self, num_examples: int) -> TrainSettings:
         """These settings with steps instead of epochs: `epochs` passes, rounded up to whole batches."""

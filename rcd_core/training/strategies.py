@@ -169,7 +169,8 @@ class DataParallel(_Native):
 
 class FullyShardedDataParallel(_Native):
     """FSDP2: gathers each layer's parameters while it runs. Parameters outside the layers (embedding, head) belong to
-    the root and stay gathered between forward and backward pass."""
+    the root and stay gathered between forward and backward pass. With settings.shard_size, parameters are sharded
+    within groups of neighbouring workers, and gradients are summed between the groups."""
 
     collective_forward = True
 
@@ -178,9 +179,11 @@ class FullyShardedDataParallel(_Native):
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
         _require_process_group("fsdp2")
-        low = settings.dtype == "bfloat16"
+        low, world = settings.dtype == "bfloat16", dist.get_world_size()
+        size = settings.shards(world)
+        groups, names = ((world // size, size), ("replicate", "shard")) if size < world else ((size,), ("shard",))
         options: dict[str, Any] = {
-            "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
+            "mesh": init_device_mesh(device.type, groups, mesh_dim_names=names),
             # Master weights and the sum over workers stay in fp32.
             "mp_policy": MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16 if low else None, reduce_dtype=torch.float32, cast_forward_inputs=False

@@ -54,10 +54,10 @@ def worker(rank: int, out: Path, examples: str, s: TrainSettings, options: dict[
         save_file({k: v.contiguous() for k, v in weights.items()}, out / "weights.safetensors")
 
 
-def launch(out: Path, examples: str, s: TrainSettings, **options: Any) -> dict[str, torch.Tensor]:
-    """Train with two workers; returns the weights and leaves the checkpoints in out/checkpoints."""
+def launch(out: Path, examples: str, s: TrainSettings, world: int = 2, **options: Any) -> dict[str, torch.Tensor]:
+    """Train with so many workers; returns the weights and leaves the checkpoints in out/checkpoints."""
     out.mkdir()
-    spawn(worker, 2, out, examples, s, options)
+    spawn(worker, world, out, examples, s, options)
     for parts in out.glob("rank*"):
         shutil.copytree(parts, out / "checkpoints", dirs_exist_ok=True)
     return load_file(out / "weights.safetensors")
@@ -111,10 +111,32 @@ def test_fsdp2_trains_what_one_process_trains_and_resumes_exactly(
         read_progress(checkpoint, "deepspeed")
 
 
+@pytest.mark.drill  # four processes, twice
+def test_sharded_within_groups_it_trains_the_same_and_resumes_exactly(
+    examples: str, alone: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """Two replicas of two shards each; their checkpoint is read by one process, too."""
+    s = settings(strategy="fsdp2", shard_size=2, micro_batch_size=1)
+    whole = launch(tmp_path / "whole", examples, s, world=4)
+    close(whole, alone)
+    checkpoint = tmp_path / "whole" / "checkpoints" / "2"
+    resumed = launch(tmp_path / "resumed", examples, s, world=4, resume=checkpoint)
+    assert all(torch.equal(whole[n], resumed[n]) for n in whole)
+    close(run(examples, settings(), resume=checkpoint)[0], alone)
+
+
+def test_groups_of_shards_are_equal() -> None:
+    assert [settings(strategy="fsdp2", shard_size=n).shards(8) for n in (None, 2, 8, 16)] == [8, 2, 8, 8]
+    with pytest.raises(UserError, match=r"train\.shard_size is 3.* 8 workers"):
+        settings(strategy="fsdp2", shard_size=3).shards(8)
+    with pytest.raises(UserError, match=r"train\.shard_size is 2.*ddp"):
+        settings(strategy="ddp", shard_size=2)
+
+
 @pytest.mark.drill  # one more pair of processes
 def test_offloaded_shards_train_the_same(examples: str, alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
     s = settings(strategy="fsdp2", pack_length=24, micro_batch_size=1, cpu_offload=True)
-    close(launch(tmp_path, examples, s), alone)
+    close(launch(tmp_path / "offloaded", examples, s), alone)
 
 
 @pytest.mark.drill  # two more pairs of processes
