@@ -96,6 +96,7 @@ def test_low_precision_passes_train_nearly_the_same(
         assert 0 < off.norm() < 0.3 * changed.norm()
 
 
+@pytest.mark.drill  # two pairs of processes
 def test_fsdp2_trains_what_one_process_trains_and_resumes_exactly(
     examples: str, alone: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
