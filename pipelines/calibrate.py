@@ -11,7 +11,7 @@ what its discarded predictions knew (Fig. 2 of arXiv 2601.22954). Each model is 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from pipelines.calibration.job import CalibrationJob, calibrate_model
 from pipelines.report.calibration import html_page, summary_line
 from pipelines.run.directory import StageContext
 from rcd_core.io import storage
+from rcd_core.io.retries import be_patient
 from rcd_core.tasks import Problem
 
 
@@ -50,6 +51,11 @@ def report(ctx: StageContext) -> None:
     ctx.console.print(f"calibration: {storage.join(ctx.directory, 'report.html')}", markup=False, soft_wrap=True)
 
 
+def _patient(job: CalibrationJob, problems: Sequence[Problem]) -> dict[str, Any]:
+    be_patient()
+    return calibrate_model(job, problems)
+
+
 def _compute(ctx: StageContext, jobs: list[CalibrationJob], problems: list[Problem]) -> Iterator[tuple[str, Any]]:
     """Yields (stage, result) as tasks finish, at most resources.evaluate_actors at a time. Ray retries lost ones."""
     resources = ctx.recipe.resources
@@ -57,7 +63,7 @@ def _compute(ctx: StageContext, jobs: list[CalibrationJob], problems: list[Probl
         num_cpus=resources.cpus_per_worker,
         num_gpus=resources.gpus_per_worker,
         resources=resources.custom_resources("calibrate"),
-    )(calibrate_model)
+    )(_patient)
     shared, waiting = ray.put(problems), list(jobs)
     running: dict[Any, CalibrationJob] = {}
     while waiting or running:
