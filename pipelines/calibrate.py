@@ -11,7 +11,7 @@ what its discarded predictions knew (Fig. 2 of arXiv 2601.22954). Each model is 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def report(ctx: StageContext) -> None:
     ctx.console.print(f"calibration: {storage.join(ctx.directory, 'report.html')}", markup=False, soft_wrap=True)
 
 
-def _patient(job: CalibrationJob, problems: Sequence[Problem]) -> dict[str, Any]:
+def _patient(job: CalibrationJob, problems: list[Problem]) -> dict[str, Any]:
     be_patient()
     return calibrate_model(job, problems)
 

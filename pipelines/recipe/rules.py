@@ -235,9 +235,9 @@ def _worker_problems(recipe: Recipe) -> Iterator[str]:
         if unfit:
             count = f"{list(workers)}, which can be {', '.join(unfit)}" if isinstance(workers, tuple) else workers
             yield f"{key}.batch_size is {train.batch_size}, no multiple of resources.num_workers {count}; change one"
-        if train.shard_size and (unfit := [n for n in counts if n > train.shard_size and n % train.shard_size]):
+        if train.shard_size and (uneven := [n for n in counts if n > train.shard_size and n % train.shard_size]):
             yield (
-                f"{key}.shard_size is {train.shard_size}, which does not divide resources.num_workers {unfit[0]}; "
+                f"{key}.shard_size is {train.shard_size}, which does not divide resources.num_workers {uneven[0]}; "
                 "change one"
             )
         if resources.elastic and train.strategy == "deepspeed":

@@ -56,7 +56,7 @@ def low_confidence_static(view: BlockView) -> Bools:
 def low_confidence_dynamic(view: BlockView) -> Bools:
     """All masked columns above the threshold if they are at least `quota`, else the `quota` of highest rank."""
     threshold = view.threshold[:, None]
-    above = (view.confidence > threshold) | (view.confidence == threshold) & view.inclusive[:, None]
+    above: Bools = (view.confidence > threshold) | (view.confidence == threshold) & view.inclusive[:, None]
     above &= view.masked
     enough = above.sum(1) >= view.quota
     if enough.all():
