@@ -128,7 +128,7 @@ def test_a_run_in_a_bucket_with_a_killed_worker_gives_the_results_of_a_local_run
     assert all(a.equal(b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
 
 
-@pytest.mark.faults("an object store that refuses requests for a minute", "signals, then base")
+@pytest.mark.faults("an object store that refuses requests for a minute", "signals, then target")
 def test_a_run_waits_for_a_store_that_refuses_requests(
     ray_cluster: str, tmp_path: Path, fault_table: FaultTable
 ) -> None:
