@@ -74,10 +74,10 @@ def test_ray_exports_what_metrics_shows(context: StageContext) -> None:
 
 def test_the_reference_counts_its_passes(context: StageContext) -> None:
     blocks = metrics(context)["reference_forwards_total"]
-    until(lambda: values_of("Reference").get("reference_passes_total", 0) > 0)
-    values = values_of("Reference")
-    assert values["reference_passes_total"] == blocks == 6, "one request after the other: each block is a pass"
-    assert values["reference_seconds_total"] > 0
+    assert blocks == 6
+    # One request after the other: each block is a pass. Ray may export between two of them.
+    until(lambda: values_of("Reference").get("reference_passes_total") == blocks)
+    assert values_of("Reference")["reference_seconds_total"] > 0
 
 
 def test_every_metric_has_a_description(context: StageContext) -> None:
