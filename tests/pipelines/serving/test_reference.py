@@ -86,8 +86,8 @@ def test_blocks_of_a_request_share_a_session() -> None:
     remote = RemoteReference(handle, top_k=16, sessions=4)  # type: ignore[arg-type]
     requests = [replace(REQUEST, canvas_ids=(5, n, 511, 511), session=n) for n in range(6)]
     signals = [future.result(timeout=20) for future in remote.submit(requests)]
-    groups = sorted([request.session for request in call] for call in handle.calls)
-    assert groups == [[0, 4], [1, 5], [2], [3]]
+    groups = {tuple(request.session for request in call) for call in handle.calls}  # a slow one is asked again
+    assert groups == {(0, 4), (1, 5), (2,), (3,)}
     assert len(set(handle.sessions)) == 5, "one for each group, and one for second tries"
     alone = handle.local.signals(requests)
     assert all(torch.equal(a.topk_ids, b.topk_ids) for a, b in zip(signals, alone, strict=True))  # type: ignore[union-attr]
