@@ -122,6 +122,7 @@ def kills(recipe: Recipe, moments: dict[int, str], victim: int | None = None) ->
     storage.write_json(f"{recipe.storage}/kills.json", {"moments": moments, "victim": victim})
 
 
+@pytest.mark.drill
 def test_actors_killed_between_any_two_writes(
     undisturbed: Result, prepared: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +166,7 @@ def check_after_kills(recipe: Recipe, undisturbed: Result) -> None:
     assert not list(Path(ctx.directory).glob(".*"))
 
 
+@pytest.mark.drill
 def test_the_driver_killed_before_a_sidecar(undisturbed: Result, prepared: Recipe) -> None:
     kill_the_driver(prepared, 2, "before the sidecar")
     assert len(shards_of(context(prepared))) < len(undisturbed.shards)

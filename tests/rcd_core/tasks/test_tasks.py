@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-import time
 
 import pytest
 
@@ -69,14 +68,6 @@ def test_boards_are_valid_varied_and_have_8_to_16_givens() -> None:
     for cell in (0, 17, 35):  # no digit is preferred: 1000 / 6 = 167 of each, SD 12
         counts = [sum(row["answer"][cell] == digit for row in rows) for digit in SUDOKU.digits]
         assert min(counts) > 115 and max(counts) < 220
-
-
-def test_boards_are_generated_fast() -> None:
-    task = get_task("sudoku")
-    started = time.process_time()
-    for i in range(1000):
-        task.synthetic(i, "train", 5)
-    assert time.process_time() - started < 1.0  # 0.11 ms a board on the machine of 2026-11; a training set has 1e5
 
 
 def test_sudoku_accepts_any_valid_board_with_the_givens() -> None:
