@@ -110,7 +110,8 @@ class Reference:
         device, dtype = device_of(gpus)
         model = load_model(checkpoint, dtype=dtype, device=device, attention=attention)
         length = min(max_length, model.max_positions)
-        contexts = fit(model, length, model.info.block_length, contexts, part=gpu_share(gpus)).max_batch
+        share = gpu_share(gpus)
+        contexts = fit(model, length, model.info.block_length, contexts, part=share, lanes=True).max_batch
         self.model = LocalReference(model, contexts, length)
         self.thread = ThreadPoolExecutor(max_workers=1)  # one pass at a time, outside the event loop
         self.counts = {"reference_passes_total": 0.0, "reference_seconds_total": 0.0}

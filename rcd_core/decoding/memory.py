@@ -89,13 +89,15 @@ def fit(
     part: float = 1.0,
     reference: LocalReference | None = None,
     backend: PagedBackend | None = None,
+    lanes: bool = False,
 ) -> EnginePlan:
     """The largest engine that fits, of at most max_batch requests at once.
 
     free: bytes, by default a share of the device's free memory. part: share of the device, if other processes will use
     the rest. reference: one on the same device, whose passes alternate with those of the engine. backend: of decoding,
     by default the model's. With one that follows page tables, requests need no room for their longest length: pages
-    fill what is left, up to that. Raises UserError if not even one request fits.
+    fill what is left, up to that, unless lanes is set: then each has such room, as a LocalReference's contexts have.
+    Raises UserError if not even one request fits.
     """
     if backend is None:
         page = page_size_of(model.device)
@@ -105,7 +107,7 @@ def fit(
         if available is None:
             return EnginePlan(max_batch)
         free = int(available * _SHARE.get(model.device.type, 0.5))
-    paged = backend.on_device and not backend.needs_lanes
+    paged = backend.on_device and not backend.needs_lanes and not lanes
     each = -(-max_length // page_size_of(model.device))  # pages of a request
     page_bytes = page_size_of(model.device) * bytes_per_position(model)
     for count in range(max_batch, 0, -1):

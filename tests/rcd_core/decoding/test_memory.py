@@ -95,6 +95,9 @@ def test_pages_fill_what_is_left() -> None:
     # One request of the longest length must always fit, else a smaller batch leaves more for pages.
     scarce = fit(m, 640, 8, 8, free=engine_memory(m, 5, 640, 8, 40, backend).total, backend=backend)
     assert scarce == EnginePlan(5, 40)
+    # A reference's contexts have neighbouring pages, whatever the kernel.
+    scarce_bytes = engine_memory(m, 5, 640, 8, 40, backend).total
+    assert fit(m, 640, 8, 8, free=scarce_bytes, backend=backend, lanes=True).max_batch < 5
     prompts = [[1, 2, 3], [4, 5], list(range(1, 20))]
     engine = Engine(m, None, max_length=640, **asdict(scarce))
     requests = [make_sequence(m, ids, PLAIN, infill=False, has_reference=False) for ids in prompts]
