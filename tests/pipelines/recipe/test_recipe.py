@@ -97,6 +97,8 @@ def test_variants_change_only_what_they_name() -> None:
         ("target.train.validate_every=5", "target.train.validate_every is 5 but data.num_validation is 0"),
         ("target.train.deepspeed={wall_clock_breakdown: true}", "target.train.deepspeed"),
         ("target.train.strategy=deepspeed", "target.train.strategy is deepspeed"),
+        ("target.train.shard_size=2", "train.shard_size is 2"),
+        ("target.train={batch_size: 8, steps: 2, strategy: fsdp2, shard_size: 3}", "target.train.shard_size is 3"),
         ("resources.num_workers=[2, 3]", "target.train.batch_size is 64"),
         ("resources.num_workers=[4, 2]", "resources.num_workers is [4, 2]"),
         ("resources={tensor_parallel: 2, gpus_per_worker: 0.5}", "resources.tensor_parallel is 2"),
@@ -124,6 +126,7 @@ def test_variants_change_only_what_they_name() -> None:
 )
 def test_mistakes_are_named(override: str, named: str) -> None:
     more = ["resources.num_workers=[1, 2]"] if "=deepspeed" in override else []
+    more += ["resources.num_workers=4"] if "fsdp2" in override else []
     message = complaint(override, *more)
     assert named in message
     assert "\n" not in message or "has problems" in message
