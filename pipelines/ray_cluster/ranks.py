@@ -15,17 +15,26 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
+import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from pipelines.ray_cluster.hardware import device_of
 from rcd_core.decoding.reference import LocalReference
 from rcd_core.decoding.tensor_parallel import follow
 from rcd_core.families.base import DiffusionModel
+from rcd_core.families.loading import load_model
 from rcd_core.ops.ranks import ALONE, ProcessRanks, Ranks
 
 logger = logging.getLogger(__name__)
 # (ranks) -> the rank's part of the target and, if each rank has one, its reference.
 Load = Callable[[Ranks], tuple[DiffusionModel, LocalReference | None]]
+
+
+def load_ranks(
+    checkpoint: str, dtype: torch.dtype | None, device: str, attention: str, ranks: Ranks
+) -> tuple[DiffusionModel, None]:
+    """A Load of one model, without a reference of its own."""
+    return load_model(checkpoint, dtype=dtype, device=device, attention=attention, ranks=ranks), None
 
 
 class RankGroup:

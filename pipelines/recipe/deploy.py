@@ -59,6 +59,8 @@ class DeploySettings(Section):
     """Requests that may wait per replica; further ones get status 429."""
     attention: DecodeAttention = "auto"
     """Attention of target and reference, as in `evaluate`."""
+    reference_tensor_parallel: Count = 1
+    """Workers over which a replica of the reference is split; `resources.tensor_parallel` splits the other models."""
     max_length: Count | None = None
     """Most tokens of prompt and answer; null: the model's limit, at most 4096."""
     min_replicas: Count = 1

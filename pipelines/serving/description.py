@@ -69,12 +69,19 @@ class DescribedModel(Section):
 
 
 class DescribedReference(Section):
-    """top_k: ids per position in its answers to requests that want the whole distribution."""
+    """top_k: ids per position in its answers to requests that want the whole distribution. tensor_parallel: as in
+    DescribedModel."""
 
     checkpoint: str
     top_k: Annotated[int, Field(ge=1, le=32767)] = 32
     attention: DecodeAttention = "auto"
+    tensor_parallel: Count = 1
     replicas: Replicas = Replicas()
+
+    @property
+    def bundles(self) -> list[dict[str, float]]:
+        """Resources of the ranks of a replica."""
+        return [bundle(self.replicas)] * self.tensor_parallel
 
 
 class Description(Section):
@@ -102,8 +109,8 @@ class Description(Section):
     def bundles(self) -> list[dict[str, float]]:
         """Resources of the replicas that are started at first."""
         models = [b for model in self.models.values() for b in model.bundles * model.replicas.min_replicas]
-        replicas = self.reference.replicas if self.reference else None
-        return models + ([bundle(replicas)] * replicas.min_replicas if replicas else [])
+        reference = self.reference
+        return models + (reference.bundles * reference.replicas.min_replicas if reference else [])
 
 
 def bundle(replicas: Replicas) -> dict[str, float]:
@@ -146,10 +153,17 @@ def describe(recipe: Recipe, checkpoint: Callable[[str], str], t_res: float | No
     }
     reference = None
     if has_reference:
-        gpus = replicas.num_gpus if shares_gpus else min(1.0, resources.gpus_per_worker)
+        own = not shares_gpus or deploy.reference_tensor_parallel > 1
+        gpus = min(1.0, resources.gpus_per_worker) if own else replicas.num_gpus
         replicas = replicas.model_copy(update={"num_gpus": gpus, "resources": reference_nodes})
         path, top_k = checkpoint("reference"), recipe.signals.top_k
-        reference = DescribedReference(checkpoint=path, top_k=top_k, attention=deploy.attention, replicas=replicas)
+        reference = DescribedReference(
+            checkpoint=path,
+            top_k=top_k,
+            attention=deploy.attention,
+            tensor_parallel=deploy.reference_tensor_parallel,
+            replicas=replicas,
+        )
     doors = {name: getattr(deploy, name) for name in ("allow_without_keys", "open_state", "ingress")}
     return Description(models=models, reference=reference, **doors)
 
@@ -208,7 +222,7 @@ def _contradictions(description: Description) -> Iterator[str]:
     for key, one in described.items():
         yield from checkpoint_problems(f"{key}.checkpoint", one.checkpoint)
         few, many = one.replicas.min_replicas, one.replicas.max_replicas
-        if isinstance(one, DescribedModel) and one.tensor_parallel > 1 and one.replicas.num_gpus % 1:
+        if one.tensor_parallel > 1 and one.replicas.num_gpus % 1:
             yield (
                 f"{key}.replicas.num_gpus is {one.replicas.num_gpus:g} and tensor_parallel {one.tensor_parallel}; each "
                 "rank needs a GPU of its own, so set num_gpus to 1, or to 0 for CPUs"

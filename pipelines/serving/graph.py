@@ -25,7 +25,16 @@ from pipelines.run.keys import key_of
 from pipelines.serving.api_keys import api_keys, check_host
 from pipelines.serving.backend import ServedModel
 from pipelines.serving.config_file import app_args
-from pipelines.serving.description import INGRESS, REFERENCE, Description, Replicas, at_commits, parse_description
+from pipelines.serving.description import (
+    INGRESS,
+    REFERENCE,
+    DescribedModel,
+    DescribedReference,
+    Description,
+    Replicas,
+    at_commits,
+    parse_description,
+)
 from pipelines.serving.http.app import create_app
 from pipelines.serving.http.guard import ApiLimits
 from pipelines.serving.reference import REFERENCE_SESSIONS, REFERENCE_THREADS, Reference
@@ -106,6 +115,7 @@ def application(
             described.replicas,
             target_ongoing=REFERENCE_CALLS * sessions,
             max_ongoing=calls * sessions,
+            **_ranks(described),
             **router,
             **draining,
         ).bind(
@@ -114,6 +124,7 @@ def application(
             sum(model.max_batch * model.replicas.max_replicas for model in users),
             max(model.max_length or MAX_LENGTH for model in users),
             described.attention,
+            described.bundles,
         )
     targets = {}
     for model_id, model in description.models.items():
@@ -123,8 +134,7 @@ def application(
             model.replicas,
             target_ongoing=model.max_batch,
             max_ongoing=model.max_batch + model.max_queue + SPARE_REQUESTS,  # the engine itself refuses more
-            # Serve puts the replica into the first bundle, and the other ranks, which it starts, into the others.
-            **({"placement_group_bundles": model.bundles} if model.tensor_parallel > 1 else {}),
+            **_ranks(model),
             **draining,
         ).bind(
             model.checkpoint,
@@ -162,6 +172,11 @@ def application(
         **(draining if settings.drain_s is None else {"graceful_shutdown_timeout_s": settings.drain_s}),
     )
     return ingress(Ingress).bind(targets, defaults, body, limits)
+
+
+def _ranks(described: DescribedModel | DescribedReference) -> dict[str, Any]:
+    """Serve puts the replica into the first bundle, and the other ranks, which it starts, into the others."""
+    return {"placement_group_bundles": described.bundles} if described.tensor_parallel > 1 else {}
 
 
 def build(args: dict[str, Any]) -> serve.Application:

@@ -11,18 +11,21 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from pipelines.ray_cluster.hardware import device_of, gpu_share
+from pipelines.ray_cluster.ranks import RankGroup, load_ranks
 from pipelines.serving.metrics import export_metrics
-from rcd_core import LocalReference, ReferenceSignals, WarmStart, load_model
+from rcd_core import ReferenceSignals, WarmStart
 from rcd_core.decoding.memory import fit
+from rcd_core.decoding.tensor_parallel import make_reference
 from rcd_core.signals import Signals
 
 logger = logging.getLogger("ray.serve")
@@ -103,16 +106,26 @@ class Reference:
     """The deployment: holds the reference model and answers with signals as Arrow bytes.
 
     contexts: prompts whose KV stays cached, one per concurrent request, fewer if memory does not suffice. max_length:
-    positions of a context. gpus: what the replica has asked Ray for.
+    positions of a context. gpus: what the replica has asked Ray for. bundles: of RankGroup.
     """
 
-    def __init__(self, checkpoint: str, gpus: float, contexts: int, max_length: int, attention: str = "auto") -> None:
+    def __init__(
+        self,
+        checkpoint: str,
+        gpus: float,
+        contexts: int,
+        max_length: int,
+        attention: str = "auto",
+        bundles: Sequence[Mapping[str, float]] = (),
+    ) -> None:
+        self.group = RankGroup(bundles)
         device, dtype = device_of(gpus)
-        model = load_model(checkpoint, dtype=dtype, device=device, attention=attention)
+        self.group.follow(partial(load_ranks, checkpoint, dtype, device, attention))
+        model, _ = load_ranks(checkpoint, dtype, device, attention, self.group.ranks)
         length = min(max_length, model.max_positions)
         share = gpu_share(gpus)
         contexts = fit(model, length, model.info.block_length, contexts, part=share, lanes=True).max_batch
-        self.model = LocalReference(model, contexts, length)
+        self.model = make_reference(model, contexts, length)
         self.thread = ThreadPoolExecutor(max_workers=1)  # one pass at a time, outside the event loop
         self.counts = {"reference_passes_total": 0.0, "reference_seconds_total": 0.0}
         self.export = asyncio.create_task(export_metrics(self.statistics))

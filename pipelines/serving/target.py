@@ -15,18 +15,17 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from pipelines.ray_cluster.hardware import device_of, gpu_share
-from pipelines.ray_cluster.ranks import RankGroup
+from pipelines.ray_cluster.ranks import RankGroup, load_ranks
 from pipelines.serving.backend import DecodeRequest, DecodingFailed, Overloaded
 from pipelines.serving.engine_thread import EngineFailed, EngineThread, EventBatch
 from pipelines.serving.metrics import export_metrics
 from pipelines.serving.reference import RemoteReference
-from rcd_core import UserError, load_model
+from rcd_core import UserError
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.decoding.memory import fit
 from rcd_core.decoding.request import uncalibrated
 from rcd_core.families.base import DiffusionModel
 from rcd_core.io.node_copy import node_copy
-from rcd_core.ops.ranks import Ranks
 from rcd_core.text.tokenizer import load_tokenizer
 
 logger = logging.getLogger("ray.serve")
@@ -80,9 +79,9 @@ class Target:
     ) -> None:
         self.group = RankGroup(bundles)
         device, dtype = device_of(gpus)
-        self.group.follow(partial(_load, checkpoint, dtype, device, attention))
+        self.group.follow(partial(load_ranks, checkpoint, dtype, device, attention))
         checkpoint = node_copy(checkpoint)  # once, so that model and tokenizer are of the same version
-        model, _ = _load(checkpoint, dtype, device, attention, self.group.ranks)
+        model, _ = load_ranks(checkpoint, dtype, device, attention, self.group.ranks)
         residual = bool(model.info.rcd) or reference is not None
         if not has_t_res and (message := uncalibrated(DecodeSettings(residual=residual), model)):
             logger.warning("%s: %s", checkpoint, message)
@@ -133,12 +132,6 @@ class Target:
     async def check_health(self) -> None:
         """Runs in the event loop, so it never waits for a pass of the model."""
         self.engine.check()
-
-
-def _load(
-    checkpoint: str, dtype: torch.dtype | None, device: str, attention: str, ranks: Ranks
-) -> tuple[DiffusionModel, None]:
-    return load_model(checkpoint, dtype=dtype, device=device, attention=attention, ranks=ranks), None
 
 
 def weights_id(model: DiffusionModel) -> str:

@@ -20,12 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any
 
 from rcd_core.decoding.engine import Engine
 from rcd_core.decoding.reference import AsyncReference, LocalReference, Reference, WarmStart
 from rcd_core.decoding.sequence import Sequence
+from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
 from rcd_core.signals import Signals
 
@@ -78,15 +80,32 @@ class LeadingEngine(Engine):
         return finished
 
 
+class LeadingReference(LocalReference):
+    """Rank 0's reference for engines elsewhere. The other ranks must be in `follow`."""
+
+    def __init__(self, model: DiffusionModel, cache_slots: int, max_length: int) -> None:
+        model.ranks.share(("reference", (cache_slots, max_length)))
+        super().__init__(model, cache_slots, max_length)
+
+    def signals(self, requests: Many[WarmStart]) -> list[Signals]:
+        self.model.ranks.share(("signals", list(requests)))
+        return super().signals(requests)
+
+
+def make_reference(model: DiffusionModel, cache_slots: int, max_length: int) -> LocalReference:
+    """The reference on one rank, or on several, of which this process is rank 0. Arguments: of LocalReference."""
+    return (LocalReference if model.ranks.size == 1 else LeadingReference)(model, cache_slots, max_length)
+
+
 def release(model: DiffusionModel) -> None:
     """Rank 0 decodes nothing more."""
     model.ranks.share(("release", None))
 
 
 def follow(model: DiffusionModel, reference: LocalReference | None = None) -> None:
-    """Take part in the engines of rank 0 until it calls `release`. reference: if rank 0's engines have a local one, of
-    the same model, whole or split. Only rank 0 asks an asynchronous one. Raises what a collective raises when a rank is
-    lost."""
+    """Take part in the engines of rank 0, or in its LeadingReference, until it calls `release`. reference: if rank 0's
+    engines have a local one, of the same model, whole or split. Only rank 0 asks an asynchronous one. Raises what a
+    collective raises when a rank is lost."""
     engine, sequences = None, dict[int, Sequence]()
     while True:
         command, content = model.ranks.share(None)
@@ -98,6 +117,11 @@ def follow(model: DiffusionModel, reference: LocalReference | None = None) -> No
             if room is not None and reference is not None:
                 reference.restart(*room)
             engine = Engine(model, reference or _AskedByRank0(), **options)
+        elif command == "reference":
+            reference = LocalReference(model, *content)
+        elif command == "signals" and reference is not None:
+            with suppress(UserError):  # predictions that are not finite: rank 0 answers with it
+                reference.signals(content)
         elif engine is not None:
             for number, given in content:
                 if given is None:

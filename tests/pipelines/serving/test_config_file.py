@@ -232,6 +232,11 @@ def test_every_rank_of_a_replica_has_resources_and_a_gpu_of_its_own() -> None:
     assert parse_description({"models": {"rcd": model}}).bundles == [{"CPU": 0.5, "GPU": 1.0}] * 4
     with pytest.raises(UserError, match=r"models\.rcd\.replicas\.num_gpus is 0\.5 and tensor_parallel 2"):
         parse_description({"models": {"rcd": changed(model, ("replicas", "num_gpus"), 0.5)}})
+    reference = {"checkpoint": "/b", "tensor_parallel": 4, "replicas": {"num_gpus": 1}}
+    both = {"models": {"rcd": {**model, "reference": True}}, "reference": reference}
+    assert parse_description(both).bundles == [{"CPU": 0.5, "GPU": 1.0}] * 8
+    with pytest.raises(UserError, match=r"reference\.replicas\.num_gpus is 0\.5 and tensor_parallel 4"):
+        parse_description(changed(both, ("reference", "replicas", "num_gpus"), 0.5))
 
 
 def test_a_recipe_can_serve_other_checkpoints(tmp_path: Path) -> None:

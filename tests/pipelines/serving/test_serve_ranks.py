@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -21,7 +22,7 @@ from pipelines.run.directory import StageContext
 from tests.fault_table import FaultTable
 from tests.pipelines.serving import http_clients as clients
 from tests.pipelines.serving.http_clients import Reply, texts, words
-from tests.pipelines.serving.serve_run import serve_context, until
+from tests.pipelines.serving.serve_run import metrics, serve_context, until
 from tests.pipelines.serving.test_serve_faults import SLOWER, TOKENS, alive
 
 pytestmark = [pytest.mark.drill, pytest.mark.timeout(600)]
@@ -79,3 +80,14 @@ def test_a_lost_rank_ends_its_replica_and_serve_replaces_it(deployed: StageConte
     [other] = other_ranks()
     assert other._actor_id != rank._actor_id
     fault_table.add("its replica ended and was replaced", "the same text", recovery_s=recovered)
+
+
+def test_a_split_reference_answers_as_a_whole_one(deployed: StageContext, tmp_path: Path) -> None:
+    [expected] = texts(deployed, [2], TOKENS, **GREEDY).values()
+    port = deployed.recipe.deploy.port
+    context = serve_context(tmp_path, SLOWER, baseline=False, port=port, reference_tensor_parallel=2)
+    serve.run(context)
+    until(lambda: len(other_ranks()) == 1 and len(alive("Target")) == 1, seconds=100)
+    assert ask(context, 2, stream=False).text == expected
+    found = metrics(context)
+    assert found["forwards_reference_total"] > 0 == found["reference_failures_total"], found

@@ -25,7 +25,7 @@ from rcd_core.decoding.engine import Engine
 from rcd_core.decoding.memory import engine_memory
 from rcd_core.decoding.reference import Reference
 from rcd_core.decoding.request import make_sequence
-from rcd_core.decoding.tensor_parallel import LeadingEngine, follow, release
+from rcd_core.decoding.tensor_parallel import LeadingEngine, follow, make_reference, release
 from rcd_core.families.base import DiffusionModel
 from rcd_core.ops.ranks import ProcessRanks, Ranks
 from rcd_core.signals import Signals
@@ -56,7 +56,7 @@ def test_ranks_decode_what_one_process_decodes(size: int) -> None:
 def _compare(rank: int, size: int) -> None:
     ranks = ProcessRanks(rank, size, "cpu")
     for family in FAMILIES:
-        for check in (_any_settings, _rules, _single_precision, _split_reference, _remote_reference, _engine):
+        for check in CHECKS:
             dtype = torch.float32 if check is _single_precision else torch.float64
             model = load(family, ranks, dtype)
             reference = _reference(check, family, ranks)
@@ -119,6 +119,22 @@ def _split_reference(whole: DiffusionModel, split: DiffusionModel, reference: Re
     _same(Decoder(whole, local), Decoder(split, reference), PROMPTS, s)
 
 
+def _served_reference(whole: DiffusionModel, split: DiffusionModel, reference: None) -> None:
+    """Rank 0's reference answers by itself, from few contexts; a prediction that is not finite fails one call only."""
+    mask = whole.mask_token_id
+    local, served = LocalReference(whole, 2, 32), make_reference(split, 2, 32)
+    asked = [WarmStart((3, 4 + i, 5, 6, *[mask] * 4), (4, 5, 6, 7), 4, top_k=8) for i in range(3)]
+    longer = [replace(asked[0], canvas_ids=(3, 4, 5, 6, 7, 8, 9, 10, *[mask] * 4), positions=(8, 9, 10, 11))]
+    for requests in (asked, asked[:1], longer):
+        for want, got in zip(local.signals(requests), served.signals(requests), strict=True):
+            assert torch.equal(got.topk_ids, want.topk_ids)
+            torch.testing.assert_close(got.entropy, want.entropy, atol=1e-9, rtol=0)
+    assert served.reused_tokens == local.reused_tokens
+    with pytest.raises(UserError):
+        served.signals([replace(asked[0], top_k=0)])
+    assert torch.equal(served.signals(longer)[0].topk_ids, local.signals(longer)[0].topk_ids)
+
+
 class Remote:
     """An AsyncReference whose answers arrive at any time."""
 
@@ -157,6 +173,12 @@ def _engine(whole: DiffusionModel, split: DiffusionModel, reference: None) -> No
     assert results[0] == results[1]
     assert engines[0].statistics.preempted == engines[1].statistics.preempted > 0
     assert engines[0].statistics.reused_tokens == engines[1].statistics.reused_tokens
+
+
+CHECKS: tuple[Callable[..., None], ...] = (
+    *(_any_settings, _rules, _single_precision),
+    *(_split_reference, _served_reference, _remote_reference, _engine),
+)
 
 
 # -- one rank alone
