@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rcd_core.decoding.generation import TokenLogprobs
-from rcd_core.decoding.sampler import TILE_BYTES
-from rcd_core.decoding.sequence import LiveBlock, MaskedPositions, Positions
+from rcd_core.decoding.masked_positions import MaskedPositions
+from rcd_core.decoding.sequence import LiveBlock, Positions
+from rcd_core.ops.tiles import tile_rows
 
 
 def keep_logprobs(masked: MaskedPositions, commit: NDArray[np.bool_], tokens: Positions, hidden: Tensor) -> None:
@@ -26,7 +27,7 @@ def keep_logprobs(masked: MaskedPositions, commit: NDArray[np.bool_], tokens: Po
     if not len(rows):
         return
     model, device = masked.blocks[0].sequence.model, hidden.device
-    for part in np.array_split(rows, -(-len(rows) * 4 * model.vocab_size // TILE_BYTES)):
+    for part in np.array_split(rows, -(-len(rows) // tile_rows(model.vocab_size, device))):
         logprobs = torch.log_softmax(model.head(hidden[torch.from_numpy(part).to(device)]).float(), -1)
         own = logprobs.gather(1, torch.from_numpy(tokens[part])[:, None].to(device)).flatten().tolist()
         top = logprobs.topk(int(num_top[part].max()))

@@ -23,10 +23,11 @@ from rcd_core.attention.paged import Rows
 from rcd_core.attention.paged_backends import PagedBackend
 from rcd_core.decoding.cuda_graphs import GraphCache
 from rcd_core.decoding.layers import Layers
+from rcd_core.decoding.masked_positions import MaskedPositions
 from rcd_core.decoding.pages import PagedCache
 from rcd_core.decoding.residual_state import ResidualState
 from rcd_core.decoding.sampler import NUM_RESULTS, Sampler
-from rcd_core.decoding.sequence import Chunk, MaskedPositions, PassKind, Sequence
+from rcd_core.decoding.sequence import Chunk, PassKind, Sequence
 from rcd_core.decoding.statistics import Statistics
 from rcd_core.decoding.tables import Tables
 from rcd_core.families.base import DiffusionModel

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rcd_core.decoding.masked_positions import MaskedPositions
 from rcd_core.decoding.reference import WarmStart
-from rcd_core.decoding.sequence import LiveBlock, MaskedPositions
+from rcd_core.decoding.sequence import LiveBlock
 
 
 @dataclass(frozen=True)

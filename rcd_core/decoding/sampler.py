@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rcd_core.decoding.cuda_graphs import GraphCache
+from rcd_core.decoding.masked_positions import MaskedPositions
 from rcd_core.decoding.policies import POLICIES, BlockView
 from rcd_core.decoding.residual_state import ResidualState
-from rcd_core.decoding.sequence import MaskedPositions, Sequence
+from rcd_core.decoding.sequence import Sequence
 from rcd_core.families.base import DiffusionModel
 from rcd_core.ops.random import position_keys, uniforms
 from rcd_core.ops.reduce import Feedback

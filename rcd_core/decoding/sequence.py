@@ -5,7 +5,7 @@ Shapes: T canvas length, N masked positions, q tokens of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
 
@@ -319,29 +319,3 @@ def check_failures(sequences: Iterable[Sequence]) -> None:
     errors = [s.error for s in sequences if s.error is not None]
     if errors:
         raise UserError(f"{len(errors)} requests failed; the first one: {errors[0]}")
-
-
-@dataclass(frozen=True)
-class MaskedPositions:
-    """The masked positions that one step predicts, block by block: positions (N,) in the canvas, owner (N,) index into
-    blocks, ends (one per block) where its positions end."""
-
-    blocks: list[LiveBlock]
-    positions: Positions
-    owner: Positions
-    ends: Positions
-
-    @classmethod
-    def of(cls, blocks: list[LiveBlock]) -> MaskedPositions:
-        counts = [len(b.masked_positions) for b in blocks]
-        positions = np.concatenate([np.zeros(0, dtype=np.int64), *(b.masked_positions for b in blocks)])
-        return cls(blocks, positions, np.repeat(np.arange(len(blocks)), counts), np.cumsum(counts))
-
-    def slices(self) -> list[slice]:
-        """Where each block's positions lie."""
-        ends = self.ends.tolist()
-        return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-
-    def per_block(self, value: Callable[[LiveBlock], float]) -> NDArray[np.float64]:
-        """(N,) a property of each position's block."""
-        return np.array([value(b) for b in self.blocks], dtype=np.float64)[self.owner]

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 
 from rcd_core import Decoder, DecodeSettings, UserError
 from rcd_core.decoding.live_blocks import LiveBlocksSequence
+from rcd_core.decoding.masked_positions import MaskedPositions
 from rcd_core.decoding.request import make_sequence
 from rcd_core.decoding.sampler import choose_commits
-from rcd_core.decoding.sequence import MaskedPositions
 from tests.rcd_core.decoding.test_golden_decoding import AUTHORS, PRINTED, check_steps
 from tests.rcd_core.golden_models import GOLDEN, load_fp64
 

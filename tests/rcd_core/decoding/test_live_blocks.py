@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from rcd_core import Decoder, DecodeSettings, UserError
+from rcd_core.decoding.masked_positions import MaskedPositions
 from rcd_core.decoding.request import make_sequence
 from rcd_core.decoding.sampler import choose_commits
-from rcd_core.decoding.sequence import MaskedPositions
 from tests.rcd_core.decoding.test_decoding import FAMILIES, decoder, model
 from tests.rcd_core.decoding.test_engine import engine, request, run
 
