@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from rcd_core.errors import UserError
 
 Policy = Literal["sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded", "random"]
+Schedule = Literal["even", "time"]
 RankBy = Literal["confidence", "entropy", "margin"]
 Start = Literal["reference", "zero", "self", "dirichlet"]
 CacheMode = Literal["none", "block", "prefix", "dual"]
@@ -39,6 +40,8 @@ class DecodeSettings:
     """How one request is decoded. None means the checkpoint's value, else the family's default.
 
     denoising_steps: planned passes per block (None = block_length), which sets the smallest number of commits per pass.
+    schedule: how the planned passes share the commits: "even"; or "time", Dream's: as the time t falls from 1 to .001,
+    a pass plans the share 1 - s/t of the masks that are left, rounded down, and the last pass all. None: the family's.
     policy: which masked tokens a pass commits (decoding/policies.py). confidence_threshold: low_confidence_dynamic
     commits every masked token above it, but at least the planned number. entropy_bound: nats; entropy_bounded commits
     the most certain tokens whose entropies sum to less.
@@ -62,6 +65,7 @@ class DecodeSettings:
 
     block_length: int | None = None
     denoising_steps: int | None = None
+    schedule: Schedule | None = None
     max_new_tokens: int = 256
     policy: Policy = "low_confidence_dynamic"
     confidence_threshold: float = 0.85
@@ -95,6 +99,7 @@ class DecodeSettings:
     def __post_init__(self) -> None:
         self._choice("policy", get_args(Policy))
         self._choice("rank_by", get_args(RankBy))
+        self._choice("schedule", (None, *get_args(Schedule)))
         self._choice("start", (None, *get_args(Start)))
         self._choice("cache", (None, *get_args(CacheMode)))
         self._choice("alpha", (None, *get_args(AlphaRule)))
@@ -111,8 +116,10 @@ class DecodeSettings:
             self._require(name, lambda v: 0.0 <= v < float("inf"), "a finite number of at least 0")
         for name in ("entropy_bound", "residual_temperature", "alpha_scale"):
             self._require(name, lambda v: 0.0 < v < float("inf"), "a finite number above 0")
-        if self.filtered_confidence and not self.temperature:
-            raise UserError("filtered_confidence is true but temperature is 0, which draws nothing; set temperature")
+        if self.filtered_confidence and not self.temperature and self.top_k is None and self.top_p is None:
+            raise UserError(
+                "filtered_confidence is true but nothing is filtered; set top_k or top_p, or temperature above 0"
+            )
         if self.policy == "entropy_bounded" and self.entropy_bound is None:
             raise UserError("policy is 'entropy_bounded' but entropy_bound is not set; give nats, for example 0.35")
 
@@ -135,6 +142,7 @@ class ResolvedSettings(DecodeSettings):
 
     block_length: int
     denoising_steps: int
+    schedule: Schedule
     seed: int
     stop_token_ids: tuple[int, ...]
     cache: CacheMode

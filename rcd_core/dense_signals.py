@@ -15,9 +15,8 @@ from torch import Tensor
 
 from rcd_core.alpha import LearnedAlpha, alpha_from_statistics, entropy
 from rcd_core.decode_settings import AlphaRule
+from rcd_core.ops.tiles import tile_rows
 from rcd_core.precision import at_least_fp32
-
-TILE_BYTES = 64 << 20  # fp32 logits that are held at a time
 
 
 class AlphaInputs(TypedDict, total=False):
@@ -93,7 +92,7 @@ class HiddenSignals(AnySignals):
 
     def tiles(self) -> Iterator[DenseSignals]:
         """At least one, of at most 64 MiB of fp32 logits or one position."""
-        for rows in torch.split(self.hidden, max(1, TILE_BYTES // (4 * self.vocab_size))):
+        for rows in torch.split(self.hidden, tile_rows(self.vocab_size, self.hidden.device)):
             with torch.no_grad():
                 logits = at_least_fp32(self.head(rows))
             yield DenseSignals(logits, self.alpha_temperature, self.delta_temperature)

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from rcd_core.decode_settings import CONFIDENCE_RULES, AlphaRule
-from rcd_core.dense_signals import TILE_BYTES, AlphaInputs, AnySignals, DenseSignals, HiddenSignals
+from rcd_core.dense_signals import AlphaInputs, AnySignals, DenseSignals, HiddenSignals
 from rcd_core.errors import UserError
 from rcd_core.ops.encode import encode
 from rcd_core.ops.residual_embedding import SparseResidual
+from rcd_core.ops.tiles import tile_rows
 from rcd_core.signal_arrow import from_table, to_table
 
 
@@ -94,7 +95,7 @@ class ReferenceSignals(AnySignals):
         if head is None:
             parts = [encode(rows, k, *temperatures)]
         else:
-            tiles = torch.split(rows.to(head.dtype), max(1, TILE_BYTES // (4 * vocab_size)))
+            tiles = torch.split(rows.to(head.dtype), tile_rows(vocab_size, rows.device))
             parts = [encode(tile @ head.T, k, *temperatures) for tile in tiles]
         columns = (torch.cat(column) if len(parts) > 1 else column[0] for column in zip(*parts, strict=True))
         ids, logprobs, tail, entropies, confidence, peak = columns

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +25,7 @@ from rcd_core.training.plan import MEMORY, USABLE, Memory, ModelShape, fits, mem
 from rcd_core.training.settings import ResidualSettings, TrainSettings
 
 MAX_GPUS = 1024
+CHECKPOINTING: tuple[bool | Literal["selective"], ...] = (False, "selective", True)
 PARTS = ("weights", "gradients", "optimizer", "activations", "loss", "signals")
 SELF_FORWARDS = 1.5  # residual source self: one or two more passes over each row
 
@@ -167,34 +168,41 @@ def _rows(recipe: Recipe, flags: TrainPlanFlags) -> Rows:
 
 def _show(job: Job, recipe: Recipe, rows: Rows, gpus: int, flags: TrainPlanFlags, console: Console) -> None:
     shape, settings = job.shape, job.settings
-    layers = shape.num_layers * shape.layer_parameters
+    layers = shape.all_layers
     console.print(f"{job.name}: {shape.parameters:,} parameters, {layers:,} of them in {shape.num_layers} layers")
     table = Table("strategy", title_justify="left")
     for part in (*PARTS, "peak", "fits", "host", "fewest GPUs"):
         table.add_column(part, justify="right")
     own, *others = _strategies(settings)
     most = USABLE * MEMORY[flags.device]
-    recompute = "on" if settings.activation_checkpointing else "off"
-    unit, name = (1e9, "GB") if _memory(job, recipe, rows, own.apply(settings), gpus).peak > 1e9 else (1e6, "MB")
+    recompute = _checkpointing(settings.activation_checkpointing)
+    needed = _memory(job, recipe, rows, own.apply(settings), gpus, flags.device).peak
+    unit, name = (1e9, "GB") if needed > 1e9 else (1e6, "MB")
     table.title = (
         f"{name} per GPU on {gpus} x {flags.device} ({most / unit:,.0f} usable), {settings.dtype}, activation "
         f"checkpointing {recompute}"
     )
     for strategy in (own, *others):
         changed = strategy.apply(settings)
-        need = _memory(job, recipe, rows, changed, gpus)
+        need = _memory(job, recipe, rows, changed, gpus, flags.device)
         numbers = [f"{value / unit:,.1f}" for value in (*(getattr(need, part) for part in PARTS), need.peak)]
         host = f"{need.host / unit:,.1f}" if need.host else ""
         fewest = _fewest(job, recipe, rows, changed, flags.device)
         table.add_row(strategy.name, *numbers, "yes" if fits(need, flags.device) else "no", host, fewest)
     console.print(table)
-    other = replace(settings, activation_checkpointing=not settings.activation_checkpointing)
-    need = _memory(job, recipe, rows, other, gpus)
-    state = "on" if other.activation_checkpointing else "off"
-    console.print(f"with activation checkpointing {state}: activations {need.activations / unit:,.1f} {name}")
+    for mode in CHECKPOINTING:
+        if mode != settings.activation_checkpointing:
+            changed = replace(settings, activation_checkpointing=mode)
+            need = _memory(job, recipe, rows, changed, gpus, flags.device)
+            words = f"with activation checkpointing {_checkpointing(mode)}"
+            console.print(f"{words}: activations {need.activations / unit:,.1f} {name}")
     for line in _cost(job, rows, gpus, flags):
         console.print(line)
     console.print()
+
+
+def _checkpointing(mode: bool | str) -> str:
+    return mode if isinstance(mode, str) else "on" if mode else "off"
 
 
 def _strategies(settings: TrainSettings) -> Iterator[Strategy]:
@@ -204,17 +212,17 @@ def _strategies(settings: TrainSettings) -> Iterator[Strategy]:
     yield from STRATEGIES
 
 
-def _memory(job: Job, recipe: Recipe, rows: Rows, settings: TrainSettings, gpus: int) -> Memory:
+def _memory(job: Job, recipe: Recipe, rows: Rows, settings: TrainSettings, gpus: int, device: str) -> Memory:
     residual = job.residual.feeds_back if job.residual else False
     kept = recipe.signals.top_k if residual else 0
     step = step_shape(job.shape, settings, recipe.data.max_length, gpus, rows.labelled_share, kept)
-    return memory(job.shape, settings, step, gpus)
+    return memory(job.shape, settings, step, gpus, card=MEMORY[device])
 
 
 def _fewest(job: Job, recipe: Recipe, rows: Rows, settings: TrainSettings, device: str) -> str:
     """The smallest number of GPUs that divides the batch size and on which the training fits."""
     counts = (n for n in range(1, min(MAX_GPUS, settings.batch_size) + 1) if settings.batch_size % n == 0)
-    return next((str(n) for n in counts if fits(_memory(job, recipe, rows, settings, n), device)), "none")
+    return next((str(n) for n in counts if fits(_memory(job, recipe, rows, settings, n, device), device)), "none")
 
 
 def _cost(job: Job, rows: Rows, gpus: int, flags: TrainPlanFlags) -> Iterator[str]:

@@ -23,6 +23,7 @@ _NEUTRAL = (
     "*.train.log_every",
     "*.train.validate_every",
     "*.train.activation_checkpointing",
+    "*.train.compile",
     "*.train.shard_size",
     "data.max_bad_rows",
     "signals.max_bad_rows",

@@ -106,6 +106,7 @@ def _register(name: str) -> str:
 
     backend = FUNCTIONS[name]
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # within compiled layers: it plans on the host, and flex compiles itself
     def attention(module: nn.Module, *inputs: Any, scaling: float, **_: Any) -> tuple[Tensor, None]:
         """transformers' calling convention; inputs: query, key, value and, as the mask, the layout."""
         query, key, value, layout = inputs
@@ -190,7 +191,16 @@ def _tile(
 def _flex(compiled: bool) -> Any:
     from torch.nn.attention.flex_attention import flex_attention as function
 
-    return torch.compile(function, dynamic=True) if compiled else function
+    if not compiled:
+        return function
+    made = torch.compile(function, dynamic=True)
+
+    def run(*inputs: Any, **options: Any) -> Any:
+        # Past its limit of recompilations PyTorch would run the form that holds all Q K scores, without a word.
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            return made(*inputs, **options)
+
+    return run
 
 
 def _block_mask(layout: Layout) -> Any:

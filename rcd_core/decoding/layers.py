@@ -31,8 +31,8 @@ class Buffers:
     rotated: Tensor  # (T, H + G, d)
     flat: Tensor  # (T, (H + 2 G) d)
     gate_up: Tensor  # (T, 2 F)
-    cos: Tensor  # (T, 1, d)
-    sin: Tensor  # (T, 1, d); the first half is negative
+    cos: Tensor  # (T, 1, r), r rotated of d numbers
+    sin: Tensor  # (T, 1, r); the first half is negative
 
     @property
     def num_tokens(self) -> int:
@@ -78,7 +78,8 @@ class Layers:
 
 
 class Layer:
-    """One layer: attention with grouped heads, norms of queries and keys where the model has them, and a gated MLP."""
+    """One layer: attention with grouped heads, norms of queries and keys where the model has them, and a gated MLP or a
+    mixture of experts, which is transformers' own."""
 
     def __init__(self, layer: Any, config: Any, compiled: bool) -> None:
         self.rotate: Callable[..., None] = _compiled(normed_and_rotated) if compiled else normed_and_rotated
@@ -90,8 +91,10 @@ class Layer:
         self.norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         self.qkv = Joined([attention.q_proj, attention.k_proj, attention.v_proj])
         self.out = Joined([attention.o_proj])
-        self.gate_up = Joined([mlp.gate_proj, mlp.up_proj])
-        self.down = Joined([mlp.down_proj])
+        self.experts = mlp if hasattr(mlp, "experts") else None
+        if self.experts is None:
+            self.gate_up = Joined([mlp.gate_proj, mlp.up_proj])
+            self.down = Joined([mlp.down_proj])
         self.head_norms: Tensor | None = None  # (H + G, d)
         if hasattr(attention, "q_norm"):
             query, key = attention.q_norm.weight.detach(), attention.k_norm.weight.detach()
@@ -106,15 +109,23 @@ class Layer:
         values.index_copy_(0, write, value)
         attended = attend(query, keys, values, self.scaling).reshape(len(x), -1)
         x = self.out.added(x, attended)
-        self.gate_up(F.rms_norm(x, x.shape[-1:], self.norms[1], self.eps), out=b.gate_up)
+        normed = F.rms_norm(x, x.shape[-1:], self.norms[1], self.eps)
+        if self.experts is not None:
+            return x + self.experts(normed[None])[0]  # type: ignore[no-any-return]
+        self.gate_up(normed, out=b.gate_up)
         return self.down.added(x, self.gate(b.gate_up))
 
 
 def normed_and_rotated(heads: Tensor, norms: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> None:
-    """In place: queries and keys (T, H + G, d), normed with weights (H + G, d) if there are any."""
-    width, x = heads.shape[-1], heads
+    """In place: queries and keys (T, H + G, d), normed with weights (H + G, d) if there are any. Of each head only the
+    first r numbers are rotated; cos, sin: (T, 1, r)."""
+    width, x = cos.shape[-1], heads
     if norms is not None:
-        x = F.rms_norm(heads, (width,), None, eps).mul_(norms)
+        x = F.rms_norm(heads, heads.shape[-1:], None, eps).mul_(norms)
+    if width < heads.shape[-1]:
+        if norms is not None:
+            heads[..., width:] = x[..., width:]
+        heads, x = heads[..., :width], x[..., :width]
     if torch.compiler.is_compiling():  # which refuses `out` that is not contiguous
         heads.copy_(torch.addcmul(x * cos, x.roll(width // 2, -1), sin))
     else:

@@ -16,9 +16,10 @@ from rcd_core.decoding.cuda_graphs import MAX_GRAPHS
 from rcd_core.decoding.model_runner import MAX_PASS_TOKENS
 from rcd_core.decoding.pages import bytes_per_position, page_size_of
 from rcd_core.decoding.reference import LocalReference
-from rcd_core.decoding.sampler import TILE_BYTES
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
+from rcd_core.families.experts import Experts
+from rcd_core.ops.tiles import tile_rows
 
 _TILES = 10  # tiles of logits alive at once when tokens are drawn (sorting, running sums in fp64); 4 when greedy
 _SHARE = {"cuda": 0.9, "cpu": 0.5}  # of the free memory
@@ -68,9 +69,14 @@ def engine_memory(
     state = (max_batch * block_length + 2) * (c.hidden_size * item + 4)
     tokens = max(min(MAX_PASS_TOKENS, max_batch * max_length), max_length)
     # One layer's activations with norms in fp32, and residuals in and out.
-    layer = tokens * (item * (6 * c.hidden_size + 3 * c.intermediate_size + 4 * heads) + 8 * c.hidden_size)
+    experts = Experts.of(c)
+    mlp = 3 * c.intermediate_size
+    if experts is not None:  # each token once for each of its experts
+        mlp = max(mlp, 3 * experts.active_columns + 2 * experts.chosen * c.hidden_size)
+    layer = tokens * (item * (6 * c.hidden_size + mlp + 4 * heads) + 8 * c.hidden_size)
     residual = 3 * max_batch * block_length * c.hidden_size * max(item, 4)
-    head = _TILES * min(max(TILE_BYTES, 4 * model.vocab_size), 4 * max_batch * block_length * model.vocab_size)
+    rows = min(tile_rows(model.vocab_size, model.device), max_batch * block_length)
+    head = _TILES * 4 * rows * model.vocab_size
     if backend is not None and backend.on_device:  # reads the pages where they are
         transient = max(layer, residual + head)
         return EngineMemory(cache, state, transient, transient + MAX_GRAPHS * _GRAPH_BYTES)

@@ -203,7 +203,7 @@ class ModelRunner:
             if part.start == part.stop:  # nothing to predict: prefills and stores
                 continue
             begun = time.perf_counter()
-            index = packed.place[_predicted(requests, masked, part, first_block)]
+            index = packed.place[_predicted(self.model, requests, masked, part, first_block)]
             unconditional = None
             if any(r.sequence.settings.cfg_scale for r in requests):
                 without_prompt = [
@@ -266,22 +266,25 @@ def _row_length(longest: int) -> int:
     return next(length for length in _ROW_LENGTHS if length >= longest)
 
 
-def _predicted(requests: Many[RequestPass], masked: MaskedPositions, part: slice, first_block: int) -> Integers:
-    """(n,) where the masked positions of a pass stand among its tokens, before padding. first_block: of the pass, in
+def _predicted(
+    model: DiffusionModel, requests: Many[RequestPass], masked: MaskedPositions, part: slice, first_block: int
+) -> Integers:
+    """(n,) the tokens of a pass, before padding, that predict its masked positions. first_block: of the pass, in
     masked.blocks."""
     positions, owners = masked.positions[part], masked.owner[part]
-    offsets: list[int] = []  # of the blocks of this pass, in the order of `masked`
+    offsets: list[tuple[int, int]] = []  # of each block of this pass, in the order of `masked`, and its chunk's start
     at = 0
     for request in requests:
         blocks = iter(request.sequence.live if request.denoises else ())
         block = next(blocks, None)
         for chunk in request.chunks:
             while block is not None and block.start < chunk.end:
-                offsets.append(at - chunk.start)
+                offsets.append((at - chunk.start, chunk.start))
                 block = next(blocks, None)
             at += len(chunk.token_ids)
-    shifts: Integers = np.array(offsets, dtype=np.int64)[owners - first_block]
-    return positions + shifts
+    shifts, starts = np.array(offsets, dtype=np.int64)[owners - first_block].T
+    rows: Integers = model.predictors(positions + shifts, positions == starts)
+    return rows
 
 
 def _without_prompt(s: Sequence, chunk: Chunk) -> Chunk:

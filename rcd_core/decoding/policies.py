@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 Bools = NDArray[np.bool_]
@@ -83,3 +85,18 @@ POLICIES: dict[str, Callable[[BlockView], Bools]] = {
     "entropy_bounded": entropy_bounded,
     "random": random,
 }
+
+
+def timed_commits(masked: int, step: int, steps: int) -> int:
+    """Dream's schedule: of the masks that are left, the share 1 - s/t, rounded down; the last pass takes all. Times and
+    product in fp32, as in the authors' code."""
+    if step + 1 >= steps:
+        return masked
+    times = _times(steps)
+    return int(np.float32(masked) * (np.float32(1.0) - times[step + 1] / times[step]))
+
+
+@cache
+def _times(steps: int) -> NDArray[np.float32]:
+    times: NDArray[np.float32] = torch.linspace(1.0, 1e-3, steps + 1).numpy()  # as torch rounds
+    return times

@@ -18,8 +18,9 @@ from rcd_core.decoding.model_runner import MAX_PASS_TOKENS, Forward
 from rcd_core.decoding.pages import Ids, PagedCache, bytes_per_position, page_size_of
 from rcd_core.decoding.sequence import Chunk, LiveBlock, Positions
 from rcd_core.decoding.tables import Tables
-from rcd_core.dense_signals import TILE_BYTES, HiddenSignals
+from rcd_core.dense_signals import HiddenSignals
 from rcd_core.families.base import DiffusionModel
+from rcd_core.ops.tiles import tile_rows
 from rcd_core.signals import ReferenceSignals, Signals
 
 
@@ -153,7 +154,8 @@ class LocalReference:
             states = forward.hidden(forward.pack([(slot, [chunk]) for slot, chunk, _ in group]))
             at = 0
             for slot, chunk, i in group:
-                index = np.asarray(requests[i].positions) - chunk.start + at
+                within = np.asarray(requests[i].positions) - chunk.start
+                index = self.model.predictors(within + at, within == 0)
                 hidden[i] = states[torch.from_numpy(index).to(states.device)]
                 at += len(chunk.token_ids)
                 self._contexts[slot].stored = requests[i].context_length if chunk.block_length is not None else 0
@@ -204,6 +206,6 @@ class LocalReference:
         temperatures = {"alpha_temperature": alpha_t, "delta_temperature": delta_t}
         if top_k is None:
             return HiddenSignals(hidden, self.model.head, self.model.vocab_size, **temperatures)
-        tiles = torch.split(hidden, max(1, TILE_BYTES // (4 * self.model.vocab_size)))
+        tiles = torch.split(hidden, tile_rows(self.model.vocab_size, hidden.device))
         parts = [ReferenceSignals.from_logits(self.model.head(tile), top_k, **temperatures) for tile in tiles]
         return ReferenceSignals.cat(parts)

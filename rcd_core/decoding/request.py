@@ -44,7 +44,8 @@ def resolve_settings(settings: DecodeSettings, model: DiffusionModel, has_refere
     if settings.residual_scope == "all_masked" and cache == "dual":
         raise UserError("residual_scope is 'all_masked' with cache='dual', whose passes cover one block; use 'block'")
     steps = settings.denoising_steps or block_length
-    if steps > block_length:
+    schedule = settings.schedule or model.default_schedule
+    if steps > block_length and schedule == "even":
         raise UserError(f"denoising_steps is {steps}; it must be at most block_length, {block_length}")
     start: Start = settings.start or rcd.get("start") or model.default_start
     if settings.residual and not has_reference and (start == "reference" or settings.residual_source == "reference"):
@@ -65,6 +66,7 @@ def resolve_settings(settings: DecodeSettings, model: DiffusionModel, has_refere
     resolved = {
         "block_length": block_length,
         "denoising_steps": steps,
+        "schedule": schedule,
         "cache": cache,
         "start": start,
         "residual_temperature": settings.residual_temperature or rcd.get("residual_temperature") or 1.0,

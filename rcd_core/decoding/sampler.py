@@ -26,11 +26,11 @@ from rcd_core.decoding.sequence import Sequence
 from rcd_core.families.base import DiffusionModel
 from rcd_core.ops.random import position_keys, uniforms
 from rcd_core.ops.reduce import Feedback
+from rcd_core.ops.tiles import tile_rows
 from rcd_core.precision import reduction_dtype
 
-TILE_BYTES = 64 << 20  # fp32 logits of one tile
 NUM_RESULTS = 4  # token, confidence, entropy, margin
-_FIXED_TILES = (32, 128, 512)  # positions of a tile of fixed shape, at most what TILE_BYTES allows
+_FIXED_TILES = (32, 128, 512)  # positions of a tile of fixed shape, at most what a tile holds
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.floating]
@@ -42,7 +42,7 @@ class Kind:
     decision depends on a value on the device.
 
     drawn: temperature above 0. filtered: top_k or top_p. no_eos, eos_last: LLaDA's two EOS options. guided: classifier-
-    free guidance. entropy, margin: they are needed.
+    free guidance. entropy, margin: they are needed. filtered_ranks: margin and entropy after top_k and top_p, too.
     """
 
     feedback: Feedback | None
@@ -54,6 +54,7 @@ class Kind:
     eos_last: bool = False
     guided: bool = False
     margin: bool = False
+    filtered_ranks: bool = False
 
     @classmethod
     def of(cls, request: Sequence) -> Kind:
@@ -62,18 +63,24 @@ class Kind:
             feedback=request.feedback,
             entropy=request.needs_entropy,
             drawn=drawn,
-            filtered=drawn and (s.top_k is not None or s.top_p is not None),
-            filtered_confidence=drawn and s.filtered_confidence,
+            filtered=(drawn or s.filtered_confidence) and (s.top_k is not None or s.top_p is not None),
+            filtered_confidence=s.filtered_confidence,
             no_eos=s.logits_eos_inf,
             eos_last=s.confidence_eos_eot_inf,
             guided=s.cfg_scale > 0,
             margin=s.rank_by == "margin",
+            filtered_ranks=s.filtered_confidence and s.rank_by != "confidence",
         )
+
+    @property
+    def needs_numbers(self) -> bool:
+        """Whether its positions have Draws."""
+        return self.drawn or self.guided or self.filtered
 
     @property
     def greedy(self) -> bool:
         """The most probable token with its probability in the whole prediction."""
-        return not (self.drawn or self.no_eos or self.eos_last)
+        return not (self.drawn or self.no_eos or self.eos_last or self.filtered_confidence)
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ class Sampler:
     def __init__(self, model: DiffusionModel, state: ResidualState) -> None:
         self.model, self.state, self.vocabulary = model, state, state.vocabulary
         self.special = SpecialTokens(model.mask_token_id, model.info.eos_token_ids, model.info.end_token_ids)
-        self.tile_rows = max(1, TILE_BYTES // (4 * model.vocab_size))
+        self.tile_rows = tile_rows(model.vocab_size, model.device)
         self._kinds: list[Kind] = []
         # fp32 holds token ids exactly up to 2^24.
         self.dtype = reduction_dtype(model.dtype)
@@ -133,12 +140,12 @@ class Sampler:
         packed = np.stack([index, self.state.rows_of(masked)[part], np.arange(part.start, part.stop)])
         present = [(number, self._kinds[number]) for number in np.unique(kinds).tolist()]
         numbers = None
-        if any(kind.drawn or kind.guided for _, kind in present):
+        if any(kind.needs_numbers for _, kind in present):
             numbers = _numbers(self.model, masked, part).view(np.int64)
         for number, kind in present:
             of_kind = slice(None) if len(present) == 1 else kinds == number
             integers = packed[:, of_kind]
-            if numbers is not None and (kind.drawn or kind.guided):  # a tile of a kind always has the same shape
+            if numbers is not None and kind.needs_numbers:  # a tile of a kind always has the same shape
                 integers = np.concatenate([integers, numbers[:, of_kind]])
             # The pass without the prompt is a new tensor each time, which a captured tile would not find.
             self._tiles(kind, integers, hidden, unconditional, results, None if kind.guided else graphs)
@@ -193,13 +200,19 @@ class Sampler:
         reduced = self.vocabulary.reduce(logits, kind.feedback, kind.entropy)
         if reduced.alpha is not None and reduced.delta is not None:
             self.state.write(state_rows, reduced.alpha, reduced.delta)
-        tokens, confidence = reduced.tokens, reduced.confidence
+        tokens, confidence, entropy = reduced.tokens, reduced.confidence, reduced.entropy
         if not kind.greedy:
             tempered = not self.model.blocks_from_prompt_end
             tokens, confidence = choose_tokens(self.vocabulary.whole(logits), kind, draws, self.special, tempered)
-        results = [tokens, confidence, reduced.entropy]
-        if kind.margin:
-            first, second = torch.softmax(self.vocabulary.whole(logits), -1).topk(2, -1).values.T
+        ranked = None
+        if kind.margin or kind.filtered_ranks:
+            whole = self.vocabulary.whole(logits)
+            ranked = _filtered(whole, kind, draws) if kind.filtered_ranks else torch.softmax(whole, -1)
+            if kind.filtered_ranks:
+                entropy = -torch.special.xlogy(ranked, ranked).sum(-1)
+        results = [tokens, confidence, entropy]
+        if kind.margin and ranked is not None:
+            first, second = ranked.topk(2, -1).values.T
             results.append(first - second)
         return torch.stack([result.to(self.dtype) for result in results])
 
@@ -227,7 +240,7 @@ def _keyed_uniforms(masked: MaskedPositions, purpose: str) -> NDArray[np.float64
 def choose_commits(masked: MaskedPositions, confidence: Floats, entropy: Floats, margin: Floats) -> NDArray[np.bool_]:
     """(N,) bool: the positions that are committed, chosen in each block by its request's policy."""
     blocks, owner = masked.blocks, masked.owner
-    numbers = np.array([(b.start, b.end, b.quota(), *b.sequence.commit_rule) for b in blocks])
+    numbers = np.array([(b.start, b.end, b.quota(), *b.commit_rule) for b in blocks])
     starts, ends, quota = numbers[:, :3].astype(np.int64).T
     threshold, inclusive, bound, policy_of, rank_of = numbers[:, 3:].T
     inside = masked.positions < ends[owner] if any(b.sequence.wide for b in blocks) else slice(None)
@@ -281,6 +294,14 @@ def filtered_probabilities(logits: Tensor, temperature: Tensor, top_k: Tensor, t
     return torch.zeros_like(probs).scatter(1, order, probs)
 
 
+def _filtered(logits: Tensor, kind: Kind, draws: Draws | None) -> Tensor:
+    """(N, V) the distribution after temperature (1 where nothing is drawn), top-k and top-p."""
+    if draws is None:
+        return torch.softmax(logits, -1)
+    temperature = draws.temperature.to(logits.dtype) if kind.drawn else logits.new_ones(len(logits))
+    return filtered_probabilities(logits, temperature, draws.top_k, draws.top_p.to(logits.dtype))
+
+
 def choose_tokens(
     logits: Tensor, kind: Kind, draws: Draws | None, special: SpecialTokens, tempered_confidence: bool
 ) -> tuple[Tensor, Tensor]:
@@ -297,6 +318,8 @@ def choose_tokens(
     rest = _without(logits, special.ends) if kind.eos_last else logits
     if not kind.drawn or draws is None:
         tokens = allowed.argmax(-1)
+        if kind.filtered_confidence:
+            return tokens, _filtered(logits, kind, draws).gather(1, tokens[:, None])[:, 0]
         return tokens, torch.log_softmax(rest, dim=-1).gather(1, tokens[:, None])[:, 0].exp()
     temperature = draws.temperature.to(logits.dtype)
     if kind.filtered:

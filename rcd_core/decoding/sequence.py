@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rcd_core.alpha import position_rule
 from rcd_core.decode_settings import RankBy, ResolvedSettings
 from rcd_core.decoding.generation import Forwards, Generation, Step, TokenLogprobs
-from rcd_core.decoding.policies import POLICIES
+from rcd_core.decoding.policies import POLICIES, timed_commits
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
 from rcd_core.ops.reduce import Feedback
@@ -88,12 +88,36 @@ class LiveBlock:
     @property
     def must_commit(self) -> bool:
         """Whether a pass that commits nothing of this block is a fault."""
-        return self.activated and not (self.is_start_pass or self.done)
+        return bool(self.quota()) and not (self.is_start_pass or self.done)
 
     def quota(self) -> int:
-        """Commits planned for this pass: at least one, so that decoding ends, but none before it is activated."""
+        """Commits planned for this pass: at least one, so that decoding ends, but none before it is activated. By the
+        schedule "time" early passes may plan none; the last one plans all."""
+        if not self.activated:
+            return 0
+        if self.commits_first_only:
+            return 1
+        if self.settings.schedule == "time" and self.settings.policy != "low_confidence_dynamic":
+            return timed_commits(self.num_inside(), self.step, self.settings.denoising_steps)
         each, extra = self._schedule
-        return max(1, each + (self.step < extra)) if self.activated else 0
+        return max(1, each + (self.step < extra))
+
+    def num_inside(self) -> int:
+        """Masks left in the block."""
+        return int((self.masked_positions < self.end).sum()) if self.sequence.wide else len(self.masked_positions)
+
+    @property
+    def commits_first_only(self) -> bool:
+        """A shifted model with a cache of slices: no later pass predicts the block's first token, so the first pass
+        commits it, and no other (Fast-dLLM on Dream)."""
+        sequence = self.sequence
+        return sequence.model.shifted and not self.step and self.settings.cache in ("prefix", "dual")
+
+    @property
+    def commit_rule(self) -> tuple[float, ...]:
+        """threshold, inclusive, entropy bound, policy, rank_by of this pass."""
+        rule = self.sequence.commit_rule
+        return (*rule[:3], list(POLICIES).index("sequential"), rule[4]) if self.commits_first_only else rule
 
     def _planned_commits(self) -> tuple[int, int]:
         """(commits of every pass of the block, passes that commit one more). SDAR divides the block length by the

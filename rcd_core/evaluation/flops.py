@@ -8,8 +8,8 @@ A multiply-add is two FLOPs. Norms, softmax and embeddings are omitted. Passes t
 blocks) are not counted, as in the rates of outcomes.py: the compared passes process one block, with its prefix in the
 cache if the family has one.
 
-Shapes: Q query tokens, K visible keys, N predicted positions, D width, F intermediate width, H query heads, G key/value
-heads, d head width, V vocabulary, p denoising passes per block.
+Shapes: Q query tokens, K visible keys, N predicted positions, D width, F columns of the MLP that a token meets, H query
+heads, G key/value heads, d head width, V vocabulary, p denoising passes per block.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rcd_core.training.plan import ModelShape
 def pass_flops(shape: ModelShape, *, queries: float, keys: float, predicted: float) -> float:
     """FLOPs of a pass over one row. queries, keys, predicted: Q, K, N, or means of them."""
     projections = 2 * shape.hidden_size * shape.head_dim * (shape.num_heads + shape.num_kv_heads)
-    layer = 2 * (projections + 3 * shape.hidden_size * shape.intermediate_size) * queries
+    layer = 2 * (projections + 3 * shape.hidden_size * shape.active_columns) * queries
     attention = 4 * shape.num_heads * shape.head_dim * queries * keys
     return shape.num_layers * (layer + attention) + 2 * shape.head_parameters * predicted
 

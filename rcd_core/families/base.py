@@ -6,7 +6,7 @@ Shapes: B rows, Q query tokens, L tokens, V vocabulary, D width.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,14 +15,15 @@ from typing import Any, ClassVar, Protocol
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from rcd_core.alpha import LearnedAlpha, save_learned_alpha
 from rcd_core.attention.layouts import PADDING, Layout, block_causal
-from rcd_core.decode_settings import Start
+from rcd_core.decode_settings import Schedule, Start
 from rcd_core.families.config import ModelConfig
+from rcd_core.families.experts import each_expert, unstacked
 from rcd_core.families.files import CALIBRATION_FILE, CheckpointFiles
-from rcd_core.families.weights import MAX_SHARD_BYTES, write_json, write_weights
+from rcd_core.families.weights import MAX_SHARD_BYTES, StoredTensor, write_json, write_weights
+from rcd_core.ops.checkpointing import Mode, checkpointed
 from rcd_core.ops.ranks import ALONE, Ranks
 
 _ALPHA = "learned_alpha."  # prefix of that network's weights in a state dict of the whole model
@@ -50,8 +51,24 @@ class KVCache(Protocol):
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]: ...
 
 
+class _Embedding(nn.Embedding):
+    """embedding(ids), or function(weight, ids) for another use of the table. It runs inside forward(), where FSDP2 and
+    ZeRO-3 have gathered the weight."""
+
+    def forward(self, input: Tensor, function: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
+        return super().forward(input) if function is None else function(self.weight, input)
+
+
+class _Head(nn.Linear):
+    """linear(hidden), or function(weight, hidden), as above."""
+
+    def forward(self, input: Tensor, function: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
+        return super().forward(input) if function is None else function(self.weight, input)
+
+
 class DiffusionModel(nn.Module):
-    """A masked-diffusion transformer: logits[i] predicts token i, no shift.
+    """A masked-diffusion transformer. Row i of the hidden states predicts token i, or token i + 1 where `shifted`:
+    `predictors` is the only place that knows.
 
     `backbone` is transformers' Qwen3ForCausalLM or LlamaForCausalLM; its layers run with our attention layouts.
     """
@@ -60,13 +77,18 @@ class DiffusionModel(nn.Module):
     model_types: ClassVar[tuple[str, ...]]  # of config.json
     transformers_name: ClassVar[str]  # of the backbone and its configuration
     threshold_inclusive: ClassVar[bool]  # commit at confidence >= threshold (Fast-dLLM) or > threshold (SDAR)
+    has_experts: ClassVar[bool] = False  # a mixture of experts
+    shifted: ClassVar[bool] = False  # row i of the logits predicts token i + 1, as in autoregressive models
     blocks_from_prompt_end: ClassVar[bool]  # LLaDA counts blocks from the prompt's end, SDAR from position 0
+    default_schedule: ClassVar[Schedule] = "even"
     default_start: ClassVar[Start]  # how a block starts (version 2 of the paper)
-    activation_checkpointing = False  # training only: recompute layers in the backward pass
+    activation_checkpointing: Mode = False  # in training
 
     def __init__(self, backbone: Any, info: CheckpointInfo) -> None:
         super().__init__()
         self.backbone = backbone
+        if type(backbone.model.embed_tokens) is nn.Embedding:  # not split over ranks, which is for decoding only
+            backbone.model.embed_tokens.__class__, backbone.lm_head.__class__ = _Embedding, _Head
         self.info = info
         self.name = "this model"  # the checkpoint's path, for messages
         self.attention = "auto"  # the backend of decoding
@@ -95,8 +117,12 @@ class DiffusionModel(nn.Module):
         return self.backbone.model.embed_tokens  # type: ignore[no-any-return]
 
     @property
+    def lm_head(self) -> nn.Linear:
+        return self.backbone.lm_head  # type: ignore[no-any-return]
+
+    @property
     def lm_head_weight(self) -> Tensor:
-        return self.backbone.lm_head.weight  # type: ignore[no-any-return]
+        return self.lm_head.weight
 
     @property
     def device(self) -> torch.device:
@@ -166,6 +192,11 @@ class DiffusionModel(nn.Module):
         return name
 
     @classmethod
+    def expand(cls, entry: StoredTensor, config: dict[str, Any]) -> Iterator[tuple[str, StoredTensor]]:
+        """The backbone's weights in a stored tensor, each expert by itself. config: config.json."""
+        yield from each_expert(cls.backbone_name(entry.name), entry)
+
+    @classmethod
     def new_config(cls, sizes: ModelConfig, vocab_size: int) -> Any:
         """The configuration, of config_class(), of a model with fresh weights."""
         return cls.config_class()(
@@ -196,9 +227,14 @@ class DiffusionModel(nn.Module):
             call = partial(
                 layer, attention_mask=layout, position_ids=positions, position_embeddings=rotary, past_key_values=cache
             )
-            recompute = self.activation_checkpointing and torch.is_grad_enabled()
-            h = checkpoint(call, h, use_reentrant=False) if recompute else call(h)
+            h = checkpointed(call, h, self.activation_checkpointing)
         return body.norm(h)  # type: ignore[no-any-return]
+
+    def predictors(self, rows: Any, is_first: Any) -> Any:
+        """The rows of hidden states that predict the tokens at `rows`, both integers (tensors or arrays). is_first: the
+        row before is of another sequence, or not in this pass; then a shifted model's own row serves, as in the
+        authors' code (of the first token of a canvas, and of a slice, whose first token is known)."""
+        return rows - 1 + is_first if self.shifted else rows
 
     def head(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V) logits."""
@@ -219,7 +255,8 @@ class DiffusionModel(nn.Module):
             if attention_mask is not None:
                 code = torch.where(attention_mask.bool(), layout.code, PADDING)
                 layout = replace(layout, code=code, lengths=None)
-        return self.head(self.hidden(self.embedding(input_ids), positions, layout))
+        rows = torch.arange(length, device=input_ids.device)
+        return self.head(self.hidden(self.embedding(input_ids), positions, layout)[:, self.predictors(rows, rows == 0)])
 
     # -- writing checkpoints
     def save_pretrained(
@@ -264,8 +301,8 @@ class DiffusionModel(nn.Module):
         }
 
     def stored_weights(self) -> dict[str, Tensor]:
-        """The backbone's weights by name, without a tied head."""
-        weights = dict(self.backbone.state_dict())
+        """The backbone's weights by name, each expert by itself, without a tied head."""
+        weights = unstacked(self.backbone.state_dict())
         if self.config.tie_word_embeddings:
             del weights["lm_head.weight"]
         return weights

@@ -61,7 +61,9 @@ def read_sizes(config: dict[str, Any], where: Path, has_head: bool, *, max_posit
 
 def write_sizes(config: Any) -> dict[str, Any]:
     """The fields of config.json that SDAR and Llama checkpoints share, from a Qwen3Config or LlamaConfig."""
-    return {name: getattr(config, name) for name in _WRITTEN} | write_rope(config.rope_parameters)
+    return {name: getattr(config, name) for name in _WRITTEN if hasattr(config, name)} | write_rope(
+        config.rope_parameters
+    )
 
 
 def read_rope(config: dict[str, Any], where: Path, default_theta: float | None = None) -> dict[str, Any]:

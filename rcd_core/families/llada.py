@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -55,7 +55,7 @@ _LLADA_TOP_NAMES = {llama: llada for llada, llama in _TOP_NAMES.items()}
 
 class LLaDAModel(DiffusionModel):
     family = "llada"
-    model_types = ("llada", "llama")
+    model_types: ClassVar[tuple[str, ...]] = ("llada", "llama")
     transformers_name = "Llama"
     threshold_inclusive = True
     blocks_from_prompt_end = True

@@ -19,9 +19,14 @@ from rcd_core.attention.backends import backend_key
 from rcd_core.errors import UserError
 from rcd_core.families.base import CheckpointInfo, DiffusionModel
 from rcd_core.families.config import ModelConfig
+from rcd_core.families.dream import DreamModel
+from rcd_core.families.experts import Experts, single_shapes, stacked
 from rcd_core.families.files import CheckpointFiles
 from rcd_core.families.llada import LLaDAModel
+from rcd_core.families.llada2 import LLaDA2Model
+from rcd_core.families.llada_moe import LLaDAMoEModel
 from rcd_core.families.sdar import SDARModel
+from rcd_core.families.sdar_moe import SDARMoEModel
 from rcd_core.families.split import check_split, part_of, split_backbone
 from rcd_core.families.unsupported import check_vocabulary, refuse_adapter, refuse_quantised
 from rcd_core.families.weights import StoredTensor, list_weights, read_weights
@@ -30,7 +35,10 @@ from rcd_core.io.node_copy import node_copy
 from rcd_core.io.storage import is_uri
 from rcd_core.ops.ranks import ALONE, Ranks
 
-_FAMILIES: tuple[type[DiffusionModel], ...] = (SDARModel, LLaDAModel)
+# The first one of a `family` is the one that is made from sizes (new_model).
+_FAMILIES: tuple[type[DiffusionModel], ...] = (
+    *(SDARModel, LLaDAModel, SDARMoEModel, LLaDAMoEModel, LLaDA2Model, DreamModel),
+)
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _TIED = "tie_word_embeddings (LLaDA: weight_tying)"
@@ -55,7 +63,7 @@ def load_model(
     files = CheckpointFiles.read(directory, str(path))
     family = family_of(files.config, directory)
     backend = backend_key(attention, device)
-    stored = _rename(family, list_weights(directory))
+    stored = _rename(family, list_weights(directory), files.config)
     try:
         config = family.read_config(files.config, directory, _HEAD in stored)
     except (TypeError, StrictDataclassError) as error:  # transformers' error for a field of the wrong type
@@ -66,7 +74,7 @@ def load_model(
     _check_ids(info, config.vocab_size, directory)
     with torch.device("meta"):
         backbone = family.backbone_class()(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in backbone.state_dict().items()}
+    expected = single_shapes({name: tuple(tensor.shape) for name, tensor in backbone.state_dict().items()})
     if config.tie_word_embeddings and _HEAD not in stored:
         del expected[_HEAD]
     _check_fit(expected, stored, directory)
@@ -77,7 +85,9 @@ def load_model(
         check_split(whole, ranks.size, directory)
         backbone = split_backbone(family.backbone_class(), whole, ranks)
         config = backbone.config
-    weights = dict(read_weights(stored, device, dtype, lambda name: part_of(name, whole, ranks)))
+    read = read_weights(stored, device, dtype, lambda name: part_of(name, whole, ranks))
+    experts = Experts.of(whole)
+    weights = dict(stacked(read, experts.count) if experts else read)
     if config.tie_word_embeddings:
         config.tie_word_embeddings = whole.tie_word_embeddings = _is_copy(weights, directory)
     if config.tie_word_embeddings:
@@ -88,6 +98,8 @@ def load_model(
     # Rotary tables are not in the files and were not computed on the meta device.
     backbone.model.rotary_emb = type(backbone.model.rotary_emb)(config).to(device)
     backbone.config._attn_implementation = backend
+    if experts and dtype == torch.float64:  # which PyTorch's grouped products do not take
+        backbone.config._experts_implementation = "eager"
     model = family(backbone, info)
     model.name, model.attention = str(path), attention
     model.ranks, model.whole_config = ranks, whole
@@ -155,16 +167,17 @@ def _directory(text: str) -> Path:
 def family_of(config: dict[str, Any], directory: Path) -> type[DiffusionModel]:
     """The model class for a config.json. Raises UserError for unsupported architectures and quantised weights."""
     kind = config.get("model_type")
-    experts = [name for name in _EXPERTS if config.get(name)]
-    if experts or "moe" in str(kind):
-        why = f"model_type {kind!r}" + (f", {experts[0]} {config[experts[0]]}" if experts else "")
-        raise UserError(f"{directory}: a mixture of experts ({why}) is not supported; use a dense checkpoint")
+    experts = [f"{name} {config[name]}" for name in _EXPERTS if config.get(name)]
     refuse_quantised(config, directory)
     for family in _FAMILIES:
-        if kind in family.model_types:
+        if kind in family.model_types and bool(experts) == family.has_experts:
             return family
-    supported = ", ".join(kind for family in _FAMILIES for kind in family.model_types)
-    raise UserError(f"{directory}: model_type is {kind!r}; supported: {supported}")
+    dense, mixed = (
+        ", ".join(kind for family in _FAMILIES if family.has_experts == having for kind in family.model_types)
+        for having in (False, True)
+    )
+    what = f"{kind!r} with {experts[0]}" if experts else repr(kind)
+    raise UserError(f"{directory}: model_type is {what}; supported: {dense}; with experts: {mixed}")
 
 
 def _check_ids(info: CheckpointInfo, vocab_size: int, directory: Path) -> None:
@@ -176,13 +189,16 @@ def _check_ids(info: CheckpointInfo, vocab_size: int, directory: Path) -> None:
             )
 
 
-def _rename(family: type[DiffusionModel], stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _rename(
+    family: type[DiffusionModel], stored: Mapping[str, StoredTensor], config: dict[str, Any]
+) -> dict[str, StoredTensor]:
     """Keyed by the backbone's names. Raises UserError if two stored tensors map to one weight."""
     renamed: dict[str, StoredTensor] = {}
-    for name, entry in stored.items():
-        first = renamed.setdefault(family.backbone_name(name), entry)
-        if first is not entry:
-            raise UserError(f"{entry.file}: {name} is the same weight as {first.name}; remove one of them")
+    for entry in stored.values():
+        for name, part in family.expand(entry, config):
+            first = renamed.setdefault(name, part)
+            if first is not part:
+                raise UserError(f"{entry.file}: {entry.name} is the same weight as {first.name}; remove one of them")
     return renamed
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -19,7 +19,7 @@ BLOCK_LENGTH = 4
 
 class SDARModel(DiffusionModel):
     family = "sdar"
-    model_types = ("sdar", "qwen3")
+    model_types: ClassVar[tuple[str, ...]] = ("sdar", "qwen3")
     transformers_name = "Qwen3"
     threshold_inclusive = False
     blocks_from_prompt_end = False
@@ -46,12 +46,7 @@ class SDARModel(DiffusionModel):
     @classmethod
     def read_config(cls, config: dict[str, Any], where: Path, has_head: bool) -> Any:
         sizes = read_sizes(config, where, has_head, max_positions=32768)
-        windowed = config.get("use_sliding_window") and config.get("sliding_window") is not None
-        if windowed or set(config.get("layer_types") or ()) - {"full_attention"}:
-            raise UserError(
-                f"{where}: config.json sets sliding-window attention (use_sliding_window, layer_types), which block "
-                "diffusion does not have; set use_sliding_window to false and remove layer_types to use full attention"
-            )
+        refuse_windows(config, where)
         return cls.config_class()(
             **sizes,
             head_dim=config.get("head_dim") or 128,  # the authors' class default, whatever the width
@@ -68,4 +63,14 @@ class SDARModel(DiffusionModel):
             pad_token_id=files.pad_token_id((eos or EOS_TOKEN_IDS)[-1]),
             block_length=files.block_length(("block_size", "block_length"), BLOCK_LENGTH),
             rcd=files.rcd(),
+        )
+
+
+def refuse_windows(config: dict[str, Any], where: Path) -> None:
+    """Raise UserError for sliding-window attention."""
+    windowed = config.get("use_sliding_window") and config.get("sliding_window") is not None
+    if windowed or set(config.get("layer_types") or ()) - {"full_attention"}:
+        raise UserError(
+            f"{where}: config.json sets sliding-window attention (use_sliding_window, layer_types), which block "
+            "diffusion does not have; set use_sliding_window to false and remove layer_types to use full attention"
         )

@@ -3,7 +3,8 @@
     q, k, v, gate, up     rows: heads, columns of the MLP        no communication
     o, down               columns                                one sum over the ranks of their output
     embedding, head       rows: ids of the vocabulary            one sum of the embeddings; logits stay split
-    norms, biases of o and down                                  whole on every rank
+    norms, router, biases of o and down                          whole on every rank
+    experts               each one's columns, as of an MLP       one sum of the whole mixture
 
 Where there are more ranks than key/value heads, several ranks hold the same one. The embedding is split like the head,
 although whole copies would save one of the 2 L + 1 sums of a pass with L layers: a copy takes as much memory as several
@@ -33,6 +34,8 @@ def check_split(config: Any, size: int, where: Path) -> None:
     """Raises UserError if a network cannot be split over `size` ranks."""
     groups = config.num_key_value_heads
     counts = {"attention heads": config.num_attention_heads, "columns of the MLP": config.intermediate_size}
+    if hasattr(config, "moe_intermediate_size"):
+        counts["columns of an expert"] = config.moe_intermediate_size
     problems = [f"{count} {name}" for name, count in counts.items() if count % size]
     if groups % size and size % groups:
         problems.append(f"{groups} key/value heads")
@@ -51,6 +54,8 @@ def rank_config(config: Any, ranks: Ranks) -> Any:
     local.num_attention_heads //= ranks.size
     local.num_key_value_heads = max(1, config.num_key_value_heads // ranks.size)
     local.intermediate_size //= ranks.size
+    if hasattr(config, "moe_intermediate_size"):
+        local.moe_intermediate_size //= ranks.size
     return local
 
 
@@ -67,11 +72,21 @@ def part_of(name: str, config: Any, ranks: Ranks) -> tuple[slice, ...]:
         first, count = ranks.rank * groups // ranks.size, max(1, groups // ranks.size)
         return (slice(first * config.head_dim, (first + count) * config.head_dim),)
     if kind in _ROWS or (kind in _COLUMNS and leaf == "weight"):
-        heads = config.num_attention_heads * config.head_dim
-        count = (heads if kind in ("q_proj", "o_proj") else config.intermediate_size) // ranks.size
+        count = _columns(name, config) // ranks.size
         part = slice(ranks.rank * count, (ranks.rank + 1) * count)
         return (part,) if kind in _ROWS else (slice(None), part)
     return ()
+
+
+def _columns(name: str, config: Any) -> int:
+    """What is split of a projection: the numbers of all heads, or the columns of an MLP."""
+    if ".self_attn." in name:
+        return int(config.num_attention_heads * config.head_dim)
+    if ".experts." in name:
+        return int(config.moe_intermediate_size)
+    if ".shared_experts." in name:
+        return int(config.moe_intermediate_size * config.n_shared_experts)
+    return int(config.intermediate_size)
 
 
 def split_backbone(backbone_class: Any, config: Any, ranks: Ranks) -> Any:
@@ -80,7 +95,10 @@ def split_backbone(backbone_class: Any, config: Any, ranks: Ranks) -> Any:
     with torch.device("meta"):
         backbone = backbone_class(local)
         for name, module in list(backbone.named_modules()):
-            if name.split(".")[-1] in _COLUMNS:
+            if hasattr(module, "experts"):
+                module.__class__ = _split_mixture(type(module))
+                module.ranks = ranks
+            elif name.split(".")[-1] in _COLUMNS and ".shared_experts." not in name:
                 split = SplitLinear(module.in_features, module.out_features, module.bias is not None)
                 split.ranks = ranks
                 backbone.set_submodule(name, split)
@@ -90,6 +108,18 @@ def split_backbone(backbone_class: Any, config: Any, ranks: Ranks) -> Any:
         backbone.model.embed_tokens = embedding
         backbone.lm_head = nn.Linear(config.hidden_size, len(ids), bias=False)
     return backbone
+
+
+def _split_mixture(kind: type[nn.Module]) -> type[nn.Module]:
+    """A mixture of experts whose output, shared experts included, is summed over `ranks`."""
+
+    class SplitMixture(kind):  # type: ignore[misc, valid-type]
+        ranks: Ranks
+
+        def forward(self, input: Tensor) -> Tensor:
+            return self.ranks.sum(super().forward(input))
+
+    return SplitMixture
 
 
 class SplitLinear(nn.Linear):

@@ -31,12 +31,14 @@ _NOT_WEIGHTS = ".rotary_emb.inv_freq"  # a table in old Llama exports; it follow
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as its file's header describes it; its data has not been read."""
+    """A tensor as its file's header describes it; its data has not been read. pick: index of the part that is meant,
+    which has this shape; () for all of it."""
 
     file: Path
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    pick: tuple[int | slice, ...] = ()
 
 
 def list_weights(directory: Path) -> dict[str, StoredTensor]:
@@ -87,8 +89,11 @@ def read_weights(
     for file, keys in by_file.items():
         with safe_open(file, framework="pt") as content:
             for key in keys:
-                name, index = stored[key].name, part(key)
-                tensor = content.get_slice(name)[index] if index else content.get_tensor(name)
+                name, pick, index = stored[key].name, stored[key].pick, part(key)
+                if pick:
+                    tensor = content.get_slice(name)[pick].view(stored[key].shape)[index or ...]
+                else:
+                    tensor = content.get_slice(name)[index] if index else content.get_tensor(name)
                 yield key, tensor.to(device=device, dtype=dtype)
 
 

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rcd_core.ops.tiles import tile_rows
 from rcd_core.precision import at_least_fp32, reduction_dtype
-
-CHUNK_BYTES = 256 << 20  # logits of one chunk, fp32
 
 
 def weighted_cross_entropy(
@@ -26,9 +25,9 @@ def weighted_cross_entropy(
 
     The sum is differentiable in hidden and head_weight; the losses are not. hidden (N, D), head_weight (V, D), labels
     (N,) int64, weights (N,). Products run in hidden's dtype or autocast's, reductions in fp32 or wider. N = 0 gives 0.
-    chunk_rows: rows per chunk, by default CHUNK_BYTES of logits.
+    chunk_rows: rows per chunk, by default as many as the device takes well (ops/tiles.py).
     """
-    rows = chunk_rows or max(1, CHUNK_BYTES // (4 * head_weight.shape[0]))
+    rows = chunk_rows or tile_rows(head_weight.shape[0], hidden.device)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     result: tuple[Tensor, Tensor] = _WeightedCrossEntropy.apply(  # type: ignore[no-untyped-call]

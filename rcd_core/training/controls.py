@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from rcd_core.families.base import DiffusionModel
+from rcd_core.ops.tiles import tile_rows
 from rcd_core.training.objective import TrainingBatch, masked_hidden
-
-_TILE_BYTES = 64 << 20  # fp32 logits held at a time
 
 
 def same_masks(masked: NDArray[np.bool_], num_passes: int) -> list[NDArray[np.bool_]]:
@@ -29,10 +29,13 @@ def on_policy_batch(model: DiffusionModel, batch: TrainingBatch, noisier: Tensor
     """on_policy: each sample keeps its number of masks, on the tokens the model is least confident of after one pass
     over the noisier mask (B, L)."""
     hidden = masked_hidden(model, batch.remasked(noisier, model.mask_token_id), None)
-    tile = max(1, _TILE_BYTES // (4 * model.vocab_size))
-    tops = [torch.log_softmax(model.head(h).float(), -1).amax(-1) for h in torch.split(hidden, tile)]
+    tile = tile_rows(model.vocab_size, hidden.device)
+
+    def top(head: Tensor, rows: Tensor) -> Tensor:  # (N',) largest log-probabilities
+        return torch.cat([torch.log_softmax(F.linear(h, head).float(), -1).amax(-1) for h in torch.split(rows, tile)])
+
     confidence = torch.full(noisier.shape, float("-inf"), device=noisier.device)
-    confidence[noisier] = torch.cat(tops) if tops else confidence[noisier]
+    confidence[noisier] = model.lm_head(hidden, top)
     masked = torch.zeros_like(noisier)
     for row in range(noisier.shape[0]):
         samples = batch.sample_ids[row]

@@ -29,7 +29,7 @@ from rcd_core.training.loss_module import LossModule
 from rcd_core.training.meter import Meter
 from rcd_core.training.objective import normalizer, reference_signals
 from rcd_core.training.settings import ResidualSettings, SignalRule, TrainSettings
-from rcd_core.training.strategies import Strategy, make_strategy, read_progress, write_progress
+from rcd_core.training.strategies import Strategy, compile_layers, make_strategy, read_progress, write_progress
 
 DEFAULT_RULE = SignalRule()
 STEP_NOTE = "optimiser steps done before this error: "  # begins a note on exceptions from the loop
@@ -118,8 +118,10 @@ def train(
     model.train()
     model.activation_checkpointing = settings.activation_checkpointing
     meter = Meter(model, device, 0)
+    if settings.compile:
+        compile_layers(model)
     module = LossModule(model, settings.loss_weight, residual)
-    strategy = make_strategy(module, model.backbone.model.layers, settings, device)
+    strategy = make_strategy(module, model, settings, device)
     run = _Run(model, strategy, settings, residual, reference, signal_rule, world, device)
     first = 0
     if resume is not None:

@@ -16,7 +16,15 @@ from rcd_core.families.base import DiffusionModel
 from rcd_core.signals import ReferenceSignals, residual_state, sparse_residual
 from rcd_core.training.controls import on_policy_batch
 from rcd_core.training.data.batches import MicroBatch
-from rcd_core.training.objective import LossWeight, Residual, TrainingBatch, loss_parts, masked_blocks, masked_hidden
+from rcd_core.training.objective import (
+    LossWeight,
+    Residual,
+    TrainingBatch,
+    encoded,
+    loss_parts,
+    masked_blocks,
+    masked_hidden,
+)
 from rcd_core.training.settings import ResidualSettings
 
 SELF_TOP_K = 32  # entries kept of the model's own predictions where residual.top_k is null
@@ -66,15 +74,15 @@ class LossModule(nn.Module):
         for number, (masked, following) in enumerate(zip(masks, masks[1:], strict=False)):
             with torch.no_grad():
                 batch = micro.batch.remasked(masked, self.model.mask_token_id)
-                signals = ReferenceSignals.from_hidden(
-                    masked_hidden(self.model, batch, residual),  # (N', D)
-                    self.model.lm_head_weight,
-                    self.settings.top_k or SELF_TOP_K,
-                )[following[masked]]
+                hidden = masked_hidden(self.model, batch, residual)  # (N', D)
+                signals = encoded(self.model, hidden, self.settings.top_k or SELF_TOP_K)[following[masked]]
             last = number + 2 == len(masks)
             with torch.set_grad_enabled(last and torch.is_grad_enabled()):
                 rule, more = self._alpha_rule(micro.batch.remasked(following, self.model.mask_token_id))
-                alpha, delta = residual_state(signals, self.model.embedding.weight.detach(), *rule, **more)
+                alpha, delta = self.model.embedding(
+                    signals.topk_ids,
+                    lambda table, _, s=signals, r=rule, m=more: residual_state(s, table.detach(), *r, **m),
+                )
             # A row with fewer passes has no residual until its first one.
             started = micro.num_passes[following] >= len(micro.noisier_masks) - number
             residual = (alpha * started, delta)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rcd_core.families.base import DiffusionModel
+from rcd_core.families.experts import Experts
 from rcd_core.training.data.batches import MicroBatch
 from rcd_core.training.loss_module import NUM_BUCKETS, NUM_STATISTICS
 
@@ -34,6 +35,9 @@ class Meter:
     def __init__(self, model: DiffusionModel, device: torch.device, first_step: int) -> None:
         shared = {id(p): p for p in (model.embedding.weight, model.lm_head_weight)}
         self.layer_parameters = model.num_parameters() - sum(p.numel() for p in shared.values())
+        if (experts := Experts.of(model.config)) is not None:  # a token meets few of them
+            idle = (experts.columns - experts.active_columns) * 3 * model.config.hidden_size
+            self.layer_parameters -= (model.config.num_hidden_layers - experts.dense_layers) * idle
         self.head_parameters = model.lm_head_weight.numel()
         self.device, self.peak = device, peak_flops(device)
         self.last_step, self.since, self.waited = first_step, time.perf_counter(), 0.0

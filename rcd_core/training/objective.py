@@ -98,14 +98,17 @@ def masked_hidden(model: DiffusionModel, batch: TrainingBatch, residual: Residua
         masked = batch.masked.gather(1, source) & packed.noisy & packed.valid
         positions = batch.positions.gather(1, source)
     if isinstance(residual, SparseResidual):
-        embeds = residual_embedding(ids, masked, model.embedding.weight, residual)
+        mixed = residual
+        embeds = model.embedding(ids, lambda table, ids: residual_embedding(ids, masked, table, mixed))
     else:
         embeds = model.embedding(ids)
     if isinstance(residual, tuple):
         alpha, delta = residual
         # The mask's embedding as looked up: a row picked from the table would cost a gradient of the table's size.
         embeds = inject_residual(embeds, masked, alpha, delta, embeds[masked])
-    return model.hidden(embeds, positions, layout)[masked]
+    hidden = model.hidden(embeds, positions, layout)
+    at = masked.flatten().nonzero()[:, 0]
+    return hidden.flatten(0, 1)[model.predictors(at, positions.flatten()[at] == 0)]
 
 
 @torch.no_grad()
@@ -113,7 +116,17 @@ def reference_signals(reference: DiffusionModel, batch: TrainingBatch, rule: Sig
     """(N) signals of the frozen reference at the masked positions, both for the cache and online."""
     hidden = masked_hidden(reference, batch, None)
     temperatures = {"alpha_temperature": rule.alpha_temperature, "delta_temperature": rule.delta_temperature}
-    return ReferenceSignals.from_hidden(hidden, reference.lm_head_weight, rule.top_k, rule.keep_mass, **temperatures)
+    return encoded(reference, hidden, rule.top_k, rule.keep_mass, **temperatures)
+
+
+def encoded(
+    model: DiffusionModel, hidden: Tensor, k: int, mass: float | None = None, **temperatures: float
+) -> ReferenceSignals:
+    """(N) signals of the model's predictions at final hidden states (N, D), without gradient."""
+    signals: ReferenceSignals = model.lm_head(
+        hidden, lambda head, rows: ReferenceSignals.from_hidden(rows, head, k, mass, **temperatures)
+    )
+    return signals
 
 
 def masked_blocks(model: DiffusionModel, batch: TrainingBatch) -> Tensor:
@@ -151,7 +164,9 @@ def loss_parts(
     """(`loss_sum`, cross entropies (N,) in nats, unweighted and without gradient)."""
     hidden = masked_hidden(model, batch, residual)
     weights = loss_weights(model.family, batch, weight)
-    return weighted_cross_entropy(hidden, model.lm_head_weight, batch.input_ids[batch.masked], weights)
+    labels = batch.input_ids[batch.masked]
+    loss, losses = model.lm_head(hidden, lambda head, rows: weighted_cross_entropy(rows, head, labels, weights))
+    return loss, losses
 
 
 def loss_weights(family: str, batch: TrainingBatch, weight: LossWeight) -> Tensor:

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from rcd_core.errors import UserError
 from rcd_core.families.config import ModelConfig
-from rcd_core.ops.fused_loss import CHUNK_BYTES
+from rcd_core.families.experts import Experts
+from rcd_core.ops.tiles import logits_bytes
 from rcd_core.training.meter import PEAK_FLOPS
 from rcd_core.training.settings import TrainSettings
 
@@ -44,11 +45,13 @@ class ModelShape:
     intermediate_size: int
     vocab_size: int
     tie_embeddings: bool
+    experts: Experts | None = None
 
     @classmethod
     def of(cls, start: ModelConfig, vocab_size: int) -> ModelShape:
         """Of a new model."""
-        same = {f.name: getattr(start, f.name) for f in fields(cls) if f.name not in ("head_dim", "vocab_size")}
+        own = ("head_dim", "vocab_size", "experts")
+        same = {f.name: getattr(start, f.name) for f in fields(cls) if f.name not in own}
         return cls(**same, head_dim=start.resolved_head_dim, vocab_size=vocab_size)
 
     @classmethod
@@ -64,14 +67,46 @@ class ModelShape:
             intermediate_size=config.intermediate_size,
             vocab_size=config.vocab_size,
             tie_embeddings=config.tie_word_embeddings,
+            experts=Experts.of(config),
         )
 
     @property
-    def layer_parameters(self) -> int:
-        """Of one layer: projections, MLP, two norms, and for SDAR the norms of queries and keys."""
+    def has_head_norms(self) -> bool:
+        """Of queries and keys."""
+        return self.family == "sdar" or self.experts is not None
+
+    def layer(self, columns: int) -> int:
+        """Parameters of a layer whose MLP has so many columns: projections, MLP, two norms, norms of queries and
+        keys."""
         attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
-        head_norms = 2 * self.head_dim if self.family == "sdar" else 0
-        return attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size + head_norms
+        head_norms = 2 * self.head_dim if self.has_head_norms else 0
+        return attention + 3 * self.hidden_size * columns + 2 * self.hidden_size + head_norms
+
+    @property
+    def layer_parameters(self) -> int:
+        """Of the largest layer."""
+        e = self.experts
+        return self.layer(self.intermediate_size) if e is None else self.layer(e.columns) + e.router(self.hidden_size)
+
+    @property
+    def all_layers(self) -> int:
+        """Parameters of all layers."""
+        dense = 0 if self.experts is None else self.experts.dense_layers
+        return (self.num_layers - dense) * self.layer_parameters + dense * self.layer(self.intermediate_size)
+
+    @property
+    def active_layers(self) -> int:
+        """Parameters of all layers that a token meets: of a mixture, those of its experts."""
+        e = self.experts
+        if e is None:
+            return self.all_layers
+        mixture = self.layer(e.active_columns) + e.router(self.hidden_size)
+        return (self.num_layers - e.dense_layers) * mixture + e.dense_layers * self.layer(self.intermediate_size)
+
+    @property
+    def active_columns(self) -> int:
+        """Columns of the MLP that a token meets in a layer."""
+        return self.intermediate_size if self.experts is None else self.experts.active_columns
 
     @property
     def head_parameters(self) -> int:
@@ -84,7 +119,7 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        return self.num_layers * self.layer_parameters + self.root_parameters
+        return self.all_layers + self.root_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,33 +185,47 @@ def layer_activations(shape: ModelShape, numbers: int, mixed: bool) -> float:
     SwiGLU keeps gate, its SiLU, up and their product. mixed: autocast over fp32 weights (DDP in bf16) keeps the
     residual stream in fp32 and a copy of the input for each projection.
     """
-    width, inner = shape.hidden_size, shape.intermediate_size
+    width, inner = shape.hidden_size, shape.active_columns
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     norm = (FP32 + numbers) * width
     inputs = 2 * numbers * width
     if mixed:
         norm, inputs = 2 * FP32 * width, FP32 * 2 * width + 5 * numbers * width
-    head_norms = (FP32 + numbers) * (queries + keys) if shape.family == "sdar" else 0
+    head_norms = (FP32 + numbers) * (queries + keys) if shape.has_head_norms else 0
     attention = numbers * (2 * queries + 2 * keys) + FP32 * shape.num_heads
     return 2 * norm + inputs + head_norms + attention + numbers * 4 * inner
 
 
+def products(shape: ModelShape, numbers: int) -> float:
+    """Bytes per token of one layer's matrix products and attention, which selective checkpointing keeps."""
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    outputs = 2 * queries + 2 * keys + 2 * shape.hidden_size + 2 * shape.active_columns
+    return numbers * outputs + FP32 * shape.num_heads
+
+
 def memory(
-    shape: ModelShape, settings: TrainSettings, step: StepShape, workers: int, strategy: Mapping[str, Any] | None = None
+    shape: ModelShape,
+    settings: TrainSettings,
+    step: StepShape,
+    workers: int,
+    strategy: Mapping[str, Any] | None = None,
+    card: float | None = None,
 ) -> Memory:
-    """Bytes per GPU. strategy: a DeepSpeed configuration to use instead of settings.deepspeed."""
+    """Bytes per GPU. strategy: a DeepSpeed configuration to use instead of settings.deepspeed. card: bytes of a GPU,
+    which decide the chunks of the loss; None: a CPU."""
     numbers = 2 if settings.dtype == "bfloat16" else FP32
     mixed = settings.strategy == "ddp" and numbers == 2
     per_layer = layer_activations(shape, numbers, mixed)
     stream = (FP32 if mixed else numbers) * shape.hidden_size  # the residual stream between two layers
     if settings.activation_checkpointing:
-        activations = step.tokens * (shape.num_layers * stream + per_layer)
+        kept = stream + (products(shape, numbers) if settings.activation_checkpointing == "selective" else 0)
+        activations = step.tokens * (shape.num_layers * kept + per_layer)
     else:
         activations = step.tokens * shape.num_layers * per_layer
     activations += step.tokens * 2 * stream  # embeddings and the final norm
     # One chunk of logits in fp32 and its gradient in the passes' dtype; the head's gradient, summed in fp32; hidden
     # states and their gradients.
-    chunk = min(CHUNK_BYTES, FP32 * step.masked * shape.vocab_size)
+    chunk = min(logits_bytes(card), FP32 * step.masked * shape.vocab_size)
     loss = chunk * (1 + numbers / FP32) + FP32 * shape.head_parameters + 2 * numbers * step.masked * shape.hidden_size
     # Per kept entry an int64 id and a probability; delta in fp32, twice.
     signals = step.masked * (12.0 * step.signal_k + 3 * FP32 * shape.hidden_size if step.signal_k else 0.0)
@@ -194,10 +243,11 @@ def _states(
         copies += FP32 * total if workers > 1 else 0.0  # DDP's gradient buckets, allocated all the time
         return FP32 * total + copies, FP32 * total, ADAM * total, 0.0
     if settings.strategy == "fsdp2":
-        # The root's parameters stay gathered, and two layers: the one in use and the next. Gradients are whole before
-        # they are summed in fp32 and sharded.
-        gathered = numbers * (shape.root_parameters + 2 * shape.layer_parameters)
-        whole = (numbers + FP32) * max(shape.root_parameters, shape.layer_parameters)
+        # The head stays gathered (or the embedding, in the backward pass), and two layers: the one in use and the next.
+        # Gradients are whole before they are summed in fp32 and sharded.
+        head = shape.head_parameters + shape.hidden_size
+        gathered = numbers * (head + 2 * shape.layer_parameters)
+        whole = (numbers + FP32) * max(head, shape.layer_parameters)
         part = total / settings.shards(workers)
         shards = [FP32 * part, FP32 * part, ADAM * part]
         if settings.cpu_offload:
@@ -257,7 +307,7 @@ def training_cost(
     tokens = rows * tokens_per_row
     masked = tokens * labelled_share / 2
     entered = tokens * (2 if shape.family == "sdar" else 1)
-    flops = 6.0 * (shape.num_layers * shape.layer_parameters * entered + shape.head_parameters * masked)
+    flops = 6.0 * (shape.active_layers * entered + shape.head_parameters * masked)
     seconds = flops * (1 + extra_forwards / 3) / (peak(device) * mfu * gpus)
     return TrainingCost(tokens, masked, flops, seconds / 3600)
 

@@ -27,7 +27,9 @@ class TrainSettings:
     number of neighbouring workers that hold one copy of the parameters, for example those of a node; each such group is
     a replica. None: all workers. cpu_offload: fsdp2 only.
     attention: sdpa; flex or flash (an extra) on GPUs; eager for comparison (attention/backends.py).
-    activation_checkpointing: compute layers again in the backward pass.
+    activation_checkpointing: true computes layers again in the backward pass; "selective" keeps the results of their
+    matrix products and attention, and computes the rest again.
+    compile: compile the layers one by one; for GPUs.
     max_skipped_steps: steps whose loss or gradient is not finite that may be skipped before training fails.
     checkpoint_every, log_every, validate_every (None: never): in steps.
     UserError: a value out of range.
@@ -53,7 +55,8 @@ class TrainSettings:
     shard_size: int | None = None
     cpu_offload: bool = False
     attention: Literal["sdpa", "eager", "flex", "flash"] = "sdpa"
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | Literal["selective"] = False
+    compile: bool = False
     max_skipped_steps: int = 0
     validate_every: int | None = None
     checkpoint_every: int = 500
@@ -85,6 +88,12 @@ class TrainSettings:
         if self.shard_size is not None and self.strategy != "fsdp2":
             raise UserError(
                 f"train.shard_size is {self.shard_size} but train.strategy is {self.strategy}; use fsdp2 or null"
+            )
+
+        if self.compile and (self.strategy == "deepspeed" or self.activation_checkpointing == "selective"):
+            other = "strategy is deepspeed" if self.strategy == "deepspeed" else "activation_checkpointing is selective"
+            raise UserError(
+                f"train.compile is true but train.{other}, which does not see into compiled layers; set one"
             )
 
     def shards(self, workers: int) -> int:

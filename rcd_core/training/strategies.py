@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rcd_core.errors import UserError
+from rcd_core.families.base import DiffusionModel
 from rcd_core.training.settings import TrainSettings
 
 PROGRESS = "progress.json"
@@ -67,14 +68,19 @@ class Strategy(ABC):
         """The module's whole state on the CPU of rank 0, {} on the other ranks. Collective."""
 
 
-def make_strategy(module: nn.Module, layers: nn.ModuleList, settings: TrainSettings, device: torch.device) -> Strategy:
-    """layers: the transformer layers inside `module`, the unit of sharding. UserError: conflicting settings, no process
-    group, or DeepSpeed not installed."""
+def make_strategy(module: nn.Module, model: DiffusionModel, settings: TrainSettings, device: torch.device) -> Strategy:
+    """model: the one inside `module`. UserError: conflicting settings, no process group, or DeepSpeed not installed."""
     if settings.strategy == "ddp":
         return DataParallel(module, settings, device)
     if settings.strategy == "fsdp2":
-        return FullyShardedDataParallel(module, layers, settings, device)
+        return FullyShardedDataParallel(module, model, settings, device)
     return DeepSpeed(module, settings, device)
+
+
+def compile_layers(model: DiffusionModel) -> None:
+    """Compile forward() of each layer, in place. Hooks of FSDP2 and checkpointing stay outside."""
+    for layer in model.backbone.model.layers:
+        layer.forward = torch.compile(layer.forward)
 
 
 def _require_process_group(strategy: str) -> None:
@@ -168,13 +174,14 @@ class DataParallel(_Native):
 
 
 class FullyShardedDataParallel(_Native):
-    """FSDP2: gathers each layer's parameters while it runs. Parameters outside the layers (embedding, head) belong to
-    the root and stay gathered between forward and backward pass. With settings.shard_size, parameters are sharded
+    """FSDP2: gathers the parameters of each layer, of the embedding and of the head while they run. The head stays
+    gathered until its backward pass, which follows at once. Where embedding and head are one parameter, it belongs to
+    the root and stays gathered from the first layer to the last. With settings.shard_size, parameters are sharded
     within groups of neighbouring workers, and gradients are summed between the groups."""
 
     collective_forward = True
 
-    def __init__(self, module: nn.Module, layers: nn.ModuleList, settings: TrainSettings, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, model: DiffusionModel, settings: TrainSettings, device: torch.device) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
@@ -191,8 +198,11 @@ class FullyShardedDataParallel(_Native):
             # Each call moves what it shards to the device; with offload, the shards go back to the CPU.
             "offload_policy": CPUOffloadPolicy(device.type == "cuda") if settings.cpu_offload else OffloadPolicy(),
         }
-        for layer in layers:
+        for layer in model.backbone.model.layers:
             fully_shard(layer, **options)
+        if model.embedding.weight is not model.lm_head_weight:
+            fully_shard(model.embedding, **options)
+            fully_shard(model.lm_head, reshard_after_forward=False, **options)
         fully_shard(module, **options)
         super().__init__(module, settings)
 

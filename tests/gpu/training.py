@@ -7,42 +7,47 @@ from typing import Any
 
 import torch
 
+from rcd_core.attention.backends import backend_key
 from rcd_core.families.base import DiffusionModel
 from rcd_core.training.data.batches import MicroBatch
 from rcd_core.training.loss_module import LossModule
 from rcd_core.training.meter import peak_flops
 from rcd_core.training.objective import masked_hidden, reference_signals
 from rcd_core.training.settings import ResidualSettings, SignalRule, TrainSettings
-from rcd_core.training.strategies import DataParallel
+from rcd_core.training.strategies import DataParallel, compile_layers
 from tests.benchmarks.training import make_micro_batch, make_signals
 from tests.gpu.common import Run
 
+VARIANTS = (("flex", True), ("flex", False), ("sdpa", False))
+
 
 def utilisation(run: Run) -> list[dict[str, Any]]:
-    """SFT and RCD on cached signals, one packed row of 4,096 tokens, bf16 with fp32 master weights and AdamW. Two
-    attentions where both run."""
+    """SFT and RCD on cached signals, one packed row of 4,096 tokens, bf16 with fp32 master weights and AdamW; layers
+    compiled or not, two attentions."""
     rows: list[dict[str, Any]] = []
     for shape in ("1.7b",) if run.rehearse else ("1.7b", "4b"):
-        for attention in ("sdpa",) if run.rehearse else ("flex", "sdpa"):
+        for attention, compiled in (("sdpa", False),) if run.rehearse else VARIANTS:
             for source in ("none", "signals"):
-                row: dict[str, Any] = {"shape": shape, "attention": attention, "source": source}
+                row: dict[str, Any] = {"shape": shape, "attention": attention, "compiled": compiled, "source": source}
                 rows.append(row)
                 if run.left < (0 if run.rehearse else 10):
                     row["left out"] = "no time"
                     continue
                 try:
-                    row |= _step_time(run, shape, attention, source)
+                    row |= _step_time(run, shape, attention, source, compiled)
                 except torch.OutOfMemoryError as error:
                     row["left out"] = str(error).splitlines()[0]
                 run.release()
     return rows
 
 
-def _step_time(run: Run, shape: str, attention: str, source: str) -> dict[str, Any]:
+def _step_time(run: Run, shape: str, attention: str, source: str, compiled: bool) -> dict[str, Any]:
     length = 64 if run.rehearse else 4096
     model = run.model(shape, torch.float32).requires_grad_(True).train()
-    model.config._attn_implementation = f"rcd_{attention}"
+    model.config._attn_implementation = backend_key(attention, run.device)
     model.activation_checkpointing = True
+    if compiled:
+        compile_layers(model)
     micro = make_micro_batch(run.vocab, length, run.device)
     masked = int(micro.batch.masked.sum())
     signals = make_signals(masked, run.vocab, run.device) if source == "signals" else None

@@ -37,7 +37,8 @@ def _norm(module: Any, x: Tensor) -> Tensor:
 class _Rotary(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+        width = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        exponents = torch.arange(0, width, 2, dtype=torch.float64) / width
         self.frequencies = config.rope_parameters["rope_theta"] ** -exponents
 
     def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -101,7 +101,7 @@ def test_serialise_slice_and_concatenate(num: int, k: int, cut: int) -> None:
 def test_from_hidden_equals_from_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 4 rows, the last one shorter. Small integers are exact in bf16 and full of ties, which would show if a
     row depended on its neighbours."""
-    monkeypatch.setattr("rcd_core.dense_signals.TILE_BYTES", 4 * 4 * VOCAB)
+    monkeypatch.setattr("rcd_core.ops.tiles.SMALLEST", 4 * 4 * VOCAB)
     generator = torch.Generator().manual_seed(0)
     hidden, head = (torch.randint(-2, 3, (n, WIDTH), generator=generator).float() for n in (33, VOCAB))
     for dtype in (torch.float32, torch.bfloat16):
@@ -129,7 +129,7 @@ def test_from_hidden_never_allocates_all_logits() -> None:
 @pytest.mark.parametrize("rows", [1, 10, 35])
 def test_whole_distributions_exist_a_tile_at_a_time(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 10 positions. One tile gives the bits of the whole matrix."""
-    monkeypatch.setattr("rcd_core.dense_signals.TILE_BYTES", 10 * 4 * 1000)
+    monkeypatch.setattr("rcd_core.ops.tiles.SMALLEST", 10 * 4 * 1000)
     generator = torch.Generator().manual_seed(0)
     hidden, head, table = (torch.randn(n, 4, generator=generator) for n in (rows, 1000, 1000))
     tiled = HiddenSignals(hidden, lambda h: h @ head.T, len(head), 1.5, 1.0)

@@ -111,7 +111,7 @@ def test_pages_fill_what_is_left() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_warm_starts_hold_no_more_than_a_tile(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """16 requests that start together: 512 ids, tiles of 4 positions, blocks of 8."""
-    monkeypatch.setattr("rcd_core.dense_signals.TILE_BYTES", 4 * 4 * 512)
+    monkeypatch.setattr("rcd_core.ops.tiles.SMALLEST", 4 * 4 * 512)
     reference, table = LocalReference(model(f"{family}_ref_tiny")), model(family).embedding.weight
     mask = reference.model.mask_token_id
     requests = [WarmStart((3, 4 + i, 5, 6, *[mask] * 8), tuple(range(4, 12)), 4) for i in range(16)]

@@ -99,6 +99,10 @@ def test_activation_checkpointing_keeps_one_layer_and_the_stream() -> None:
     less = memory(SDAR_8B, settings(strategy="fsdp2", activation_checkpointing=True), STEP, 8).activations
     layer, stream = STEP.tokens * layer_activations(SDAR_8B, 2, False), STEP.tokens * 2 * 4096
     assert full - less == pytest.approx(35 * layer - 36 * stream)
+    some = memory(SDAR_8B, settings(strategy="fsdp2", activation_checkpointing="selective"), STEP, 8).activations
+    # q and the attention's result, k and v, o and down, gate and up; one logarithm per head.
+    kept = 2 * (2 * 4096 + 2 * 1024 + 2 * 4096 + 2 * 12288) + 4 * 32
+    assert some - less == pytest.approx(36 * STEP.tokens * kept) and some < 0.75 * full
 
 
 def test_the_peak_is_the_larger_of_two_moments() -> None:

@@ -38,6 +38,8 @@ def run(
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     torch.set_num_threads(1)
     model = load_model(GOLDEN / f"{family}_tiny").requires_grad_(True)
+    if options.pop("tied", False):
+        model.backbone.lm_head.weight, model.config.tie_word_embeddings = model.embedding.weight, True
     reference = load_model(GOLDEN / "rcd" / f"{family}_ref_tiny") if residual.source == "online" else None
     logged: list[dict[str, float]] = []
     checkpoint = options.pop("checkpoint", lambda step, save: None)
@@ -79,7 +81,8 @@ def alone(examples: str) -> dict[str, torch.Tensor]:
 
 def test_packing_and_recomputation_change_rounding_only(examples: str, alone: dict[str, torch.Tensor]) -> None:
     packed = {"pack_length": 24}
-    for changes in (packed, {**packed, "micro_batch_size": 1}, {"activation_checkpointing": True}):
+    modes = [{"activation_checkpointing": mode} for mode in (True, "selective")]
+    for changes in (packed, {**packed, "micro_batch_size": 1}, *modes):
         close(run(examples, settings(**changes))[0], alone)
 
 
@@ -124,6 +127,15 @@ def test_sharded_within_groups_it_trains_the_same_and_resumes_exactly(
     resumed = launch(tmp_path / "resumed", examples, s, world=4, resume=checkpoint)
     assert all(torch.equal(whole[n], resumed[n]) for n in whole)
     close(run(examples, settings(), resume=checkpoint)[0], alone)
+
+
+@pytest.mark.drill  # two more pairs of processes
+@pytest.mark.parametrize("tied", [False, True])
+def test_shards_of_a_model_that_supplies_its_own_residuals(tied: bool, examples: str, tmp_path: Path) -> None:
+    """Embedding and head run several times in a step. They are units of their own, or one parameter of the root."""
+    residual = ResidualSettings(source="self")
+    alone, _ = run(examples, settings(), residual=residual, tied=tied)
+    close(launch(tmp_path / "two", examples, settings(strategy="fsdp2"), residual=residual, tied=tied), alone)
 
 
 def test_groups_of_shards_are_equal() -> None:

@@ -1,0 +1,77 @@
+"""Dream and DiffuCoder: Qwen2 layers without the causal mask, whose logits stay shifted as in the autoregressive model.
+
+They decode a whole canvas like LLaDA: in one block as the authors do, or block by block with Fast-dLLM's caches.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rcd_core.families.base import CheckpointInfo
+from rcd_core.families.config_json import read_rope, read_sizes, require_values, write_sizes
+from rcd_core.families.files import CheckpointFiles
+from rcd_core.families.llada import LLaDAModel
+from rcd_core.families.sdar import refuse_windows
+
+MASK_TOKEN_ID, EOS_TOKEN_ID = 151666, 151643  # <|mask|>, <|endoftext|>
+BLOCK_LENGTH = 32  # Fast-dLLM's
+
+
+class DreamModel(LLaDAModel):
+    model_types = ("Dream",)
+    transformers_name = "Qwen2"
+    shifted = True
+    default_schedule = "time"
+
+    def official_files(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        config = self.common_fields() | write_sizes(self.config)
+        if self.config.head_dim * self.config.num_attention_heads == self.config.hidden_size:
+            del config["head_dim"]  # which the authors' code does not read
+        config |= {
+            "architectures": ["DreamModel"],
+            "attention_dropout": 0.0,
+            "block_length": self.info.block_length,
+            "initializer_range": self.config.initializer_range,
+            "max_window_layers": self.config.num_hidden_layers,
+            "model_type": "Dream",
+            "sliding_window": None,
+            "use_cache": True,
+            "use_sliding_window": False,
+        }
+        return config, self.stored_weights()
+
+    @classmethod
+    def read_config(cls, config: dict[str, Any], where: Path, has_head: bool) -> Any:
+        return qwen2_config(cls.config_class(), config, where, has_head)
+
+    @classmethod
+    def read_info(cls, files: CheckpointFiles) -> CheckpointInfo:
+        eos = files.eos_token_ids((EOS_TOKEN_ID,))
+        return CheckpointInfo(
+            mask_token_id=files.mask_token_id(MASK_TOKEN_ID),
+            eos_token_ids=eos,
+            pad_token_id=files.pad_token_id((eos or (EOS_TOKEN_ID,))[0]),
+            block_length=files.block_length(("block_length",), BLOCK_LENGTH),
+            rcd=files.rcd(),
+        )
+
+    @classmethod
+    def backbone_name(cls, name: str) -> str:
+        return name
+
+
+def qwen2_config(config_class: Any, config: dict[str, Any], where: Path, has_head: bool) -> Any:
+    """Qwen2Config with biases of q, k and v, as all of Qwen2's."""
+    sizes = read_sizes(config, where, has_head, max_positions=32768)
+    require_values(config, {"attention_bias": True}, where)
+    del sizes["attention_bias"]
+    refuse_windows(config, where)
+    return config_class(
+        **sizes,
+        head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+        initializer_range=config.get("initializer_range", 0.02),
+        rope_parameters=read_rope(config, where),
+    )
