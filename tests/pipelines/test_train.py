@@ -86,7 +86,8 @@ def test_an_error_of_the_run_is_not_retried_and_is_one_line(ray_cluster: str, tm
     assert not (Path(ctx.directory) / "restarts.jsonl").exists(), "resources.max_failures is 3"
 
 
-@pytest.mark.parametrize("num_workers", [2, pytest.param([2, 4], marks=pytest.mark.drill)])
+@pytest.mark.drill  # it waits for workers twice
+@pytest.mark.parametrize("num_workers", [2, [2, 4]])
 def test_workers_that_do_not_fit_fail_after_the_timeout(
     num_workers: int | list[int], ray_cluster: str, tmp_path: Path
 ) -> None:

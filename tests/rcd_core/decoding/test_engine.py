@@ -336,7 +336,7 @@ def test_as_many_requests_as_fit() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is measured on Linux only")
-@pytest.mark.parametrize("residual_top_k", [None, 32])
+@pytest.mark.parametrize("residual_top_k", [pytest.param(None, marks=pytest.mark.drill), 32])
 def test_a_pass_needs_no_more_than_planned(residual_top_k: int | None) -> None:
     """The peak memory of a full batch beyond cache and state, measured in a process of its own."""
     command = [sys.executable, "-m", "tests.benchmarks.engine_memory", "24", "16", "20000"]

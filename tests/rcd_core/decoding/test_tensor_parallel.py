@@ -87,7 +87,7 @@ def _any_settings(whole: DiffusionModel, split: DiffusionModel, reference: Refer
     local = LocalReference(load(f"{whole.family}_ref_tiny", Ranks()))
     pair = Decoder(whole, local, max_batch=3), Decoder(split, reference, max_batch=3)
 
-    @settings(max_examples=5, phases=[Phase.generate], deadline=None, derandomize=True, database=None,
+    @settings(max_examples=3, phases=[Phase.generate], deadline=None, derandomize=True, database=None,
               suppress_health_check=list(HealthCheck))  # fmt: skip
     @given(st.lists(st.tuples(prompts, any_settings(whole.family)), min_size=2, max_size=5))
     def check(several: list[tuple[list[int], DecodeSettings]]) -> None:

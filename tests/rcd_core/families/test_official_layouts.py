@@ -194,7 +194,7 @@ SHORT = {"vocab_size": 20_000, "mask_token_id": 19_999}
     ("name", "form", "changes", "block_length"),
     [
         ("SDAR-1.7B-Chat", "training", SHORT, 4),
-        ("SDAR-1.7B-Chat", "published", {"tie_word_embeddings": True}, 4),
+        pytest.param("SDAR-1.7B-Chat", "published", {"tie_word_embeddings": True}, 4, marks=pytest.mark.drill),
         ("SDAR-4B-Chat-b32", "published", SHORT, 32),
         ("RCD-SDAR-8B-b64-Thinking", "published", SHORT, 64),
     ],
@@ -216,6 +216,7 @@ def test_sdar(name: str, form: str, changes: dict[str, Any], block_length: int, 
     check(source, scratch / f"saved-{name}", ids, changes.get("mask_token_id", 151669))
 
 
+@pytest.mark.drill  # gigabytes
 def test_llada(scratch: Path) -> None:
     config = LLADA_CONFIG | {"n_layers": 1}
     source = release(scratch / "LLaDA-8B-Instruct", config, dict(llada_shapes(config)), generation=None)

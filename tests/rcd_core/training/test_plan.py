@@ -135,7 +135,7 @@ def test_flops_are_those_of_the_meter_and_hours_follow() -> None:
 @pytest.mark.parametrize(
     ("world", "changes"),
     [
-        (1, {}),
+        pytest.param(1, {}, marks=pytest.mark.drill),
         pytest.param(1, {"activation_checkpointing": True}, marks=pytest.mark.drill),
         pytest.param(1, {"micro_batch_size": 1}, marks=pytest.mark.drill),
         pytest.param(1, {"dtype": "bfloat16"}, marks=pytest.mark.drill),
