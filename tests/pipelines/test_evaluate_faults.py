@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ import ray
 
 from pipelines import evaluate
 from pipelines.evaluation.actor import Plan
+from pipelines.recipe.model import Recipe
 from pipelines.run.directory import StageContext
 from pipelines.run.stages import stages_of
+from rcd_core import load_model
 from tests.fault_table import FaultTable
-from tests.pipelines.evaluate_run import make_recipe, num_decoded, stage_context, timeless
+from tests.pipelines.evaluate_run import STAGES, make_recipe, num_decoded, stage_context, timeless
 from tests.pipelines.evaluate_run import make_run as make_run  # fixtures
 from tests.pipelines.evaluate_run import sudoku as sudoku
 
@@ -57,12 +60,18 @@ def test_a_killed_evaluation_resumes_and_gives_the_same_results(
 @pytest.mark.drill
 @pytest.mark.faults("a rank of a split model killed", "evaluate")
 def test_split_models_give_the_same_rows_although_a_rank_is_lost(
-    sudoku: StageContext, monkeypatch: pytest.MonkeyPatch, fault_table: FaultTable
+    make_run: Callable[[Recipe], StageContext], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault_table: FaultTable
 ) -> None:
+    """Models are in fp64: in fp32 residuals amplify the rounding of these random models from pass to pass."""
+    whole = make_run(make_recipe(tmp_path))
+    for stage in STAGES:
+        path = whole.checkpoint(stage)
+        load_model(path).double().save_pretrained(path)
+    evaluate.run(whole)
     resources = {"evaluate_actors": 1, "tensor_parallel": 2}
-    recipe = make_recipe(Path(sudoku.recipe.storage), resources=resources)
+    recipe = make_recipe(tmp_path, resources=resources)
     assert stages_of(recipe)["evaluate"].bundles == ({"CPU": 1.0},) * 2
-    ctx = stage_context(recipe, "split", sudoku.inputs)
+    ctx = stage_context(recipe, "split", whole.inputs)
     monkeypatch.setattr(evaluate, "FLUSH_S", 0.0)
     seconds: list[float] = []
 
@@ -80,9 +89,6 @@ def test_split_models_give_the_same_rows_although_a_rank_is_lost(
     killer.start()
     evaluate.run(ctx)
     killer.join(timeout=10)
-    pairs = list(zip(timeless(ctx), timeless(sudoku), strict=True))
-    assert all(a == b for a, b in pairs if b["arm"] == "seqd")
-    # The weights of these random models are so large that residuals amplify rounding from pass to pass.
-    assert sum(a == b for a, b in pairs) > 0.7 * len(pairs)
+    assert timeless(ctx) == timeless(whole)
     happened = "a new actor with all of its ranks decoded the missing answers"
-    fault_table.add(happened, "the same answers, up to rounding", seconds[0])
+    fault_table.add(happened, "the same answers", seconds[0])

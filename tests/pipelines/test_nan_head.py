@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,12 +78,10 @@ def test_an_endpoint_fails_its_requests_and_goes_on(ray_cluster: str, tmp_path: 
     try:
         url = serve.endpoint(ctx.recipe) + "/v1/completions"
         with httpx.Client(timeout=60, trust_env=False) as http:
-            started = time.monotonic()
             for _ in range(2):
                 answer = http.post(url, json=words(1, 16, False))
                 assert answer.status_code == 500, answer.text
                 assert "the head, whose weights are not finite" in answer.text and str(model) in answer.text
-            assert time.monotonic() - started < 30
             sound = http.post(url, json={**words(1, 16, False), "model": "tiny-rcd-baseline"})
             assert sound.status_code == 200, sound.text
     finally:

@@ -71,12 +71,10 @@ def test_a_lost_rank_ends_its_replica_and_serve_replaces_it(deployed: StageConte
         ray.kill(rank)
         killed = time.monotonic()
         until(lambda: {a._actor_id for a in alive("Target")}.isdisjoint(before), seconds=30)
-        seconds = time.monotonic() - killed
         answer = stream.result(timeout=300)
     until(lambda: ask(deployed, 1, stream=False).text == expected, seconds=200)
     recovered = time.monotonic() - killed
     assert answer.text == expected or answer.status == 503 or answer.problem, answer
-    assert seconds < 20
     [other] = other_ranks()
     assert other._actor_id != rank._actor_id
     fault_table.add("its replica ended and was replaced", "the same text", recovery_s=recovered)
