@@ -45,28 +45,34 @@ class ModelShape:
     intermediate_size: int
     vocab_size: int
     tie_embeddings: bool
+    biases: int = 0  # parameters of a layer's biases
     experts: Experts | None = None
 
     @classmethod
     def of(cls, start: ModelConfig, vocab_size: int) -> ModelShape:
         """Of a new model."""
-        own = ("head_dim", "vocab_size", "experts")
+        own = ("head_dim", "vocab_size", "biases", "experts")
         same = {f.name: getattr(start, f.name) for f in fields(cls) if f.name not in own}
         return cls(**same, head_dim=start.resolved_head_dim, vocab_size=vocab_size)
 
     @classmethod
     def of_backbone(cls, family: Family, config: Any) -> ModelShape:
         """Of a transformers configuration, as the families load it from config.json."""
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        biases = (config.num_attention_heads + 2 * config.num_key_value_heads) * width
+        if config.model_type != "qwen2":  # which has those of q, k, v, and no field for them
+            biases = biases + config.hidden_size if getattr(config, "attention_bias", False) else 0
         return cls(
             family=family,
             hidden_size=config.hidden_size,
             num_layers=config.num_hidden_layers,
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            head_dim=width,
             intermediate_size=config.intermediate_size,
             vocab_size=config.vocab_size,
             tie_embeddings=config.tie_word_embeddings,
+            biases=biases,
             experts=Experts.of(config),
         )
 
@@ -77,10 +83,10 @@ class ModelShape:
 
     def layer(self, columns: int) -> int:
         """Parameters of a layer whose MLP has so many columns: projections, MLP, two norms, norms of queries and
-        keys."""
+        keys, biases."""
         attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
         head_norms = 2 * self.head_dim if self.has_head_norms else 0
-        return attention + 3 * self.hidden_size * columns + 2 * self.hidden_size + head_norms
+        return attention + 3 * self.hidden_size * columns + 2 * self.hidden_size + head_norms + self.biases
 
     @property
     def layer_parameters(self) -> int:

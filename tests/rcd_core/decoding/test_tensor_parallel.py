@@ -33,6 +33,7 @@ from tests.rcd_core.decoding.test_decoding import any_settings, prompts
 from tests.rcd_core.training.helpers import GOLDEN, spawn
 
 FAMILIES = ("sdar", "llada")
+OTHERS = ("sdar_moe/sdar_moe_tiny", "llada2/llada2_tiny", "llada_moe/llada_moe_tiny", "dream/dream_tiny")
 PROMPTS = [[11, 12, 13, 14, 15], [7], [3, 1, 4]]
 RCD = DecodeSettings(block_length=4, max_new_tokens=12, confidence_threshold=0.6, residual=True, trace=True, seed=3)
 
@@ -66,6 +67,16 @@ def _compare(rank: int, size: int) -> None:
                 whole = load(family, Ranks(), dtype)
                 check(whole, model, reference)
                 release(model)
+    for path in OTHERS:
+        model = load_model(GOLDEN / path, dtype=torch.float64, ranks=ranks)
+        if rank:
+            follow(model)
+        else:
+            plain, zero = replace(RCD, residual=False), replace(RCD, start="zero")
+            whole = load_model(GOLDEN / path, dtype=torch.float64)
+            _same(Decoder(whole), Decoder(model), PROMPTS, [zero, zero, plain], atol=1e-6)  # routers compute in fp32
+            assert model.num_parameters() == whole.num_parameters()
+            release(model)
 
 
 def _reference(check: Callable[..., None], family: str, ranks: Ranks) -> LocalReference | None:

@@ -96,7 +96,7 @@ class FakeGpu:
             (torch.cuda, "CUDAGraph", FakeGraph),
             (torch.cuda, "graph", lambda graph, **_: self.capture(graph)),
             (torch.cuda, "get_device_name", lambda *_: "NVIDIA H100"),
-            (torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(total_memory=80e9)),
+            (torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(total_memory=80e9, major=9, minor=0)),
             (torch.cuda, "max_memory_allocated", lambda *_: 0),
             (torch.cuda, "synchronize", lambda *_: self._sync("synchronize")),
             (fake_tensor, "CONSTANT_NUMEL_LIMIT", -1),  # its own constants are real tensors that it would move to CUDA

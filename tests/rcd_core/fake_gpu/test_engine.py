@@ -21,7 +21,7 @@ from rcd_core.decoding.request import make_sequence
 from tests.benchmarks.operations import one_pass
 from tests.rcd_core.fake_gpu.device import FakeGpu
 from tests.rcd_core.fake_gpu.flash_attn_stub import flash_attn_stub
-from tests.rcd_core.fake_gpu.models import VOCAB, fake_model
+from tests.rcd_core.fake_gpu.models import VOCAB, fake_checkpoint, fake_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer")
 MASK = VOCAB - 1
@@ -255,3 +255,26 @@ class Keys(GraphCache):
     def __call__(self, key: Any, *_: Any) -> torch.Tensor:
         self.seen.add(key)
         return torch.zeros(3, key[-1] if key[0] == "head" else 1, device="cuda")
+
+
+@pytest.mark.parametrize("name", ["sdar_moe/sdar_moe_tiny", "llada2/llada2_tiny", "llada_moe/llada_moe_tiny"])
+def test_experts_run_inside_captures(name: str, gpu: FakeGpu) -> None:
+    """Which experts a token meets is known to the device only."""
+    model = fake_checkpoint(gpu, name)
+    for s in (S, R):
+        engine = Engine(model, None, max_batch=4, max_length=64)
+        alone = uncaptured(engine)
+        steps = run(gpu, engine, requests(model, s))
+        assert gpu.captures and not alone and max(map(len, steps)) <= 1
+
+
+@pytest.mark.parametrize("name", ["whole canvas", "prefix", "dual", "filtered"])
+def test_shifted_logits(name: str, gpu: FakeGpu) -> None:
+    model = fake_checkpoint(gpu, "dream/dream_tiny")
+    changes: dict[str, Any] = {"cache": name} if name in ("prefix", "dual") else {"denoising_steps": 5}
+    if name == "filtered":
+        changes |= {"filtered_confidence": True, "top_p": 0.9, "rank_by": "entropy", "policy": "low_confidence_static"}
+    engine = Engine(model, None, max_batch=4, max_length=64)
+    alone = uncaptured(engine)
+    run(gpu, engine, requests(model, replace(R, **changes)))
+    assert gpu.captures and not alone

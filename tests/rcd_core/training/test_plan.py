@@ -6,11 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from rcd_core.errors import UserError
 from rcd_core.families.base import CheckpointInfo
 from rcd_core.families.config import ModelConfig
-from rcd_core.families.loading import new_model
+from rcd_core.families.loading import load_model, new_model
+from rcd_core.training.meter import Meter
 from rcd_core.training.plan import (
     MEMORY,
     Memory,
@@ -24,6 +26,7 @@ from rcd_core.training.plan import (
 )
 from rcd_core.training.settings import TrainSettings
 from tests.rcd_core.training import peak_memory
+from tests.rcd_core.training.helpers import GOLDEN
 
 SDAR_8B = ModelShape(
     family="sdar",
@@ -75,6 +78,27 @@ def test_parameters_are_those_of_a_new_model(family: Any, tied: bool) -> None:
     shape = ModelShape.of(config, 64)
     assert shape.parameters == model.num_parameters()
     assert shape == ModelShape.of_backbone(family, model.config)
+
+
+@pytest.mark.parametrize(
+    ("name", "met"),
+    [
+        ("sdar_moe/sdar_moe_tiny", 4 / 16),
+        ("llada_moe/llada_moe_tiny", 4 / 16),
+        ("llada2/llada2_tiny", 5 / 17),
+        ("dream/dream_tiny", 1),
+    ],
+)
+def test_parameters_of_other_networks(name: str, met: float) -> None:
+    """met: the share of a mixture's columns that a token meets."""
+    model = load_model(GOLDEN / name)
+    shape = ModelShape.of_backbone(model.family, model.config)  # type: ignore[arg-type]
+    assert shape.parameters == model.num_parameters()
+    mixtures = sum(p.numel() for n, p in model.named_parameters() if "experts" in n)
+    assert shape.all_layers - shape.active_layers == pytest.approx((1 - met) * mixtures)
+    meter = Meter(model, torch.device("cpu"), 0)
+    norm = model.config.hidden_size  # the last one, which the meter counts with the layers
+    assert meter.layer_parameters == shape.active_layers + norm
 
 
 def test_memory_that_strategies_save() -> None:
