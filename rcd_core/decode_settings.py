@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from rcd_core.errors import UserError
 
 Policy = Literal["sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded", "random"]
-Schedule = Literal["even", "time"]
+Schedule = Literal["even", "time", "linear"]
 RankBy = Literal["confidence", "entropy", "margin"]
 Start = Literal["reference", "zero", "self", "dirichlet"]
 CacheMode = Literal["none", "block", "prefix", "dual"]
@@ -41,7 +41,8 @@ class DecodeSettings:
 
     denoising_steps: planned passes per block (None = block_length), which sets the smallest number of commits per pass.
     schedule: how the planned passes share the commits: "even"; or "time", Dream's: as the time t falls from 1 to .001,
-    a pass plans the share 1 - s/t of the masks that are left, rounded down, and the last pass all. None: the family's.
+    a pass plans the share 1 - s/t of the masks that are left, rounded down, and the last pass all; or "linear", dLLM's:
+    the same down to 0, rounded to even. None: the family's.
     policy: which masked tokens a pass commits (decoding/policies.py). confidence_threshold: low_confidence_dynamic
     commits every masked token above it, but at least the planned number. entropy_bound: nats; entropy_bounded commits
     the most certain tokens whose entropies sum to less.

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rcd_core.decoding.chunk import Chunk, PassKind, Positions
 from rcd_core.decoding.generation import Step
-from rcd_core.decoding.sequence import Chunk, LiveBlock, PassKind, Positions, Sequence
+from rcd_core.decoding.sequence import LiveBlock, Sequence
 
 
 @dataclass(eq=False)
@@ -19,6 +20,10 @@ class CompatSequence(Sequence):
     @property
     def shares_prefix(self) -> bool:
         return False
+
+    def restart(self) -> None:
+        self.empty_pass_due = False
+        super().restart()
 
     def next_pass(self, prefill_chunk: int) -> tuple[PassKind, list[Chunk]]:
         start, end = self.block

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rcd_core.attention.paged_backends import paged_backend
+from rcd_core.decoding.chunk import Positions
 from rcd_core.decoding.generation import Step
 from rcd_core.decoding.logprobs import keep_logprobs
 from rcd_core.decoding.masked_positions import MaskedPositions
@@ -31,7 +32,7 @@ from rcd_core.decoding.policies import Bools
 from rcd_core.decoding.reference import AsyncReference, Reference, WarmStart
 from rcd_core.decoding.residual_state import ResidualState, dirichlet_signals
 from rcd_core.decoding.sampler import choose_commits
-from rcd_core.decoding.sequence import LiveBlock, Positions, Sequence
+from rcd_core.decoding.sequence import LiveBlock, Sequence
 from rcd_core.decoding.statistics import Statistics
 from rcd_core.decoding.tables import Tables
 from rcd_core.errors import UserError

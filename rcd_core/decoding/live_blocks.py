@@ -13,8 +13,9 @@ import operator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from rcd_core.decoding.chunk import Chunk, PassKind, Positions
 from rcd_core.decoding.generation import Step
-from rcd_core.decoding.sequence import Chunk, LiveBlock, PassKind, Positions, Sequence
+from rcd_core.decoding.sequence import LiveBlock, Sequence
 
 
 @dataclass(eq=False)

@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rcd_core.decoding.chunk import Positions
 from rcd_core.decoding.generation import TokenLogprobs
 from rcd_core.decoding.masked_positions import MaskedPositions
-from rcd_core.decoding.sequence import LiveBlock, Positions
+from rcd_core.decoding.sequence import LiveBlock
 from rcd_core.ops.tiles import tile_rows
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rcd_core.decoding.sequence import LiveBlock, Positions
+from rcd_core.decoding.chunk import Positions
+from rcd_core.decoding.sequence import LiveBlock
 
 
 @dataclass(frozen=True)

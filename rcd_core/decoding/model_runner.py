@@ -21,13 +21,14 @@ from torch import Tensor
 
 from rcd_core.attention.paged import Rows
 from rcd_core.attention.paged_backends import PagedBackend
+from rcd_core.decoding.chunk import Chunk, PassKind
 from rcd_core.decoding.cuda_graphs import GraphCache
 from rcd_core.decoding.layers import Layers
 from rcd_core.decoding.masked_positions import MaskedPositions
 from rcd_core.decoding.pages import PagedCache
 from rcd_core.decoding.residual_state import ResidualState
 from rcd_core.decoding.sampler import NUM_RESULTS, Sampler
-from rcd_core.decoding.sequence import Chunk, PassKind, Sequence
+from rcd_core.decoding.sequence import Sequence
 from rcd_core.decoding.statistics import Statistics
 from rcd_core.decoding.tables import Tables
 from rcd_core.families.base import DiffusionModel
@@ -88,18 +89,19 @@ class Forward:
         chunks = [(slot, chunk) for slot, several in requests for chunk in several]
         ids = np.concatenate([chunk.token_ids for _, chunk in chunks])
         columns = np.array(
-            [(len(c.token_ids), c.start, c.num_keys, c.block_length or 1 << 40, slot, *(c.residual or (0, 0)))
+            [(len(c.token_ids), c.start, c.num_keys, c.block_length or 1 << 40, slot, *(c.residual or (0, 0)), c.grid)
              for slot, c in chunks], dtype=np.int64,
         )  # fmt: skip
         lengths = columns[:, 0]
         chunk_ends = np.cumsum(lengths)
         chunk = np.repeat(np.arange(len(chunks)), lengths)
-        start, keys, block, slot, first, end = columns[chunk, 1:].T
+        start, keys, block, slot, first, end, grid = columns[chunk, 1:].T
         positions = np.arange(len(ids)) - (chunk_ends - lengths)[chunk] + start
-        begins = (positions % block == 0) | (positions == start)
+        begins = ((positions - grid) % block == 0) | (positions == start)
         starts = np.append(np.flatnonzero(begins), len(ids))
         head = starts[:-1]
-        num_keys = np.minimum(keys[head], (positions[head] // block[head] + 1) * block[head])
+        block_end = ((positions[head] - grid[head]) // block[head] + 1) * block[head] + grid[head]
+        num_keys = np.minimum(keys[head], block_end)
         tables = self.tables.array
         write = tables[slot, positions // page] * page + positions % page
         residual_rows = np.full(len(ids), self.state.zero_row)

@@ -95,6 +95,17 @@ def timed_commits(masked: int, step: int, steps: int) -> int:
     return int(np.float32(masked) * (np.float32(1.0) - times[step + 1] / times[step]))
 
 
+def linear_commits(masked: int, steps: int) -> list[int]:
+    """dLLM's linear schedule: in each pass the share 1 - s/t of the masks that are left, rounded to even; passes that
+    would commit nothing are left out. Shares in fp32, from alpha = 1 - t, as in the authors' code."""
+    one, plan = np.float32(1.0), list[int]()
+    shares = one - (one - np.arange(steps, -1, -1, dtype=np.float32) / np.float32(steps))
+    for t, s in zip(shares, shares[1:], strict=False):
+        plan.append(round(masked * float(one - s / t)))
+        masked -= plan[-1]
+    return [count for count in plan if count]
+
+
 @cache
 def _times(steps: int) -> NDArray[np.float32]:
     """torch.linspace(1, .001, steps + 1), but for its last bit, which depends on the CPU."""

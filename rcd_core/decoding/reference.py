@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from rcd_core.attention.paged_backends import paged_backend
+from rcd_core.decoding.chunk import Chunk, Positions
 from rcd_core.decoding.model_runner import MAX_PASS_TOKENS, Forward
 from rcd_core.decoding.pages import Ids, PagedCache, bytes_per_position, page_size_of
-from rcd_core.decoding.sequence import Chunk, LiveBlock, Positions
+from rcd_core.decoding.sequence import LiveBlock
 from rcd_core.decoding.tables import Tables
 from rcd_core.dense_signals import HiddenSignals
 from rcd_core.families.base import DiffusionModel
@@ -28,7 +29,8 @@ from rcd_core.signals import ReferenceSignals, Signals
 class WarmStart:
     """A request to a reference. canvas_ids: all that it may see, with masks (SDAR: up to the block's end; LLaDA: the
     whole canvas). positions: masked positions to predict, absolute and ascending. top_k None: whole distributions, for
-    local references only. session: the same for all blocks of an answer, to route them to one replica's cache."""
+    local references only. session: the same for all blocks of an answer, to route them to one replica's cache. grid: of
+    Chunk."""
 
     canvas_ids: tuple[int, ...]
     positions: tuple[int, ...]
@@ -37,6 +39,7 @@ class WarmStart:
     alpha_temperature: float = 1.0
     delta_temperature: float = 1.0
     session: int = 0
+    grid: int = 0
 
     @classmethod
     def of(
@@ -49,13 +52,15 @@ class WarmStart:
             block_length=block.settings.block_length,
             top_k=top_k,
             session=session,
+            grid=block.sequence.grid,
             **temperatures,
         )
 
     @property
     def context_length(self) -> int:
         """Tokens before the block, all given or committed."""
-        return self.positions[0] // self.block_length * self.block_length
+        first = self.positions[0] - self.grid
+        return max(0, first // self.block_length * self.block_length + self.grid)
 
 
 class Reference(Protocol):
@@ -74,10 +79,11 @@ class AsyncReference(Protocol):
 
 @dataclass
 class Context:
-    """The pages of a slot hold the exact keys and values of ids[:stored]. block_length: another one is another
+    """The pages of a slot hold the exact keys and values of ids[:stored]. block_length, grid: others are another
     attention."""
 
     block_length: int
+    grid: int
     ids: Ids
     stored: int = 0
 
@@ -166,25 +172,27 @@ class LocalReference:
         """The request's slot and what runs: all tokens behind the context that a slot holds already."""
         canvas, b = np.asarray(request.canvas_ids, dtype=np.int64), request.block_length
         causal = self.model.attention_block(b) is not None
-        source, reused = self._find(canvas, b, request.context_length if causal else 0)
+        source, reused = self._find(canvas, b, request.grid, request.context_length if causal else 0)
         slot = source if source in self._free else self._free[0]
         self._free.remove(slot)
         if reused and source != slot:
             pages = -(-reused // self._page_size)
             forward.cache.copy(*(forward.tables.array[i, :pages].tolist() for i in (source, slot)))
-        self._contexts[slot] = Context(b, canvas, reused)
+        self._contexts[slot] = Context(b, request.grid, canvas, reused)
         self.reused_tokens += reused
-        return slot, Chunk(canvas[reused:], reused, len(canvas), b if causal else None)
+        if not causal:
+            return slot, Chunk(canvas, 0, len(canvas), None)
+        return slot, Chunk(canvas[reused:], reused, len(canvas), b, grid=request.grid)
 
-    def _find(self, ids: Ids, block_length: int, limit: int) -> tuple[int, int]:
+    def _find(self, ids: Ids, block_length: int, grid: int, limit: int) -> tuple[int, int]:
         """(slot, tokens): the slot with the longest common beginning, in whole blocks of ids[:limit]."""
         best = (-1, 0)
         for slot, context in self._contexts.items() if limit else ():
-            if context.block_length == block_length:
+            if (context.block_length, context.grid) == (block_length, grid):
                 length = min(context.stored, limit)
                 different = np.flatnonzero(context.ids[:length] != ids[:length])
                 length = int(different[0]) if len(different) else length
-                length -= length % block_length
+                length = max(0, length - (length - grid) % block_length)
                 # A free slot wins a tie, because it needs no copy.
                 if length > best[1] or (length == best[1] > 0 and slot in self._free):
                     best = (slot, length)

@@ -28,7 +28,9 @@ def resolve_settings(settings: DecodeSettings, model: DiffusionModel, has_refere
     rcd = model.info.rcd
     block_length = settings.block_length or model.info.block_length
     live_blocks = settings.max_live_blocks is not None
-    block_causal = live_blocks or not model.blocks_from_prompt_end
+    if live_blocks and model.blocks_from_prompt_end and not model.whole_canvas:
+        raise UserError(f"max_live_blocks is {settings.max_live_blocks}, which this family does not have; leave it out")
+    block_causal = live_blocks or not model.whole_canvas
     allowed_caches = ("none", "block") if block_causal else ("none", "prefix", "dual")
     cache = settings.cache or ("block" if block_causal else "none")
     if cache not in allowed_caches:
@@ -37,10 +39,10 @@ def resolve_settings(settings: DecodeSettings, model: DiffusionModel, has_refere
     for name, allowed in _WITH_LIVE_BLOCKS.items() if live_blocks else ():
         if (value := getattr(settings, name)) not in allowed:
             raise UserError(f"{name} is {value!r}; allowed with max_live_blocks: {', '.join(map(str, allowed))}")
-    if settings.cfg_scale and (cache != "none" or not model.blocks_from_prompt_end):
+    if settings.cfg_scale and (cache != "none" or not model.whole_canvas):
         raise UserError(f"cfg_scale is {settings.cfg_scale}; guidance is LLaDA's and needs cache='none'")
-    if settings.residual_scope == "all_masked" and not model.blocks_from_prompt_end:
-        raise UserError("residual_scope is 'all_masked'; SDAR sees no later blocks, use 'block'")
+    if settings.residual_scope == "all_masked" and not model.whole_canvas:
+        raise UserError("residual_scope is 'all_masked'; this model sees no later blocks, use 'block'")
     if settings.residual_scope == "all_masked" and cache == "dual":
         raise UserError("residual_scope is 'all_masked' with cache='dual', whose passes cover one block; use 'block'")
     steps = settings.denoising_steps or block_length

@@ -19,8 +19,9 @@ from torch.nn import functional as F
 
 from rcd_core.alpha import block_alpha, position_rule, ramp_weight
 from rcd_core.decode_settings import BLOCK_RULES
+from rcd_core.decoding.chunk import Positions
 from rcd_core.decoding.masked_positions import MaskedPositions
-from rcd_core.decoding.sequence import LiveBlock, Positions, Sequence
+from rcd_core.decoding.sequence import LiveBlock, Sequence
 from rcd_core.decoding.vocabulary import vocabulary_of
 from rcd_core.dense_signals import DenseSignals
 from rcd_core.families.base import DiffusionModel

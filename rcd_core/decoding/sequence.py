@@ -7,40 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rcd_core.alpha import position_rule
 from rcd_core.decode_settings import RankBy, ResolvedSettings
+from rcd_core.decoding.chunk import Chunk, PassKind, Positions
 from rcd_core.decoding.generation import Forwards, Generation, Step, TokenLogprobs
-from rcd_core.decoding.policies import POLICIES, timed_commits
+from rcd_core.decoding.policies import POLICIES, linear_commits, timed_commits
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
 from rcd_core.ops.reduce import Feedback
-
-PassKind = Literal["prefill", "denoise", "store"]
-Positions = NDArray[np.int64]
-
-
-class Chunk(NamedTuple):
-    """A request's neighbouring tokens in a pass: token_ids (q,) at positions [start, start + q).
-
-    block_length: each block, counted from position 0, is a row of the pass that sees the keys up to the block's end.
-    None: the chunk is one row that sees the keys [0, num_keys). residual: (start, end): masked tokens at these
-    positions take in the residual state.
-    """
-
-    token_ids: Positions
-    start: int
-    num_keys: int
-    block_length: int | None
-    residual: tuple[int, int] | None = None
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.token_ids)
 
 
 @dataclass(eq=False)
@@ -58,6 +37,7 @@ class LiveBlock:
     activated: bool = True  # False: it commits what is certain enough, possibly nothing (live_blocks.py)
     masked_positions: Positions = field(init=False)  # (N,) from the block's start to scope_end
     _schedule: tuple[int, int] = field(init=False)
+    _plan: list[int] = field(init=False, default_factory=list)  # commits of each pass, by the schedule "linear"
 
     def __post_init__(self) -> None:
         s = self.sequence
@@ -99,6 +79,8 @@ class LiveBlock:
             return 1
         if self.settings.schedule == "time" and self.settings.policy != "low_confidence_dynamic":
             return timed_commits(self.num_inside(), self.step, self.settings.denoising_steps)
+        if self._plan:
+            return self._plan[min(self.step, len(self._plan) - 1)]
         each, extra = self._schedule
         return max(1, each + (self.step < extra))
 
@@ -127,7 +109,10 @@ class LiveBlock:
             return divmod(s.block_length, s.denoising_steps)
         if s.policy == "low_confidence_dynamic":
             return 1, 0
-        return divmod(int(self.sequence.initially_masked[self.start : self.end].sum()), s.denoising_steps)
+        masked = int(self.sequence.initially_masked[self.start : self.end].sum())
+        if s.schedule == "linear":
+            self._plan = linear_commits(masked, s.denoising_steps)
+        return divmod(masked, s.denoising_steps)
 
 
 @dataclass(eq=False)
@@ -159,6 +144,7 @@ class Sequence:
     feedback: Feedback | None = field(init=False)  # how its own predictions become residuals
     needs_entropy: bool = field(init=False)
     commit_rule: tuple[float, ...] = field(init=False)  # threshold, inclusive, entropy bound, policy, rank_by
+    grid: int = field(init=False)  # below the block length: a block begins here, and at every block length behind it
     wide: bool = field(init=False)  # residuals reach beyond the block (residual_scope "all_masked")
     _before: tuple[int, ...] = field(init=False)  # forwards and steps when the last block was opened
 
@@ -172,6 +158,9 @@ class Sequence:
                 rule=position_rule(s), alpha_scale=s.alpha_scale, top_k=s.residual_top_k, **s.temperatures
             )
         self.needs_entropy = s.trace or s.policy == "entropy_bounded" or s.rank_by == "entropy"
+        self.grid = 0
+        if self.model.blocks_from_prompt_end and not self.model.whole_canvas:
+            self.grid = self.blocks[0][0] % s.block_length
         self.wide = s.residual and s.residual_scope == "all_masked"
         self.commit_rule = (
             *(s.confidence_threshold, float(self.threshold_inclusive), s.entropy_bound or 0.0),
@@ -196,7 +185,7 @@ class Sequence:
     @property
     def block_causal(self) -> bool:
         """A token sees no later block (SDAR), or all of the canvas (LLaDA)."""
-        return not self.model.blocks_from_prompt_end
+        return not self.model.whole_canvas
 
     @property
     def threshold_inclusive(self) -> bool:
@@ -212,7 +201,7 @@ class Sequence:
     def shares_prefix(self) -> bool:
         """Whether it may use pages of other requests and they its pages. LLaDA's caches are approximations that hold
         for their own request only."""
-        return self.settings.cache == "block"
+        return self.settings.cache == "block" and not self.grid
 
     @property
     def num_masked(self) -> int:
@@ -246,7 +235,8 @@ class Sequence:
             return "denoise", [self._chunk(0, block.end)]
         pending, b = block.start - self.stored, self.settings.block_length
         if pending and (block.index == 0 or pending > max(b, prefill_chunk)):
-            stop = min(block.start, self.stored + max(b, prefill_chunk - prefill_chunk % b))
+            stop = self.stored + max(b, prefill_chunk - prefill_chunk % b)
+            stop = min(block.start, stop - (stop - self.grid) % b)
             return "prefill", [self._chunk(self.stored, stop)]
         # Finished blocks that are not stored yet join this block's first pass, which saves a store pass per block.
         return "denoise", [self._chunk(self.stored, block.end)]
@@ -256,7 +246,7 @@ class Sequence:
         block = self.live[0]
         residual = (block.start, block.scope_end) if block.has_residual else None
         causal = self.settings.block_length if not num_keys else None
-        return Chunk(self.canvas[start:end], start, num_keys or end, causal, residual)
+        return Chunk(self.canvas[start:end], start, num_keys or end, causal, residual, self.grid)
 
     def pass_done(self, kind: PassKind, end: int) -> None:
         """Count a pass over tokens before `end`, and note what it stored. LLaDA's caches are never exact."""

@@ -79,6 +79,7 @@ class DiffusionModel(nn.Module):
     threshold_inclusive: ClassVar[bool]  # commit at confidence >= threshold (Fast-dLLM) or > threshold (SDAR)
     has_experts: ClassVar[bool] = False  # a mixture of experts
     shifted: ClassVar[bool] = False  # row i of the logits predicts token i + 1, as in autoregressive models
+    whole_canvas: ClassVar[bool]  # a token sees all of the canvas (LLaDA), or no later block (SDAR)
     blocks_from_prompt_end: ClassVar[bool]  # LLaDA counts blocks from the prompt's end, SDAR from position 0
     default_schedule: ClassVar[Schedule] = "even"
     default_start: ClassVar[Start]  # how a block starts (version 2 of the paper)
@@ -172,6 +173,11 @@ class DiffusionModel(nn.Module):
         return getattr(transformers, f"{cls.transformers_name}ForCausalLM")
 
     # -- reading checkpoints
+    @classmethod
+    def matches(cls, config: dict[str, Any], has_experts: bool, name: str) -> bool:
+        """Whether a config.json is of this family. name: of the released model."""
+        return config.get("model_type") in cls.model_types and has_experts == cls.has_experts
+
     @classmethod
     @abstractmethod
     def read_config(cls, config: dict[str, Any], where: Path, has_head: bool) -> Any:

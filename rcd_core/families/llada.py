@@ -58,6 +58,7 @@ class LLaDAModel(DiffusionModel):
     model_types: ClassVar[tuple[str, ...]] = ("llada", "llama")
     transformers_name = "Llama"
     threshold_inclusive = True
+    whole_canvas = True
     blocks_from_prompt_end = True
     default_start = "reference"
 

@@ -17,11 +17,12 @@ from torch import Tensor
 from rcd_core.alpha import load_learned_alpha
 from rcd_core.attention.backends import backend_key
 from rcd_core.errors import UserError
+from rcd_core.families.a2d import A2D_FAMILIES
 from rcd_core.families.base import CheckpointInfo, DiffusionModel
 from rcd_core.families.config import ModelConfig
 from rcd_core.families.dream import DreamModel
 from rcd_core.families.experts import Experts, single_shapes, stacked
-from rcd_core.families.files import CheckpointFiles
+from rcd_core.families.files import CheckpointFiles, released_name
 from rcd_core.families.llada import LLaDAModel
 from rcd_core.families.llada2 import LLaDA2Model
 from rcd_core.families.llada_moe import LLaDAMoEModel
@@ -38,6 +39,7 @@ from rcd_core.ops.ranks import ALONE, Ranks
 # The first one of a `family` is the one that is made from sizes (new_model).
 _FAMILIES: tuple[type[DiffusionModel], ...] = (
     *(SDARModel, LLaDAModel, SDARMoEModel, LLaDAMoEModel, LLaDA2Model, DreamModel),
+    *A2D_FAMILIES,
 )
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -170,10 +172,10 @@ def family_of(config: dict[str, Any], directory: Path) -> type[DiffusionModel]:
     experts = [f"{name} {config[name]}" for name in _EXPERTS if config.get(name)]
     refuse_quantised(config, directory)
     for family in _FAMILIES:
-        if kind in family.model_types and bool(experts) == family.has_experts:
+        if family.matches(config, bool(experts), released_name(str(directory))):
             return family
     dense, mixed = (
-        ", ".join(kind for family in _FAMILIES if family.has_experts == having for kind in family.model_types)
+        ", ".join(dict.fromkeys(kind for f in _FAMILIES if f.has_experts == having for kind in f.model_types))
         for having in (False, True)
     )
     what = f"{kind!r} with {experts[0]}" if experts else repr(kind)

@@ -22,6 +22,7 @@ class SDARModel(DiffusionModel):
     model_types: ClassVar[tuple[str, ...]] = ("sdar", "qwen3")
     transformers_name = "Qwen3"
     threshold_inclusive = False
+    whole_canvas = False
     blocks_from_prompt_end = False
     default_start = "zero"
 

@@ -23,11 +23,11 @@ import torch
 
 from rcd_core import Decoder, DecodeSettings, load_model
 from rcd_core.attention.paged_backends import paged_backend
+from rcd_core.decoding.chunk import Chunk
 from rcd_core.decoding.engine import Engine
 from rcd_core.decoding.model_runner import Forward, Packed
 from rcd_core.decoding.pages import PagedCache, page_size_of
 from rcd_core.decoding.request import make_sequence
-from rcd_core.decoding.sequence import Chunk
 from rcd_core.decoding.tables import Tables
 from rcd_core.families.base import DiffusionModel
 from rcd_core.families.config import ModelConfig

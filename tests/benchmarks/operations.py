@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rcd_core.decoding.chunk import Chunk
 from rcd_core.decoding.engine import Engine
 from rcd_core.decoding.layers import Layers
-from rcd_core.decoding.sequence import Chunk
 from rcd_core.families.base import CheckpointInfo, DiffusionModel
 from rcd_core.families.config import ModelConfig
 from rcd_core.families.loading import new_model

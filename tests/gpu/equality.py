@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from rcd_core.attention.paged_backends import paged_backend
+from rcd_core.decoding.chunk import Chunk
 from rcd_core.decoding.cuda_graphs import DevicePass, GraphCache
 from rcd_core.decoding.engine import Engine
 from rcd_core.decoding.model_runner import Forward
 from rcd_core.decoding.pages import PagedCache, page_size_of
 from rcd_core.decoding.request import make_sequence
-from rcd_core.decoding.sequence import Chunk
 from rcd_core.decoding.tables import Tables
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from rcd_core.decoding.chunk import Chunk
 from rcd_core.decoding.engine import Engine
 from rcd_core.decoding.layers import Layers
-from rcd_core.decoding.sequence import Chunk
 from tests.rcd_core.decoding.test_decoding import FAMILIES, model
 
 

@@ -19,12 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rcd_core import Decoder, DecodeSettings, LocalReference, UserError, WarmStart
+from rcd_core.decoding.chunk import Chunk
 from rcd_core.decoding.engine import Engine, QueueFull
 from rcd_core.decoding.memory import engine_memory, fit
 from rcd_core.decoding.model_runner import MAX_PASS_TOKENS, RequestPass, group_requests
 from rcd_core.decoding.pages import PagedCache
 from rcd_core.decoding.request import make_sequence
-from rcd_core.decoding.sequence import Chunk
 from rcd_core.decoding.stream import BlockDone, PassDone, TextStream, stream
 from tests.rcd_core.decoding.test_decoding import FAMILIES, any_settings, decoder, many, model, prompts
 

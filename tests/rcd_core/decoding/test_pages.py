@@ -19,7 +19,7 @@ from rcd_core.attention.paged import TILE, EagerAttention, Rows, SdpaAttention
 from rcd_core.attention.paged_backends import FlashBackend, VarlenBackend, paged_backend
 from rcd_core.decoding.engine import Engine
 from rcd_core.decoding.pages import Pages
-from tests.rcd_core.decoding.test_decoding import FAMILIES, any_settings, decoder, many, model, prompts
+from tests.rcd_core.decoding.test_decoding import FAMILIES, MASK, any_settings, decoder, many, model, prompts
 from tests.rcd_core.decoding.test_engine import assert_free, engine, request, run
 
 SETTINGS = DecodeSettings(block_length=4, max_new_tokens=40, stop_token_ids=(), seed=1)
@@ -88,6 +88,19 @@ def test_few_pages_change_no_result(family: str, data: st.DataObject) -> None:
         alone = decoder(family).generate([r.canvas[: r.num_prompt].tolist()], r.settings)[0]
         assert out.token_ids == alone.token_ids
         assert out.num_forwards.denoise == alone.num_forwards.denoise
+
+
+def test_preempted_before_an_empty_pass_the_block_is_decoded_again() -> None:
+    """compat_passes: Fast-dLLM's pass after a block that was done in its first one, which commits nothing."""
+    s = replace(SETTINGS, cache="dual", compat_passes=True, confidence_threshold=0.0, denoising_steps=1)
+    e, r = engine("llada"), request("llada", [3, 1, 4], s)
+    e.add(r)
+    while not r.empty_pass_due:
+        e.step()
+    e._preempt(r)
+    run(e)
+    alone = decoder("llada").generate([[3, 1, 4]], s)[0]
+    assert r.output().token_ids == alone.token_ids and MASK["llada"] not in r.output().token_ids
 
 
 def test_a_request_takes_pages_as_it_grows() -> None:
