@@ -136,8 +136,7 @@ class Engine:
         alpha = self._state.input_alpha(masked, observed)
         needs_hidden = observed or any(b.sequence.num_logprobs is not None for b in masked.blocks)
         predictions, hidden = self._runner.run(passes, masked, needs_hidden)
-        for request in requests:
-            self._pass_done(request)
+        self._passes_done(requests)
         if masked.blocks:
             self._commit(masked, predictions, alpha, hidden)
             self._state.apply_block_rules(masked.blocks)
@@ -166,7 +165,7 @@ class Engine:
         waits = {block.sequence for block in self._pending}
         page_size = self.tables.page_size
         for s in list(self.running):
-            if s.slot < 0 or s.finished or s in waits:  # without a slot: preempted for an earlier one
+            if s.slot < 0 or s.finished or (waits and s in waits):  # without a slot: preempted for an earlier one
                 continue
             kind, chunks = s.next_pass(self.prefill_chunk)
             while chunks[-1].num_keys > len(s.pages) * page_size and not self.tables.grow(s, chunks[-1].num_keys):
@@ -176,7 +175,9 @@ class Engine:
                 if victim is s:
                     break
             else:
-                num_tokens = sum([len(chunk.token_ids) for chunk in chunks])
+                num_tokens = len(chunks[0].token_ids)
+                for chunk in chunks[1:]:
+                    num_tokens += len(chunk.token_ids)
                 chosen.append(RequestPass(s, kind, chunks, num_tokens, s.num_masked if kind == "denoise" else 0))
         return chosen
 
@@ -256,14 +257,14 @@ class Engine:
             self._state.start_block(block, np.asarray(request.positions), signals)
 
     # -- after the passes
-    def _pass_done(self, request: RequestPass) -> None:
-        s = request.sequence
-        block = s.live[0]
-        if request.kind == "denoise" and s.stored < block.start and s.settings.cache == "block":
-            self.statistics.merged_stores += block.index > 0
-        s.pass_done(request.kind, request.chunks[-1].end)
-        if self.reuse_prefixes and s.shares_prefix:
-            self.tables.register(s)
+    def _passes_done(self, requests: list[RequestPass]) -> None:
+        for s, kind, chunks, *_ in requests:
+            block = s.live[0]
+            if kind == "denoise" and s.stored < block.start and s.settings.cache == "block":
+                self.statistics.merged_stores += block.index > 0
+            s.pass_done(kind, chunks[-1].end)
+            if self.reuse_prefixes and s.shares_prefix:
+                self.tables.register(s)
 
     def _commit(self, masked: MaskedPositions, predictions: Floats, alpha: Floats, hidden: Tensor | None) -> None:
         """Write the tokens that each request's policy commits. predictions: (NUM_RESULTS, N), see sampler.py."""
@@ -276,13 +277,15 @@ class Engine:
         if hidden is not None:
             keep_logprobs(masked, commit, tokens, hidden)
         committed, new_tokens, still_masked = masked.positions[commit], tokens[commit], masked.positions[~commit]
-        num_committed = np.concatenate([[0], commit.cumsum()])
         finite = np.isfinite(confidence)
         all_finite = bool(finite.all())
-        for block, part in zip(masked.blocks, masked.slices(), strict=True):
-            s = block.sequence
-            first, last = int(num_committed[part.start]), int(num_committed[part.stop])
+        start = first = 0  # of the block's positions, and among those that are committed
+        ends, lasts = masked.ends.tolist(), np.concatenate([[0], commit.cumsum()])[masked.ends].tolist()
+        for block, end, last in zip(masked.blocks, ends, lasts, strict=True):
+            s, part = block.sequence, slice(start, end)
+            new, left = slice(first, last), slice(start - first, end - last)
             stuck = first == last and block.must_commit
+            start, first = end, last
             if stuck or not (all_finite or finite[part].all()):
                 s.fail(self._failure or describe_not_finite(block))
                 self._failure = s.error
@@ -290,8 +293,7 @@ class Engine:
             step = None
             if s.settings.trace:
                 step = _trace(block, tokens[part], confidence[part], entropy[part], commit[part], alpha[part])
-            remaining = still_masked[part.start - first : part.stop - last]
-            s.apply_commits(block, committed[first:last], new_tokens[first:last], remaining, step)
+            s.apply_commits(block, committed[new], new_tokens[new], still_masked[left], step)
 
     def _retire(self) -> list[Sequence]:
         finished = [s for s in self.running if s.finished]

@@ -273,7 +273,14 @@ def _predicted(
 ) -> Integers:
     """(n,) the tokens of a pass, before padding, that predict its masked positions. first_block: of the pass, in
     masked.blocks."""
-    positions, owners = masked.positions[part], masked.owner[part]
+    positions, owners = masked.positions[part], masked.owner[part] - first_block
+    if all([len(request.chunks) == 1 and len(request.sequence.live) == 1 for request in requests]):
+        first = np.array([(request.chunks[0].start, request.num_tokens) for request in requests])
+        at, denoises = np.cumsum(first[:, 1]) - first[:, 1], np.array([request.denoises for request in requests])
+        starts = first[denoises, 0]
+        shifts = at[denoises] - starts
+        found: Integers = model.predictors(positions + shifts[owners], positions == starts[owners])
+        return found
     offsets: list[tuple[int, int]] = []  # of each block of this pass, in the order of `masked`, and its chunk's start
     at = 0
     for request in requests:
@@ -284,7 +291,7 @@ def _predicted(
                 offsets.append((at - chunk.start, chunk.start))
                 block = next(blocks, None)
             at += len(chunk.token_ids)
-    shifts, starts = np.array(offsets, dtype=np.int64)[owners - first_block].T
+    shifts, starts = np.array(offsets, dtype=np.int64)[owners].T
     rows: Integers = model.predictors(positions + shifts, positions == starts)
     return rows
 

@@ -86,13 +86,23 @@ POLICIES: dict[str, Callable[[BlockView], Bools]] = {
 }
 
 
-def timed_commits(masked: int, step: int, steps: int) -> int:
+@cache
+def even_commits(masked: int, steps: int) -> list[int]:
+    """As equal as possible, the larger ones first, and at least 1."""
+    each, extra = divmod(masked, steps)
+    return [each + 1] * extra + [max(1, each)]
+
+
+def timed_commits(masked: int, steps: int, first_alone: bool = False) -> list[int]:
     """Dream's schedule: of the masks that are left, the share 1 - s/t, rounded down; the last pass takes all. Times and
-    product in fp32, as in the authors' code."""
-    if step + 1 >= steps:
-        return masked
-    times = _times(steps)
-    return int(np.float32(masked) * (np.float32(1.0) - times[step + 1] / times[step]))
+    product in fp32, as in the authors' code. first_alone: the first pass takes one."""
+    times, plan = _times(steps), list[int]()
+    for step in range(steps):
+        share = np.float32(1.0) - times[step + 1] / times[step]
+        count = masked if step + 1 >= steps else int(np.float32(masked) * share)
+        plan.append(1 if first_alone and not step else count)
+        masked -= plan[-1]
+    return plan
 
 
 def linear_commits(masked: int, steps: int) -> list[int]:

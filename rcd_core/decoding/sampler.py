@@ -240,9 +240,9 @@ def _keyed_uniforms(masked: MaskedPositions, purpose: str) -> NDArray[np.float64
 def choose_commits(masked: MaskedPositions, confidence: Floats, entropy: Floats, margin: Floats) -> NDArray[np.bool_]:
     """(N,) bool: the positions that are committed, chosen in each block by its request's policy."""
     blocks, owner = masked.blocks, masked.owner
-    numbers = np.array([(b.start, b.end, b.quota(), *b.commit_rule) for b in blocks])
-    starts, ends, quota = numbers[:, :3].astype(np.int64).T
-    threshold, inclusive, bound, policy_of, rank_of = numbers[:, 3:].T
+    numbers, quota = np.array([b.numbers for b in blocks]), np.array([b.quota() for b in blocks])
+    starts, ends = numbers[:, :2].astype(np.int64).T
+    threshold, inclusive, bound, policy_of, rank_of = numbers[:, 2:].T
     inside = masked.positions < ends[owner] if any(b.sequence.wide for b in blocks) else slice(None)
     shape = (len(blocks), int((ends - starts).max()))
     cells = (owner * shape[1] + masked.positions - starts[owner])[inside]  # in the flattened grids below

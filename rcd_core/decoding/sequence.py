@@ -16,10 +16,13 @@ from rcd_core.alpha import position_rule
 from rcd_core.decode_settings import RankBy, ResolvedSettings
 from rcd_core.decoding.chunk import Chunk, PassKind, Positions
 from rcd_core.decoding.generation import Forwards, Generation, Step, TokenLogprobs
-from rcd_core.decoding.policies import POLICIES, linear_commits, timed_commits
+from rcd_core.decoding.policies import POLICIES, even_commits, linear_commits, timed_commits
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
 from rcd_core.ops.reduce import Feedback
+
+# threshold, inclusive, entropy bound, policy, rank_by: as Sequence.commit_rule
+SEQUENTIAL: tuple[float, ...] = (0.0, 0.0, 0.0, list(POLICIES).index("sequential"), 0)
 
 
 @dataclass(eq=False)
@@ -36,14 +39,19 @@ class LiveBlock:
     has_residual: bool = False  # its part of the residual state is filled
     activated: bool = True  # False: it commits what is certain enough, possibly nothing (live_blocks.py)
     masked_positions: Positions = field(init=False)  # (N,) from the block's start to scope_end
-    _schedule: tuple[int, int] = field(init=False)
-    _plan: list[int] = field(init=False, default_factory=list)  # commits of each pass, by the schedule "linear"
+    numbers: tuple[float, ...] = field(init=False)  # start, end, and the commit rule of this pass
+    # A shifted model with a cache of slices: no later pass predicts the block's first token, so the first pass commits
+    # it, and no other (Fast-dLLM on Dream).
+    first_alone: bool = field(init=False)
+    _plan: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         s = self.sequence
         part = s.canvas[self.start : self.scope_end]
         self.masked_positions = (part == s.mask_token_id).nonzero()[0] + self.start
-        self._schedule = self._planned_commits()
+        self.first_alone = s.model.shifted and self.settings.cache in ("prefix", "dual")
+        self._plan = self._planned_commits()
+        self.numbers = (self.start, self.end, *(SEQUENTIAL if self.first_alone else s.commit_rule))
 
     @property
     def scope_end(self) -> int:
@@ -71,48 +79,25 @@ class LiveBlock:
         return bool(self.quota()) and not (self.is_start_pass or self.done)
 
     def quota(self) -> int:
-        """Commits planned for this pass: at least one, so that decoding ends, but none before it is activated. By the
-        schedule "time" early passes may plan none; the last one plans all."""
+        """Commits planned for this pass; none before the block is activated."""
         if not self.activated:
             return 0
-        if self.commits_first_only:
-            return 1
-        if self.settings.schedule == "time" and self.settings.policy != "low_confidence_dynamic":
-            return timed_commits(self.num_inside(), self.step, self.settings.denoising_steps)
-        if self._plan:
-            return self._plan[min(self.step, len(self._plan) - 1)]
-        each, extra = self._schedule
-        return max(1, each + (self.step < extra))
+        return self._plan[self.step] if self.step < len(self._plan) else self._plan[-1]
 
-    def num_inside(self) -> int:
-        """Masks left in the block."""
-        return int((self.masked_positions < self.end).sum()) if self.sequence.wide else len(self.masked_positions)
-
-    @property
-    def commits_first_only(self) -> bool:
-        """A shifted model with a cache of slices: no later pass predicts the block's first token, so the first pass
-        commits it, and no other (Fast-dLLM on Dream)."""
-        sequence = self.sequence
-        return sequence.model.shifted and not self.step and self.settings.cache in ("prefix", "dual")
-
-    @property
-    def commit_rule(self) -> tuple[float, ...]:
-        """threshold, inclusive, entropy bound, policy, rank_by of this pass."""
-        rule = self.sequence.commit_rule
-        return (*rule[:3], list(POLICIES).index("sequential"), rule[4]) if self.commits_first_only else rule
-
-    def _planned_commits(self) -> tuple[int, int]:
-        """(commits of every pass of the block, passes that commit one more). SDAR divides the block length by the
-        steps; LLaDA divides the masks at the block's start, and Fast-dLLM plans one commit under a threshold."""
+    def _planned_commits(self) -> list[int]:
+        """Of each pass; further passes plan as many as the last one. At least one, so that decoding ends, but for the
+        schedule "time". SDAR divides the block length by the steps; LLaDA divides the masks at the block's start, and
+        Fast-dLLM plans one commit under a threshold."""
         s = self.settings
         if not self.sequence.model.blocks_from_prompt_end:
-            return divmod(s.block_length, s.denoising_steps)
+            return even_commits(s.block_length, s.denoising_steps)
         if s.policy == "low_confidence_dynamic":
-            return 1, 0
+            return [1]
         masked = int(self.sequence.initially_masked[self.start : self.end].sum())
-        if s.schedule == "linear":
-            self._plan = linear_commits(masked, s.denoising_steps)
-        return divmod(masked, s.denoising_steps)
+        if s.schedule == "time":
+            return timed_commits(masked, s.denoising_steps, first_alone=self.first_alone)
+        plan = (linear_commits if s.schedule == "linear" else even_commits)(masked, s.denoising_steps)
+        return [1, *plan] if self.first_alone else plan
 
 
 @dataclass(eq=False)
@@ -206,6 +191,8 @@ class Sequence:
     @property
     def num_masked(self) -> int:
         """Positions that a denoising pass predicts."""
+        if len(self.live) == 1:
+            return len(self.live[0].masked_positions)
         return sum([len(block.masked_positions) for block in self.live])
 
     def restart(self) -> None:
@@ -271,10 +258,13 @@ class Sequence:
             return
         if step is not None:
             self.steps.append(step)
-        self.canvas[positions] = tokens
-        block.masked_positions = still_masked
+        if len(positions):
+            self.canvas[positions] = tokens
+            block.masked_positions = still_masked
         block.step += 1
-        if block.done:
+        if block.first_alone:
+            block.numbers = (block.start, block.end, *self.commit_rule)
+        if not len(still_masked) or block.done:
             self._block_finished(block)
 
     def _block_finished(self, block: LiveBlock) -> None:
