@@ -88,4 +88,4 @@ def test_a_split_reference_answers_as_a_whole_one(deployed: StageContext, tmp_pa
     until(lambda: len(other_ranks()) == 1 and len(alive("Target")) == 1, seconds=100)
     assert ask(context, 2, stream=False).text == expected
     found = metrics(context)
-    assert found["forwards_reference_total"] > 0 == found["reference_failures_total"], found
+    assert found["reference_forwards_total"] > 0 == found["reference_failures_total"], found
