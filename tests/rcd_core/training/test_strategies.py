@@ -138,6 +138,20 @@ def test_shards_of_a_model_that_supplies_its_own_residuals(tied: bool, examples:
     close(launch(tmp_path / "two", examples, settings(strategy="fsdp2"), residual=residual, tied=tied), alone)
 
 
+@pytest.mark.drill  # compiles
+def test_compiled_layers_train_the_same(examples: str, alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """With checkpointing outside, alone and in shards."""
+    s = settings(compile=True, activation_checkpointing=True)
+    close(run(examples, s)[0], alone)
+    close(launch(tmp_path / "two", examples, replace(s, strategy="fsdp2")), alone)
+
+
+def test_what_cannot_see_into_compiled_layers_is_refused() -> None:
+    for changes in ({"strategy": "deepspeed"}, {"activation_checkpointing": "selective"}):
+        with pytest.raises(UserError, match=r"train\.compile is true"):
+            settings(compile=True, **changes)
+
+
 def test_groups_of_shards_are_equal() -> None:
     assert [settings(strategy="fsdp2", shard_size=n).shards(8) for n in (None, 2, 8, 16)] == [8, 2, 8, 8]
     with pytest.raises(UserError, match=r"train\.shard_size is 3.* 8 workers"):
