@@ -278,3 +278,19 @@ def test_packed_samples_train_as_if_alone(family: str, weight: Any) -> None:
     together = gradients(batch(slice(None), 3, sample_ids=samples, positions=positions))
     for actual, expected in zip(together, gradients(batch(first), batch(second)), strict=True):
         torch.testing.assert_close(actual, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-4)
+
+
+@pytest.mark.drill  # compiles
+def test_compiled_flex_serves_all_lengths_and_fails_at_the_limit_of_recompilations() -> None:
+    """As on a GPU, forward only. Without the limit PyTorch would go on with all scores in memory, without a word."""
+    flex = attention._flex(True)
+    with torch.no_grad():
+        for kind in KINDS[:-1]:
+            layout = layouts(kind)
+            assert layout is not None
+            q, k, v = tensors(layout)
+            out = flex(q, k, v, block_mask=attention._block_mask(layout), scale=0.25, enable_gqa=True)
+            want = attention.eager_attention(q, k, v, layout, 0.25).transpose(1, 2)
+            torch.testing.assert_close(out, want, atol=2e-5, rtol=1e-4)
+        with torch._dynamo.config.patch(recompile_limit=1), pytest.raises(Exception, match="recompile_limit"):
+            flex(q.double(), k.double(), v.double(), block_mask=None, scale=0.25, enable_gqa=True)
