@@ -34,7 +34,10 @@ _NEUTRAL = (
     "deploy.open_state",
     "deploy.ingress.*",
     "deploy.attention",
+    "deploy.reference_tensor_parallel",
 )
+# Left out where they are null, as in runs made before there were these keys.
+_LATER = ("*.decode.schedule",)
 _CHECKPOINT_FILES = (".safetensors", ".json", ".txt", ".jinja", ".model")
 _ABSENT: dict[str, Any] = {}
 
@@ -50,7 +53,8 @@ def recipe_values(recipe: Recipe, sections: Sequence[str]) -> dict[str, Any]:
     chosen = {k: v for k, v in flat.items() if any(k == s or k.startswith(f"{s}.") for s in sections)}
     if recipe.evaluate.grader == "default" or not has_official_grader(recipe.data.task_of("test")):
         chosen.pop("evaluate.grader", None)  # as in runs made before there was this key
-    return {k: v for k, v in chosen.items() if not any(fnmatch(k, pattern) for pattern in _NEUTRAL)}
+    kept = {k: v for k, v in chosen.items() if not any(fnmatch(k, pattern) for pattern in _NEUTRAL)}
+    return {k: v for k, v in kept.items() if v is not None or not any(fnmatch(k, pattern) for pattern in _LATER)}
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from rcd_core.families.base import CheckpointInfo, DiffusionModel
+from rcd_core.families.base import CheckpointInfo, DiffusionModel, read_ids
 from rcd_core.families.config_json import read_rope, read_sizes, write_sizes
 from rcd_core.families.dream import qwen2_config
 from rcd_core.families.files import CheckpointFiles
@@ -64,15 +64,7 @@ class _A2D(DiffusionModel):
 
     @classmethod
     def read_info(cls, files: CheckpointFiles) -> CheckpointInfo:
-        eos = files.eos_token_ids(())
-        mask = files.mask_token_id(_MASKS.get(files.config["model_type"]))
-        return CheckpointInfo(
-            mask_token_id=mask,
-            eos_token_ids=eos,
-            pad_token_id=files.pad_token_id(eos[0] if eos else mask),
-            block_length=files.block_length((cls.block_field,), BLOCK_LENGTH),
-            rcd=files.rcd(),
-        )
+        return read_ids(files, _MASKS.get(files.config["model_type"]), (), (cls.block_field,), BLOCK_LENGTH)
 
     @classmethod
     def backbone_name(cls, name: str) -> str:

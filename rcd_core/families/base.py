@@ -45,6 +45,21 @@ class CheckpointInfo:
         return tuple(dict.fromkeys((*self.eos_token_ids, *self.turn_end_ids)))
 
 
+def read_ids(
+    files: CheckpointFiles, mask: int | None, eos: tuple[int, ...], fields: tuple[str, ...], block_length: int
+) -> CheckpointInfo:
+    """Of the files; the other arguments are the family's defaults. fields: of config.json, for the block length. The
+    padding id defaults to the first eos id. UserError: no mask token."""
+    found, mask_id = files.eos_token_ids(eos), files.mask_token_id(mask)
+    return CheckpointInfo(
+        mask_token_id=mask_id,
+        eos_token_ids=found,
+        pad_token_id=files.pad_token_id((*found, *eos, mask_id)[0]),
+        block_length=files.block_length(fields, block_length),
+        rcd=files.rcd(),
+    )
+
+
 class KVCache(Protocol):
     """Cache interface of a transformer layer: store new keys and values, return all that the queries may see."""
 
@@ -70,7 +85,7 @@ class DiffusionModel(nn.Module):
     """A masked-diffusion transformer. Row i of the hidden states predicts token i, or token i + 1 where `shifted`:
     `predictors` is the only place that knows.
 
-    `backbone` is transformers' Qwen3ForCausalLM or LlamaForCausalLM; its layers run with our attention layouts.
+    `backbone` is one of transformers' causal language models; its layers run with our attention layouts.
     """
 
     family: ClassVar[str]

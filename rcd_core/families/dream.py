@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rcd_core.families.base import CheckpointInfo
+from rcd_core.families.base import CheckpointInfo, read_ids
 from rcd_core.families.config_json import read_rope, read_sizes, require_values, write_sizes
 from rcd_core.families.files import CheckpointFiles
 from rcd_core.families.llada import LLaDAModel
@@ -49,14 +49,7 @@ class DreamModel(LLaDAModel):
 
     @classmethod
     def read_info(cls, files: CheckpointFiles) -> CheckpointInfo:
-        eos = files.eos_token_ids((EOS_TOKEN_ID,))
-        return CheckpointInfo(
-            mask_token_id=files.mask_token_id(MASK_TOKEN_ID),
-            eos_token_ids=eos,
-            pad_token_id=files.pad_token_id((eos or (EOS_TOKEN_ID,))[0]),
-            block_length=files.block_length(("block_length",), BLOCK_LENGTH),
-            rcd=files.rcd(),
-        )
+        return read_ids(files, MASK_TOKEN_ID, (EOS_TOKEN_ID,), ("block_length",), BLOCK_LENGTH)
 
     @classmethod
     def backbone_name(cls, name: str) -> str:

@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from rcd_core.families.base import CheckpointInfo
+from rcd_core.families.base import CheckpointInfo, read_ids
 from rcd_core.families.config_json import require_fields, require_values
 from rcd_core.families.files import CheckpointFiles
 from rcd_core.families.sdar import SDARModel
@@ -62,7 +63,9 @@ class LLaDA2Model(SDARModel):
             if match := re.fullmatch(r"(.+)\.self_attn\.(q|k|v)_proj\.weight", name):
                 parts = [self.backbone.get_parameter(f"{match[1]}.self_attn.{k}_proj.weight") for k in "qkv"]
                 if match[2] == "q":
-                    weights[f"{match[1]}.attention.query_key_value.weight"] = _cat(parts)
+                    weights[f"{match[1]}.attention.query_key_value.weight"] = torch.cat(
+                        [part.detach() for part in parts]
+                    )
                 continue
             for ours, theirs in ((v, k) for k, v in _NAMES.items()):
                 name = name.replace(ours, theirs)
@@ -93,14 +96,7 @@ class LLaDA2Model(SDARModel):
 
     @classmethod
     def read_info(cls, files: CheckpointFiles) -> CheckpointInfo:
-        eos = files.eos_token_ids((EOS_TOKEN_ID,))
-        return CheckpointInfo(
-            mask_token_id=files.mask_token_id(MASK_TOKEN_ID),
-            eos_token_ids=eos,
-            pad_token_id=files.pad_token_id(eos[0]),
-            block_length=files.block_length(("block_size", "block_length"), BLOCK_LENGTH),
-            rcd=files.rcd(),
-        )
+        return read_ids(files, MASK_TOKEN_ID, (EOS_TOKEN_ID,), ("block_size", "block_length"), BLOCK_LENGTH)
 
     @classmethod
     def backbone_name(cls, name: str) -> str:
@@ -122,9 +118,3 @@ class LLaDA2Model(SDARModel):
             part = replace(entry, shape=(rows, entry.shape[1]), pick=(slice(first, first + rows),))
             yield f"{match[1]}.self_attn.{kind}_proj.weight", part
             first += rows
-
-
-def _cat(parts: list[Tensor]) -> Tensor:
-    import torch
-
-    return torch.cat([part.detach() for part in parts])

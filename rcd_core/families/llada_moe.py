@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rcd_core.families.base import CheckpointInfo
+from rcd_core.families.base import CheckpointInfo, read_ids
 from rcd_core.families.config_json import read_rope, require_fields, require_values
 from rcd_core.families.files import CheckpointFiles
 from rcd_core.families.llada import BLOCK_LENGTH, LLaDAModel
@@ -84,14 +84,7 @@ class LLaDAMoEModel(LLaDAModel):
 
     @classmethod
     def read_info(cls, files: CheckpointFiles) -> CheckpointInfo:
-        eos = files.eos_token_ids((EOS_TOKEN_ID,))
-        return CheckpointInfo(
-            mask_token_id=files.mask_token_id(MASK_TOKEN_ID),
-            eos_token_ids=eos,
-            pad_token_id=files.pad_token_id(eos[0]),
-            block_length=files.block_length(("block_length",), BLOCK_LENGTH),
-            rcd=files.rcd(),
-        )
+        return read_ids(files, MASK_TOKEN_ID, (EOS_TOKEN_ID,), ("block_length",), BLOCK_LENGTH)
 
     @classmethod
     def backbone_name(cls, name: str) -> str:

@@ -46,12 +46,13 @@ class ModelShape:
     vocab_size: int
     tie_embeddings: bool
     biases: int = 0  # parameters of a layer's biases
+    head_norms: bool | None = None  # of queries and keys; None: as SDAR has and LLaDA has not
     experts: Experts | None = None
 
     @classmethod
     def of(cls, start: ModelConfig, vocab_size: int) -> ModelShape:
         """Of a new model."""
-        own = ("head_dim", "vocab_size", "biases", "experts")
+        own = ("head_dim", "vocab_size", "biases", "head_norms", "experts")
         same = {f.name: getattr(start, f.name) for f in fields(cls) if f.name not in own}
         return cls(**same, head_dim=start.resolved_head_dim, vocab_size=vocab_size)
 
@@ -62,6 +63,7 @@ class ModelShape:
         biases = (config.num_attention_heads + 2 * config.num_key_value_heads) * width
         if config.model_type != "qwen2":  # which has those of q, k, v, and no field for them
             biases = biases + config.hidden_size if getattr(config, "attention_bias", False) else 0
+        has_norms = config.model_type in ("qwen3", "qwen3_moe", "glm4_moe")
         return cls(
             family=family,
             hidden_size=config.hidden_size,
@@ -73,13 +75,14 @@ class ModelShape:
             vocab_size=config.vocab_size,
             tie_embeddings=config.tie_word_embeddings,
             biases=biases,
+            head_norms=None if has_norms == (family == "sdar") else has_norms,
             experts=Experts.of(config),
         )
 
     @property
     def has_head_norms(self) -> bool:
         """Of queries and keys."""
-        return self.family == "sdar" or self.experts is not None
+        return self.family == "sdar" if self.head_norms is None else self.head_norms
 
     def layer(self, columns: int) -> int:
         """Parameters of a layer whose MLP has so many columns: projections, MLP, two norms, norms of queries and

@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rcd_core import Decoder, DecodeSettings, TrainingBatch, UserError, load_model, training_loss
+from rcd_core import Decoder, DecodeSettings, TrainingBatch, UserError, load_model
 from rcd_core.families.base import DiffusionModel
-from rcd_core.training.objective import masked_hidden, reference_signals
-from rcd_core.training.settings import SignalRule
+from rcd_core.training.objective import masked_hidden
+from tests.rcd_core.families.overfit import overfit
 from tests.rcd_core.golden_models import GOLDEN, load_fp64
 
 AUTHORS = 5e-5  # their code ran in fp32
@@ -158,21 +158,7 @@ def test_exported_and_loaded_again(tmp_path: Path) -> None:
 
 
 def test_overfits_a_batch_with_residual_inputs() -> None:
-    trained = load_model(GOLDEN / "dream" / "dream_tiny").requires_grad_(True).train()
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 240, (2, 16), generator=generator)
-    masked = torch.rand(ids.shape, generator=generator) < 0.5
-    batch = TrainingBatch(ids, ids, ids.masked_fill(masked, trained.mask_token_id), masked, torch.full((2, 16), 0.5), 4)
-    signals = reference_signals(trained, batch, SignalRule(top_k=8))
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(60):
-        loss = training_loss(trained, batch, signals, weight="uniform")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.1 * losses[0]
+    assert overfit(load_model(GOLDEN / "dream" / "dream_tiny"), 240, 60) < 0.1
 
 
 def test_windows_and_absent_biases_are_refused(tmp_path: Path) -> None:

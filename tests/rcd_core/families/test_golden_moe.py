@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from rcd_core import Decoder, DecodeSettings, TrainingBatch, UserError, load_model, training_loss
 from rcd_core.families.base import DiffusionModel
-from rcd_core.training.objective import reference_signals
-from rcd_core.training.settings import SignalRule
 from tests.rcd_core.decoding.test_golden_decoding import AUTHORS, check_steps, llada_settings, sdar_settings
+from tests.rcd_core.families.overfit import overfit
 from tests.rcd_core.families.test_golden_models import check_gradients, sample_numbers
 from tests.rcd_core.golden_models import GOLDEN, load_fp64
 
@@ -163,24 +162,27 @@ def test_exported_and_loaded_again(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_overfits_a_batch_with_residual_inputs(name: str) -> None:
     """Signals of the model itself before the training, and every weight moves but those of experts that nothing met."""
-    trained = load_model(GOLDEN / CHECKPOINTS[name]).requires_grad_(True).train()
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 370, (2, 16), generator=generator)
-    masked = torch.rand(ids.shape, generator=generator) < 0.5
-    noisy = ids.masked_fill(masked, trained.mask_token_id)
-    batch = TrainingBatch(ids, ids, noisy, masked, torch.full(ids.shape, 0.5), 4)
-    signals = reference_signals(trained, batch, SignalRule(top_k=8))
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(30):
-        loss = training_loss(trained, batch, signals, weight="uniform")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.1 * losses[0]
+    assert overfit(load_model(GOLDEN / CHECKPOINTS[name]), 370, 30) < 0.1
 
 
 def test_options_that_transformers_does_not_compute_are_refused() -> None:
     with pytest.raises(UserError, match="clip_qkv is 1.5"):
         load_model(GOLDEN / "llada_moe" / "llada_moe_tiny_options")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_experts_may_be_stored_together(fused: bool, tmp_path: Path) -> None:
+    """dFactory's (E, F, D) for each of gate, up and down, or gate and up in one, as transformers has them."""
+    source = GOLDEN / CHECKPOINTS["llada2"]
+    weights = load_file(source / "model.safetensors")
+    for layer in (1, 2):
+        prefix, parts = f"model.layers.{layer}.mlp.experts", {}
+        for part in ("gate", "up", "down"):
+            parts[part] = torch.stack([weights.pop(f"{prefix}.{e}.{part}_proj.weight") for e in range(16)])
+        if fused:
+            parts["gate_up"] = torch.cat([parts.pop("gate"), parts.pop("up")], 1)
+        weights |= {f"{prefix}.{part}_proj": tensor for part, tensor in parts.items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    ids = torch.arange(20)[None]
+    assert torch.equal(load_model(tmp_path).logits(ids, 4), load_model(source).logits(ids, 4))

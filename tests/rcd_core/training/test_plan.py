@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,6 +101,19 @@ def test_parameters_of_other_networks(name: str, met: float) -> None:
     meter = Meter(model, torch.device("cpu"), 0)
     norm = model.config.hidden_size  # the last one, which the meter counts with the layers
     assert meter.layer_parameters == shape.active_layers + norm
+
+
+@pytest.mark.parametrize("field", ["block_size", "block_length"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen2", "llama"])
+def test_parameters_of_a2d_models(name: str, field: str, tmp_path: Path) -> None:
+    """Head norms belong to the layers, not to the way of decoding."""
+    source = GOLDEN / "a2d" / f"{name}_tiny"
+    config = json.loads((source / "config.json").read_text()) | {"mask_token_id": 255, field: 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    model = load_model(tmp_path)
+    shape = ModelShape.of_backbone(model.family, model.config)  # type: ignore[arg-type]
+    assert shape.parameters == model.num_parameters()
 
 
 def test_memory_that_strategies_save() -> None:
