@@ -42,7 +42,7 @@ from pipelines.data.sources import (
     training_texts,
 )
 from pipelines.recipe.model import Recipe
-from pipelines.recipe.rules import SYNTHETIC
+from pipelines.recipe.sources import SYNTHETIC
 from pipelines.run.directory import StageContext
 from rcd_core.errors import UserError
 from rcd_core.io import storage

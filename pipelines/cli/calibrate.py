@@ -12,7 +12,7 @@ from typing import Any
 from pipelines.calibration.job import CalibrationJob, calibrate_model, store, synthetic_problems
 from pipelines.cli.flags import CalibrateFlags, decode_settings
 from pipelines.cli.terminal import absolute_path
-from pipelines.recipe.rules import SYNTHETIC
+from pipelines.recipe.sources import SYNTHETIC
 from pipelines.report.calibration import html_page
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.errors import UserError

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pipelines.recipe.rules import HUB_DATA
+from pipelines.recipe.sources import HUB_DATA
 from rcd_core.errors import UserError
 from rcd_core.io.hub import cached_snapshot
 

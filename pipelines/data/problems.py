@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 
 from pipelines.data.sources import check_sources, columns_of, row_limit, source_files
-from pipelines.recipe.rules import SYNTHETIC
+from pipelines.recipe.sources import SYNTHETIC
 from pipelines.run.directory import StageContext
 from rcd_core.errors import UserError
 from rcd_core.tasks import get_task

@@ -9,7 +9,7 @@ from itertools import chain, islice
 
 from pipelines.data.hub import HUB, hub_files
 from pipelines.recipe.model import Recipe
-from pipelines.recipe.rules import SYNTHETIC, source_list
+from pipelines.recipe.sources import SYNTHETIC, source_list
 from rcd_core.errors import UserError
 from rcd_core.tasks import SPLITS, get_task
 from rcd_core.tasks.rows import Row, check_columns, read_rows

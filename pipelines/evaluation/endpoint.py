@@ -21,8 +21,8 @@ from pipelines.evaluation.results import MethodInfo
 from pipelines.recipe.files import merged
 from pipelines.recipe.load import parse_recipe
 from pipelines.recipe.model import Recipe
-from pipelines.recipe.rules import data_files, source_list
 from pipelines.recipe.settings_files import apply_settings, read_settings
+from pipelines.recipe.sources import data_files, source_list
 from pipelines.run.commits import ask_commit, hub_names, pinned
 from pipelines.run.directory import RunDirectory, StageContext
 from pipelines.run.keys import fingerprint, recipe_values

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from pipelines.recipe.model import Recipe
-from pipelines.recipe.rules import checkpoints, data_files
+from pipelines.recipe.sources import checkpoints, data_files
 from rcd_core.errors import UserError
 from rcd_core.io import storage
 

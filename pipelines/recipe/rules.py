@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterator
 from fnmatch import fnmatch
 
 from pipelines.recipe.model import Recipe
+from pipelines.recipe.sources import ABSOLUTE, SYNTHETIC, checkpoint_problems, checkpoints, source_list, source_problems
 from rcd_core.decode_settings import CONFIDENCE_RULES, DecodeSettings
 from rcd_core.io import storage
-from rcd_core.io.hub import is_hub_id
 from rcd_core.tasks import TASKS
 from rcd_core.training.settings import TrainSettings
 
-SYNTHETIC = "synthetic"
 DEPLOYMENTS = ("Target", "Baseline", "Reference", "Ingress")  # names of Serve deployments in stage deploy
-HUB_DATA = re.compile(
-    r"hf://(?P<name>[\w.-]+/[\w.-]+)(@(?P<config>[\w.-]+))?(:(?P<split>[^\s?]+))?(\?revision=(?P<revision>[\w./-]+))?"
-)
-_DATA_SUFFIXES = (".jsonl", ".parquet")
-_ABSOLUTE = "jobs run in a temporary copy of the working directory, so give an absolute path or a URI"
 
 
 def problems(recipe: Recipe) -> Iterator[str]:
@@ -28,7 +20,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
     data, target, reference = recipe.data, recipe.target, recipe.reference
     multiple = data.pad_multiple or recipe.block_length
     if not storage.is_absolute(recipe.storage):
-        yield f"storage is {recipe.storage!r}, a relative path; {_ABSOLUTE}"
+        yield f"storage is {recipe.storage!r}, a relative path; {ABSOLUTE}"
     for key, task in (("task", data.task), ("test_task", data.test_task)):
         if task is not None and task not in TASKS:
             yield f"data.{key} is {task!r}; known tasks: {', '.join(sorted(TASKS))}"
@@ -39,8 +31,8 @@ def problems(recipe: Recipe) -> Iterator[str]:
             "set it to true where that is safe"
         )
     if data.train is not None:
-        yield from _source_problems("train", data.train, data.num_train)
-    yield from _source_problems("test", data.test, data.num_test)
+        yield from source_problems("train", data.train, data.num_train)
+    yield from source_problems("test", data.test, data.num_test)
     if multiple % recipe.block_length:
         yield f"data.pad_multiple is {multiple}; it must be a multiple of block_length {recipe.block_length}"
     if data.max_length < multiple:
@@ -276,53 +268,6 @@ def reference_keys(recipe: Recipe) -> dict[str, str]:
 def needs_reference(decode: DecodeSettings) -> bool:
     """Whether requests with these settings use the reference."""
     return decode.residual and "reference" in (decode.start, decode.residual_source)
-
-
-def checkpoints(recipe: Recipe) -> dict[str, str]:
-    """Recipe key -> checkpoint or tokenizer from outside the run."""
-    starts = {
-        "base.start": recipe.base.start if recipe.base else None,
-        "reference.start": recipe.reference.start if recipe.reference else None,
-        "target.start": recipe.target.start,
-        "baseline": recipe.baseline,
-        "tokenizer.path": recipe.tokenizer.path,
-    }
-    return {key: start for key, start in starts.items() if isinstance(start, str)}
-
-
-def source_list(source: str | tuple[str, ...] | None) -> list[str]:
-    """The entries of data.train or data.test."""
-    return [source] if isinstance(source, str) else list(source or ())
-
-
-def data_files(source: str | tuple[str, ...] | None) -> list[str]:
-    """The files among the entries of data.train or data.test."""
-    paths = source_list(source)
-    return [path for path in paths if path != SYNTHETIC and not path.startswith("hf://")]
-
-
-def _source_problems(key: str, source: str | tuple[str, ...], count: int | None) -> Iterator[str]:
-    for path in source_list(source):
-        if path == SYNTHETIC:
-            if count is None:
-                yield f"data.num_{key} is null but data.{key} is synthetic, which has no end; give a number"
-        elif path.startswith("hf://"):
-            if not HUB_DATA.fullmatch(path):
-                yield f"data.{key} is {path!r}; use the form hf://owner/name[@config][:split][?revision=REVISION]"
-        elif not storage.is_absolute(path):
-            yield f"data.{key} is {path!r}, a relative path; {_ABSOLUTE}"
-        elif not path.endswith(_DATA_SUFFIXES):
-            yield f"data.{key} is {path!r}; its name must end in {' or '.join(_DATA_SUFFIXES)}"
-
-
-def checkpoint_problems(key: str, start: str) -> Iterator[str]:
-    """Yield a message when a checkpoint is neither an absolute path, a URI nor a hub id."""
-    if storage.is_absolute(start):
-        return
-    if not is_hub_id(start):
-        yield f"{key} is {start!r}, a relative path; {_ABSOLUTE}, or a hub id owner/name[@revision]"
-    elif os.path.exists(start):
-        yield f"{key} is {start!r}, a hub id and also a relative path here; give an absolute path if you mean the path"
 
 
 def _attention_problems(recipe: Recipe) -> Iterator[str]:

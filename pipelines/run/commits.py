@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from pipelines.recipe.model import Recipe
-from pipelines.recipe.rules import HUB_DATA
+from pipelines.recipe.sources import HUB_DATA
 from rcd_core.errors import UserError
 from rcd_core.io.hub import commit_of, is_hub_id, split_hub_id
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import fields
 
 from pipelines.recipe.model import Recipe, ReferenceStage
-from pipelines.recipe.rules import SYNTHETIC, reference_keys, source_list
+from pipelines.recipe.rules import reference_keys
+from pipelines.recipe.sources import SYNTHETIC, source_list
 from pipelines.run.directory import Stage
 from rcd_core.families.config import ModelConfig
 from rcd_core.training.settings import ResidualSettings, SignalRule

@@ -14,7 +14,8 @@ from pydantic import Field, ValidationError
 from pipelines.recipe.deploy import IngressSettings
 from pipelines.recipe.files import explain, problems_error
 from pipelines.recipe.model import Recipe
-from pipelines.recipe.rules import checkpoint_problems, needs_reference
+from pipelines.recipe.rules import needs_reference
+from pipelines.recipe.sources import checkpoint_problems
 from pipelines.recipe.types import Count, Positive, Section
 from pipelines.run.commits import ask_commit, at_commit, hub_names
 from rcd_core.decode_settings import DecodeAttention, DecodeSettings
