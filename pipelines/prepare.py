@@ -50,7 +50,7 @@ from rcd_core.io.retries import be_patient
 from rcd_core.tasks import SPLITS, get_task
 from rcd_core.tasks.rows import BadRow, Row, read_rows
 from rcd_core.text.encoding import TOO_SHORT, UNLABELLED, Encoder, content_id
-from rcd_core.text.tokenizer import load_tokenizer, mask_token_id, tokenizer_sha256, train_tokenizer
+from rcd_core.text.tokenizer import add_mask_token, load_tokenizer, mask_token_id, tokenizer_sha256, train_tokenizer
 
 VALIDATION = "validation"  # directory of the held-out training examples
 ROWS_PER_FILE = 4096
@@ -126,9 +126,11 @@ def run(ctx: StageContext) -> dict[str, Any]:
 
 def _save_tokenizer(ctx: StageContext, sources: list[Source]) -> Any:
     """Load or train the tokenizer, and write a copy to tokenizer/."""
-    settings = ctx.recipe.tokenizer
-    if settings.path is not None:
-        tokenizer = load_tokenizer(settings.path)
+    settings, source, convert = ctx.recipe.tokenizer, ctx.recipe.tokenizer_source, ctx.recipe.convert
+    if source is not None:
+        tokenizer = load_tokenizer(source)
+        if convert:
+            add_mask_token(tokenizer, convert.mask_token)
     else:
         with ctx.console.status("prepare: training the tokenizer"):
             tokenizer = train_tokenizer(training_texts(ctx.recipe, sources, TOKENIZER_ROWS), settings.vocab_size)

@@ -241,6 +241,23 @@ class ReportFlags:
 
 
 @dataclass(frozen=True)
+class ConvertFlags:
+    """Turn an autoregressive checkpoint (Qwen2, Qwen3, Llama) into the start of a diffusion model, to be trained.
+
+    rcd convert Qwen/Qwen3-0.6B --output /models/start
+
+    A recipe does the same by `base.convert`.
+    """
+
+    start: Annotated[str, FLAG("Directory, GGUF file, URI or hub id of the checkpoint.")]
+    _: KW_ONLY
+    output: Annotated[str, FLAG("New directory.", metavar="DIR")]
+    mask_token: Annotated[str | None, FLAG("Unused or new token. Default: the tokenizer's own, else <|MASK|>.")] = None
+    block_length: Annotated[Int, FLAG("Tokens that are decoded together.")] = 32
+    shift: Annotated[bool, FLAG("Keep the logits one position behind; only Qwen2 (Dream).")] = False
+
+
+@dataclass(frozen=True)
 class ExportFlags:
     """Copy a model of a run to a checkpoint of its own, with the T_res that the run chose for it.
 

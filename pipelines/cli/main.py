@@ -17,6 +17,7 @@ from pipelines.run.messages import user_message
 COMMANDS: dict[str, tuple[type, str]] = {
     "calibrate": (flags.CalibrateFlags, "calibrate:calibrate"),
     "chat": (flags.ChatFlags, "chat:chat"),
+    "convert": (flags.ConvertFlags, "convert:convert"),
     "down": (flags.DownFlags, "local:down"),
     "evaluate": (flags.EvaluateFlags, "evaluate:evaluate"),
     "export": (flags.ExportFlags, "export:export"),

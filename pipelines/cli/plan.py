@@ -18,6 +18,7 @@ from pipelines.run.messages import make_console
 from pipelines.signals.costs import PASSES, Volume, column_bytes, costs, volume
 from rcd_core.errors import UserError
 from rcd_core.families.config import ModelConfig
+from rcd_core.families.convert import convertible
 from rcd_core.families.files import read_json
 from rcd_core.families.loading import checkpoint_directory, family_of
 from rcd_core.io.hub import is_hub_id, split_hub_id
@@ -110,7 +111,9 @@ def _jobs(recipe: Recipe, vocab_size: int | None) -> Iterator[Job]:
         yield Job("base", shape, recipe.base.train, None, 0.0)
     smaller = None
     if reference is not None and (reference.train or recipe.target.residual.source == "online"):
-        smaller = _shape("reference.start", reference.start, recipe, vocab_size)
+        first = reference.start or (recipe.base.start if recipe.base else None)
+        assert first is not None  # a rule of the recipe
+        smaller = _shape("reference.start", first, recipe, vocab_size)
         if reference.train:
             yield Job("reference", smaller, reference.train, None, 0.0)
     start = recipe.target.start or (recipe.base.start if recipe.base else None)
@@ -141,6 +144,8 @@ def _shape(key: str, start: str | ModelConfig, recipe: Recipe, vocab_size: int |
         start = str(Path(cached).parent)
     directory = checkpoint_directory(start)
     config = read_json(directory / "config.json")
+    if recipe.base and recipe.convert and start == recipe.base.start:
+        config["model_type"] = convertible(start, recipe.convert.shift)
     family = family_of(config, directory)
     return ModelShape.of_backbone(family.family, family.read_config(config, directory, has_head=True))  # type: ignore[arg-type]
 
@@ -261,8 +266,9 @@ def plan_signals(flags: SignalsPlanFlags) -> int:
     if recipe.reference is None:
         raise UserError(f"recipe {recipe.name} has no reference, so there are no signals to plan; add the section")
     size = volume(recipe)
-    reference = recipe.reference.start
-    target = recipe.target.start or (recipe.base.start if recipe.base else reference)
+    base = recipe.base.start if recipe.base else None
+    reference, target = recipe.reference.start or base, recipe.target.start or base
+    assert reference is not None and target is not None  # rules of the recipe
     models = (("reference", reference, flags.reference_params), ("target", target, flags.target_params))
     shapes = {k: _shape(f"{k}.start", start, recipe, size.vocab_size) for k, start, given in models if not given}
     num_reference, num_target = (given or shapes[key].parameters for key, _, given in models)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from itertools import chain, islice
 
 from pipelines.data.hub import HUB, hub_files
-from pipelines.recipe.model import Recipe
+from pipelines.recipe.model import ConvertSettings, Recipe
 from pipelines.recipe.sources import SYNTHETIC, source_list
 from rcd_core.errors import UserError
+from rcd_core.io import storage
 from rcd_core.tasks import SPLITS, get_task
 from rcd_core.tasks.rows import Row, check_columns, read_rows
 
@@ -24,8 +25,20 @@ class Source:
 
 
 def check_early(recipe: Recipe) -> None:
-    """`check_sources` before the first stage, without hub data where the hub does not answer."""
+    """`check_sources` and `check_convert` before the first stage, without what is on the hub and does not answer."""
     check_sources(recipe, needs_hub=False)
+    start = recipe.base.start if recipe.base else None
+    if recipe.convert and isinstance(start, str) and storage.is_absolute(start):
+        check_convert(recipe.convert, start, recipe.tokenizer_source or start)
+
+
+def check_convert(convert: ConvertSettings, start: str, tokenizer: str) -> None:
+    """Raise UserError for a checkpoint that cannot be converted, or a mask token that is in use."""
+    from rcd_core.families.convert import convertible  # torch, which takes seconds
+    from rcd_core.text.tokenizer import add_mask_token, load_tokenizer
+
+    convertible(start, convert.shift)
+    add_mask_token(load_tokenizer(tokenizer), convert.mask_token)
 
 
 def check_sources(recipe: Recipe, needs_hub: bool = True) -> None:

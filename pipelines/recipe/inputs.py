@@ -9,6 +9,7 @@ from pipelines.recipe.model import Recipe
 from pipelines.recipe.sources import checkpoints, data_files
 from rcd_core.errors import UserError
 from rcd_core.io import storage
+from rcd_core.io.gguf import is_gguf, package_file
 
 
 def check_inputs(recipe: Recipe) -> None:
@@ -22,8 +23,11 @@ def check_inputs(recipe: Recipe) -> None:
     served = {f"deploy.models.{name}.checkpoint": model.checkpoint for name, model in recipe.deploy.models.items()}
     external = {k: path for k, path in (checkpoints(recipe) | served).items() if storage.is_absolute(path)}
     for key, path in external.items():
-        if key == "tokenizer.path":
+        if key == "tokenizer.path" and not is_gguf(path):
             _require_file(key, path, "tokenizer_config.json", "it must hold a Hugging Face tokenizer")
+        elif is_gguf(path):
+            if not _exists(key, package_file(path)):
+                raise UserError(f"{key}: {path} does not exist; correct the path")
         else:
             _require_file(key, path, "config.json", "it must hold a Hugging Face checkpoint")
             if not storage.list_files(path, ".safetensors"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import yaml
@@ -18,6 +19,8 @@ from pipelines.recipe.files import apply_overrides, explain, problems_error, rea
 from pipelines.recipe.model import Recipe
 from pipelines.recipe.rules import problems
 from pipelines.recipe.settings_files import apply_settings
+from rcd_core.errors import UserError
+from rcd_core.io.gguf import package_file
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -37,6 +40,7 @@ def parse_recipe(raw: dict[str, Any], label: str = "") -> Recipe:
         raw["storage"] = Recipe.model_fields["storage"].default
     if isinstance(raw["storage"], str):
         raw["storage"] = os.path.expanduser(raw["storage"])
+    _find_packages(raw)
     apply_settings(raw)
     _complete_entries(raw)
     try:
@@ -53,6 +57,15 @@ def parse_recipe(raw: dict[str, Any], label: str = "") -> Recipe:
 def dump_recipe(recipe: Recipe) -> str:
     """The effective recipe as YAML, with all defaults and overrides. It loads again."""
     return str(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120))
+
+
+def _find_packages(raw: dict[str, Any]) -> None:
+    """Replace package://NAME/FILE, so that a recipe can name a checkpoint in an installed package; inputs.py names a
+    package that is missing."""
+    for section, key in (("base", "start"), ("reference", "start"), ("target", "start"), ("tokenizer", "path")):
+        if isinstance(value := _mapping(raw.get(section)).get(key), str):
+            with suppress(UserError):
+                raw[section] = {**raw[section], key: package_file(value)}
 
 
 def _complete_entries(raw: dict[str, Any]) -> None:

@@ -67,16 +67,30 @@ class TokenizerSettings(Section):
     """The tokenizer."""
 
     path: str | None = None
-    """Directory, URI or hub id of a tokenizer; null trains one on the training texts."""
+    """Directory, URI or hub id of a tokenizer; null trains one on the training texts, or takes that of a `base.start`
+    to convert."""
     vocab_size: Annotated[int, Field(ge=260)] = 512  # 256 bytes and four special tokens must fit
     """Size of the tokenizer to train."""
+
+
+class ConvertSettings(Section):
+    """How an autoregressive checkpoint (Qwen2, Qwen3, Llama) becomes a diffusion model, which `base.train` trains."""
+
+    mask_token: str | None = None
+    """An unused token of the vocabulary, or a new one; null: the tokenizer's own, else `<|MASK|>`."""
+    shift: bool = False
+    """Keep the logits one position behind, as in autoregressive models. Only Qwen2 has such a family (Dream)."""
+    block_warmup: Share = 0.0
+    """Share of the steps in which blocks grow from one token, which is causal attention, to `block_length`."""
 
 
 class BaseStage(Section):
     """A plain diffusion model that target and baseline start from; null where `target.start` is given."""
 
     start: ModelSource
-    """A checkpoint (directory, URI or hub id), or the sizes of a new model."""
+    """A checkpoint (directory, GGUF file, URI or hub id), or the sizes of a new model."""
+    convert: ConvertSettings | None = None
+    """Give this, `{}` for the defaults, if the checkpoint is an autoregressive model."""
     train: TrainSettings
     """Its training."""
 
@@ -84,8 +98,8 @@ class BaseStage(Section):
 class ReferenceStage(Section):
     """The model whose predictions are the residuals in training."""
 
-    start: ModelSource
-    """A checkpoint, or the sizes of a new model."""
+    start: ModelSource | None
+    """A checkpoint, the sizes of a new model, or null for the model of stage base."""
     train: TrainSettings | None = None
     """Its training; null uses the checkpoint unchanged."""
 
@@ -220,6 +234,17 @@ class Recipe(Section):
     @property
     def run_directory(self) -> str:
         return storage.join(self.storage, self.name)
+
+    @property
+    def convert(self) -> ConvertSettings | None:
+        return self.base.convert if self.base else None
+
+    @property
+    def tokenizer_source(self) -> str | None:
+        """Where the tokenizer comes from; None: it is trained."""
+        if self.tokenizer.path is None and self.base and self.base.convert and isinstance(self.base.start, str):
+            return self.base.start
+        return self.tokenizer.path
 
     def residuals(self) -> dict[str, ResidualSettings]:
         """Recipe key -> residual settings of every target that is trained."""

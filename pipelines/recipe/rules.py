@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 from pipelines.recipe.model import Recipe
 from pipelines.recipe.sources import ABSOLUTE, SYNTHETIC, checkpoint_problems, checkpoints, source_list, source_problems
 from rcd_core.decode_settings import CONFIDENCE_RULES, DecodeSettings
+from rcd_core.families.config import ModelConfig
 from rcd_core.io import storage
 from rcd_core.tasks import TASKS
 from rcd_core.training.settings import TrainSettings
@@ -41,7 +42,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
         yield f"data.min_length is {data.min_length}, above data.max_length {data.max_length}; no example would be left"
     for key, start in checkpoints(recipe).items():
         yield from checkpoint_problems(key, start)
-        if recipe.tokenizer.path is None:
+        if recipe.tokenizer_source is None:
             yield f"tokenizer.path is null but {key} is a checkpoint; set it to that checkpoint's tokenizer"
     if target.start is None and recipe.base is None:
         yield "target.start and base are both null; give target.start a checkpoint, or a base to train"
@@ -52,7 +53,9 @@ def problems(recipe: Recipe) -> Iterator[str]:
     if reference is None:
         for key in reference_keys(recipe):
             yield f"{key} needs the reference but reference is null; give one, or change {key}"
-    elif reference.train is None and not isinstance(reference.start, str):
+    elif reference.start is None and recipe.base is None:
+        yield "reference.start and base are both null; give reference.start a checkpoint, or a base to train"
+    elif reference.train is None and isinstance(reference.start, ModelConfig):
         yield "reference.train is null but reference.start is no checkpoint; give a training or a checkpoint"
     for key, residual in recipe.residuals().items():
         no_signals = residual.source in ("online", "self", "self_same")
@@ -100,8 +103,16 @@ def _training_problems(recipe: Recipe) -> Iterator[str]:
     if recipe.data.train is None:
         for key in trainings(recipe):
             yield f"data.train is null but {key} is not; give training examples"
-        if recipe.tokenizer.path is None:
+        if recipe.tokenizer_source is None:
             yield "data.train and tokenizer.path are both null; give a tokenizer"
+    if recipe.base and recipe.base.convert:
+        if not isinstance(recipe.base.start, str):
+            yield "base.convert is given but base.start is no checkpoint; give an autoregressive one, or remove convert"
+        if recipe.base.convert.shift and (share := recipe.base.convert.block_warmup):
+            yield (
+                f"base.convert.block_warmup is {share:g} but base.convert.shift is true, and Dream's attention has no "
+                "blocks; set one of them to its default"
+            )
 
 
 def _calibrate_problems(recipe: Recipe) -> Iterator[str]:

@@ -202,8 +202,8 @@ class StageContext:
 
 
 def use_checkpoint(context: StageContext) -> dict[str, Any]:
-    """Stage function for a recipe that gives an existing checkpoint instead of a training."""
-    return {"checkpoint": context.recipe.checkpoint(context.stage)}
+    """Stage function for a recipe that gives an existing checkpoint, or stage base's model, instead of a training."""
+    return {"checkpoint": context.recipe.checkpoint(context.stage) or context.checkpoint("base")}
 
 
 def resolve(function: str) -> Callable[[Any], Any]:

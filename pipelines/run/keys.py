@@ -37,7 +37,7 @@ _NEUTRAL = (
     "deploy.reference_tensor_parallel",
 )
 # Left out where they are null, as in runs made before there were these keys.
-_LATER = ("*.decode.schedule",)
+_LATER = ("*.decode.schedule", "base.convert")
 _CHECKPOINT_FILES = (".safetensors", ".json", ".txt", ".jinja", ".model")
 _ABSENT: dict[str, Any] = {}
 

@@ -46,10 +46,15 @@ def _prepare(recipe: Recipe) -> Stage:
     sources = {"data.train": source_list(recipe.data.train), "data.test": source_list(recipe.data.test)}
     files = {key: tuple(name for name in names if name != SYNTHETIC) for key, names in sources.items()}
     tokenizer = _outside("tokenizer.path", recipe.tokenizer.path)
+    converted: tuple[str, ...] = ()
+    if recipe.base and recipe.base.convert:
+        converted = ("base.start", "base.convert.mask_token")
+        if recipe.tokenizer.path is None:
+            tokenizer = _outside("base.start", recipe.base.start)
     return Stage(
         name="prepare",
         function="pipelines.prepare:run",
-        sections=("data", "tokenizer", "block_length", "seed"),
+        sections=("data", "tokenizer", "block_length", "seed", *converted),
         outside={**{key: paths for key, paths in files.items() if paths}, **tokenizer},
         check="pipelines.data.sources:check_early",
         bundles=({"CPU": 1.0},),
@@ -70,13 +75,14 @@ def _base(recipe: Recipe) -> Stage:
 
 def _reference(recipe: Recipe, reference: ReferenceStage) -> Stage:
     outside = _outside("reference.start", reference.start)
+    base = ("base",) if reference.start is None else ()
     if reference.train is None:
-        return _checkpoint("reference", "reference", outside)
+        return _checkpoint("reference", "reference", outside, base)
     return Stage(
         name="reference",
         function="pipelines.train:run",
         temporary=TEMPORARY,
-        inputs=("prepare",),
+        inputs=("prepare", *base),
         sections=("reference", *_TRAINING),
         outside=outside,
         bundles=_workers(recipe, "reference", recipe.resources.worker_counts[0]),
@@ -120,11 +126,12 @@ def _target(
     )
 
 
-def _checkpoint(name: str, section: str, outside: dict[str, str]) -> Stage:
-    """A checkpoint from outside the run, used unchanged."""
+def _checkpoint(name: str, section: str, outside: dict[str, str], inputs: tuple[str, ...] = ()) -> Stage:
+    """A checkpoint from outside the run, or the model of an input, used unchanged."""
     return Stage(
         name=name,
         function="pipelines.run.directory:use_checkpoint",
+        inputs=inputs,
         sections=(section,),
         outside=outside,
         needs_cluster=False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pipelines.recipe.model import ConvertSettings
 from pipelines.run.directory import StageContext
 from rcd_core.calibration.entropy_histogram import entropy_quantile
 from rcd_core.decode_settings import SCALED_RULES
@@ -27,6 +28,7 @@ class TrainJob:
     stage: str
     directory: str
     start: str | ModelConfig  # a checkpoint, or the sizes of a new model
+    convert: ConvertSettings | None  # if the checkpoint is an autoregressive model
     tokenizer: str
     examples: tuple[str, ...]
     chunks: Chunks
@@ -68,6 +70,7 @@ def make_job(ctx: StageContext) -> TrainJob:
         stage=ctx.stage,
         directory=ctx.directory,
         start=training.start if training.start is not None else ctx.checkpoint("base"),
+        convert=recipe.convert if ctx.stage == "base" else None,
         tokenizer=storage.join(prepared, "tokenizer"),
         examples=tuple(storage.join(prepared, "train", name) for name in prepare["train"]),
         chunks=chunks,

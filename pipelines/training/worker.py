@@ -20,6 +20,7 @@ from pipelines.training.metrics import MetricsLog
 from rcd_core.attention.backends import backend_key
 from rcd_core.errors import UserError
 from rcd_core.families.base import CheckpointInfo, DiffusionModel
+from rcd_core.families.convert import converted
 from rcd_core.families.loading import load_model, new_model
 from rcd_core.io import storage
 from rcd_core.io.retries import be_patient
@@ -87,6 +88,7 @@ def _train(job: TrainJob) -> None:
             reference=reference,
             signal_rule=job.signal_rule,
             noise=job.noise,
+            block_warmup=job.convert.block_warmup if job.convert else 0.0,
             validation=validation(job, model, rank, world_size, dtype, device),
             resume=resume,
             device=device,
@@ -99,7 +101,10 @@ def _train(job: TrainJob) -> None:
 
 def start_model(job: TrainJob) -> DiffusionModel:
     """The model that training starts from, on the CPU in fp32."""
-    if isinstance(job.start, str):
+    if isinstance(job.start, str) and job.convert:
+        tokenizer = load_tokenizer(job.tokenizer)
+        model = converted(job.start, tokenizer, job.block_length, shift=job.convert.shift, dtype=torch.float32)
+    elif isinstance(job.start, str):
         model = load_model(job.start, dtype=torch.float32)
     else:
         tokenizer = load_tokenizer(job.tokenizer)

@@ -66,7 +66,8 @@ class CheckpointFiles:
         if declared is None and default is None:
             raise UserError(
                 f"{self.directory}: neither config.json nor the tokenizer defines a mask token, and plain "
-                f"{self.config.get('model_type')} has none; set mask_token_id in config.json to an unused id"
+                f"{self.config.get('model_type')} has none; convert it with base.convert or `rcd convert`, or set "
+                "mask_token_id in config.json to an unused id"
             )
         return declared if declared is not None else int(default)  # type: ignore[arg-type]
 

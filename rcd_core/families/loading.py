@@ -31,6 +31,7 @@ from rcd_core.families.sdar_moe import SDARMoEModel
 from rcd_core.families.split import check_split, part_of, split_backbone
 from rcd_core.families.unsupported import check_vocabulary, refuse_adapter, refuse_quantised
 from rcd_core.families.weights import StoredTensor, list_weights, read_weights
+from rcd_core.io.gguf import is_gguf, unpacked
 from rcd_core.io.hub import CHECKPOINT_FILES, is_hub_id, snapshot
 from rcd_core.io.node_copy import node_copy
 from rcd_core.io.storage import is_uri
@@ -52,10 +53,12 @@ def load_model(
     device: str | torch.device = "cpu",
     attention: str = "auto",
     ranks: Ranks = ALONE,
+    fields: Mapping[str, Any] | None = None,
 ) -> DiffusionModel:
-    """Load an SDAR, LLaDA, Qwen3 or Llama checkpoint in eval mode.
+    """Load a checkpoint of any family (README.md lists them) in eval mode.
 
-    path: a directory, an s3:// or gs:// URI, or a hub id owner/name[@revision]. dtype None: the checkpoint's.
+    path: a directory, a GGUF file, an s3:// or gs:// URI, or a hub id owner/name[@revision]. dtype None: the
+    checkpoint's. fields: of config.json, used instead of those in the file (convert.py).
     attention: of training (attention/backends.py) and of the engines that decode the model (paged_backends.py).
     ranks: load one rank's part of the weights (families/split.py), and read nothing else of the files.
     Raises UserError for an unsupported architecture, and for weights that are missing, pickled, damaged or do not fit
@@ -63,6 +66,7 @@ def load_model(
     """
     directory = checkpoint_directory(path)
     files = CheckpointFiles.read(directory, str(path))
+    files.config.update(fields or {})
     family = family_of(files.config, directory)
     backend = backend_key(attention, device)
     stored = _rename(family, list_weights(directory), files.config)
@@ -154,6 +158,8 @@ def checkpoint_directory(path: str | Path) -> Path:
 
 
 def _directory(text: str) -> Path:
+    if is_gguf(text):
+        return unpacked(Path(text))
     if is_uri(text):
         return Path(node_copy(text))
     directory = Path(text)

@@ -29,19 +29,25 @@ def node_copy(checkpoint: str) -> str:
     """
     if not storage.is_uri(checkpoint) or checkpoint.startswith("file://"):
         return checkpoint.removeprefix("file://")
-    root = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "rcd").expanduser() / "checkpoints"
-    root.mkdir(parents=True, exist_ok=True)
-    with _locked(root / f"{_digest(checkpoint)}.lock"):
+    root = cache_directory("checkpoints")
+    with locked(root / f"{digest(checkpoint)}.lock"):
         while True:
             files = _list(checkpoint)
-            copy = root / _digest(checkpoint, sorted(files.items())) / storage.basename(checkpoint)
+            copy = root / digest(checkpoint, sorted(files.items())) / storage.basename(checkpoint)
             if _complete(copy, files):
                 return str(copy)
-            partial = root / f"{_digest(checkpoint)}.partial"  # a fixed name: replaces what a killed process left
+            partial = root / f"{digest(checkpoint)}.partial"  # a fixed name: replaces what a killed process left
             _download(checkpoint, partial / copy.name)
             if _list(checkpoint) == files:  # else it changed meanwhile and the copy mixes two versions: retry
                 shutil.rmtree(copy.parent, ignore_errors=True)
                 partial.rename(copy.parent)
+
+
+def cache_directory(name: str) -> Path:
+    """A directory of this node's cache, which exists."""
+    root = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "rcd").expanduser() / name
+    root.mkdir(parents=True, exist_ok=True)
+    return root
 
 
 def _list(checkpoint: str) -> _Files:
@@ -73,11 +79,13 @@ def _complete(copy: Path, files: _Files) -> bool:
 
 
 @contextmanager
-def _locked(lock: Path) -> Iterator[None]:
+def locked(lock: Path) -> Iterator[None]:
+    """One process of the node at a time."""
     with lock.open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)  # the kernel releases it whenever the process ends
         yield
 
 
-def _digest(*parts: object) -> str:
+def digest(*parts: object) -> str:
+    """24 hex digits."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcd_core.errors import UserError
+from rcd_core.io.gguf import is_gguf, unpacked
 from rcd_core.io.hub import TOKENIZER_FILES, is_hub_id, snapshot
 from rcd_core.io.node_copy import node_copy
 from rcd_core.tasks.base import MASK_TEXT
@@ -31,6 +32,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 _ROLES = ("user", "assistant")  # in every chat prompt, so each should be one token
+MOST_ADDED = 3  # tokens that add_mask_token adds: the mask, and a turn's start and end
 # For checkpoints whose tokenizer does not declare its mask token (LLaDA).
 _KNOWN_MASKS = (MASK_TEXT, "<|mdm_mask|>")
 
@@ -70,9 +72,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a directory, a URI or a hub id. No code of the checkpoint is executed. Raises UserError."""
+    """Load a tokenizer from a directory, a GGUF file, a URI or a hub id. No code of the checkpoint is executed. Raises
+    UserError."""
     loader: Any
-    local = Path(node_copy(str(path)))
+    local = unpacked(Path(path)) if is_gguf(str(path)) else Path(node_copy(str(path)))
     if not local.exists() and is_hub_id(str(path)):
         local = snapshot(str(path), TOKENIZER_FILES)
     try:
@@ -85,6 +88,38 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer {str(path)!r} cannot be loaded; give a directory or a hub id: {error}") from error
     return tokenizer
+
+
+def add_mask_token(tokenizer: PreTrainedTokenizerBase, text: str | None) -> None:
+    """Make an autoregressive model's tokenizer fit for diffusion, in place.
+
+    text: the mask token, an unused one of the vocabulary or a new one; None: the tokenizer's own, else MASK_TEXT. A
+    tokenizer without a chat template gets ours (ChatML), and one without a padding token its eos.
+    Raises UserError for a token that text contains or that has another purpose.
+    """
+    text = text or tokenizer.mask_token or MASK_TEXT
+    if text in tokenizer.get_vocab() and text != tokenizer.mask_token:
+        _check_unused(tokenizer, text)
+    added: dict[str, Any] = {"mask_token": text}
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = CHAT_TEMPLATE
+        added["additional_special_tokens"] = [TURN_START, TURN_END]
+    tokenizer.add_special_tokens(added)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or TURN_END
+
+
+def _check_unused(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    index = tokenizer.convert_tokens_to_ids(text)
+    names = [name for name, token in tokenizer.special_tokens_map.items() if token == text]
+    used = f"it is the tokenizer's {names[0]}" if names else ""
+    if text in str(tokenizer.chat_template or ""):
+        used = "the chat template writes it"
+    ordinary = index not in tokenizer.added_tokens_decoder
+    if ordinary and tokenizer(text, add_special_tokens=False)["input_ids"] == [index]:
+        used = "ordinary text contains it"
+    if used:
+        raise UserError(f"mask_token {text!r} is in use: {used}; name an unused token, or a new one like {MASK_TEXT!r}")
 
 
 def mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

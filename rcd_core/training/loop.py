@@ -73,6 +73,7 @@ def train(
     reference: DiffusionModel | None = None,
     signal_rule: SignalRule = DEFAULT_RULE,
     noise: NoiseSettings | None = None,
+    block_warmup: float = 0.0,
     validation: Validation | None = None,
     resume: Path | None = None,
     device: torch.device | None = None,
@@ -82,6 +83,7 @@ def train(
     residual.source: "none" ignores any signals. "signals" uses those cached with the rows. "online" runs the frozen
     `reference` on the same noisy input and keeps what `signal_rule` says. The other sources run the model itself on
     noisier versions of the rows and need `noise`, which drew the rows' own masks.
+    block_warmup: share of the steps in which blocks grow from one token, causal attention, to block_length.
     resume: directory of a checkpoint to continue from.
     device: where to train, by default the model's device. ddp expects the model there; fsdp2 takes a model on the CPU
     and moves it layer by layer, so that no device holds all of it.
@@ -110,6 +112,7 @@ def train(
         block_length=block_length,
         block_diffusion=model.attention_block(block_length) is not None,
         noise=noise,
+        block_warmup=block_warmup,
     )
     if not residual.learns_alpha:
         model.learned_alpha = None

@@ -120,16 +120,28 @@ class Collator:
     block_length: int
     block_diffusion: bool  # SDAR: lay out [noisy | clean] here, off the device
     noise: NoiseSettings | None = None
+    block_warmup: float = 0.0  # share of the steps
 
-    def micro_batches(self, rows: Sequence[TrainingRow]) -> list[MicroBatch]:
+    def micro_batches(self, rows: Sequence[TrainingRow], step: int | None = None) -> list[MicroBatch]:
+        """step: of the training; None: after the warm-up of blocks."""
         bins = pack(rows, self.settings.pack_length)
         size = self.settings.micro_batch_size or len(bins)
-        return [self._micro_batch(bins[i : i + size]) for i in range(0, len(bins), size)]
+        blocks = self.block_length_at(step)
+        return [self._micro_batch(bins[i : i + size], blocks) for i in range(0, len(bins), size)]
 
-    def _micro_batch(self, bins: list[list[TrainingRow]]) -> MicroBatch:
+    def block_length_at(self, step: int | None) -> int:
+        """During the warm-up, the divisors of block_length in turn, from 1, which is causal attention."""
+        smaller = [length for length in range(1, self.block_length) if self.block_length % length == 0]
+        warm = round(self.block_warmup * self.settings.steps)
+        if step is None or step >= warm or not smaller:
+            return self.block_length
+        return smaller[step * len(smaller) // warm]
+
+    def _micro_batch(self, bins: list[list[TrainingRow]], block_length: int) -> MicroBatch:
         batch, signals = collate_packed(
             bins, mask_token_id=self.mask_token_id, pad_token_id=self.pad_token_id, block_length=self.block_length
         )
+        batch = replace(batch, block_length=block_length)
         batch = batch.with_packed() if self.block_diffusion else batch
         rows = [row for packed_row in bins for row in packed_row]
         micro = MicroBatch(rows, batch, signals, self._keep(rows))
@@ -174,7 +186,7 @@ def prefetch(
 
     def prepare(step: int) -> list[MicroBatch]:
         indices = range(step * settings.batch_size + rank, (step + 1) * settings.batch_size, world)
-        return collator.micro_batches([source.row(g) for g in indices])
+        return collator.micro_batches([source.row(g) for g in indices], step)
 
     if first >= settings.steps:
         return
