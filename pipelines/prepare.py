@@ -11,14 +11,9 @@ data.min_length are dropped and counted separately.
 from __future__ import annotations
 
 import hashlib
-import platform
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,58 +26,26 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 
+from pipelines.data.examples import ORIGIN, ROWS_PER_FILE, SCHEMAS, encode
 from pipelines.data.ordering import collect, in_order
 from pipelines.data.sources import (
     Source,
     check_sources,
-    columns_of,
-    row_limit,
     source_files,
     splits_of,
     training_texts,
 )
 from pipelines.recipe.model import Recipe
-from pipelines.recipe.sources import SYNTHETIC
 from pipelines.run.directory import StageContext
 from rcd_core.errors import UserError
 from rcd_core.io import storage
-from rcd_core.io.retries import be_patient
 from rcd_core.tasks import SPLITS, get_task
-from rcd_core.tasks.rows import BadRow, Row, read_rows
-from rcd_core.text.encoding import TOO_SHORT, UNLABELLED, Encoder, content_id
+from rcd_core.text.encoding import TOO_SHORT, UNLABELLED, Encoder
 from rcd_core.text.tokenizer import add_mask_token, load_tokenizer, mask_token_id, tokenizer_sha256, train_tokenizer
 
 VALIDATION = "validation"  # directory of the held-out training examples
-ROWS_PER_FILE = 4096
 ROWS_PER_GROUP = 1024  # a chunk: training shuffles and loads one at a time
-ROWS_PER_BATCH = 512
 TOKENIZER_ROWS = 10_000  # good rows that the tokenizer is trained on
-
-_IDS = pa.list_(pa.int32())
-SCHEMAS = {
-    "train": pa.schema(
-        {"example_id": pa.string(), "input_ids": _IDS, "labels": _IDS, "prompt_length": pa.int32()},
-    ),
-    "test": pa.schema({"example_id": pa.string(), "prompt_ids": _IDS, "prompt": pa.string(), "answer": pa.string()}),
-}
-_ORIGIN = pa.schema({"source": pa.string(), "row": pa.int64(), "reason": pa.string(), "detail": pa.string()})
-_ROWS = pa.unify_schemas([_ORIGIN, pa.schema({"values": pa.list_(pa.string())})])
-
-
-@dataclass(frozen=True, slots=True)
-class Encoding:
-    """How rows become examples. Hashable, so that a worker caches its tokenizer."""
-
-    task: str
-    split: str
-    tokenizer: str
-    pad_multiple: int
-    max_length: int
-    min_length: int | None
-
-    @property
-    def schema(self) -> pa.Schema:
-        return pa.unify_schemas([SCHEMAS[self.split], _ORIGIN])
 
 
 def run(ctx: StageContext) -> dict[str, Any]:
@@ -98,7 +61,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     encoded = {}
     for split in sources:
         with ctx.console.status(f"prepare: tokenising the {split} rows"):
-            encoded[split] = _encode(ctx, split, sources[split]).materialize()
+            encoded[split] = encode(ctx, split, sources[split]).materialize()
     counts = _write_bad_rows(ctx, encoded)
     files: dict[str, list[str]] = {split: [] for split in SPLITS}
     held_out: list[str] = []
@@ -140,99 +103,6 @@ def _save_tokenizer(ctx: StageContext, sources: list[Source]) -> Any:
     return tokenizer
 
 
-# -- rows to examples, in Ray tasks
-
-
-def _encode(ctx: StageContext, split: str, sources: list[Source]) -> ray.data.Dataset:
-    """Rows that are an example, or have a `reason` why not."""
-    recipe, limit = ctx.recipe, row_limit(ctx.recipe, split)
-    read: Any
-    if not sources:
-        limit = limit or 0  # rules.py requires a number for synthetic data
-        read = partial(_synthetic_rows, task=recipe.data.task_of(split), split=split, seed=recipe.seed)
-        rows = ray.data.range(limit, override_num_blocks=-(-limit // ROWS_PER_FILE))
-        rows = rows.map_batches(read, batch_size=ROWS_PER_BATCH, batch_format="pyarrow")
-    else:
-        # With a limit one task reads the first rows; without one, each file has its own task.
-        groups = [sources] if limit else [[source] for source in sources]
-        read = partial(_file_rows, groups=groups, columns=columns_of(recipe, split), limit=limit)
-        rows = ray.data.range(len(groups), override_num_blocks=len(groups))
-        rows = rows.map_batches(read, batch_size=1, batch_format="pyarrow")
-        rows = rows.repartition(target_num_rows_per_block=ROWS_PER_FILE)
-    encoding = Encoding(
-        task=recipe.data.task_of(split),
-        split=split,
-        tokenizer=storage.join(ctx.directory, "tokenizer"),
-        pad_multiple=recipe.data.pad_multiple or recipe.block_length,
-        max_length=recipe.data.max_length,
-        min_length=recipe.data.min_length,
-    )
-    return rows.map_batches(
-        partial(_encode_batch, encoding=encoding), batch_size=ROWS_PER_BATCH, batch_format="pyarrow"
-    )
-
-
-def _synthetic_rows(indices: pa.Table, task: str, split: str, seed: int) -> pa.Table:
-    generator = get_task(task)
-    return _row_table(
-        (SYNTHETIC, Row(i, values=generator.synthetic(i, split, seed))) for i in indices["id"].to_pylist()
-    )
-
-
-def _file_rows(
-    index: pa.Table, groups: list[list[Source]], columns: dict[str, str], limit: int | None
-) -> Iterator[pa.Table]:
-    be_patient()
-    sources = groups[index["id"][0].as_py()]
-    for path in (source.path for source in sources if not storage.is_uri(source.path)):
-        if not storage.exists(path):
-            raise UserError(
-                f"data file {path} does not exist on node {platform.node()}, but the driver can read it; put it where "
-                "every node reads it: a shared disk, s3:// or gs://"
-            )
-    labelled = ((source.label, row) for source in sources for row in read_rows(source.path, columns))
-    rows = islice(labelled, limit)
-    while batch := list(islice(rows, ROWS_PER_FILE)):
-        yield _row_table(batch)
-
-
-def _row_table(rows: Iterable[tuple[str, Row]]) -> pa.Table:
-    records = []
-    for source, row in rows:
-        record: dict[str, Any] = {"source": source, "row": row.number}
-        if row.values is not None:
-            record["values"] = list(row.values.values())
-        elif row.bad is not None:
-            record |= {"reason": row.bad.reason, "detail": row.bad.detail}
-        records.append(record)
-    return pa.Table.from_pylist(records, schema=_ROWS)
-
-
-@lru_cache(maxsize=2)
-def _encoder(encoding: Encoding) -> Encoder:
-    tokenizer = load_tokenizer(encoding.tokenizer)
-    return Encoder(get_task(encoding.task), tokenizer, encoding.pad_multiple, encoding.max_length, encoding.min_length)
-
-
-def _encode_batch(rows: pa.Table, encoding: Encoding) -> pa.Table:
-    encoder = _encoder(encoding)
-    records = rows.to_pylist()
-    for record in records:
-        if record["reason"] is None:
-            try:
-                record |= _example(encoder, encoding.split, record)
-            except BadRow as bad:
-                record |= {"reason": bad.reason, "detail": bad.detail}
-    return pa.Table.from_pylist(records, schema=encoding.schema)
-
-
-def _example(encoder: Encoder, split: str, record: dict[str, Any]) -> dict[str, Any]:
-    problem = encoder.problem(dict(zip(encoder.task.fields, record["values"], strict=True)))
-    example_id = f"{record['row']:08d}" if record["source"] == SYNTHETIC else content_id(problem)
-    example = encoder.train(problem) if split == "train" else encoder.test(problem)
-    return {"example_id": example_id, **asdict(example)}
-
-
 # -- results
 
 
@@ -241,7 +111,7 @@ def _write_bad_rows(ctx: StageContext, encoded: dict[str, ray.data.Dataset]) -> 
     path = storage.join(ctx.directory, "bad.parquet")
     counts, tables, problems = {}, [], []
     for split, data in encoded.items():
-        num_rows, unused = data.count(), collect(data, _unused, _ORIGIN)
+        num_rows, unused = data.count(), collect(data, _unused, ORIGIN)
         short = pc.equal(unused["reason"], TOO_SHORT)
         bad = unused.filter(pc.invert(short)).sort_by([("source", "ascending"), ("row", "ascending")])
         reasons = dict(sorted(Counter(bad["reason"].to_pylist()).items()))
@@ -327,7 +197,7 @@ def _write_file(ctx: StageContext, directory: str, number: int, table: pa.Table)
 
 
 def _unused(rows: pa.Table) -> pa.Table:
-    return rows.filter(pc.is_valid(rows["reason"])).select(_ORIGIN.names)
+    return rows.filter(pc.is_valid(rows["reason"])).select(ORIGIN.names)
 
 
 def _digest(table: pa.Table, digest: Any) -> None:

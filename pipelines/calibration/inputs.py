@@ -9,13 +9,13 @@ from itertools import islice
 import pyarrow.parquet as pq
 
 from pipelines.calibration.job import CalibrationJob, synthetic_problems
-from pipelines.data.sources import columns_of, source_files
+from pipelines.data.sources import rows_of, source_files
 from pipelines.run.directory import StageContext
 from rcd_core.errors import UserError
 from rcd_core.io import storage
 from rcd_core.tasks import Problem, get_task
-from rcd_core.tasks.rows import read_rows
-from rcd_core.text.encoding import content_id
+from rcd_core.tasks.files import BadRow
+from rcd_core.text.encoding import content_id, example_of
 
 
 def make_jobs(ctx: StageContext) -> list[CalibrationJob]:
@@ -67,20 +67,23 @@ def held_out_problems(ctx: StageContext, limit: int) -> list[Problem]:
     sources = source_files(recipe, "train")
     if not sources:
         return list(islice(synthetic_problems(recipe.data.task, recipe.seed), limit))
-    task, columns = get_task(recipe.data.task), columns_of(recipe, "train")
+    task = get_task(recipe.data.task)
     ids = set(islice(_validation_ids(ctx), limit))
     problems: dict[str, Problem] = {}
-    for row in (row for source in sources for row in read_rows(source.path, columns)):
+    for row in (row for source in sources for row in rows_of(recipe, "train", source.path)):
         if len(problems) == len(ids):
             break
         try:
-            problem = task.problem(row.values) if row.values else None
-        except UserError:
+            problem = example_of(row, task)
+        except BadRow:
             continue
-        if problem is not None and (name := content_id(problem)) in ids:
+        if isinstance(problem, Problem) and (name := content_id(problem)) in ids:
             problems.setdefault(name, problem)
     if not problems:
-        raise UserError("calibrate: data.train has none of the examples that prepare held out; did the files change?")
+        raise UserError(
+            "calibrate: data.train has none of the examples that prepare held out, or they have several turns, which "
+            "calibrate does not decode; restore the files, or set calibrate to null"
+        )
     return [problems[name] for name in sorted(problems)]
 
 

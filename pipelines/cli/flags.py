@@ -258,6 +258,26 @@ class ConvertFlags:
 
 
 @dataclass(frozen=True)
+class DataInspectFlags:
+    """Show how a data file is read: its dialect, what would be dropped and why, lengths, and one example.
+
+    rcd data inspect chats.jsonl --tokenizer MODEL
+    """
+
+    path: Annotated[str, FLAG("File or URI: .jsonl, .json, .csv (each also .gz) or .parquet.")]
+    _: KW_ONLY
+    tokenizer: Annotated[str | None, CHECKPOINTS("Tokenizer or checkpoint, for lengths and an example.")] = None
+    task: Annotated[str, FLAG("Task whose columns are looked for first.")] = "qa"
+    field: Annotated[tuple[str, ...], FLAG("A field of the task and its column; repeatable.", metavar="A=B")] = ()
+    dialect: Annotated[str | None, FLAG("As data.dialect. Default: found from the columns.")] = None
+    turns: Annotated[Literal["all", "last"], FLAG("Answers that are trained.")] = "all"
+    reasoning: Annotated[Literal["keep", "drop"], FLAG("Reasoning before the answers.")] = "keep"
+    max_length: Annotated[Int, FLAG("Tokens above which rows are dropped.")] = 8192
+    block_length: Annotated[Int, FLAG("Rows are padded to a multiple of this.")] = 32
+    rows: Annotated[Int, FLAG("Rows to read; 0 reads all.")] = 1000
+
+
+@dataclass(frozen=True)
 class ExportFlags:
     """Copy a model of a run to a checkpoint of its own, with the T_res that the run chose for it.
 

@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "calibrate": (flags.CalibrateFlags, "calibrate:calibrate"),
     "chat": (flags.ChatFlags, "chat:chat"),
     "convert": (flags.ConvertFlags, "convert:convert"),
+    "data inspect": (flags.DataInspectFlags, "data:inspect"),
     "down": (flags.DownFlags, "local:down"),
     "evaluate": (flags.EvaluateFlags, "evaluate:evaluate"),
     "export": (flags.ExportFlags, "export:export"),
@@ -31,6 +32,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "up": (flags.UpFlags, "local:up"),
 }
 GROUPS = {
+    "data": "Look at training data.",
     "serve": "Check a Serve config before it is deployed.",
     "signals": "Inspect reference signals, or plan them.",
     "train": "Plan a training: memory, GPUs, hours.",

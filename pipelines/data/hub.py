@@ -9,9 +9,10 @@ from typing import Any
 from pipelines.recipe.sources import HUB_DATA
 from rcd_core.errors import UserError
 from rcd_core.io.hub import cached_snapshot
+from rcd_core.tasks.files import SUFFIXES
 
 HUB = "hf://"
-_READABLE = (".parquet", ".jsonl")
+_NO_DATA = ("dataset_infos.json", "dataset_info.json")  # describe the data set
 _TIMEOUT_S = 30.0  # of a connection or a read; without one, a network that drops packets stops a dry run for ever
 # How file names call a split where the data set's card does not say which files it has: the hub's convention.
 _KEYWORDS = {
@@ -34,10 +35,13 @@ def hub_files(name: str, split: str, key: str, revision: str | None = None) -> l
     root, paths, card = _listing(match["name"], match["revision"] or revision, f"{key}: {name}")
     split = match["split"] or split
     chosen = _of_split(paths, _config(card.get("configs") or (), match["config"], f"{key}: {name}"), split)
-    files = [path for path in chosen if path.endswith(_READABLE)]
+    files = [path for path in chosen if path.endswith(SUFFIXES) and not path.endswith(_NO_DATA)]
     if not files:
-        found = f"{', '.join(chosen[:5])}, which is not" if chosen else f"no file of split {split!r}; give"
-        raise UserError(f"{key}: {name} has {found} .parquet or .jsonl; correct the split, or download and convert it")
+        found = ", ".join(chosen[:5]) if chosen else f"no file of split {split!r}"
+        raise UserError(
+            f"{key}: {name} has {found}; data files are {', '.join(SUFFIXES)}; correct the split, or download and "
+            "convert it"
+        )
     return [f"{root}/{path}" for path in files]
 
 
@@ -85,7 +89,7 @@ def _of_split(paths: Sequence[str], config: Mapping[str, Any], split: str) -> li
         return list(dict.fromkeys(path for pattern in full for path in inside if _glob(pattern, path)))
     named = {path for words in _KEYWORDS.values() for path in inside if _has_word(path, words)}
     if split == "train" and not named:
-        return [path for path in inside if path.endswith(_READABLE)]
+        return [path for path in inside if path.endswith(SUFFIXES) and not path.endswith(_NO_DATA)]
     return [path for path in inside if _has_word(path, _KEYWORDS.get(split, (split,)))]
 
 

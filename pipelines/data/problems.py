@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 
-from pipelines.data.sources import check_sources, columns_of, row_limit, source_files
+from pipelines.data.sources import check_sources, row_limit, rows_of, source_files
 from pipelines.recipe.sources import SYNTHETIC
 from pipelines.run.directory import StageContext
 from rcd_core.errors import UserError
-from rcd_core.tasks import get_task
-from rcd_core.tasks.rows import Row, read_rows
-from rcd_core.text.encoding import content_id
+from rcd_core.tasks import Problem, Task, get_task
+from rcd_core.tasks.files import BadRow
+from rcd_core.tasks.rows import Row
+from rcd_core.text.encoding import content_id, example_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +34,9 @@ def read_problems(ctx: StageContext) -> list[TestProblem]:
     problems, reasons, copies = [], Counter[str](), Counter[str]()
     for source, row in _rows(ctx):
         try:
-            if row.values is None:
-                raise UserError(str(row.bad.args[0]) if row.bad else "empty")
-            problem = task.problem(row.values)
-        except UserError as error:
-            reasons[str(error)] += 1
+            problem = _problem(row, task)
+        except (BadRow, UserError) as bad:
+            reasons[str(bad.args[0])] += 1
             continue
         example_id = f"{row.number:08d}" if source == SYNTHETIC else content_id(problem)
         number = copies[example_id]
@@ -53,12 +52,20 @@ def read_problems(ctx: StageContext) -> list[TestProblem]:
     return sorted(problems, key=lambda problem: problem.example_id)
 
 
+def _problem(row: Row, task: Task) -> Problem:
+    problem = example_of(row, task)
+    if not isinstance(problem, Problem):
+        raise BadRow("more than a question and an answer, which an endpoint is not sent")
+    if row.conversation is not None:
+        return task.problem({"question": problem.prompt, "answer": problem.response})
+    return problem
+
+
 def _rows(ctx: StageContext) -> Iterator[tuple[str, Row]]:
     recipe, limit = ctx.recipe, row_limit(ctx.recipe, "test")
     sources = source_files(recipe, "test")
     if sources:
-        columns = columns_of(recipe, "test")
-        rows = (((source.label, row) for row in read_rows(source.path, columns)) for source in sources)
+        rows = (((source.label, row) for row in rows_of(recipe, "test", source.path)) for source in sources)
         yield from islice(chain.from_iterable(rows), limit)
         return
     task = get_task(recipe.data.task_of("test"))

@@ -12,8 +12,11 @@ from pipelines.recipe.model import ConvertSettings, Recipe
 from pipelines.recipe.sources import SYNTHETIC, source_list
 from rcd_core.errors import UserError
 from rcd_core.io import storage
-from rcd_core.tasks import SPLITS, get_task
-from rcd_core.tasks.rows import Row, check_columns, read_rows
+from rcd_core.tasks import SPLITS, Problem, get_task
+from rcd_core.tasks.dialects import Dialect
+from rcd_core.tasks.files import BadRow
+from rcd_core.tasks.rows import Row, choose_dialect, read_rows
+from rcd_core.text.encoding import example_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +27,16 @@ class Source:
     path: str
 
 
-def check_early(recipe: Recipe) -> None:
-    """`check_sources` and `check_convert` before the first stage, without what is on the hub and does not answer."""
-    check_sources(recipe, needs_hub=False)
+def check_early(recipe: Recipe) -> list[str]:
+    """`check_sources` and `check_convert` before the first stage, without what is on the hub and does not answer.
+
+    Returns a line per file for the plan: how its rows are read.
+    """
+    notes = check_sources(recipe, needs_hub=False)
     start = recipe.base.start if recipe.base else None
     if recipe.convert and isinstance(start, str) and storage.is_absolute(start):
         check_convert(recipe.convert, start, recipe.tokenizer_source or start)
+    return notes
 
 
 def check_convert(convert: ConvertSettings, start: str, tokenizer: str) -> None:
@@ -41,10 +48,15 @@ def check_convert(convert: ConvertSettings, start: str, tokenizer: str) -> None:
     add_mask_token(load_tokenizer(tokenizer), convert.mask_token)
 
 
-def check_sources(recipe: Recipe, needs_hub: bool = True) -> None:
-    """Raise UserError unless every source is readable and has the mapped columns. Reads the first rows only."""
+def check_sources(recipe: Recipe, needs_hub: bool = True) -> list[str]:
+    """Raise UserError unless every source is readable and has the mapped columns. Reads the first rows only.
+
+    Returns how the rows of each source are read.
+    """
+    notes = []
     for split in splits_of(recipe):
-        names, columns = _names(recipe, split), columns_of(recipe, split)
+        names = _names(recipe, split)
+        columns_of(recipe, split)
         if SYNTHETIC in names:
             if len(names) > 1:
                 raise UserError(f"data.{split} mixes 'synthetic' with files; give one or the other")
@@ -59,19 +71,38 @@ def check_sources(recipe: Recipe, needs_hub: bool = True) -> None:
                     if needs_hub:
                         raise
                     continue
-            check_columns(file, columns, f"data.{split}")
+            dialect = dialect_of(recipe, split, file)
+            how = f"dialect {dialect.name}" if dialect else "columns " + ", ".join(columns_of(recipe, split).values())
+            notes.append(f"data.{split}: {name}: {how}")
+    return notes
+
+
+def dialect_of(recipe: Recipe, split: str, file: str) -> Dialect | None:
+    """How a file writes conversations; None if it has the task's columns. Raises UserError if it has neither.
+
+    A test's conversations give question and answer, so its task must have these two fields.
+    """
+    task, (mapping, _) = get_task(recipe.data.task_of(split)), _mapping(recipe, split)
+    usable = not task.infill and not mapping and (split == "train" or set(task.fields) == {"question", "answer"})
+    chosen = recipe.data.dialect if split == "train" else None
+    return choose_dialect(file, columns_of(recipe, split), f"data.{split}", chosen, usable)
 
 
 def columns_of(recipe: Recipe, split: str) -> dict[str, str]:
     """Field of the task -> column of the data set."""
-    data = recipe.data
-    task, mapping, key = get_task(data.task_of(split)), data.fields, "data.fields"
-    if split == "test" and (data.test_fields is not None or data.test_task is not None):
-        mapping, key = data.test_fields or {}, "data.test_fields"  # another task has its own fields
+    task, (mapping, key) = get_task(recipe.data.task_of(split)), _mapping(recipe, split)
     for field in mapping:
         if field not in task.fields:
             raise UserError(f"{key}.{field}: task {task.name!r} has no such field; it has {', '.join(task.fields)}")
     return {field: mapping.get(field, field) for field in task.fields}
+
+
+def _mapping(recipe: Recipe, split: str) -> tuple[dict[str, str], str]:
+    """(field -> column, where they are set, and the recipe key)."""
+    data = recipe.data
+    if split == "test" and (data.test_fields is not None or data.test_task is not None):
+        return data.test_fields or {}, "data.test_fields"  # another task has its own fields
+    return data.fields, "data.fields"
 
 
 def splits_of(recipe: Recipe) -> tuple[str, ...]:
@@ -99,19 +130,26 @@ def source_files(recipe: Recipe, split: str) -> list[Source]:
     return sources
 
 
+def rows_of(recipe: Recipe, split: str, file: str) -> Iterator[Row]:
+    """The rows of a file. Raises UserError if it cannot be read."""
+    dialect = dialect_of(recipe, split, file)
+    return read_rows(file, columns_of(recipe, split), dialect, recipe.data.reasoning == "keep")
+
+
 def training_texts(recipe: Recipe, sources: list[Source], most: int) -> Iterator[str]:
     """Texts of the first `most` training rows in order, so that the same recipe trains the same tokenizer."""
     task = get_task(recipe.data.task)
     most = min(row_limit(recipe, "train") or most, most)
     if sources:
-        columns = columns_of(recipe, "train")
-        rows: Iterable[Row] = chain.from_iterable(read_rows(source.path, columns) for source in sources)
+        rows: Iterable[Row] = chain.from_iterable(rows_of(recipe, "train", source.path) for source in sources)
     else:
         rows = (Row(i, values=task.synthetic(i, "train", recipe.seed)) for i in range(most))
     for row in islice(rows, most):
-        with suppress(UserError):  # bad rows are counted when they are encoded
-            problem = task.problem(row.values) if row.values else None
-            if problem:
-                yield problem.response
-                if not task.infill:  # an infilling prompt is its response with holes
-                    yield problem.prompt
+        with suppress(BadRow):  # bad rows are counted when they are encoded
+            example = example_of(row, task)
+            if not isinstance(example, Problem):
+                yield from (message["content"] for message in example)
+                continue
+            yield example.response
+            if not task.infill:  # an infilling prompt is its response with holes
+                yield example.prompt

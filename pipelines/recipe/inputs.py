@@ -19,7 +19,7 @@ def check_inputs(recipe: Recipe) -> None:
             if not _exists(key, path):
                 raise UserError(f"{key}: {path} does not exist; correct the path or copy the file there")
             if storage.is_directory(path) or storage.size(path) == 0:
-                raise UserError(f"{key}: {path} is a directory or an empty file; give a .jsonl or .parquet file")
+                raise UserError(f"{key}: {path} is a directory or an empty file; give a file of rows")
     served = {f"deploy.models.{name}.checkpoint": model.checkpoint for name, model in recipe.deploy.models.items()}
     external = {k: path for k, path in (checkpoints(recipe) | served).items() if storage.is_absolute(path)}
     for key, path in external.items():

@@ -13,6 +13,7 @@ from pipelines.recipe.types import (
     Baseline,
     Count,
     DataSource,
+    DialectName,
     EntryName,
     ModelSource,
     Positive,
@@ -36,7 +37,8 @@ class DataSettings(Section):
     test_task: str | None = None
     """Task of the test examples, when it differs from `task`."""
     train: DataSource | None
-    """`synthetic`, paths or URIs of .jsonl or .parquet files, `hf://owner/name[@config][:split]`; null: no training."""
+    """`synthetic`, paths or URIs of .jsonl, .json, .csv (each also .gz) or .parquet files,
+    `hf://owner/name[@config][:split]`; null: no training."""
     test: DataSource
     """Test examples, given like `train`."""
     num_train: Count | None = None
@@ -49,6 +51,12 @@ class DataSettings(Section):
     """Field of the task -> column of the data set, where the names differ."""
     test_fields: dict[str, str] | None = None
     """The same for the test examples; null uses `fields`, or the task's own names with a `test_task`."""
+    dialect: DialectName | None = None
+    """How training rows write conversations (`rcd data inspect`); null: found from the columns."""
+    turns: Literal["all", "last"] = "all"
+    """Answers of a conversation that are trained."""
+    reasoning: Literal["keep", "drop"] = "keep"
+    """Whether answers of conversations keep what the model thought before them, in `<think>` tags."""
     max_length: Count = 256
     """Tokens of prompt, response and padding; longer examples count as bad."""
     min_length: Count | None = None

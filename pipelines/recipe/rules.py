@@ -31,6 +31,10 @@ def problems(recipe: Recipe) -> Iterator[str]:
             f"{key} is 'humaneval', which runs code that a model wrote, but evaluate.run_code is false; "
             "set it to true where that is safe"
         )
+    if data.dialect is not None and data.fields:
+        yield f"data.dialect is {data.dialect!r} but data.fields names columns of the task; remove one of them"
+    if data.dialect is not None and data.task in TASKS and TASKS[data.task].infill:
+        yield f"data.dialect is {data.dialect!r} but task {data.task!r} has no conversations; set it to null"
     if data.train is not None:
         yield from source_problems("train", data.train, data.num_train)
     yield from source_problems("test", data.test, data.num_test)

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pipelines.recipe.model import Recipe
 from rcd_core.io import storage
 from rcd_core.io.hub import is_hub_id
+from rcd_core.tasks.files import SUFFIXES
 
 SYNTHETIC = "synthetic"
 HUB_DATA = re.compile(
     r"hf://(?P<name>[\w.-]+/[\w.-]+)(@(?P<config>[\w.-]+))?(:(?P<split>[^\s?]+))?(\?revision=(?P<revision>[\w./-]+))?"
 )
-_DATA_SUFFIXES = (".jsonl", ".parquet")
 ABSOLUTE = "jobs run in a temporary copy of the working directory, so give an absolute path or a URI"
 
 
@@ -51,8 +51,8 @@ def source_problems(key: str, source: str | tuple[str, ...], count: int | None) 
                 yield f"data.{key} is {path!r}; use the form hf://owner/name[@config][:split][?revision=REVISION]"
         elif not storage.is_absolute(path):
             yield f"data.{key} is {path!r}, a relative path; {ABSOLUTE}"
-        elif not path.endswith(_DATA_SUFFIXES):
-            yield f"data.{key} is {path!r}; its name must end in {' or '.join(_DATA_SUFFIXES)}"
+        elif not path.endswith(SUFFIXES):
+            yield f"data.{key} is {path!r}; its name must end in one of {', '.join(SUFFIXES)}"
 
 
 def checkpoint_problems(key: str, start: str) -> Iterator[str]:

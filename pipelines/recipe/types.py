@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from rcd_core.families.config import ModelConfig
+from rcd_core.tasks.dialects import DIALECTS
+from rcd_core.tasks.rows import OWN_COLUMNS
+
+
+def _known_dialect(name: str) -> str:
+    if name not in (OWN_COLUMNS, *DIALECTS):
+        raise ValueError(f"allowed: {', '.join((OWN_COLUMNS, *DIALECTS))}")
+    return name
+
 
 # Each union has tags in angle brackets, which keep pydantic to one complaint per value; see files.explain.
 ModelSource = Annotated[  # a checkpoint, or the sizes of a new model
@@ -24,6 +33,7 @@ Workers = Annotated[  # a number, or [min, max]
     Discriminator(lambda value: "<elastic>" if isinstance(value, list | tuple) else "<fixed>"),
 ]
 Positive = Annotated[float, Field(gt=0)]
+DialectName = Annotated[str, AfterValidator(_known_dialect)]
 EntryName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 Baseline = Annotated[  # whether to train one, or a checkpoint
     Annotated[str, Tag("<checkpoint>")] | Annotated[bool, Tag("<switch>")],

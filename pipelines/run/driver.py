@@ -118,10 +118,11 @@ class _Job:
         check_inputs(self.recipe)
         plan = self._plan(self.redo)
         to_run = (self.stages[name] for name in self.chosen if plan[name].action != "skip")
-        for check in filter(None, (stage.check for stage in to_run)):
-            resolve(check)(self.recipe)
+        notes = [n for stage in to_run if stage.check for n in resolve(stage.check)(self.recipe) or ()]
         if self.options.dry_run:
             self._show(plan)
+            for note in notes:
+                self.console.print(note, markup=False, highlight=False, soft_wrap=True)
         require_runnable(self.stages, plan, self.chosen, self.run)
         return 0 if self.options.dry_run else self._start()
 

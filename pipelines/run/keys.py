@@ -36,8 +36,14 @@ _NEUTRAL = (
     "deploy.attention",
     "deploy.reference_tensor_parallel",
 )
-# Left out where they are null, as in runs made before there were these keys.
-_LATER = ("*.decode.schedule", "base.convert")
+# Left out where they have this value, as in runs made before there were these keys.
+_LATER: dict[str, Any] = {
+    "*.decode.schedule": None,
+    "base.convert": None,
+    "data.dialect": None,
+    "data.turns": "all",
+    "data.reasoning": "keep",
+}
 _CHECKPOINT_FILES = (".safetensors", ".json", ".txt", ".jinja", ".model")
 _ABSENT: dict[str, Any] = {}
 
@@ -54,7 +60,7 @@ def recipe_values(recipe: Recipe, sections: Sequence[str]) -> dict[str, Any]:
     if recipe.evaluate.grader == "default" or not has_official_grader(recipe.data.task_of("test")):
         chosen.pop("evaluate.grader", None)  # as in runs made before there was this key
     kept = {k: v for k, v in chosen.items() if not any(fnmatch(k, pattern) for pattern in _NEUTRAL)}
-    return {k: v for k, v in kept.items() if v is not None or not any(fnmatch(k, pattern) for pattern in _LATER)}
+    return {k: v for k, v in kept.items() if not any(fnmatch(k, p) and v == new for p, new in _LATER.items())}
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -21,7 +21,7 @@ from rcd_core.families.base import DiffusionModel
 from rcd_core.noise import NoiseSettings, mask_example
 from rcd_core.signals import ReferenceSignals
 from rcd_core.tasks.base import Problem
-from rcd_core.tasks.rows import BadRow
+from rcd_core.tasks.files import BadRow
 from rcd_core.text.encoding import Encoder, PromptExample, TrainExample, content_id
 from rcd_core.training.data.batches import collate
 from rcd_core.training.data.rows import TrainingRow

@@ -1,54 +1,90 @@
-"""Reads rows of JSON Lines and Parquet files one by one. Bad rows are reported and do not stop the reading."""
+"""Rows of data files as a task's fields or as conversations. Bad rows are reported and do not stop the reading."""
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
-from itertools import islice
 from typing import Any
 
 from rcd_core.errors import UserError
-from rcd_core.io import storage
+from rcd_core.tasks.dialects import DIALECTS, Conversation, Dialect, conversation, find_dialect
+from rcd_core.tasks.files import BadRow, columns_in, records
 
-_FIRST_ROWS = 20  # read to find the columns of a .jsonl file
-_DETAIL = 200  # characters kept of a bad row
 # Column names that public datasets use. A column mapped by data.fields has no alternatives.
 _INSTRUCTION, _INPUT = "instruction", "input"
 _SPELLINGS: dict[str, tuple[str, ...]] = {"question": ("question", "problem", "prompt")}
-
-
-class BadRow(Exception):
-    """A row that cannot be used. `reason` is one of a few texts and is counted; `detail` identifies this row."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail[:_DETAIL]
+OWN_COLUMNS = "columns"  # data.dialect: the task's own
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a file. number: line (JSON Lines) or row (Parquet), from 1. Exactly one of values and bad is set."""
+    """One row of a file. number: line (JSON Lines) or row, from 1. One of values, conversation and bad is set."""
 
     number: int
     values: dict[str, str] | None = None
+    conversation: Conversation | None = None
     bad: BadRow | None = None
 
 
-def read_rows(path: str, columns: Mapping[str, str]) -> Iterator[Row]:
-    """Yield the rows of a .jsonl or .parquet file as texts. columns: field -> column.
+def choose_dialect(
+    path: str, columns: Mapping[str, str], key: str, chosen: str | None = None, conversations: bool = True
+) -> Dialect | None:
+    """The dialect of a file's conversations; None if its rows have the task's columns, which come first.
+
+    columns: field of the task -> column. chosen: `data.dialect`. key: the recipe key, for errors. conversations:
+    whether these may stand for the task's fields. Raises UserError, with the columns that there are, if a file has
+    neither.
+    """
+    present = columns_in(path, key)
+    if chosen is not None and chosen != OWN_COLUMNS:
+        dialect = DIALECTS[chosen]
+        missing = sorted(set(dialect.columns) - set(present))
+        if missing:
+            raise UserError(
+                f"{key}: {path} has no column {missing[0]!r} of dialect {chosen}; it has {', '.join(present)}; set "
+                "data.dialect to null"
+            )
+        return dialect
+    absent = [(f, column) for f, column in columns.items() if not set(spellings(column)) & set(present)]
+    if not absent:
+        return None
+    found = find_dialect(present) if conversations and chosen is None else None
+    if found is None:
+        field, column = absent[0]
+        raise UserError(
+            f"{key}: {path} has no column {column!r} for our field {field!r}; it has {', '.join(present)}; "
+            f"set data.fields.{field} to one of them"
+        )
+    return found
+
+
+def check_columns(path: str, columns: Mapping[str, str], key: str) -> None:
+    """Raise UserError, which names the recipe key, unless the file is readable and its first rows have all columns."""
+    choose_dialect(path, columns, key, conversations=False)
+
+
+def read_rows(
+    path: str, columns: Mapping[str, str], dialect: Dialect | None = None, keep_reasoning: bool = True
+) -> Iterator[Row]:
+    """Yield the rows of a file (files.py) as texts, or as conversations of a dialect. columns: field -> column.
 
     The column `question` may be called `problem` or `prompt` in the file. Numbers and UTF-8 bytes become text, blank
     lines are skipped.
     A column `input` next to a mapped `instruction` is added to the instruction after an empty line (Alpaca's format).
     Raises UserError if the file cannot be read.
     """
+    if dialect is not None:
+        for number, record in records(path, (*dialect.columns, *dialect.optional)):
+            try:
+                turns = dialect.read(_object(record))
+                yield Row(number, conversation=conversation(turns, keep_reasoning))
+            except BadRow as bad:
+                yield Row(number, bad=bad)
+        return
     names = [name for column in columns.values() for name in spellings(column)]
     with_input = _INSTRUCTION in names and _INPUT not in names
-    for number, record in _records(path, [*names, *([_INPUT] if with_input else [])]):
+    for number, record in records(path, [*names, *([_INPUT] if with_input else [])]):
         try:
             values = {field: _text(record, column) for field, column in columns.items()}
             if with_input and str(record.get(_INPUT) or "").strip():
@@ -64,58 +100,16 @@ def spellings(column: str) -> tuple[str, ...]:
     return _SPELLINGS.get(column, (column,))
 
 
-def check_columns(path: str, columns: Mapping[str, str], key: str) -> None:
-    """Raise UserError, which names the recipe key, unless the file is readable and its first rows have all columns."""
-    if path.endswith(".parquet"):
-        with _readable(path):
-            from pyarrow import parquet
-
-            with storage.open_input(path) as stream:
-                present = parquet.read_schema(stream).names
-    else:
-        records = [record for _, record in islice(_records(path, []), _FIRST_ROWS)]
-        if not records:
-            raise UserError(f"{key}: {path} has no rows")
-        objects = [record for record in records if isinstance(record, dict)]
-        if not objects:
-            raise UserError(f"{key}: none of the first {len(records)} lines of {path} is a JSON object (JSON Lines)")
-        present = sorted({str(name) for record in objects for name in record})
-    for field, column in columns.items():
-        if not set(spellings(column)) & set(present):
-            raise UserError(
-                f"{key}: {path} has no column {column!r} for our field {field!r}; it has {', '.join(present)}; "
-                f"set data.fields.{field} to one of them"
-            )
-
-
-def _records(path: str, columns: list[str]) -> Iterator[tuple[int, Any]]:
-    """Yield (number, record); the record of a bad row is a BadRow or not a mapping."""
-    with _readable(path):
-        if path.endswith(".parquet"):
-            from pyarrow import parquet
-
-            with storage.open_input(path) as stream, parquet.ParquetFile(stream) as file:
-                number = 0
-                for batch in file.iter_batches(batch_size=1024, columns=columns):
-                    for record in batch.to_pylist():
-                        number += 1
-                        yield number, record
-        else:
-            with storage.open_input(path) as stream:
-                for number, line in enumerate(io.BufferedReader(stream), start=1):
-                    if not line.strip():
-                        continue
-                    try:
-                        yield number, json.loads(line)
-                    except ValueError as error:  # including invalid UTF-8
-                        yield number, BadRow("not JSON", f"{error}: {line[:80]!r}")
-
-
-def _text(record: Any, column: str) -> str:
+def _object(record: Any) -> dict[str, Any]:
     if isinstance(record, BadRow):
         raise record
     if not isinstance(record, dict):
         raise BadRow("not a JSON object", repr(record))
+    return record
+
+
+def _text(record: Any, column: str) -> str:
+    record = _object(record)
     value = next((record[name] for name in spellings(column) if record.get(name) is not None), None)
     if value is None or value != value:  # a missing number may be NaN
         raise BadRow(f"missing {column!r}", repr(record))
@@ -134,15 +128,3 @@ def _text(record: Any, column: str) -> str:
     except UnicodeEncodeError as error:  # half a surrogate pair, or bytes that are not UTF-8
         raise BadRow(f"{column!r} is not valid Unicode", ascii(value)) from error
     return value
-
-
-@contextmanager
-def _readable(path: str) -> Iterator[None]:
-    import pyarrow as pa
-
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise UserError(f"data file {path} does not exist; correct the path in data.train or data.test") from error
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"data file {path} cannot be read: {error}") from error

@@ -161,6 +161,31 @@ def chat_texts(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -
     return model_input, exchange[len(model_input) :]
 
 
+def split_answers(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], all_answers: bool
+) -> list[tuple[str, bool]]:
+    """A conversation in the chat template -> its text in parts, each with whether it is an answer to train.
+
+    An answer is everything that the template appends to the generation prompt, end of turn included. Raises UserError
+    if there is no usable template, or if it changes earlier turns when others follow.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(f"the tokenizer {tokenizer.name_or_path!r} has no chat template; set chat_template in it")
+    places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    whole, done, parts = render_chat(tokenizer, messages), "", []
+    for i in places if all_answers else places[-1:]:
+        before = render_chat(tokenizer, messages[:i], add_generation_prompt=True)
+        after = render_chat(tokenizer, messages[: i + 1])
+        if not (before.startswith(done) and after.startswith(before) and whole.startswith(after)):
+            raise UserError(
+                f"the chat template of {tokenizer.name_or_path!r} changes earlier turns when others follow; some leave "
+                "out the reasoning of earlier answers: set data.turns to last, or data.reasoning to drop"
+            )
+        parts += [(before[len(done) :], False), (after[len(before) :], True)]
+        done = after
+    return parts
+
+
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> str:
     """A conversation in the tokenizer's chat template. options: of apply_chat_template.
 

@@ -22,7 +22,8 @@ from rcd_core.families.config import ModelConfig
 from rcd_core.families.loading import new_model
 from rcd_core.noise import NoiseSettings
 from rcd_core.tasks import Task, get_task
-from rcd_core.tasks.rows import BadRow, read_rows
+from rcd_core.tasks.files import BadRow
+from rcd_core.tasks.rows import read_rows
 from rcd_core.text.encoding import Encoder, content_id
 from rcd_core.text.tokenizer import mask_token_id, stop_token_ids, train_tokenizer
 from rcd_core.training.data.examples import ExampleSource

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 from collections.abc import Callable
@@ -14,7 +15,8 @@ import pytest
 from rich.console import Console
 
 from pipelines import prepare
-from pipelines.data import ordering
+from pipelines.data import examples, ordering
+from pipelines.data.sources import check_early
 from pipelines.recipe.load import parse_recipe
 from pipelines.run.directory import RunDirectory, StageContext
 from rcd_core.errors import UserError
@@ -90,6 +92,44 @@ def test_other_problems_are_tested_than_trained_on(
     assert rows_of(alone, "test", found) == [row] and found["train"] == [] and "train" not in found["counts"]
 
 
+def test_conversations_train_their_answers_and_test_the_last_one(
+    ray_cluster: str, context: Callable[..., StageContext], tmp_path: Path
+) -> None:
+    """Two files of two dialects, one of them compressed; the plan names both."""
+    turns = [{"role": r, "content": c} for r, c in (("user", "1+1?"), ("assistant", "2"), ("user", "2+1?"))]
+    chats: list[dict[str, Any] | str] = [{"messages": [*turns, {"role": "assistant", "content": "#### 3"}]}]
+    first = write_jsonl(tmp_path / "chats.jsonl", [*chats, {"messages": turns[:1]}])
+    second = tmp_path / "shared.json.gz"
+    share = [{"from": "human", "value": "3+1?"}, {"from": "gpt", "value": "4\n#### 4"}]
+    second.write_bytes(gzip.compress(json.dumps([{"conversations": share}]).encode()))
+    ctx = context({"train": [first, str(second)], "test": first, "max_bad_rows": 0.5})
+    notes = check_early(ctx.recipe)
+    assert [note.rpartition(": ")[2] for note in notes] == [
+        "dialect messages",
+        "dialect conversations",
+        "dialect messages",
+    ]
+    summary = prepare.run(ctx)
+    assert summary["counts"]["train"] | {"below_min_length": 0} == {
+        "rows": 3, "bad": {"no answer": 1}, "below_min_length": 0, "examples": 2, "duplicates": 0
+    }  # fmt: skip
+    tokenizer = load_tokenizer(f"{ctx.directory}/tokenizer")
+    trained = [
+        str(tokenizer.decode([i for i in row["labels"] if i != UNLABELLED])) for row in rows_of(ctx, "train", summary)
+    ]
+    ends = {text.replace("<|endoftext|>", "") for text in trained}
+    assert ends == {"2<|im_end|>\n#### 3<|im_end|>\n", "4\n#### 4<|im_end|>\n"}
+    (row,) = rows_of(ctx, "test", summary)
+    assert row["prompt"] == "2+1?" and row["answer"] == "#### 3"
+    assert str(tokenizer.decode(row["prompt_ids"])).endswith("2+1?<|im_end|>\n<|im_start|>assistant\n")
+    assert "1+1?" in str(tokenizer.decode(row["prompt_ids"]))
+
+    last = context({"train": first, "test": first, "max_bad_rows": 0.5, "turns": "last"}, name="last")
+    (row,) = rows_of(last, "train", prepare.run(last))
+    assert [i for i in row["labels"] if i != UNLABELLED][:1] != []
+    assert "2<|im_end|>" not in str(tokenizer.decode([i for i in row["labels"] if i != UNLABELLED]))
+
+
 def _labelled(ctx: StageContext, summary: dict[str, Any]) -> list[int]:
     return [i for row in rows_of(ctx, "train", summary) for i in row["labels"] if i != UNLABELLED]
 
@@ -120,7 +160,8 @@ def test_result_does_not_depend_on_blocks_or_files(
     one = write_jsonl(tmp_path / "one.jsonl", problems)
     parts = [write_jsonl(tmp_path / f"{i}.jsonl", problems[i::3]) for i in range(3)]
     pq.write_table(pa.Table.from_pylist(problems), tmp_path / "rows.parquet")
-    monkeypatch.setattr(prepare, "ROWS_PER_FILE", 128)
+    for module in (prepare, examples):
+        monkeypatch.setattr(module, "ROWS_PER_FILE", 128)
     kept = {}
     # One tokenizer for all: which rows it is trained on depends on the order of the files, as it says.
     first = context({"train": one, "test": one}, name="first")
@@ -130,7 +171,7 @@ def test_result_does_not_depend_on_blocks_or_files(
         ("parts", parts[::-1], 7, 1 << 30),
         ("parquet", str(tmp_path / "rows.parquet"), 64, 20_000),
     ):
-        monkeypatch.setattr(prepare, "ROWS_PER_BATCH", batch)
+        monkeypatch.setattr(examples, "ROWS_PER_BATCH", batch)
         monkeypatch.setattr(ordering, "BYTES_AT_ONCE", at_once)
         ctx = context({"train": source, "test": source}, name=name, tokenizer=tokenizer)
         kept[name] = (ctx, prepare.run(ctx))

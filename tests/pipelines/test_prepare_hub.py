@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import prepare
+from pipelines.data import examples
 from pipelines.data.hub import hub_files
 from pipelines.data.sources import source_files
 from pipelines.run.directory import StageContext
@@ -37,7 +38,7 @@ def test_hub_data_is_read_by_the_workers_at_one_commit(
     files = {**parts, "README.md": b"", "main/test.jsonl": json.dumps(rows[0]).encode(), "other.parquet": b"no Parquet"}
     patterns = [{"split": "train", "path": "main/train-*"}, {"split": "test", "path": ["main/test.jsonl"]}]
     in_driver: list[str] = []
-    monkeypatch.setattr(prepare, "read_rows", lambda path, columns: in_driver.append(path))
+    monkeypatch.setattr(examples, "rows_of", lambda recipe, split, path: in_driver.append(path))
     with hub_server() as hub:
         commit = hub.add("owner/name", files, configs=[{"config_name": "main", "data_files": patterns}])
         source = "hf://owner/name@main"
@@ -86,12 +87,12 @@ def test_the_files_of_a_hub_split(source: str, split: str, found: list[str]) -> 
         ("hf://o/name", "gone", "gone"),
         ("hf://o/name@main", None, "'main'.*default"),
         ("hf://o/name:dev", None, "'dev'"),
-        ("hf://o/csv", None, r"train\.csv"),
+        ("hf://o/arrow", None, r"train\.arrow"),
     ],
 )
 def test_faults_of_hub_data_are_named(source: str, revision: str | None, named: str) -> None:
     with hub_server() as hub:
         hub.add("o/name", {"train.parquet": b""})
-        hub.add("o/csv", {"train.csv": b""})
+        hub.add("o/arrow", {"train.arrow": b""})
         with pytest.raises(UserError, match=rf"data\.train.*{named}"):
             hub_files(source, "train", "data.train", revision)

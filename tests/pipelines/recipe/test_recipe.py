@@ -80,7 +80,7 @@ def test_variants_change_only_what_they_name() -> None:
         ("target.train=null", "variants.paper_alpha"),
         ("baseline=5", "baseline is 5"),
         ("data.train=rows.jsonl", "data.train is 'rows.jsonl', a relative path"),
-        ("data.train=/abs/rows.csv", ".jsonl or .parquet"),
+        ("data.train=/abs/rows.xlsx", ".csv"),
         ("data.test=hf://gsm8k", "data.test is 'hf://gsm8k'"),
         ("data.num_train=null", "data.num_train is null"),
         ("data.pad_multiple=40", "data.pad_multiple is 40"),

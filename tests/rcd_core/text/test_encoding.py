@@ -12,7 +12,8 @@ import pytest
 
 from rcd_core.errors import UserError
 from rcd_core.tasks import MASK_TEXT, Problem, get_task
-from rcd_core.tasks.rows import BadRow, check_columns, read_rows
+from rcd_core.tasks.files import BadRow
+from rcd_core.tasks.rows import check_columns, read_rows
 from rcd_core.text.encoding import TOO_SHORT, UNLABELLED, Encoder, content_id
 from rcd_core.text.tokenizer import mask_token_id, train_tokenizer
 

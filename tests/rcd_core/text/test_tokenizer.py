@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rcd_core.errors import UserError
 from rcd_core.tasks import Problem, get_task
-from rcd_core.tasks.rows import BadRow
+from rcd_core.tasks.files import BadRow
 from rcd_core.text.encoding import Encoder
 from rcd_core.text.tokenizer import (
     CHAT_TEMPLATE,

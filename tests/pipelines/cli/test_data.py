@@ -1,0 +1,52 @@
+"""`rcd data inspect` on files of chats."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipelines.cli.main import main
+from rcd_core.text.tokenizer import train_tokenizer
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> str:
+    train_tokenizer(["What is it? Four."] * 9, 300).save_pretrained(tmp_path / "tokenizer")
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "Four \x1b[31m."}]
+    rows = [{"messages": turns}, {"messages": turns * 2}, {"messages": turns[:1]}, {"messages": turns * 40}]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(tmp_path / "chats.jsonl")
+
+
+def test_dialect_lengths_drops_and_an_example(chats: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = str(Path(chats).parent / "tokenizer")
+    assert main(["data", "inspect", chats, "--tokenizer", tokenizer, "--max_length", "256"]) == 0
+    out = capsys.readouterr().out
+    assert "dialect messages" in out and "4 rows read, 2 usable, 2 with several answers" in out
+    assert "no answer" in out and "data.max_length" in out
+    given, _, trained = out[out.index("row 1: ") :].partition("\n[")
+    assert given.endswith("<|im_start|>assistant") and trained.rstrip().endswith("]") and "▒" in trained
+    assert "\x1b" not in out, "control characters of the data do not reach the terminal"
+
+
+def test_without_a_tokenizer_it_says_what_it_can(chats: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "inspect", chats, "--rows", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "2 rows read, 2 usable" in out and "--tokenizer" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--dialect", "xml"], "--dialect"),
+        (["--field", "question=prompt"], "data.fields.question"),
+        (["--field", "topic=x"], "--field topic"),
+        (["--dialect", "conversations"], "'conversations'"),
+        (["--tokenizer", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_mistakes_are_named(chats: str, flags: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "inspect", chats, *flags]) == 2
+    assert named in capsys.readouterr().err
