@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from rcd_core.errors import UserError
 
 _MASK64 = (1 << 64) - 1
+FULLY_MASKED = 0.25  # of the groups end in a block as decoding adds it
 _MAX_REDRAWS = 10  # as SDAR's training code: an empty mask is drawn again, then one token is forced
 
 
@@ -28,6 +30,9 @@ class NoiseSettings:
 
     draws: number of different masks per example; epoch e uses draw e mod draws. block_length: draw t for each block of
     that many tokens, counted from the example's start. None: one t per example, as SDAR trains.
+    layout: "single", where a noisy block sees clean ones only, or "multi_block" for targets that decode several live
+    blocks (MultiTF): groups of at most `group_blocks` blocks, whose p does not fall from block to block. They begin at
+    the first labelled block. The last block of a group is fully masked with probability FULLY_MASKED.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -36,8 +41,14 @@ class NoiseSettings:
     draws: int = 4
     eps: float = 1e-3
     block_length: int | None = None
+    layout: Literal["single", "multi_block"] = "single"
+    group_blocks: int = 4
 
     def __post_init__(self) -> None:
+        if self.group_blocks < 2:
+            raise UserError(f"noise.group_blocks is {self.group_blocks}; it must be at least 2")
+        if self.layout == "multi_block" and self.block_length is None:
+            raise UserError("noise.layout is multi_block but noise.block_length is null; give the length of blocks")
         if self.draws < 1:
             raise UserError(f"noise.draws is {self.draws}; it must be at least 1")
         if not 0.0 <= self.eps < 1.0:
@@ -145,7 +156,11 @@ def _draw(
     for attempt in range(_MAX_REDRAWS):
         u = uniforms(hash_key(settings.seed, draw, example_id, attempt), length + 1)
         t = np.repeat(u[0], length)
-        if settings.block_length is not None:
+        if settings.layout == "multi_block" and settings.block_length is not None:
+            starts = group_starts(maskable, example_id, draw, settings)
+            key = hash_key(settings.seed, draw, example_id, attempt, "blocks")
+            t = chained(starts, uniforms(key, 3 * len(starts))).repeat(settings.block_length)[:length]
+        elif settings.block_length is not None:
             key = hash_key(settings.seed, draw, example_id, attempt, "blocks")
             t = uniforms(key, -(-length // settings.block_length)).repeat(settings.block_length)[:length]
         p = (1.0 - settings.eps) * t + settings.eps
@@ -156,3 +171,37 @@ def _draw(
     masked = np.zeros_like(maskable)
     masked[candidates[int(u[0] * len(candidates))]] = True
     return masked, p, u[1:]
+
+
+def group_starts(maskable: NDArray[np.bool_], example_id: str, draw: int, settings: NoiseSettings) -> NDArray[np.int64]:
+    """(number of blocks,): the first block of each block's group. maskable (L,). Blocks before the first maskable one
+    are groups of their own. Sizes are drawn between 2 and `group_blocks`, that of the first group from 1 on."""
+    assert settings.block_length is not None
+    num_blocks = -(-len(maskable) // settings.block_length)
+    starts = np.arange(num_blocks)
+    start = int(maskable.argmax()) // settings.block_length
+    draws = uniforms(hash_key(settings.seed, draw, example_id, "groups"), num_blocks)
+    smallest = 1
+    for u in draws:
+        if start >= num_blocks:
+            break
+        size = smallest + int(u * (settings.group_blocks - smallest + 1))
+        starts[start : start + size] = start
+        start, smallest = start + size, 2
+    return starts
+
+
+def chained(starts: NDArray[np.int64], u: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(number of blocks,) levels t that do not fall within a group. u (3 x blocks): random numbers for the group's
+    floor, for the step of each block, and for whether the group's last block is fully masked.
+
+    The floor is uniform in [0, 1], each level uniform between the one before and 1 (`chain_uniform` of mbd-lms).
+    """
+    floors, steps, full = u.reshape(3, -1)
+    t = np.empty(len(starts))
+    for block, start in enumerate(starts):
+        below = floors[block] if block == start else t[block - 1]
+        t[block] = below + (1.0 - below) * steps[block]
+    is_last = np.append(starts[1:] != starts[:-1], True)
+    t[is_last & (full < FULLY_MASKED)] = 1.0
+    return t

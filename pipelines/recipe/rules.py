@@ -31,6 +31,14 @@ def problems(recipe: Recipe) -> Iterator[str]:
             f"{key} is 'humaneval', which runs code that a model wrote, but evaluate.run_code is false; "
             "set it to true where that is safe"
         )
+    if recipe.noise.layout == "multi_block":
+        if recipe.noise.block_length != recipe.block_length:
+            yield (
+                f"noise.layout is multi_block and noise.block_length {recipe.noise.block_length}; give it the value of "
+                f"block_length, {recipe.block_length}"
+            )
+        if recipe.convert and recipe.convert.block_warmup:
+            yield "noise.layout is multi_block but base.convert.block_warmup changes the blocks; set one to its default"
     if data.dialect is not None and data.fields:
         yield f"data.dialect is {data.dialect!r} but data.fields names columns of the task; remove one of them"
     if data.dialect is not None and data.task in TASKS and TASKS[data.task].infill:

@@ -40,6 +40,8 @@ _NEUTRAL = (
 _LATER: dict[str, Any] = {
     "*.decode.schedule": None,
     "base.convert": None,
+    "noise.layout": "single",
+    "noise.group_blocks": 4,
     "data.dialect": None,
     "data.turns": "all",
     "data.reasoning": "keep",

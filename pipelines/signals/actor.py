@@ -100,6 +100,7 @@ class SignalActor:
             mask_token_id=model.mask_token_id,
             pad_token_id=model.info.pad_token_id,
             block_length=self.job.block_length,
+            noise=self.job.noise,
         )
         signals = reference_signals(model, batch.to(model.device), self.job.rule)
         return encode(rows, signals.to("cpu"), self.job.adaptive)

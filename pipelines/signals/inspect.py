@@ -20,7 +20,7 @@ from rcd_core.families.loading import load_model
 from rcd_core.io import storage
 from rcd_core.signals import ReferenceSignals
 from rcd_core.training.data.batches import collate
-from rcd_core.training.data.signal_cache import SignalSource, require_match
+from rcd_core.training.data.signal_cache import SignalSource, noise_of, require_match
 from rcd_core.training.objective import TrainingBatch
 
 ENTRY_COLUMNS = ("topk_ids", "topk_logprobs", "num_kept")
@@ -129,6 +129,7 @@ def _batches(
                 mask_token_id=int(manifest["mask_token_id"]),
                 pad_token_id=pad_token_id,
                 block_length=int(manifest["block_length"]),
+                noise=noise_of(manifest["noise"]),
             )
             num_masked += int(batch.masked.sum())
             yield batch, signals

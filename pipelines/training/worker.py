@@ -166,6 +166,7 @@ def validation(
             mask_token_id=model.mask_token_id,
             pad_token_id=model.info.pad_token_id,
             block_length=job.block_length,
+            noise=job.noise,
         )
         signals = reference_signals(reference, batch.to(device), job.signal_rule)
         rows[row.index] = replace(row, signals=signals.to("cpu"))

@@ -215,12 +215,13 @@ def _block_mask(layout: Layout) -> Any:
     low = _extents(layout.low, num_queries, big)
     high = _extents(layout.high, num_queries, big)
     own = _extents(layout.own, num_queries, big)
+    own_first = own if layout.own_low is None else _extents(layout.own_low, num_queries, big)
     code = _extents(layout.code, num_keys, big)
 
     def meet(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
         return (a[0][:, :, None] <= b[1][:, None, :]) & (b[0][:, None, :] <= a[1][:, :, None])
 
-    some = meet((low[0], high[1]), code) | meet(own, code)
+    some = meet((low[0], high[1]), code) | meet((own_first[0], own[1]), code)
     every = (low[1][:, :, None] <= code[0][:, None, :]) & (code[1][:, None, :] <= high[0][:, :, None])
     # A tile that reaches beyond the end always needs the mask, which hides the missing tokens.
     every[:, -1] &= num_queries % FLEX_TILE == 0
@@ -232,10 +233,11 @@ def _block_mask(layout: Layout) -> Any:
         return counts[:, None], indices[:, None].contiguous()
 
     low_n, high_n, own_n, code_n = layout.low, layout.high, layout.own, layout.code
+    own_low_n = own_n if layout.own_low is None else layout.own_low
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         c = code_n[b, k]
-        return ((c >= low_n[b, q]) & (c <= high_n[b, q])) | (c == own_n[b, q])
+        return ((c >= low_n[b, q]) & (c <= high_n[b, q])) | ((c >= own_low_n[b, q]) & (c <= own_n[b, q]))
 
     mask = BlockMask.from_kv_blocks(
         *ordered(some & ~every),

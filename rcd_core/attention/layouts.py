@@ -1,14 +1,15 @@
 """Attention layouts: which query may see which key, as integers per token instead of a Q x K matrix.
 
-One rule covers every layout of both families: each key has a code; a query sees the keys whose code is in its range
-[low, high], and those whose code equals its `own`.
+One rule covers every layout: each key has a code; a query sees the keys whose code is in its range [low, high], and
+those whose code is in its range [own_low, own].
 
     bidirectional     one code per sample, another for padding                                     (LLaDA)
     block_causal      key code = block number, high = the query's block                            (SDAR)
     block_diffusion   [noisy | clean]: clean keys are ordered by (sample, block); a noisy query sees those up to the
                       block before its own, and its own noisy block by `own`                       (SDAR, training)
+                      in groups: clean blocks before its group, noisy ones of its group up to its own    (MultiTF)
 
-A layout of Q queries and K keys holds 3 Q + K integers per row; backends.py derives masks from them.
+A layout of Q queries and K keys holds 3 Q + K integers per row, 4 Q + K in groups; backends.py makes masks of them.
 
 Shapes: B rows, Q queries, K keys, L tokens of a row, M tokens of a packed training row, b block length.
 """
@@ -27,7 +28,7 @@ PADDING = -2  # the code of keys that no real query sees
 
 @dataclass(eq=False)
 class Layout:
-    """low, high, own (B, Q) and code (B, K), int32.
+    """low, high, own (B, Q) and code (B, K), int32. own_low (B, Q): None where it equals own.
 
     lengths (B,): set if every query sees exactly the keys [0, length). memo: masks that a backend derives once for all
     layers of a pass.
@@ -39,11 +40,12 @@ class Layout:
     code: Tensor
     lengths: Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
+    own_low: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Layout:
-        lengths = None if self.lengths is None else self.lengths.to(device)
+        lengths, own_low = (None if t is None else t.to(device) for t in (self.lengths, self.own_low))
         low, high, own, code = (t.to(device) for t in (self.low, self.high, self.own, self.code))
-        return Layout(low, high, own, code, lengths)
+        return Layout(low, high, own, code, lengths, own_low=own_low)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -54,7 +56,10 @@ class Layout:
         """(B, 1, q, k) bool, True = may attend, for some of the queries and keys."""
         code = self.code[:, None, None, keys]
         low, high, own = (t[:, None, queries, None] for t in (self.low, self.high, self.own))
-        return ((code >= low) & (code <= high)) | (code == own)
+        of_own = code == own
+        if self.own_low is not None:
+            of_own = (code >= self.own_low[:, None, queries, None]) & (code <= own)
+        return ((code >= low) & (code <= high)) | of_own
 
 
 def block_causal(
@@ -90,9 +95,9 @@ def bidirectional(sample_ids: Tensor) -> Layout | None:
 class PackedTokens:
     """[noisy | clean] training tokens of SDAR without those that affect no loss.
 
-    A noisy block without a masked token has no loss and no other block sees it; a clean block is read only by later
-    noisy blocks of its sample. Dropping both is exact: a prompt costs L tokens instead of 2 L, and a sample of one
-    block half.
+    A noisy block without a masked token has no loss, and no other block sees it but later ones of its group. A clean
+    block is read only by later noisy blocks of its sample. Dropping what is not read is exact: a prompt costs L tokens
+    instead of 2 L, and a sample of one block half.
 
     source (B, M): the token's index in the row; noisy, valid (B, M) bool.
     """
@@ -107,21 +112,38 @@ class PackedTokens:
         return PackedTokens(source, noisy, valid, self.layout.to(device))
 
 
-def block_diffusion(masked: Tensor, sample_ids: Tensor, positions: Tensor, block_length: int) -> PackedTokens:
-    """masked (B, L) bool; sample_ids (B, L), -1 = padding; positions (B, L) counted from each sample's start."""
+def block_diffusion(
+    masked: Tensor,
+    sample_ids: Tensor,
+    positions: Tensor,
+    block_length: int,
+    first_noisy: Tensor | None = None,
+    num_clean: Tensor | None = None,
+) -> PackedTokens:
+    """masked (B, L) bool; sample_ids (B, L), -1 = padding; positions (B, L) counted from each sample's start.
+
+    first_noisy (B, L): number, within its sample, of the first noisy block that a token's noisy copy sees, up to its
+    own; None: its own. num_clean (B, L): the number of its sample's clean blocks that it sees; None: first_noisy.
+    """
     num_rows, length = masked.shape
     device = masked.device
     # One number per (sample, block), increasing along the row. Padding has its own and is dropped below.
     stride = length // block_length + 2
     block = (sample_ids + 1) * stride + positions // block_length
+    start = (sample_ids + 1) * stride  # the sample's first block
     num_blocks = int(block.max()) + 1
-    masked_blocks = torch.zeros(num_rows, num_blocks, device=device).scatter_add_(1, block, masked.float()) > 0
-    keep_noisy = masked_blocks.gather(1, block) & (sample_ids >= 0)
-    # The last masked block of each sample; only the clean blocks before it are needed.
+    earliest = block if first_noisy is None else start + first_noisy
+    clean_end = earliest if num_clean is None else start + num_clean  # of the clean blocks that the noisy copy sees
+    # A noisy block is needed if it has a masked token, or if a later one that has sees it: +1 at the first block that a
+    # masked one sees, -1 behind itself.
+    deltas = torch.zeros(num_rows, num_blocks + 1, device=device)
+    deltas.scatter_add_(1, earliest, masked.float()).scatter_add_(1, block + 1, -masked.float())
+    keep_noisy = (deltas.cumsum(1) > 0.5).gather(1, block) & (sample_ids >= 0)
+    # Of each sample, only the clean blocks that a kept noisy one sees are needed.
     num_samples = int(sample_ids.max()) + 2
-    last = torch.full((num_rows, num_samples), -1, device=device, dtype=torch.long)
-    last.scatter_reduce_(1, sample_ids + 1, torch.where(keep_noisy, block, -1), "amax")
-    keep_clean = (block < last.gather(1, sample_ids + 1)) & (sample_ids >= 0)
+    end = torch.full((num_rows, num_samples), -1, device=device, dtype=torch.long)
+    end.scatter_reduce_(1, sample_ids + 1, torch.where(keep_noisy, clean_end, -1), "amax")
+    keep_clean = (block < end.gather(1, sample_ids + 1)) & (sample_ids >= 0)
 
     keep = torch.cat([keep_noisy, keep_clean], dim=1)  # (B, 2L)
     width = max(1, int(keep.sum(1).max()))
@@ -129,14 +151,18 @@ def block_diffusion(masked: Tensor, sample_ids: Tensor, positions: Tensor, block
     valid = keep.gather(1, order)
     noisy = order < length
     source = order % length
-    block = block.gather(1, source)
-    first = (block // stride) * stride  # the sample's first block
+    block, start, earliest, clean_end = (t.gather(1, source) for t in (block, start, earliest, clean_end))
     # Codes of noisy keys follow those of all clean keys; padding is visible to padding only.
     noisy_code = num_blocks + block
+
+    def own(of_noisy: Tensor) -> Tensor:
+        return torch.where(valid, torch.where(noisy, of_noisy, NO_KEY), PADDING).int()
+
     layout = Layout(
-        low=torch.where(valid, first, 0).int(),
-        high=torch.where(valid, block - noisy.long(), NO_KEY).int(),
-        own=torch.where(valid, torch.where(noisy, noisy_code, NO_KEY), PADDING).int(),
+        low=torch.where(valid, start, 0).int(),
+        high=torch.where(valid, torch.where(noisy, clean_end - 1, block), NO_KEY).int(),
+        own=own(noisy_code),
         code=torch.where(valid, torch.where(noisy, noisy_code, block), PADDING).int(),
+        own_low=None if first_noisy is None else own(num_blocks + earliest),
     )
     return PackedTokens(source, noisy, valid, layout)

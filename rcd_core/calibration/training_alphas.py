@@ -73,6 +73,7 @@ def training_alphas(
             mask_token_id=reference.mask_token_id,
             pad_token_id=reference.info.pad_token_id,
             block_length=block_length,
+            noise=noise,
         )
         signals = ReferenceSignals.from_hidden(
             masked_hidden(reference, batch.to(reference.device), None),

@@ -103,6 +103,16 @@ def train(
         raise UserError("residual.source is 'online' but reference is None; pass the reference model")
     if residual.runs_model and noise is None:
         raise UserError(f"residual.source is {residual.source!r} but noise is None; pass the noise of the rows")
+    if noise is not None and noise.layout == "multi_block":
+        if noise.block_length != block_length:
+            raise UserError(
+                f"noise.layout is multi_block, whose noise.block_length {noise.block_length} must be the block_length "
+                f"{block_length}"
+            )
+        if model.attention_block(block_length) is None:
+            raise UserError(
+                f"noise.layout is multi_block but {model.family} models see the whole canvas; set it to single"
+            )
     device = device or model.device
     collator = Collator(
         settings=settings,

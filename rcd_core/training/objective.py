@@ -29,7 +29,7 @@ from rcd_core.training.settings import SignalRule
 IGNORED = -100
 
 Residual = tuple[Tensor, Tensor] | SparseResidual  # (alpha (N,), delta (N, D)), or weights on the table's rows
-LossWeight = Literal["inverse_t", "uniform"]
+LossWeight = Literal["inverse_t", "uniform", "self_normalized"]
 
 
 @dataclass
@@ -41,6 +41,8 @@ class TrainingBatch:
     p_mask (B, L) or (B,): the probability with which each token was masked.
     sample_ids (B, L): number of the sample in its row, -1 is padding. positions (B, L): from the sample's start. Both
     default to one sample per row without padding.
+    first_noisy, num_clean (B, L): what noisy tokens see where several noisy blocks stand behind clean ones
+    (`attention.block_diffusion`); None: their own block behind all clean ones before it.
     packed: SDAR's [noisy | clean] tokens (`with_packed`), if computed before the step.
     UserError: neither labels nor prompt_lengths, or block_length below 1.
     """
@@ -54,6 +56,8 @@ class TrainingBatch:
     sample_ids: Tensor = None  # type: ignore[assignment]  # __post_init__ fills it, and positions and labels
     positions: Tensor = None  # type: ignore[assignment]
     prompt_lengths: Tensor | None = None
+    first_noisy: Tensor | None = None
+    num_clean: Tensor | None = None
     packed: PackedTokens | None = None
 
     def __post_init__(self) -> None:
@@ -77,7 +81,9 @@ class TrainingBatch:
         return replace(self, **moved)
 
     def with_packed(self) -> TrainingBatch:
-        return replace(self, packed=block_diffusion(self.masked, self.sample_ids, self.positions, self.block_length))
+        seen = (self.first_noisy, self.num_clean)
+        packed = block_diffusion(self.masked, self.sample_ids, self.positions, self.block_length, *seen)
+        return replace(self, packed=packed)
 
     def remasked(self, masked: Tensor, mask_token_id: int) -> TrainingBatch:
         """The same tokens under another mask (B, L)."""
@@ -141,11 +147,13 @@ def masked_blocks(model: DiffusionModel, batch: TrainingBatch) -> Tensor:
 def normalizer(batch: TrainingBatch, family: str, weight: LossWeight) -> Tensor:
     """Scalar divisor of the loss sum; the divisors of a step's batches add up.
 
-    uniform: masked tokens. inverse_t: labelled tokens (SDAR) or samples (LLaDA, which first divides each sample by its
-    own labelled tokens).
+    uniform: masked tokens. self_normalized: the sum of the weights 1/t (MultiTF). inverse_t: labelled tokens (SDAR) or
+    samples (LLaDA, which first divides each sample by its own labelled tokens).
     """
     if weight == "uniform":
         return batch.masked.sum()
+    if weight == "self_normalized":
+        return (1.0 / batch.p_mask[batch.masked]).sum()
     if family == "llada":
         return (batch.sample_ids.amax(1) + 1).sum()
     return (batch.labels != IGNORED).sum()
@@ -174,7 +182,7 @@ def loss_weights(family: str, batch: TrainingBatch, weight: LossWeight) -> Tenso
     weights = 1.0 / batch.p_mask[batch.masked]
     if weight == "uniform":
         return torch.ones_like(weights)
-    if family == "llada":
+    if family == "llada" and weight == "inverse_t":
         samples = batch.sample_ids + 1
         labelled = torch.zeros(len(samples), int(samples.max()) + 1, device=samples.device)
         labelled.scatter_add_(1, samples, (batch.labels != IGNORED).float())

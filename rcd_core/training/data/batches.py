@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rcd_core.noise import NoiseSettings, hash_key, nested_masks, uniforms
+from rcd_core.noise import NoiseSettings, group_starts, hash_key, nested_masks, uniforms
 from rcd_core.signals import ReferenceSignals
 from rcd_core.training.controls import same_masks
 from rcd_core.training.data.rows import RowSource, TrainingRow
@@ -64,17 +64,28 @@ def pack(rows: Sequence[TrainingRow], pack_length: int | None) -> list[list[Trai
 
 
 def collate(
-    rows: Sequence[TrainingRow], *, mask_token_id: int, pad_token_id: int, block_length: int
+    rows: Sequence[TrainingRow],
+    *,
+    mask_token_id: int,
+    pad_token_id: int,
+    block_length: int,
+    noise: NoiseSettings | None = None,
 ) -> tuple[TrainingBatch, ReferenceSignals | None]:
     """`collate_packed` with one row in each packed row."""
     ids = {"mask_token_id": mask_token_id, "pad_token_id": pad_token_id, "block_length": block_length}
-    return collate_packed([[row] for row in rows], **ids)
+    return collate_packed([[row] for row in rows], **ids, noise=noise)
 
 
 def collate_packed(
-    bins: Sequence[Sequence[TrainingRow]], *, mask_token_id: int, pad_token_id: int, block_length: int
+    bins: Sequence[Sequence[TrainingRow]],
+    *,
+    mask_token_id: int,
+    pad_token_id: int,
+    block_length: int,
+    noise: NoiseSettings | None = None,
 ) -> tuple[TrainingBatch, ReferenceSignals | None]:
-    """(B, L) batch, padded on the right, and the rows' signals (N) in row-major order of the masked positions.
+    """(B, L) batch, padded on the right, and the rows' signals (N) in row-major order of the masked positions. noise:
+    how the rows were masked; its layout decides what noisy tokens see.
 
     Rejected rows have no tokens and leave no trace; a batch of rejected rows is all padding.
     """
@@ -82,11 +93,15 @@ def collate_packed(
     ids, labels = np.full(shape, pad_token_id), np.full(shape, IGNORED)
     masked, samples = np.zeros(shape, dtype=bool), np.full(shape, -1)
     positions, p = np.zeros(shape, dtype=np.int64), np.ones(shape, dtype=np.float32)
+    first_noisy = np.zeros(shape, dtype=np.int64)
     for i, rows in enumerate(bins):
         for sample, (row, tokens) in enumerate(_placed(rows)):
             part = (i, tokens)
             ids[part], labels[part], masked[part], samples[part] = row.input_ids, row.labels, row.masked, sample
             positions[part], p[part] = np.arange(len(row.input_ids)), row.p
+            if noise is not None and noise.layout == "multi_block":
+                starts = group_starts(row.labels != IGNORED, row.example_id, row.draw, noise)
+                first_noisy[part] = starts.repeat(block_length)[: len(row.input_ids)]
     batch = TrainingBatch(
         input_ids=torch.from_numpy(ids),
         labels=torch.from_numpy(labels),
@@ -96,6 +111,7 @@ def collate_packed(
         block_length=block_length,
         sample_ids=torch.from_numpy(samples),
         positions=torch.from_numpy(positions),
+        first_noisy=torch.from_numpy(first_noisy) if noise and noise.layout == "multi_block" else None,
     )
     signals = [r.signals for rows in bins for r in rows if r.signals is not None]
     return batch, ReferenceSignals.cat(signals) if signals else None
@@ -110,8 +126,8 @@ def _placed(rows: Sequence[TrainingRow]) -> list[tuple[TrainingRow, slice]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Collator:
-    """Turns one worker's rows of a step into micro-batches. noise: how the rows were masked; only sources that need
-    noisier versions of the rows use it."""
+    """Turns one worker's rows of a step into micro-batches. noise: how the rows were masked; for its layout, and for
+    sources that need noisier versions of the rows."""
 
     settings: TrainSettings
     residual: ResidualSettings
@@ -138,9 +154,8 @@ class Collator:
         return smaller[step * len(smaller) // warm]
 
     def _micro_batch(self, bins: list[list[TrainingRow]], block_length: int) -> MicroBatch:
-        batch, signals = collate_packed(
-            bins, mask_token_id=self.mask_token_id, pad_token_id=self.pad_token_id, block_length=self.block_length
-        )
+        ids = {"mask_token_id": self.mask_token_id, "pad_token_id": self.pad_token_id}
+        batch, signals = collate_packed(bins, **ids, block_length=self.block_length, noise=self.noise)
         batch = replace(batch, block_length=block_length)
         batch = batch.with_packed() if self.block_diffusion else batch
         rows = [row for packed_row in bins for row in packed_row]

@@ -44,7 +44,15 @@ def noise_record(noise: NoiseSettings) -> dict[str, Any]:
     """Everything that decides the masks, as stored in the manifest."""
     unit = "example" if noise.block_length is None else f"block of {noise.block_length} tokens"
     schedule = f"p = (1 - eps) t + eps, t uniform in [0, 1) per {unit}"
-    return {"seed": noise.seed, "draws": noise.draws, "eps": noise.eps, "schedule": schedule}
+    record = {"seed": noise.seed, "draws": noise.draws, "eps": noise.eps, "schedule": schedule}
+    if noise.layout == "single":
+        return record
+    return record | {name: getattr(noise, name) for name in ("layout", "block_length", "group_blocks")}
+
+
+def noise_of(record: Mapping[str, Any]) -> NoiseSettings:
+    """What of a noise record decides the layout of a row, besides its masks."""
+    return NoiseSettings(**{name: value for name, value in record.items() if name != "schedule"})
 
 
 class SignalSource:
