@@ -117,6 +117,9 @@ def _training_problems(recipe: Recipe) -> Iterator[str]:
             yield f"data.train is null but {key} is not; give training examples"
         if recipe.tokenizer_source is None:
             yield "data.train and tokenizer.path are both null; give a tokenizer"
+    for key, stage in (("base", recipe.base), ("reference", recipe.reference)):
+        if stage and stage.train and stage.train.lora and isinstance(stage.start, ModelConfig):
+            yield f"{key}.train.lora is given but {key}.start is a new model, whose weights it would freeze; remove it"
     if recipe.base and recipe.base.convert:
         if not isinstance(recipe.base.start, str):
             yield "base.convert is given but base.start is no checkpoint; give an autoregressive one, or remove convert"

@@ -38,6 +38,8 @@ _NEUTRAL = (
 )
 # Left out where they have this value, as in runs made before there were these keys.
 _LATER: dict[str, Any] = {
+    "*.train.lora": None,
+    "baselines.*.lora": None,
     "*.decode.schedule": None,
     "base.convert": None,
     "noise.layout": "single",

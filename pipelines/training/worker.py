@@ -31,6 +31,7 @@ from rcd_core.training.data.examples import ExampleSource, Limits
 from rcd_core.training.data.rows import RowSource, TrainingRow
 from rcd_core.training.data.signal_cache import SignalSource, require_match
 from rcd_core.training.loop import Callbacks, Validation, train
+from rcd_core.training.lora import export_adapter, merged
 from rcd_core.training.objective import reference_signals
 
 EXPORTED = "exported.json"  # in the stage's directory once its model is complete
@@ -65,11 +66,14 @@ def _train(job: TrainJob) -> None:
     )  # Ray's: its workers on a node see each other's GPUs
     if storage.exists(storage.join(job.directory, EXPORTED)):
         return  # a worker was lost after the export
-    model = start_model(job).requires_grad_(True)
+    model = start_model(job).requires_grad_(True)  # adapters freeze it again
     model.config._attn_implementation = backend_key(job.settings.attention, device)
     if job.settings.strategy != "fsdp2":  # fsdp2 moves the model to the device in shards
         model = model.to(device)
-    reference = load_model(job.reference, device=device, dtype=dtype) if job.reference else None
+    # The base of adapters is in memory already.
+    own_reference = job.settings.lora is not None and job.reference is not None and job.reference == job.start
+    needed = job.reference if not own_reference else None
+    reference = load_model(needed, device=device, dtype=dtype) if needed else None
     with Checkpoints(job.stage, job.directory) as checkpoints:
         resume, step = checkpoints.resume()
         metrics = MetricsLog(job.run, job.stage, job.directory, rank, step)
@@ -86,6 +90,7 @@ def _train(job: TrainJob) -> None:
             job.block_length,
             Callbacks(log=metrics.log, checkpoint=checkpoint),
             reference=reference,
+            own_reference=own_reference,
             signal_rule=job.signal_rule,
             noise=job.noise,
             block_warmup=job.convert.block_warmup if job.convert else 0.0,
@@ -94,9 +99,24 @@ def _train(job: TrainJob) -> None:
             device=device,
         )
     if rank == 0:
-        _export(job, model.with_weights(weights))
+        _export(job, _finished(job, model, weights))
         mark = {"loss": metrics.last["loss"], "metrics_problem": metrics.close()}
         storage.write_json(storage.join(job.directory, EXPORTED), mark)
+
+
+def _finished(job: TrainJob, model: DiffusionModel, weights: dict[str, torch.Tensor]) -> DiffusionModel:
+    """The trained model. Adapters are also written by themselves, to <stage>/adapter."""
+    if job.settings.lora is None:
+        return model.with_weights(weights)
+    whole = start_model(job)
+    if model.learned_alpha is not None:
+        whole.learned_alpha = model.with_alpha(weights)
+    with tempfile.TemporaryDirectory() as directory:
+        base = job.start if isinstance(job.start, str) and not job.convert else None
+        export_adapter(Path(directory), whole, weights, job.settings.lora, base)
+        load_tokenizer(job.tokenizer).save_pretrained(directory)
+        storage.upload_dir(directory, storage.join(job.directory, "adapter"))
+    return merged(whole, weights, job.settings.lora)
 
 
 def start_model(job: TrainJob) -> DiffusionModel:

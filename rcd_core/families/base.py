@@ -99,10 +99,12 @@ class DiffusionModel(nn.Module):
     default_schedule: ClassVar[Schedule] = "even"
     default_start: ClassVar[Start]  # how a block starts (version 2 of the paper)
     activation_checkpointing: Mode = False  # in training
+    mask_shift: nn.Parameter | None  # (D,) of the mask token's embedding, in training with adapters
 
     def __init__(self, backbone: Any, info: CheckpointInfo) -> None:
         super().__init__()
         self.backbone = backbone
+        self.register_parameter("mask_shift", None)
         if type(backbone.model.embed_tokens) is nn.Embedding:  # not split over ranks, which is for decoding only
             backbone.model.embed_tokens.__class__, backbone.lm_head.__class__ = _Embedding, _Head
         self.info = info
@@ -158,17 +160,24 @@ class DiffusionModel(nn.Module):
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> DiffusionModel:
         """A model like this one that holds `weights` (the gathered state dict of a sharded training) without a copy."""
-        of_alpha = {n.removeprefix(_ALPHA): w for n, w in weights.items() if n.startswith(_ALPHA)}
         with torch.device("meta"):
             backbone = self.backbone_class()(self.config)
         backbone.load_state_dict({n: w for n, w in weights.items() if not n.startswith(_ALPHA)}, assign=True)
         if self.config.tie_word_embeddings:
             backbone.tie_weights()
         model = type(self)(backbone, self.info)
-        if of_alpha:
-            model.learned_alpha = LearnedAlpha()
-            model.learned_alpha.load_state_dict(of_alpha, assign=True)
+        model.learned_alpha = self.with_alpha(weights)
         return model
+
+    @staticmethod
+    def with_alpha(weights: Mapping[str, Tensor]) -> LearnedAlpha | None:
+        """The learned alpha in a state dict of the whole model."""
+        of_alpha = {n.removeprefix(_ALPHA): w for n, w in weights.items() if n.startswith(_ALPHA)}
+        if not of_alpha:
+            return None
+        alpha = LearnedAlpha()
+        alpha.load_state_dict(of_alpha, assign=True)
+        return alpha
 
     @abstractmethod
     def attention_block(self, block_length: int) -> int | None:

@@ -18,6 +18,7 @@ from rcd_core.alpha import load_learned_alpha
 from rcd_core.attention.backends import backend_key
 from rcd_core.errors import UserError
 from rcd_core.families.a2d import A2D_FAMILIES
+from rcd_core.families.adapters import is_adapter, merged_copy
 from rcd_core.families.base import CheckpointInfo, DiffusionModel
 from rcd_core.families.config import ModelConfig
 from rcd_core.families.dream import DreamModel
@@ -146,11 +147,14 @@ def describe_checkpoint(path: str | Path) -> tuple[CheckpointInfo, int]:
 
 
 def checkpoint_directory(path: str | Path) -> Path:
-    """A local directory with the checkpoint. URIs and hub ids are downloaded (json, safetensors, txt, jinja).
+    """A local directory with the checkpoint. URIs and hub ids are downloaded (json, safetensors, txt, jinja), adapters
+    (LoRA) merged into their base.
 
-    Raises UserError if there is none, and for an adapter (LoRA).
+    Raises UserError if there is none, and for an adapter that cannot be merged.
     """
     directory = _directory(str(path))
+    if is_adapter(directory):
+        directory = merged_copy(directory, load_model)
     refuse_adapter(directory)
     if not (directory / "config.json").exists():
         raise UserError(f"{directory}: no config.json there; give the directory of a checkpoint")

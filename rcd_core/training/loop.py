@@ -25,6 +25,7 @@ from rcd_core.noise import NoiseSettings
 from rcd_core.signals import ReferenceSignals
 from rcd_core.training.data.batches import Collator, MicroBatch, prefetch
 from rcd_core.training.data.rows import RowSource
+from rcd_core.training.lora import add_adapters
 from rcd_core.training.loss_module import LossModule
 from rcd_core.training.meter import Meter
 from rcd_core.training.objective import normalizer, reference_signals
@@ -71,6 +72,7 @@ def train(
     callbacks: Callbacks,
     *,
     reference: DiffusionModel | None = None,
+    own_reference: bool = False,
     signal_rule: SignalRule = DEFAULT_RULE,
     noise: NoiseSettings | None = None,
     block_warmup: float = 0.0,
@@ -81,14 +83,16 @@ def train(
     """Train `model` in place for settings.steps optimiser steps.
 
     residual.source: "none" ignores any signals. "signals" uses those cached with the rows. "online" runs the frozen
-    `reference` on the same noisy input and keeps what `signal_rule` says. The other sources run the model itself on
+    `reference` on the same noisy input, or with own_reference the model without its adapters, and keeps what
+    `signal_rule` says. The other sources run the model itself on
     noisier versions of the rows and need `noise`, which drew the rows' own masks.
     block_warmup: share of the steps in which blocks grow from one token, causal attention, to block_length.
     resume: directory of a checkpoint to continue from.
     device: where to train, by default the model's device. ddp expects the model there; fsdp2 takes a model on the CPU
     and moves it layer by layer, so that no device holds all of it.
     A model without `learned_alpha` gets one if the settings need it; it is trained along and its weights are returned.
-    Returns on rank 0 the weights of the backbone and of learned_alpha on the CPU; {} on the other ranks.
+    Returns on rank 0 the weights of the backbone and of learned_alpha on the CPU; {} on the other ranks. With
+    settings.lora those that were trained (lora.merged).
     UserError: settings that contradict each other or the data, or more than train.max_skipped_steps steps whose loss
     or gradient is not finite.
     """
@@ -99,7 +103,7 @@ def train(
         )
     if not settings.steps:
         raise UserError("train.steps is 0 because train.epochs is set; pass settings.resolved(num_examples)")
-    if residual.source == "online" and reference is None:
+    if residual.source == "online" and reference is None and not own_reference:
         raise UserError("residual.source is 'online' but reference is None; pass the reference model")
     if residual.runs_model and noise is None:
         raise UserError(f"residual.source is {residual.source!r} but noise is None; pass the noise of the rows")
@@ -124,6 +128,8 @@ def train(
         noise=noise,
         block_warmup=block_warmup,
     )
+    if settings.lora is not None:
+        add_adapters(model, settings.lora)
     if not residual.learns_alpha:
         model.learned_alpha = None
     elif model.learned_alpha is None:
@@ -133,7 +139,8 @@ def train(
     meter = Meter(model, device, 0)
     if settings.compile:
         compile_layers(model)
-    module = LossModule(model, settings.loss_weight, residual)
+    uses_own = residual.source == "online" and own_reference
+    module = LossModule(model, settings.loss_weight, residual, signal_rule if uses_own else None)
     strategy = make_strategy(module, model, settings, device)
     run = _Run(model, strategy, settings, residual, reference, signal_rule, world, device)
     first = 0
@@ -258,6 +265,8 @@ class _Run:
         return value, dist.all_reduce(value, async_op=True) if self.world > 1 else None
 
     def _signals(self, micro: MicroBatch) -> ReferenceSignals | None:
+        if self.residual.source == "online" and self.reference is None:
+            return None  # the model's own, without its adapters (LossModule)
         if self.residual.source == "online":
             assert self.reference is not None
             return reference_signals(self.reference, micro.batch, self.signal_rule)

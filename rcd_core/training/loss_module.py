@@ -16,6 +16,7 @@ from rcd_core.families.base import DiffusionModel
 from rcd_core.signals import ReferenceSignals, residual_state, sparse_residual
 from rcd_core.training.controls import on_policy_batch
 from rcd_core.training.data.batches import MicroBatch
+from rcd_core.training.lora import adapters_off
 from rcd_core.training.objective import (
     LossWeight,
     Residual,
@@ -24,8 +25,9 @@ from rcd_core.training.objective import (
     loss_parts,
     masked_blocks,
     masked_hidden,
+    reference_signals,
 )
-from rcd_core.training.settings import ResidualSettings
+from rcd_core.training.settings import ResidualSettings, SignalRule
 
 SELF_TOP_K = 32  # entries kept of the model's own predictions where residual.top_k is null
 NUM_BUCKETS = 4  # of the masking probability, for the logged losses
@@ -35,9 +37,17 @@ NUM_STATISTICS = 2 + 2 * NUM_BUCKETS
 class LossModule(nn.Module):
     """The sum of weighted losses of one micro-batch, with its residual inputs, not normalised."""
 
-    def __init__(self, model: DiffusionModel, weight: LossWeight, settings: ResidualSettings) -> None:
+    def __init__(
+        self,
+        model: DiffusionModel,
+        weight: LossWeight,
+        settings: ResidualSettings,
+        own_reference: SignalRule | None = None,
+    ) -> None:
+        """own_reference: the reference is the model itself without its adapters, by this rule."""
         super().__init__()
         self.model, self.weight, self.settings = model, weight, settings
+        self.own_reference = own_reference
 
     def forward(self, micro: MicroBatch, signals: ReferenceSignals | None) -> tuple[Tensor, Tensor]:
         """signals (N): the reference's, cached or online; None for sources without a reference.
@@ -47,6 +57,9 @@ class LossModule(nn.Module):
         """
         batch = micro.batch
         residual: Residual | None = None
+        if self.own_reference is not None:
+            with adapters_off(self.model):
+                signals = reference_signals(self.model, batch, self.own_reference)
         if signals is not None:
             kept = signals if self.settings.top_k is None else signals.largest(self.settings.top_k)
             rule, more = self._alpha_rule(batch)

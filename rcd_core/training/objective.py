@@ -112,9 +112,21 @@ def masked_hidden(model: DiffusionModel, batch: TrainingBatch, residual: Residua
         alpha, delta = residual
         # The mask's embedding as looked up: a row picked from the table would cost a gradient of the table's size.
         embeds = inject_residual(embeds, masked, alpha, delta, embeds[masked])
-    hidden = model.hidden(embeds, positions, layout)
     at = masked.flatten().nonzero()[:, 0]
+    if model.mask_shift is not None:
+        embeds = _shifted(embeds, at, model.mask_shift, residual)
+    hidden = model.hidden(embeds, positions, layout)
     return hidden.flatten(0, 1)[model.predictors(at, positions.flatten()[at] == 0)]
+
+
+def _shifted(embeds: Tensor, at: Tensor, shift: Tensor, residual: Residual | None) -> Tensor:
+    """Inputs (B, M, D) with the mask token's embedding moved by shift (D,) at rows `at` (N,) of (B M). In Eq. 2 it has
+    the share 1 - alpha."""
+    share = torch.ones(len(at), device=embeds.device)
+    if residual is not None:
+        share = share - (residual.alpha if isinstance(residual, SparseResidual) else residual[0])
+    moved = (share[:, None] * shift).to(embeds.dtype)
+    return embeds.flatten(0, 1).index_add(0, at, moved).view_as(embeds)
 
 
 @torch.no_grad()

@@ -13,6 +13,31 @@ from rcd_core.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """Low-rank adapters instead of the weights: W + (alpha / rank) B A. modules: the linear layers that get them.
+
+    UserError: a value out of range.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"train.lora.rank is {self.rank}; it must be at least 1")
+        if not self.alpha > 0:
+            raise UserError(f"train.lora.alpha is {self.alpha}; it must be above 0")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"train.lora.dropout is {self.dropout}; it must lie in [0, 1)")
+        if not self.modules:
+            raise UserError("train.lora.modules is empty; name the layers that get adapters")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """batch_size: rows of one optimiser step over all workers.
 
@@ -31,6 +56,7 @@ class TrainSettings:
     activation_checkpointing: true computes layers again in the backward pass; "selective" keeps the results of their
     matrix products and attention, and computes the rest again.
     compile: compile the layers one by one; for GPUs.
+    lora: train adapters instead of the weights; ddp and fsdp2 only.
     max_skipped_steps: steps whose loss or gradient is not finite that may be skipped before training fails.
     checkpoint_every, log_every, validate_every (None: never): in steps.
     UserError: a value out of range.
@@ -58,6 +84,7 @@ class TrainSettings:
     attention: Literal["sdpa", "eager", "flex", "flash"] = "sdpa"
     activation_checkpointing: bool | Literal["selective"] = False
     compile: bool = False
+    lora: LoraSettings | None = None
     max_skipped_steps: int = 0
     validate_every: int | None = None
     checkpoint_every: int = 500
@@ -90,6 +117,9 @@ class TrainSettings:
             raise UserError(
                 f"train.shard_size is {self.shard_size} but train.strategy is {self.strategy}; use fsdp2 or null"
             )
+
+        if self.lora and self.strategy == "deepspeed":
+            raise UserError("train.lora is given but train.strategy is deepspeed; use ddp or fsdp2")
 
         if self.compile and (self.strategy == "deepspeed" or self.activation_checkpointing == "selective"):
             other = "strategy is deepspeed" if self.strategy == "deepspeed" else "activation_checkpointing is selective"

@@ -103,7 +103,8 @@ class _Native(Strategy):
 
     def __init__(self, module: nn.Module, settings: TrainSettings) -> None:
         self.module, self.settings = module, settings
-        self.optimizer = adamw(module.parameters(), settings)
+        self.optimizer = adamw([p for p in module.parameters() if p.requires_grad], settings)
+        self.frozen = settings.lora is not None  # what is frozen is not in checkpoints
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
@@ -123,9 +124,10 @@ class _Native(Strategy):
         self.optimizer.zero_grad(set_to_none=True)
 
     def _state(self) -> dict[str, Any]:
-        from torch.distributed.checkpoint.state_dict import get_state_dict
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-        model, optimizer = get_state_dict(self.module, self.optimizer)
+        options = StateDictOptions(ignore_frozen_params=self.frozen)
+        model, optimizer = get_state_dict(self.module, self.optimizer, options=options)
         return {"model": model, "optimizer": optimizer}
 
     def save(self, directory: Path) -> None:
@@ -136,17 +138,18 @@ class _Native(Strategy):
 
     def load(self, directory: Path) -> None:
         import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.state_dict import set_state_dict
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
         state, single = self._state(), not dist.is_initialized()
         dcp.load(state, checkpoint_id=directory, no_dist=single)  # type: ignore[attr-defined]
         model, optimizer = state["model"], state["optimizer"]
-        set_state_dict(self.module, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+        options = StateDictOptions(strict=not self.frozen)
+        set_state_dict(self.module, self.optimizer, model_state_dict=model, optim_state_dict=optimizer, options=options)
 
     def full_weights(self) -> dict[str, Tensor]:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=self.frozen)
         weights: dict[str, Any] = dict(get_model_state_dict(self.module, options=options))
         return weights if not dist.is_initialized() or dist.get_rank() == 0 else {}
 
