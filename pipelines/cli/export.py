@@ -19,8 +19,10 @@ def export(flags: ExportFlags) -> int:
     manifest = run.manifest(flags.stage)
     if manifest is None:
         raise UserError(f"--stage {flags.stage} is not done in {run.path}; `rcd runs` lists stages")
-    model = storage.join(run.stage_directory(flags.stage), "model")
-    if not storage.exists(storage.join(model, "config.json")):
+    model = storage.join(run.stage_directory(flags.stage), "adapter" if flags.adapter else "model")
+    if flags.adapter and not storage.exists(storage.join(model, "adapter_config.json")):
+        raise UserError(f"--adapter: stage {flags.stage} of {run.path} was trained without train.lora; leave it out")
+    if not flags.adapter and not storage.exists(storage.join(model, "config.json")):
         raise UserError(f"--stage {flags.stage}: {run.path} has no model of it; the stages that train have one")
     if storage.list_files(output):
         raise UserError(f"--output {output} holds files; give a new directory")

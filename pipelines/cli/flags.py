@@ -288,6 +288,7 @@ class ExportFlags:
     _: KW_ONLY
     output: Annotated[str, FLAG("New directory or URI.", metavar="DIR")]
     stage: Annotated[str, FLAG("Stage that trained the model.")] = "target"
+    adapter: Annotated[bool, FLAG("Only the adapter of a training with train.lora, in PEFT's format.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -214,7 +214,7 @@ def _strategies(settings: TrainSettings) -> Iterator[Strategy]:
     own: dict[str, Any] = {n: getattr(settings, n) for n in ("strategy", "cpu_offload", "deepspeed", "shard_size")}
     offload = ", offload" if settings.cpu_offload else ""
     yield Strategy(f"recipe: {settings.strategy}{offload}", own)
-    yield from STRATEGIES
+    yield from (s for s in STRATEGIES if not (settings.lora and s.settings["strategy"] == "deepspeed"))
 
 
 def _memory(job: Job, recipe: Recipe, rows: Rows, settings: TrainSettings, gpus: int, device: str) -> Memory:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rcd_core.alpha import load_learned_alpha, save_learned_alpha
 from rcd_core.errors import UserError
-from rcd_core.families.files import read_json
+from rcd_core.families.files import CALIBRATION_FILE, read_json
 from rcd_core.families.weights import write_json
 from rcd_core.io.hub import is_hub_id
 from rcd_core.io.node_copy import cache_directory, digest, locked
@@ -101,6 +101,8 @@ def _write_merged(directory: Path, model: DiffusionModel, config: Mapping[str, A
     with suppress(UserError):  # a base without one is its owner's choice
         tokenizer = load_tokenizer(directory if (directory / "tokenizer_config.json").exists() else model.name)
     model.save_pretrained(destination, tokenizer=tokenizer)
+    if (directory / CALIBRATION_FILE).exists():
+        shutil.copy(directory / CALIBRATION_FILE, destination)
 
 
 @torch.no_grad()

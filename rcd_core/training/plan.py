@@ -18,7 +18,7 @@ from rcd_core.families.config import ModelConfig
 from rcd_core.families.experts import Experts
 from rcd_core.ops.tiles import logits_bytes
 from rcd_core.training.meter import PEAK_FLOPS
-from rcd_core.training.settings import TrainSettings
+from rcd_core.training.settings import LoraSettings, TrainSettings
 
 FP32 = 4
 ADAM = 2 * FP32  # two moments, in fp32 whatever the passes' dtype
@@ -247,22 +247,31 @@ def _states(
 ) -> tuple[float, float, float, float]:
     """(weights, gradients, optimizer, host) bytes of the parameters under a strategy, copies included."""
     total = float(shape.parameters)
+    trained = total if settings.lora is None else float(adapter_parameters(shape, settings.lora))
     if settings.strategy == "ddp":
         copies = 2.0 * total if numbers == 2 else 0.0  # autocast's, kept until the end of the pass
-        copies += FP32 * total if workers > 1 else 0.0  # DDP's gradient buckets, allocated all the time
-        return FP32 * total + copies, FP32 * total, ADAM * total, 0.0
+        copies += FP32 * trained if workers > 1 else 0.0  # DDP's gradient buckets, allocated all the time
+        return FP32 * total + copies, FP32 * trained, ADAM * trained, 0.0
     if settings.strategy == "fsdp2":
         # The head stays gathered (or the embedding, in the backward pass), and two layers: the one in use and the next.
         # Gradients are whole before they are summed in fp32 and sharded.
         head = shape.head_parameters + shape.hidden_size
         gathered = numbers * (head + 2 * shape.layer_parameters)
-        whole = (numbers + FP32) * max(head, shape.layer_parameters)
-        part = total / settings.shards(workers)
-        shards = [FP32 * part, FP32 * part, ADAM * part]
+        whole = (numbers + FP32) * max(head, shape.layer_parameters) * trained / total
+        part, own = (count / settings.shards(workers) for count in (total, trained))
+        shards = [FP32 * part, FP32 * own, ADAM * own]
         if settings.cpu_offload:
             return gathered, whole, 0.0, sum(shards)
         return shards[0] + gathered, shards[1] + whole, shards[2], 0.0
     return _zero(shape, settings.deepspeed if strategy is None else strategy, numbers, workers)
+
+
+def adapter_parameters(shape: ModelShape, lora: LoraSettings) -> int:
+    """Trained parameters of LoRA. Experts' layers, which PEFT does not find, count as nothing."""
+    width, queries, keys = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    sides = {"q_proj": width + queries, "k_proj": width + keys, "v_proj": width + keys, "o_proj": queries + width}
+    sides |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), width + shape.intermediate_size)
+    return shape.num_layers * lora.rank * sum(sides.get(name, 0) for name in lora.modules) + width
 
 
 def _zero(

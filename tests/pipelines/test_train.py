@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pipelines import train as train_stage
 from pipelines.run.directory import run_stage
@@ -18,8 +19,10 @@ from pipelines.training.metrics import read_metrics
 from pipelines.training.worker import EXPORTED, start_model, validation
 from rcd_core import load_model
 from rcd_core.errors import UserError
+from rcd_core.text.tokenizer import load_tokenizer
 from rcd_core.training.data.batches import collate_packed
 from rcd_core.training.objective import reference_signals
+from rcd_core.training.settings import LoraSettings
 from tests.fault_table import FaultTable
 from tests.pipelines.training_run import (
     BLOCK,
@@ -113,6 +116,25 @@ def test_held_out_rows_get_the_signals_of_the_reference(tmp_path: Path) -> None:
 
 
 # -- drills
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.timeout(200)
+def test_adapters_are_written_alone_and_merged(
+    strategy: str, ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.setenv("RCD_CACHE", str(tmp_path / "cache"))
+    train = {"steps": 3, "checkpoint_every": 2, "strategy": strategy, "lora": {"rank": 2}}
+    ctx = context(make_recipe(tmp_path, "lora", train=train))
+    assert train_stage.run(ctx)["steps"] == 3
+    before, after = load_file(GOLDEN / "sdar_tiny" / "model.safetensors"), weights(ctx)
+    changed = {name.split(".")[-2] for name in after if not torch.equal(before[name], after[name])}
+    assert changed == {*LoraSettings().modules, "embed_tokens"}, "adapters and the mask token's embedding"
+    alone = load_model(Path(ctx.directory) / "adapter")
+    assert all(torch.equal(after[name], tensor) for name, tensor in alone.official_files()[1].items())
+    assert alone.info.rcd["source"] == "self" and load_tokenizer(Path(ctx.directory) / "adapter").eos_token
 
 
 @pytest.mark.drill

@@ -14,19 +14,21 @@ from rcd_core.errors import UserError
 from rcd_core.families.base import CheckpointInfo
 from rcd_core.families.config import ModelConfig
 from rcd_core.families.loading import load_model, new_model
+from rcd_core.training.lora import add_adapters
 from rcd_core.training.meter import Meter
 from rcd_core.training.plan import (
     MEMORY,
     Memory,
     ModelShape,
     StepShape,
+    adapter_parameters,
     fits,
     layer_activations,
     memory,
     step_shape,
     training_cost,
 )
-from rcd_core.training.settings import TrainSettings
+from rcd_core.training.settings import LoraSettings, TrainSettings
 from tests.rcd_core.training import peak_memory
 from tests.rcd_core.training.helpers import GOLDEN
 
@@ -189,3 +191,19 @@ def test_the_prediction_is_close_to_a_measured_peak(world: int, changes: dict[st
     measured, predicted = peak_memory.measured(s, world), peak_memory.predicted(s, world).peak
     print(f"{world} x {changes}: measured {measured >> 20} MiB, predicted {predicted / 2**20:.0f} MiB")
     assert 0.85 * measured < predicted < 1.1 * measured
+
+
+def test_adapters_are_counted_as_they_are_made() -> None:
+    """Gradients and optimizer of what is trained; the plan against the parameters that PEFT adds."""
+    pytest.importorskip("peft")
+    model = load_model(GOLDEN / "sdar_tiny")
+    lora = LoraSettings(rank=3, modules=("q_proj", "k_proj", "o_proj", "down_proj"))
+    add_adapters(model, lora)
+    shape = ModelShape.of_backbone("sdar", load_model(GOLDEN / "sdar_tiny").config)
+    assert adapter_parameters(shape, lora) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    step = StepShape(tokens=64, masked=16, accumulated=False, signal_k=0)
+    for strategy in ("ddp", "fsdp2"):
+        whole = TrainSettings(steps=1, batch_size=4, strategy=strategy)
+        few = replace(whole, lora=lora)
+        assert memory(shape, few, step, 2).optimizer < 0.2 * memory(shape, whole, step, 2).optimizer
+        assert memory(shape, few, step, 2).weights <= memory(shape, whole, step, 2).weights
