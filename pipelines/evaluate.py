@@ -114,6 +114,7 @@ def make_plan(ctx: StageContext, methods: Sequence[Method], done: Set[Answer]) -
         task=recipe.data.task_of("test"),
         grader=evaluate.grader,
         attention=evaluate.attention,
+        weights=evaluate.weights,
         run_code=evaluate.run_code,
         tokenizer=storage.join(directory, "tokenizer"),
         files=tuple(storage.join(directory, "test", name) for name in summary["test"]),

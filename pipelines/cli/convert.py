@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pipelines.cli.flags import ConvertFlags
+from pipelines.cli.file_flags import ConvertFlags
 from rcd_core.errors import UserError
 from rcd_core.families.convert import converted, convertible
 from rcd_core.io.gguf import package_file

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.cli.flags import DataInspectFlags
+from pipelines.cli.file_flags import DataInspectFlags
 from pipelines.cli.live_view import printable
 from pipelines.cli.terminal import absolute_path
 from rcd_core.errors import UserError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipelines.calibration.job import store
-from pipelines.cli.flags import ExportFlags
+from pipelines.cli.file_flags import ExportFlags
 from pipelines.cli.terminal import absolute_path
 from pipelines.run.directory import RunDirectory
 from rcd_core.errors import UserError

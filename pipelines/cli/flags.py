@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_type_h
 from cyclopts import Group, Parameter, Token
 
 from pipelines.recipe.descriptions import DESCRIPTIONS
-from rcd_core.decode_settings import DecodeAttention, DecodeSettings
+from rcd_core.decode_settings import DecodeAttention, DecodeSettings, Weights
 
 
 def _whole(_: Any, tokens: Sequence[Token]) -> int:
@@ -90,6 +90,7 @@ class GenerateFlags:
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], MODEL("auto: the checkpoint's.")] = "auto"
     device: Annotated[str | None, MODEL("Default: cuda if available, else cpu.")] = None
     attention: Annotated[DecodeAttention, MODEL("auto: the fastest that runs here.")] = "auto"
+    weights: Annotated[Weights, MODEL("Keep the layers' weights quantised, to save memory.")] = "full"
     tensor_parallel: Annotated[Int, MODEL("Processes that hold the model together; start them with torchrun.")] = 1
     mask_id: Annotated[Int | None, MODEL("Must equal the checkpoint's mask token id, which is used.")] = None
     trust_remote_code: Annotated[bool, MODEL("Accepted and ignored: a checkpoint's code is never run.")] = False
@@ -240,57 +241,6 @@ class ReportFlags:
     arms: Annotated[tuple[str, ...] | None, FLAG("Only these methods; patterns like 'target/*' work.", **FEW)] = None
 
 
-@dataclass(frozen=True)
-class ConvertFlags:
-    """Turn an autoregressive checkpoint (Qwen2, Qwen3, Llama) into the start of a diffusion model, to be trained.
-
-    rcd convert Qwen/Qwen3-0.6B --output /models/start
-
-    A recipe does the same by `base.convert`.
-    """
-
-    start: Annotated[str, FLAG("Directory, GGUF file, URI or hub id of the checkpoint.")]
-    _: KW_ONLY
-    output: Annotated[str, FLAG("New directory.", metavar="DIR")]
-    mask_token: Annotated[str | None, FLAG("Unused or new token. Default: the tokenizer's own, else <|MASK|>.")] = None
-    block_length: Annotated[Int, FLAG("Tokens that are decoded together.")] = 32
-    shift: Annotated[bool, FLAG("Keep the logits one position behind; only Qwen2 (Dream).")] = False
-
-
-@dataclass(frozen=True)
-class DataInspectFlags:
-    """Show how a data file is read: its dialect, what would be dropped and why, lengths, and one example.
-
-    rcd data inspect chats.jsonl --tokenizer MODEL
-    """
-
-    path: Annotated[str, FLAG("File or URI: .jsonl, .json, .csv (each also .gz) or .parquet.")]
-    _: KW_ONLY
-    tokenizer: Annotated[str | None, CHECKPOINTS("Tokenizer or checkpoint, for lengths and an example.")] = None
-    task: Annotated[str, FLAG("Task whose columns are looked for first.")] = "qa"
-    field: Annotated[tuple[str, ...], FLAG("A field of the task and its column; repeatable.", metavar="A=B")] = ()
-    dialect: Annotated[str | None, FLAG("As data.dialect. Default: found from the columns.")] = None
-    turns: Annotated[Literal["all", "last"], FLAG("Answers that are trained.")] = "all"
-    reasoning: Annotated[Literal["keep", "drop"], FLAG("Reasoning before the answers.")] = "keep"
-    max_length: Annotated[Int, FLAG("Tokens above which rows are dropped.")] = 8192
-    block_length: Annotated[Int, FLAG("Rows are padded to a multiple of this.")] = 32
-    rows: Annotated[Int, FLAG("Rows to read; 0 reads all.")] = 1000
-
-
-@dataclass(frozen=True)
-class ExportFlags:
-    """Copy a model of a run to a checkpoint of its own, with the T_res that the run chose for it.
-
-    rcd export ~/rcd-runs/demo --output /models/demo
-    """
-
-    run: Annotated[str, FLAG("Directory or URI of a run.")]
-    _: KW_ONLY
-    output: Annotated[str, FLAG("New directory or URI.", metavar="DIR")]
-    stage: Annotated[str, FLAG("Stage that trained the model.")] = "target"
-    adapter: Annotated[bool, FLAG("Only the adapter of a training with train.lora, in PEFT's format.")] = False
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunsFlags:
     """List runs and the state of their stages."""
@@ -322,21 +272,6 @@ class ServeCheckFlags:
     """
 
     config: Annotated[str, FLAG("YAML file for `serve deploy`.")]
-
-
-@dataclass(frozen=True)
-class SignalsInspectFlags:
-    """Show what a directory of signals holds, and how faithful it is.
-
-    rcd signals inspect ~/rcd-runs/demo/signals --reference REF --target RCD
-    """
-
-    directory: Annotated[str, FLAG("<run>/signals of a finished stage; a directory or URI.")]
-    _: KW_ONLY
-    reference: Annotated[str | None, FLAG("To measure fidelity: the checkpoint the signals come from.")] = None
-    target: Annotated[str | None, FLAG("To measure fidelity: a checkpoint trained on them.")] = None
-    sample: Annotated[Int, FLAG("Masked positions to measure fidelity on.")] = 4096
-    output: Annotated[str | None, FLAG("PNG to write. Default: DIRECTORY.png.", metavar="FILE")] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,7 @@ def generate(flags: GenerateFlags) -> int:
         dtype=flags.dtype,
         device=flags.device,
         attention=flags.attention,
+        weights=flags.weights,
         mask_id=flags.mask_id,
         needs_tokenizer=not flags.prompt_ids,
         ranks=ranks,

@@ -1,4 +1,4 @@
-"""The `rcd` command. Flags are declared in flags.py; a command's module is imported only when the command runs."""
+"""The `rcd` command. Flags are declared in flags.py and file_flags.py; modules are imported when their command runs."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 
-from pipelines.cli import flags
+from pipelines.cli import file_flags, flags
 from pipelines.run.messages import user_message
 
 # Flags -> function in pipelines.cli that takes them and returns the exit code.
 COMMANDS: dict[str, tuple[type, str]] = {
     "calibrate": (flags.CalibrateFlags, "calibrate:calibrate"),
     "chat": (flags.ChatFlags, "chat:chat"),
-    "convert": (flags.ConvertFlags, "convert:convert"),
-    "data inspect": (flags.DataInspectFlags, "data:inspect"),
+    "convert": (file_flags.ConvertFlags, "convert:convert"),
+    "data inspect": (file_flags.DataInspectFlags, "data:inspect"),
     "down": (flags.DownFlags, "local:down"),
     "evaluate": (flags.EvaluateFlags, "evaluate:evaluate"),
-    "export": (flags.ExportFlags, "export:export"),
+    "export": (file_flags.ExportFlags, "export:export"),
     "generate": (flags.GenerateFlags, "generate:generate"),
     "report": (flags.ReportFlags, "report:report"),
     "runs": (flags.RunsFlags, "runs:runs"),
     "serve check": (flags.ServeCheckFlags, "serve:check"),
-    "signals inspect": (flags.SignalsInspectFlags, "signals:inspect"),
+    "signals inspect": (file_flags.SignalsInspectFlags, "signals:inspect"),
     "signals plan": (flags.SignalsPlanFlags, "plan:plan_signals"),
     "train plan": (flags.TrainPlanFlags, "plan:plan_training"),
     "up": (flags.UpFlags, "local:up"),

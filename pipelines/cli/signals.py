@@ -7,7 +7,7 @@ import os
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.cli.flags import SignalsInspectFlags
+from pipelines.cli.file_flags import SignalsInspectFlags
 from pipelines.cli.terminal import absolute_path
 from pipelines.signals.inspect import (
     Sizes,

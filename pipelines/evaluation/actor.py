@@ -24,7 +24,7 @@ from pipelines.evaluation.results import MethodInfo, judge
 from pipelines.evaluation.shared_engine import SharedEngine
 from pipelines.ray_cluster.hardware import describe_device, device_of
 from pipelines.run.once_more import once_more
-from rcd_core.decode_settings import DecodeSettings
+from rcd_core.decode_settings import DecodeSettings, Weights
 from rcd_core.decoding.decoder import Decoder
 from rcd_core.decoding.reference import LocalReference
 from rcd_core.decoding.request import NUM_SEED_BITS
@@ -86,6 +86,7 @@ class Plan:
     task: str
     grader: str
     attention: str
+    weights: Weights
     run_code: bool
     tokenizer: str
     files: tuple[str, ...]
@@ -251,7 +252,8 @@ class DecodeActor:
         if self.model is not None:
             release(self.model)
         self.model = self.reference = None
-        load: Any = partial(load_models, *paths, device=self.device, dtype=self.dtype, attention=self.plan.attention)
+        options = {"attention": self.plan.attention, "weights": self.plan.weights}
+        load: Any = partial(load_models, *paths, device=self.device, dtype=self.dtype, **options)
         self.group.follow(load)
         self.model, self.reference = load(self.group.ranks)
         self.paths = paths

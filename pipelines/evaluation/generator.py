@@ -10,7 +10,7 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
-from rcd_core.decode_settings import DecodeSettings
+from rcd_core.decode_settings import DecodeSettings, Weights
 from rcd_core.decoding.decoder import Decoder
 from rcd_core.decoding.sequence import Sequence
 from rcd_core.errors import UserError
@@ -91,6 +91,7 @@ def load_generator(
     dtype: str = "auto",
     device: str | None = None,
     attention: str = "auto",
+    weights: Weights = "full",
     mask_id: int | None = None,
     needs_tokenizer: bool = True,
     ranks: Ranks = ALONE,
@@ -105,7 +106,7 @@ def load_generator(
     from rcd_core.families.loading import checkpoint_directory
     from rcd_core.text.tokenizer import load_tokenizer, stop_token_ids
 
-    load = partial(_load, dtype=dtype, device=device, attention=attention, ranks=ranks)
+    load = partial(_load, dtype=dtype, device=device, attention=attention, weights=weights, ranks=ranks)
     with _prefix_errors("--model_dir"):
         directory = checkpoint_directory(model_dir)
         tokenizer = None
@@ -161,7 +162,9 @@ def _describe(model: DiffusionModel) -> str:
     return f"{model.family}, {size}, {str(model.dtype).removeprefix('torch.')} on {model.device}"
 
 
-def _load(path: Any, *, dtype: str, device: str | None, attention: str, ranks: Ranks) -> DiffusionModel:
+def _load(
+    path: Any, *, dtype: str, device: str | None, attention: str, weights: Weights, ranks: Ranks
+) -> DiffusionModel:
     import torch
 
     from pipelines.ray_cluster.hardware import device_of
@@ -174,7 +177,7 @@ def _load(path: Any, *, dtype: str, device: str | None, attention: str, ranks: R
         reason = str(error).splitlines()[0]
         raise UserError(f"--device is {device!r}, which cannot be used here: {reason}; try --device cpu") from error
     torch_dtype = None if dtype == "auto" else getattr(torch, dtype)
-    return load_model(path, dtype=torch_dtype, device=device, attention=attention, ranks=ranks)
+    return load_model(path, dtype=torch_dtype, device=device, attention=attention, ranks=ranks, weights=weights)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from pipelines.ray_cluster.hardware import device_of
+from rcd_core.decode_settings import Weights
 from rcd_core.decoding.reference import LocalReference
 from rcd_core.decoding.tensor_parallel import follow
 from rcd_core.families.base import DiffusionModel
@@ -31,10 +32,16 @@ Load = Callable[[Ranks], tuple[DiffusionModel, LocalReference | None]]
 
 
 def load_ranks(
-    checkpoint: str, dtype: torch.dtype | None, device: str, attention: str, ranks: Ranks
+    checkpoint: str,
+    dtype: torch.dtype | None,
+    device: str,
+    attention: str,
+    ranks: Ranks,
+    weights: Weights = "full",
 ) -> tuple[DiffusionModel, None]:
     """A Load of one model, without a reference of its own."""
-    return load_model(checkpoint, dtype=dtype, device=device, attention=attention, ranks=ranks), None
+    model = load_model(checkpoint, dtype=dtype, device=device, attention=attention, ranks=ranks, weights=weights)
+    return model, None
 
 
 class RankGroup:

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from pipelines.recipe.types import Count, Positive, Section
-from rcd_core.decode_settings import DecodeAttention, DecodeSettings, Start
+from rcd_core.decode_settings import DecodeAttention, DecodeSettings, Start, Weights
 
 
 class DeployedModel(Section):
@@ -59,6 +59,8 @@ class DeploySettings(Section):
     """Requests that may wait per replica; further ones get status 429."""
     attention: DecodeAttention = "auto"
     """Attention of target and reference, as in `evaluate`."""
+    weights: Weights = "full"
+    """How target and reference keep their layers' weights, as in `evaluate`."""
     reference_tensor_parallel: Count = 1
     """Workers over which a replica of the reference is split; `resources.tensor_parallel` splits the other models."""
     max_length: Count | None = None

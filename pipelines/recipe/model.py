@@ -21,7 +21,7 @@ from pipelines.recipe.types import (
     Share,
 )
 from rcd_core.calibration.distance import Match
-from rcd_core.decode_settings import DecodeAttention, DecodeSettings, Start
+from rcd_core.decode_settings import DecodeAttention, DecodeSettings, Start, Weights
 from rcd_core.errors import UserError
 from rcd_core.families.config import ModelConfig
 from rcd_core.io import storage
@@ -185,6 +185,8 @@ class EvaluateSettings(Section):
     """`default` compares values; `official` judges as GSM8K's and MATH's graders do. Results say where they differ."""
     attention: DecodeAttention = "auto"
     """Attention of decoding; `auto` takes the fastest that runs where the stage runs, and its log says which."""
+    weights: Weights = "full"
+    """Keep the layers' weights as they are, or quantised (torchao) to save memory; residual embeddings stay exact."""
     run_code: bool = False
     """Let `humaneval` run generated code, in limited processes that are no sandbox."""
 

@@ -31,6 +31,9 @@ def problems(recipe: Recipe) -> Iterator[str]:
             f"{key} is 'humaneval', which runs code that a model wrote, but evaluate.run_code is false; "
             "set it to true where that is safe"
         )
+    for key, weights in (("evaluate", recipe.evaluate.weights), ("deploy", recipe.deploy.weights)):
+        if weights != "full" and recipe.resources.tensor_parallel > 1:
+            yield f"{key}.weights is {weights!r} but resources.tensor_parallel is above 1; set one to its default"
     if recipe.noise.layout == "multi_block":
         if recipe.noise.block_length != recipe.block_length:
             yield (

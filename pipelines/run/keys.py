@@ -38,6 +38,8 @@ _NEUTRAL = (
 )
 # Left out where they have this value, as in runs made before there were these keys.
 _LATER: dict[str, Any] = {
+    "evaluate.weights": "full",
+    "deploy.weights": "full",
     "*.train.lora": None,
     "baselines.*.lora": None,
     "*.decode.schedule": None,

@@ -18,7 +18,7 @@ from pipelines.recipe.rules import needs_reference
 from pipelines.recipe.sources import checkpoint_problems
 from pipelines.recipe.types import Count, Positive, Section
 from pipelines.run.commits import ask_commit, at_commit, hub_names
-from rcd_core.decode_settings import DecodeAttention, DecodeSettings
+from rcd_core.decode_settings import DecodeAttention, DecodeSettings, Weights
 
 REFERENCE, INGRESS = "Reference", "Ingress"  # deployments
 _DEPLOYMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -45,8 +45,8 @@ class Replicas(Section):
 
 class DescribedModel(Section):
     """reference: whether requests may start from the reference; None: if `decode` does. deployment: its name on the
-    dashboard; None: the model's id. max_batch, max_queue, max_length, attention: as in target.Target. tensor_parallel:
-    processes over which a replica splits the model; `replicas` has the resources of each."""
+    dashboard; None: the model's id. max_batch, max_queue, max_length, attention, weights: as in target.Target.
+    tensor_parallel: processes over which a replica splits the model; `replicas` has the resources of each."""
 
     checkpoint: str
     decode: DecodeSettings = DecodeSettings()
@@ -57,6 +57,7 @@ class DescribedModel(Section):
     max_length: Count | None = None
     tensor_parallel: Count = 1
     attention: DecodeAttention = "auto"
+    weights: Weights = "full"
     replicas: Replicas = Replicas()
 
     @property
@@ -76,6 +77,7 @@ class DescribedReference(Section):
     checkpoint: str
     top_k: Annotated[int, Field(ge=1, le=32767)] = 32
     attention: DecodeAttention = "auto"
+    weights: Weights = "full"
     tensor_parallel: Count = 1
     replicas: Replicas = Replicas()
 
@@ -145,7 +147,7 @@ def describe(recipe: Recipe, checkpoint: Callable[[str], str], t_res: float | No
         num_gpus=min(1.0, resources.gpus_per_worker / ((len(served) + shares_gpus) if ranks == 1 else 1)),
         resources=nodes,
     )
-    limits: dict[str, Any] = deploy.model_dump(include={"max_batch", "max_queue", "max_length", "attention"})
+    limits: dict[str, Any] = deploy.model_dump(include={"max_batch", "max_queue", "max_length", "attention", "weights"})
     limits["tensor_parallel"] = ranks
     limits["replicas"] = replicas.model_copy(update={"target_ongoing_requests": deploy.target_ongoing_requests})
     models = {
@@ -162,6 +164,7 @@ def describe(recipe: Recipe, checkpoint: Callable[[str], str], t_res: float | No
             checkpoint=path,
             top_k=top_k,
             attention=deploy.attention,
+            weights=deploy.weights,
             tensor_parallel=deploy.reference_tensor_parallel,
             replicas=replicas,
         )
@@ -222,6 +225,8 @@ def _contradictions(description: Description) -> Iterator[str]:
             )
     for key, one in described.items():
         yield from checkpoint_problems(f"{key}.checkpoint", one.checkpoint)
+        if one.tensor_parallel > 1 and one.weights != "full":
+            yield f"{key}.weights is {one.weights!r} but tensor_parallel {one.tensor_parallel}; set one to its default"
         few, many = one.replicas.min_replicas, one.replicas.max_replicas
         if one.tensor_parallel > 1 and one.replicas.num_gpus % 1:
             yield (

@@ -125,6 +125,7 @@ def application(
             max(model.max_length or MAX_LENGTH for model in users),
             described.attention,
             described.bundles,
+            described.weights,
         )
     targets = {}
     for model_id, model in description.models.items():
@@ -147,6 +148,7 @@ def application(
             max_length=model.max_length,
             bundles=model.bundles,
             attention=model.attention,
+            weights=model.weights,
             has_t_res=model.decode.residual_temperature is not None,
         )
     defaults = {model_id: model.decode for model_id, model in description.models.items()}

@@ -24,6 +24,7 @@ from pipelines.ray_cluster.hardware import device_of, gpu_share
 from pipelines.ray_cluster.ranks import RankGroup, load_ranks
 from pipelines.serving.metrics import export_metrics
 from rcd_core import ReferenceSignals, WarmStart
+from rcd_core.decode_settings import Weights
 from rcd_core.decoding.memory import fit
 from rcd_core.decoding.tensor_parallel import make_reference
 from rcd_core.signals import Signals
@@ -117,11 +118,12 @@ class Reference:
         max_length: int,
         attention: str = "auto",
         bundles: Sequence[Mapping[str, float]] = (),
+        weights: Weights = "full",
     ) -> None:
         self.group = RankGroup(bundles)
         device, dtype = device_of(gpus)
-        self.group.follow(partial(load_ranks, checkpoint, dtype, device, attention))
-        model, _ = load_ranks(checkpoint, dtype, device, attention, self.group.ranks)
+        self.group.follow(partial(load_ranks, checkpoint, dtype, device, attention, weights=weights))
+        model, _ = load_ranks(checkpoint, dtype, device, attention, self.group.ranks, weights)
         length = min(max_length, model.max_positions)
         share = gpu_share(gpus)
         contexts = fit(model, length, model.info.block_length, contexts, part=share, lanes=True).max_batch

@@ -21,10 +21,11 @@ from pipelines.serving.engine_thread import EngineFailed, EngineThread, EventBat
 from pipelines.serving.metrics import export_metrics
 from pipelines.serving.reference import RemoteReference
 from rcd_core import UserError
-from rcd_core.decode_settings import DecodeSettings
+from rcd_core.decode_settings import DecodeSettings, Weights
 from rcd_core.decoding.memory import fit
 from rcd_core.decoding.request import uncalibrated
 from rcd_core.families.base import DiffusionModel
+from rcd_core.families.quantise import stored_tensors
 from rcd_core.io.node_copy import node_copy
 from rcd_core.text.tokenizer import load_tokenizer
 
@@ -75,13 +76,14 @@ class Target:
         max_length: int | None,
         bundles: Sequence[Mapping[str, float]] = (),
         attention: str = "auto",
+        weights: Weights = "full",
         has_t_res: bool = False,
     ) -> None:
         self.group = RankGroup(bundles)
         device, dtype = device_of(gpus)
-        self.group.follow(partial(load_ranks, checkpoint, dtype, device, attention))
+        self.group.follow(partial(load_ranks, checkpoint, dtype, device, attention, weights=weights))
         checkpoint = node_copy(checkpoint)  # once, so that model and tokenizer are of the same version
-        model, _ = load_ranks(checkpoint, dtype, device, attention, self.group.ranks)
+        model, _ = load_ranks(checkpoint, dtype, device, attention, self.group.ranks, weights)
         residual = bool(model.info.rcd) or reference is not None
         if not has_t_res and (message := uncalibrated(DecodeSettings(residual=residual), model)):
             logger.warning("%s: %s", checkpoint, message)
@@ -143,6 +145,7 @@ def weights_id(model: DiffusionModel) -> str:
     """
     digest = hashlib.sha256(repr(model.info).encode())
     for name, weights in model.named_parameters():
-        bits = weights.detach().view(_INTEGERS[weights.element_size()])
-        digest.update(f"{name} {tuple(weights.shape)} {weights.dtype} {int(bits.sum(dtype=torch.int64))}".encode())
+        for part in stored_tensors(weights):
+            bits = part.view(_INTEGERS[part.element_size()])
+            digest.update(f"{name} {tuple(part.shape)} {part.dtype} {int(bits.sum(dtype=torch.int64))}".encode())
     return digest.hexdigest()[:16]

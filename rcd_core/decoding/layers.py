@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from rcd_core.attention.paged import Attend
 from rcd_core.decoding.pages import PagedCache
+from rcd_core.families.quantise import is_quantised
 from rcd_core.ops.ranks import ALONE, Ranks
 
 
@@ -89,12 +90,12 @@ class Layer:
         self.queries, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.scaling: float = attention.scaling
         self.norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-        self.qkv = Joined([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.out = Joined([attention.o_proj])
+        self.qkv = _linear([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.out = _linear([attention.o_proj])
         self.experts = mlp if hasattr(mlp, "experts") else None
         if self.experts is None:
-            self.gate_up = Joined([mlp.gate_proj, mlp.up_proj])
-            self.down = Joined([mlp.down_proj])
+            self.gate_up = _linear([mlp.gate_proj, mlp.up_proj])
+            self.down = _linear([mlp.down_proj])
         self.head_norms: Tensor | None = None  # (H + G, d)
         if hasattr(attention, "q_norm"):
             query, key = attention.q_norm.weight.detach(), attention.k_norm.weight.detach()
@@ -167,6 +168,25 @@ class Joined:
         else:
             result = torch.addmm(base, x, self.weight)
         return result if self.bias is None else result.add_(self.bias)
+
+
+class Apart:
+    """Quantised linear layers with one input, each by itself: their packed weights cannot be joined."""
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self.parts = [(part.weight.detach(), part.bias) for part in parts]
+
+    def __call__(self, x: Tensor, out: Tensor) -> None:
+        """x (T, D) -> out (T, E)."""
+        torch.cat([F.linear(x, weight, bias) for weight, bias in self.parts], -1, out=out)
+
+    def added(self, base: Tensor, x: Tensor) -> Tensor:
+        """base (T, E) plus the layer's output."""
+        return base + torch.cat([F.linear(x, weight, bias) for weight, bias in self.parts], -1)
+
+
+def _linear(parts: Sequence[Any]) -> Joined | Apart:
+    return Apart(parts) if is_quantised(parts[0].weight) else Joined(parts)
 
 
 def _joined(parts: Sequence[nn.Parameter]) -> Tensor:

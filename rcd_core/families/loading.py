@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rcd_core.alpha import load_learned_alpha
 from rcd_core.attention.backends import backend_key
+from rcd_core.decode_settings import Weights
 from rcd_core.errors import UserError
 from rcd_core.families.a2d import A2D_FAMILIES
 from rcd_core.families.adapters import is_adapter, merged_copy
@@ -27,6 +28,7 @@ from rcd_core.families.files import CheckpointFiles, released_name
 from rcd_core.families.llada import LLaDAModel
 from rcd_core.families.llada2 import LLaDA2Model
 from rcd_core.families.llada_moe import LLaDAMoEModel
+from rcd_core.families.quantise import quantise
 from rcd_core.families.sdar import SDARModel
 from rcd_core.families.sdar_moe import SDARMoEModel
 from rcd_core.families.split import check_split, part_of, split_backbone
@@ -55,13 +57,15 @@ def load_model(
     attention: str = "auto",
     ranks: Ranks = ALONE,
     fields: Mapping[str, Any] | None = None,
+    weights: Weights = "full",
 ) -> DiffusionModel:
     """Load a checkpoint of any family (README.md lists them) in eval mode.
 
     path: a directory, a GGUF file, an s3:// or gs:// URI, or a hub id owner/name[@revision]. dtype None: the
     checkpoint's. fields: of config.json, used instead of those in the file (convert.py).
     attention: of training (attention/backends.py) and of the engines that decode the model (paged_backends.py).
-    ranks: load one rank's part of the weights (families/split.py), and read nothing else of the files.
+    ranks: load one rank's part of the weights (families/split.py), and read nothing else of the files. weights: how
+    the layers are kept, for decoding only (quantise.py).
     Raises UserError for an unsupported architecture, and for weights that are missing, pickled, damaged or do not fit
     config.json.
     """
@@ -94,12 +98,12 @@ def load_model(
         config = backbone.config
     read = read_weights(stored, device, dtype, lambda name: part_of(name, whole, ranks))
     experts = Experts.of(whole)
-    weights = dict(stacked(read, experts.count) if experts else read)
+    tensors = dict(stacked(read, experts.count) if experts else read)
     if config.tie_word_embeddings:
-        config.tie_word_embeddings = whole.tie_word_embeddings = _is_copy(weights, directory)
+        config.tie_word_embeddings = whole.tie_word_embeddings = _is_copy(tensors, directory)
     if config.tie_word_embeddings:
-        weights[_HEAD] = weights[_EMBEDDING]
-    backbone.load_state_dict(weights, assign=True)
+        tensors[_HEAD] = tensors[_EMBEDDING]
+    backbone.load_state_dict(tensors, assign=True)
     if config.tie_word_embeddings:
         backbone.tie_weights()
     # Rotary tables are not in the files and were not computed on the meta device.
@@ -111,6 +115,7 @@ def load_model(
     model.name, model.attention = str(path), attention
     model.ranks, model.whole_config = ranks, whole
     model.learned_alpha = load_learned_alpha(directory, device, required=info.rcd.get("alpha") == "learned")
+    quantise(model, weights)
     return model.eval()
 
 

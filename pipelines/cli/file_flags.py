@@ -1,0 +1,74 @@
+"""The flags of the commands that look at files or make others of them. As flags.py, it imports nothing slow."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated, Literal
+
+from pipelines.cli.flags import CHECKPOINTS, FLAG, Int
+
+
+@dataclass(frozen=True)
+class ConvertFlags:
+    """Turn an autoregressive checkpoint (Qwen2, Qwen3, Llama) into the start of a diffusion model, to be trained.
+
+    rcd convert Qwen/Qwen3-0.6B --output /models/start
+
+    A recipe does the same by `base.convert`.
+    """
+
+    start: Annotated[str, FLAG("Directory, GGUF file, URI or hub id of the checkpoint.")]
+    _: KW_ONLY
+    output: Annotated[str, FLAG("New directory.", metavar="DIR")]
+    mask_token: Annotated[str | None, FLAG("Unused or new token. Default: the tokenizer's own, else <|MASK|>.")] = None
+    block_length: Annotated[Int, FLAG("Tokens that are decoded together.")] = 32
+    shift: Annotated[bool, FLAG("Keep the logits one position behind; only Qwen2 (Dream).")] = False
+
+
+@dataclass(frozen=True)
+class DataInspectFlags:
+    """Show how a data file is read: its dialect, what would be dropped and why, lengths, and one example.
+
+    rcd data inspect chats.jsonl --tokenizer MODEL
+    """
+
+    path: Annotated[str, FLAG("File or URI: .jsonl, .json, .csv (each also .gz) or .parquet.")]
+    _: KW_ONLY
+    tokenizer: Annotated[str | None, CHECKPOINTS("Tokenizer or checkpoint, for lengths and an example.")] = None
+    task: Annotated[str, FLAG("Task whose columns are looked for first.")] = "qa"
+    field: Annotated[tuple[str, ...], FLAG("A field of the task and its column; repeatable.", metavar="A=B")] = ()
+    dialect: Annotated[str | None, FLAG("As data.dialect. Default: found from the columns.")] = None
+    turns: Annotated[Literal["all", "last"], FLAG("Answers that are trained.")] = "all"
+    reasoning: Annotated[Literal["keep", "drop"], FLAG("Reasoning before the answers.")] = "keep"
+    max_length: Annotated[Int, FLAG("Tokens above which rows are dropped.")] = 8192
+    block_length: Annotated[Int, FLAG("Rows are padded to a multiple of this.")] = 32
+    rows: Annotated[Int, FLAG("Rows to read; 0 reads all.")] = 1000
+
+
+@dataclass(frozen=True)
+class ExportFlags:
+    """Copy a model of a run to a checkpoint of its own, with the T_res that the run chose for it.
+
+    rcd export ~/rcd-runs/demo --output /models/demo
+    """
+
+    run: Annotated[str, FLAG("Directory or URI of a run.")]
+    _: KW_ONLY
+    output: Annotated[str, FLAG("New directory or URI.", metavar="DIR")]
+    stage: Annotated[str, FLAG("Stage that trained the model.")] = "target"
+    adapter: Annotated[bool, FLAG("Only the adapter of a training with train.lora, in PEFT's format.")] = False
+
+
+@dataclass(frozen=True)
+class SignalsInspectFlags:
+    """Show what a directory of signals holds, and how faithful it is.
+
+    rcd signals inspect ~/rcd-runs/demo/signals --reference REF --target RCD
+    """
+
+    directory: Annotated[str, FLAG("<run>/signals of a finished stage; a directory or URI.")]
+    _: KW_ONLY
+    reference: Annotated[str | None, FLAG("To measure fidelity: the checkpoint the signals come from.")] = None
+    target: Annotated[str | None, FLAG("To measure fidelity: a checkpoint trained on them.")] = None
+    sample: Annotated[Int, FLAG("Masked positions to measure fidelity on.")] = 4096
+    output: Annotated[str | None, FLAG("PNG to write. Default: DIRECTORY.png.", metavar="FILE")] = None
