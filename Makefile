@@ -27,7 +27,7 @@ LOCAL := env -u RAY_ADDRESS -u RAY_API_SERVER_ADDRESS RAY_AUTH_MODE=disabled PAT
 INTERRUPTED := The job goes on. To stop it: ray job stop --address $(ADDRESS) ID (Ray printed the ID above), or: make down
 
 .DELETE_ON_ERROR:
-.PHONY: demo down test test-faults drill lint docs clean
+.PHONY: demo down test test-extras test-faults drill lint docs clean
 
 demo: $(VENV)/.runtime
 	@echo '$(UP)'
@@ -42,6 +42,12 @@ test: $(VENV)/.dev
 	@# One thread each: two processes with two threads wait for one another on two cores. The tests start hundreds of
 	@# processes, which must not compile this repository again each time.
 	@env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-extras: $(VENV)/.dev
+	@$(BIN)/pip install -q -c constraints.txt -e ".[gguf,lora,quantise]"
+	@$(BIN)/python -m pytest -m "" tests/rcd_core/training/test_lora.py tests/rcd_core/families/test_quantise.py \
+		tests/rcd_core/families/test_convert.py tests/pipelines/test_train.py tests/pipelines/test_smollm2.py \
+		-k "lora or adapter or quantise or convert or smollm2"
 
 test-faults: $(VENV)/.dev
 	@$(BIN)/python -m pytest -m faults -s

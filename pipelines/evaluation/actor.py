@@ -86,7 +86,6 @@ class Plan:
     task: str
     grader: str
     attention: str
-    weights: Weights
     run_code: bool
     tokenizer: str
     files: tuple[str, ...]
@@ -100,6 +99,7 @@ class Plan:
     name: str
     flush_s: float
     bundles: tuple[dict[str, float], ...] = ()  # of RankGroup
+    weights: Weights = "full"
 
     @property
     def pieces_at_once(self) -> int:

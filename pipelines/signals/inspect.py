@@ -129,7 +129,7 @@ def _batches(
                 mask_token_id=int(manifest["mask_token_id"]),
                 pad_token_id=pad_token_id,
                 block_length=int(manifest["block_length"]),
-                noise=noise_of(manifest["noise"]),
+                noise=noise_of(manifest["noise"]) if "noise" in manifest else None,
             )
             num_masked += int(batch.masked.sum())
             yield batch, signals

@@ -5,6 +5,7 @@ Shapes: B rows, Q query tokens, L tokens, V vocabulary, D width.
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,8 @@ from rcd_core.families.weights import MAX_SHARD_BYTES, StoredTensor, write_json,
 from rcd_core.ops.checkpointing import Mode, checkpointed
 from rcd_core.ops.ranks import ALONE, Ranks
 
+# transformers imports torchao where it is installed, which then warns of each GPU kernel that it cannot load.
+logging.getLogger("torchao").setLevel(logging.ERROR)
 _ALPHA = "learned_alpha."  # prefix of that network's weights in a state dict of the whole model
 
 

@@ -7,7 +7,6 @@ the experts of a mixture stay too.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +25,6 @@ def quantise(model: DiffusionModel, weights: Weights) -> None:
         return
     if model.ranks.size > 1:
         raise UserError(f"weights is {weights!r}, but the model is split over {model.ranks.size} ranks; use 'full'")
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of each GPU kernel that it cannot load
     try:
         from torchao.quantization import quantize_
     except ImportError as error:
