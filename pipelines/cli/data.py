@@ -47,6 +47,8 @@ def inspect(flags: DataInspectFlags) -> int:
     allowed = (OWN_COLUMNS, *DIALECTS)
     if flags.dialect is not None and flags.dialect not in allowed:
         raise UserError(f"--dialect is {flags.dialect!r}; allowed: {', '.join(allowed)}")
+    if flags.rows < 0:
+        raise UserError(f"--rows is {flags.rows}; it must be at least 0, which reads all")
     columns = {name: name for name in task.fields}
     for text in flags.field:
         name, _, column = text.partition("=")

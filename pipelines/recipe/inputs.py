@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from typing import Any
 
 from pipelines.recipe.model import Recipe
+from pipelines.recipe.rules import trainings
 from pipelines.recipe.sources import checkpoints, data_files
 from rcd_core.errors import UserError
 from rcd_core.io import storage
@@ -32,9 +34,19 @@ def check_inputs(recipe: Recipe) -> None:
             _require_file(key, path, "config.json", "it must hold a Hugging Face checkpoint")
             if not storage.list_files(path, ".safetensors"):
                 raise UserError(f"{key}: {path} has no *.safetensors; convert the weights; pickled ones are refused")
+    _require_packages(recipe)
     for key in ("reference.start", "baseline"):
         if key in external and "target.start" in external:
             _require_same_vocabulary(key, external[key], external["target.start"])
+
+
+def _require_packages(recipe: Recipe) -> None:
+    used = {f"{key}.lora": ("peft", "lora") for key, train in trainings(recipe).items() if train.lora}
+    for key, weights in (("evaluate", recipe.evaluate.weights), ("deploy", recipe.deploy.weights)):
+        used |= {f"{key}.weights": ("torchao", "quantise")} if weights != "full" else {}
+    for key, (package, extra) in used.items():
+        if find_spec(package) is None:
+            raise UserError(f"{key} needs the package {package}, on every node: pip install 'rcd-ray[{extra}]'")
 
 
 def _exists(key: str, path: str) -> bool:

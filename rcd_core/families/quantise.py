@@ -30,16 +30,14 @@ def quantise(model: DiffusionModel, weights: Weights) -> None:
     except ImportError as error:
         raise UserError(f"weights is {weights!r}, which needs torchao: pip install 'rcd-ray[quantise]'") from error
     model.requires_grad_(False)
-    before = type(model.embedding.weight.data)
     try:
         for layer in model.backbone.model.layers:
             quantize_(layer, _config(weights), filter_fn=_is_linear)
-    except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
+    except (ImportError, NotImplementedError) as error:  # no kernel; running out of memory stays what it is
         raise UserError(
             f"weights is {weights!r}, which torchao cannot run on {model.device} ({str(error).splitlines()[0]}); use "
             "int8 or full"
         ) from error
-    assert type(model.embedding.weight.data) is before
 
 
 def is_quantised(weight: Tensor) -> bool:

@@ -45,6 +45,7 @@ def test_without_a_tokenizer_it_says_what_it_can(chats: str, capsys: pytest.Capt
         (["--field", "topic=x"], "--field topic"),
         (["--dialect", "conversations"], "'conversations'"),
         (["--tokenizer", "/nowhere"], "/nowhere"),
+        (["--rows", "-1"], "--rows"),
     ],
 )
 def test_mistakes_are_named(chats: str, flags: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
