@@ -32,7 +32,10 @@ SCALED_RULES = ("calibrated_entropy", "uniform", "learned")  # divide the entrop
 CONFIDENCE_RULES = ("confidence", "inverse_confidence", "learned")  # need max p, at T_res as the entropy
 CONSTANT_RULES = ("fixed", "one", "ramp")  # do not depend on the prediction, so T_res does not change them
 BLOCK_RULES = ("uniform", "ramp")  # depend on more than the position's own prediction
-COUNTS = ("block_length", "denoising_steps", "max_new_tokens", "top_k", "residual_top_k", "max_live_blocks")
+COUNTS = (
+    *("block_length", "sub_block_length", "denoising_steps", "max_new_tokens", "top_k", "residual_top_k"),
+    "max_live_blocks",
+)
 SHARES = ("confidence_threshold", "block_add_threshold", "decoded_token_threshold")
 
 
@@ -40,6 +43,7 @@ SHARES = ("confidence_threshold", "block_add_threshold", "decoded_token_threshol
 class DecodeSettings:
     """How one request is decoded. None means the checkpoint's value, else the family's default.
 
+    sub_block_length: a pass commits tokens of the first sub-block of a block that has masks (decoding/sub_blocks.py).
     denoising_steps: planned passes per block (None = block_length), which sets the smallest number of commits per pass.
     schedule: how the planned passes share the commits: "even"; or "time", Dream's: as the time t falls from 1 to .001,
     a pass plans the share 1 - s/t of the masks that are left, rounded down, and the last pass all; or "linear", dLLM's:
@@ -66,6 +70,7 @@ class DecodeSettings:
     __pydantic_config__ = {"extra": "forbid"}
 
     block_length: int | None = None
+    sub_block_length: int | None = None
     denoising_steps: int | None = None
     schedule: Schedule | None = None
     max_new_tokens: int = 256

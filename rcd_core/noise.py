@@ -33,6 +33,7 @@ class NoiseSettings:
     layout: "single", where a noisy block sees clean ones only, or "multi_block" for targets that decode several live
     blocks (MultiTF): groups of at most `group_blocks` blocks, whose p does not fall from block to block. They begin at
     the first labelled block. The last block of a group is fully masked with probability FULLY_MASKED.
+    complementary: an odd draw masks the labelled tokens that the draw before it leaves (Fast-dLLM v2's second view).
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -43,12 +44,17 @@ class NoiseSettings:
     block_length: int | None = None
     layout: Literal["single", "multi_block"] = "single"
     group_blocks: int = 4
+    complementary: bool = False
 
     def __post_init__(self) -> None:
         if self.group_blocks < 2:
             raise UserError(f"noise.group_blocks is {self.group_blocks}; it must be at least 2")
         if self.layout == "multi_block" and self.block_length is None:
             raise UserError("noise.layout is multi_block but noise.block_length is null; give the length of blocks")
+        if self.complementary and self.layout == "multi_block":
+            raise UserError("noise.complementary is true but noise.layout is multi_block; set one to its default")
+        if self.complementary and self.draws % 2:
+            raise UserError(f"noise.complementary is true but noise.draws is {self.draws}; give an even number")
         if self.draws < 1:
             raise UserError(f"noise.draws is {self.draws}; it must be at least 1")
         if not 0.0 <= self.eps < 1.0:
@@ -113,17 +119,23 @@ def mask_examples(
     Calls per example would cost more than the reference's pass over a small row.
     """
     if settings.block_length is None:
-        keys = np.array([hash_key(settings.seed, draw, name, 0) for name in example_ids], dtype=np.uint64)
+        drawn = _drawn(draw, settings)
+        keys = np.array([hash_key(settings.seed, drawn, name, 0) for name in example_ids], dtype=np.uint64)
         lengths = np.diff(offsets)
         streams = splitmix64(keys)
         levels = (1.0 - settings.eps) * uniform_of(streams) + settings.eps  # counter 0; the tokens' counters begin at 1
         counters = np.arange(1, len(maskable) + 1, dtype=np.int64) - np.repeat(offsets[:-1], lengths)
         p = np.repeat(levels, lengths)
         masked = (uniform_of(counters.astype(np.uint64) ^ np.repeat(streams, lengths)) < p) & maskable
+        if drawn != draw:
+            masked, p = maskable & ~masked, np.maximum(1.0 - p, settings.eps)
     else:
         masked, p = np.zeros_like(maskable), np.ones(len(maskable))
     # Noise levels per block, and redraws of an empty mask, are drawn example by example.
-    empty = (count_set(masked, offsets) == 0) & (count_set(maskable, offsets) > 0)
+    empty = count_set(masked, offsets) == 0
+    if settings.complementary:
+        empty |= count_set(maskable & ~masked, offsets) == 0
+    empty &= count_set(maskable, offsets) > 0
     for row in np.flatnonzero(empty).tolist():
         tokens = slice(offsets[row], offsets[row + 1])
         masked[tokens], p[tokens] = mask_example(maskable[tokens], example_ids[row], draw, settings)
@@ -152,6 +164,22 @@ def _draw(
     """(masked (L,), p (L,), the random numbers (L,) that p was compared with)."""
     if not maskable.any():
         raise UserError(f"example {example_id!r} has no labelled token; remove it or fix its labels")
+    drawn = _drawn(draw, settings)
+    masked, p, u = _first_draw(maskable, example_id, drawn, settings)
+    rest = maskable & ~masked
+    if drawn == draw or not rest.any():
+        return masked, p, u
+    return rest, np.maximum(1.0 - p, settings.eps), 1.0 - u
+
+
+def _drawn(draw: int, settings: NoiseSettings) -> int:
+    """The draw whose random numbers this one uses."""
+    return draw - draw % 2 if settings.complementary else draw
+
+
+def _first_draw(
+    maskable: NDArray[np.bool_], example_id: str, draw: int, settings: NoiseSettings
+) -> tuple[NDArray[np.bool_], NDArray[np.float64], NDArray[np.float64]]:
     length = maskable.shape[0]
     for attempt in range(_MAX_REDRAWS):
         u = uniforms(hash_key(settings.seed, draw, example_id, attempt), length + 1)
@@ -165,7 +193,7 @@ def _draw(
             t = uniforms(key, -(-length // settings.block_length)).repeat(settings.block_length)[:length]
         p = (1.0 - settings.eps) * t + settings.eps
         masked = (u[1:] < p) & maskable
-        if masked.any():
+        if masked.any() and not (settings.complementary and maskable.sum() > 1 and (masked == maskable).all()):
             return masked, p, u[1:]
     candidates = np.flatnonzero(maskable)
     masked = np.zeros_like(maskable)

@@ -99,17 +99,20 @@ class PackedTokens:
     block is read only by later noisy blocks of its sample. Dropping what is not read is exact: a prompt costs L tokens
     instead of 2 L, and a sample of one block half.
 
-    source (B, M): the token's index in the row; noisy, valid (B, M) bool.
+    source (B, M): the token's index in the row; noisy, valid (B, M) bool. before (B, M): where, among the M, the row is
+    that predicts a noisy token in a shifted model: the noisy copy of the token before it; at the start of a block or
+    group the clean copy, as in decoding; for a sample's first token its own.
     """
 
     source: Tensor
     noisy: Tensor
     valid: Tensor
     layout: Layout
+    before: Tensor
 
     def to(self, device: torch.device | str) -> PackedTokens:
-        source, noisy, valid = (t.to(device) for t in (self.source, self.noisy, self.valid))
-        return PackedTokens(source, noisy, valid, self.layout.to(device))
+        source, noisy, valid, before = (t.to(device) for t in (self.source, self.noisy, self.valid, self.before))
+        return PackedTokens(source, noisy, valid, self.layout.to(device), before)
 
 
 def block_diffusion(
@@ -152,6 +155,10 @@ def block_diffusion(
     noisy = order < length
     source = order % length
     block, start, earliest, clean_end = (t.gather(1, source) for t in (block, start, earliest, clean_end))
+    place, slots = positions.gather(1, source), torch.arange(width, device=device).expand(num_rows, -1)
+    clean_before = (place % block_length == 0) & (block == earliest)
+    before = torch.where(place == 0, order, source - 1 + length * clean_before)
+    before = torch.zeros_like(keep, dtype=torch.long).scatter_(1, order, slots).gather(1, before)
     # Codes of noisy keys follow those of all clean keys; padding is visible to padding only.
     noisy_code = num_blocks + block
 
@@ -165,4 +172,4 @@ def block_diffusion(
         code=torch.where(valid, torch.where(noisy, noisy_code, block), PADDING).int(),
         own_low=None if first_noisy is None else own(num_blocks + earliest),
     )
-    return PackedTokens(source, noisy, valid, layout)
+    return PackedTokens(source, noisy, valid, layout, before)

@@ -146,8 +146,7 @@ class Engine:
     def _admit(self) -> None:
         while self.waiting and self.tables.num_free_slots:
             s = self.waiting[0]
-            limit = s.block[0] if self.reuse_prefixes and s.shares_prefix else 0
-            taken = self.tables.open(s, limit, self._runner.forward.cache)
+            taken = self.tables.open(s, s.most_reused if self.reuse_prefixes else 0, self._runner.forward.cache)
             if taken is None:
                 return
             self.waiting.popleft()
@@ -204,7 +203,7 @@ class Engine:
             if not s.settings.residual or s.next_pass(self.prefill_chunk)[0] != "denoise":
                 continue
             for block in s.live:
-                if block in self._pending or block.done:
+                if block in self._pending or block.done or block.next_token:
                     continue
                 every_pass = s.settings.residual_source == "reference"
                 if every_pass or (not block.started and s.settings.start == "reference"):

@@ -33,8 +33,9 @@ def describe_not_finite(block: LiveBlock) -> str:
     finally:
         for hook in hooks:
             hook.remove()
-    masked = torch.from_numpy(block.masked_positions[block.masked_positions < end]).to(model.device)
-    if not found and not _finite(model.head(hidden[masked])):
+    rows = model.predictors(block.masked_positions, block.masked_positions == 0)
+    rows = torch.from_numpy(rows[rows < end]).to(model.device)
+    if not found and not _finite(model.head(hidden[rows])):
         found.append("the head" + _weights(model.lm_head_weight))
     place = found[0] if found else "its residual inputs"
     return (

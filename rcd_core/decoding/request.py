@@ -10,6 +10,7 @@ from rcd_core.decode_settings import CONSTANT_RULES, DecodeSettings, ResolvedSet
 from rcd_core.decoding.compat import CompatSequence
 from rcd_core.decoding.live_blocks import LiveBlocksSequence
 from rcd_core.decoding.sequence import Sequence
+from rcd_core.decoding.sub_blocks import SubBlocksSequence, sub_blocks
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
 
@@ -28,10 +29,13 @@ def resolve_settings(settings: DecodeSettings, model: DiffusionModel, has_refere
     rcd = model.info.rcd
     block_length = settings.block_length or model.info.block_length
     live_blocks = settings.max_live_blocks is not None
-    if live_blocks and model.blocks_from_prompt_end and not model.whole_canvas:
+    if live_blocks and not model.whole_canvas and (model.blocks_from_prompt_end or model.shifted):
         raise UserError(f"max_live_blocks is {settings.max_live_blocks}, which this family does not have; leave it out")
     block_causal = live_blocks or not model.whole_canvas
+    sub_length = _sub_block_length(settings, model, block_length)
     allowed_caches = ("none", "block") if block_causal else ("none", "prefix", "dual")
+    if sub_length is not None:
+        allowed_caches = ("none", "block", "dual")
     cache = settings.cache or ("block" if block_causal else "none")
     if cache not in allowed_caches:
         case = f"{model.family} with max_live_blocks" if live_blocks else model.family
@@ -69,6 +73,7 @@ def resolve_settings(settings: DecodeSettings, model: DiffusionModel, has_refere
         "block_length": block_length,
         "denoising_steps": steps,
         "schedule": schedule,
+        "sub_block_length": sub_length,
         "cache": cache,
         "start": start,
         "residual_temperature": settings.residual_temperature or rcd.get("residual_temperature") or 1.0,
@@ -78,6 +83,24 @@ def resolve_settings(settings: DecodeSettings, model: DiffusionModel, has_refere
         "seed": seed,
     }
     return ResolvedSettings(**{**vars(settings), **resolved})
+
+
+def _sub_block_length(settings: DecodeSettings, model: DiffusionModel, block_length: int) -> int | None:
+    """None: blocks are not divided, and no block takes its first token from the one before."""
+    length = settings.sub_block_length
+    if length is None:
+        if model.whole_canvas or not model.shifted:
+            return None
+        default = model.default_sub_block_length or block_length
+        return block_length if block_length % default else default
+    name = f"sub_block_length is {length}"
+    if model.whole_canvas or model.blocks_from_prompt_end:
+        raise UserError(f"{name}, but this model's attention has no blocks counted from position 0; leave it out")
+    if settings.max_live_blocks is not None:
+        raise UserError(f"{name}, which does not go with max_live_blocks; leave one of them out")
+    if block_length % length:
+        raise UserError(f"{name}; it must divide block_length, {block_length}")
+    return length
 
 
 def uncalibrated(settings: DecodeSettings, model: DiffusionModel) -> str | None:
@@ -140,8 +163,12 @@ def make_sequence(
     canvas[: len(given)] = given
     if committed and not infill and (resolved.max_live_blocks or 1) == 1:
         canvas[len(given) :][: len(committed)] = committed
-    starts = range(origin, len(canvas), b)
-    blocks = [(s, min(s + b, len(canvas))) for s in starts if (canvas[s : s + b] == model.mask_token_id).any()]
+    masked, divided = canvas == model.mask_token_id, resolved.sub_block_length
+    if divided is not None:
+        blocks = sub_blocks(masked, b, divided, model.shifted)
+    else:
+        starts = range(origin, len(canvas), b)
+        blocks = [(s, min(s + b, len(canvas))) for s in starts if masked[s : s + b].any()]
     if not blocks:
         raise UserError(f"committed holds {len(committed or ())} tokens, so no masked token is left to decode")
     if infill and num_logprobs is not None:
@@ -149,5 +176,7 @@ def make_sequence(
     kind = CompatSequence if resolved.compat_passes else Sequence
     if resolved.max_live_blocks is not None:
         kind = LiveBlocksSequence
+    elif divided is not None:
+        kind = SubBlocksSequence
     num_prompt = len(canvas) if infill else len(given)
     return kind(model, resolved, canvas, num_prompt, infill, blocks, num_logprobs=num_logprobs)

@@ -43,25 +43,27 @@ class LiveBlock:
     # A shifted model with a cache of slices: no later pass predicts the block's first token, so the first pass commits
     # it, and no other (Fast-dLLM on Dream).
     first_alone: bool = field(init=False)
+    next_token: bool = field(init=False)  # one token that the last row of the block before predicts (sub_blocks.py)
     _plan: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         s = self.sequence
         part = s.canvas[self.start : self.scope_end]
         self.masked_positions = (part == s.mask_token_id).nonzero()[0] + self.start
-        self.first_alone = s.model.shifted and self.settings.cache in ("prefix", "dual")
+        self.first_alone = s.model.shifted and s.model.whole_canvas and self.settings.cache in ("prefix", "dual")
+        self.next_token = s.is_next_token(self.start)
         self._plan = self._planned_commits()
-        self.numbers = (self.start, self.end, *(SEQUENTIAL if self.first_alone else s.commit_rule))
+        self.numbers = (self.start, self.end, *(SEQUENTIAL if self.first_alone or self.next_token else s.commit_rule))
 
     @property
     def scope_end(self) -> int:
-        """Residuals and predictions reach this far: the block's end, or the canvas's end for a wide scope."""
-        return len(self.sequence.canvas) if self.sequence.wide else self.end
+        """Residuals and predictions reach this far."""
+        return self.sequence.scope_end(self.start, self.end)
 
     @property
     def visible_end(self) -> int:
-        """How far a pass over the block sees: to the block's end, or to the canvas's end (LLaDA)."""
-        return self.end if self.sequence.block_causal else len(self.sequence.canvas)
+        """How far a pass over the block sees."""
+        return self.sequence.visible_end(self.start, self.end)
 
     @property
     def done(self) -> bool:
@@ -71,7 +73,7 @@ class LiveBlock:
     @property
     def is_start_pass(self) -> bool:
         """Start "self": the block's first pass commits nothing, it only supplies the first residual."""
-        return self.settings.residual and not self.started
+        return self.settings.residual and not self.started and not self.next_token
 
     @property
     def must_commit(self) -> bool:
@@ -176,6 +178,29 @@ class Sequence:
     def threshold_inclusive(self) -> bool:
         return self.model.threshold_inclusive
 
+    def scope_end(self, start: int, end: int) -> int:
+        """Residuals and predictions of the block [start, end) reach this far: its end, or the canvas's end for a wide
+        scope."""
+        return len(self.canvas) if self.wide else end
+
+    def visible_end(self, start: int, end: int) -> int:
+        """How far a pass over the block sees: to its end, or to the canvas's end (LLaDA)."""
+        return end if self.block_causal else len(self.canvas)
+
+    def is_next_token(self, start: int) -> bool:
+        """Whether the block at `start` is a single token that the pass over the block before it predicts."""
+        return False
+
+    @property
+    def stores(self) -> bool:
+        """Whether finished blocks are kept exactly in the pages. LLaDA's caches are never exact."""
+        return self.block_causal and self.settings.cache != "none"
+
+    @property
+    def most_reused(self) -> int:
+        """Tokens that may come from other requests' pages."""
+        return self.block[0] if self.shares_prefix else 0
+
     @property
     def widest_scope(self) -> int:
         """Most positions of the residual state that this request needs at once."""
@@ -186,7 +211,7 @@ class Sequence:
     def shares_prefix(self) -> bool:
         """Whether it may use pages of other requests and they its pages. LLaDA's caches are approximations that hold
         for their own request only."""
-        return self.settings.cache == "block" and not self.grid
+        return self.stores and not self.grid
 
     @property
     def num_masked(self) -> int:
@@ -236,15 +261,15 @@ class Sequence:
         return Chunk(self.canvas[start:end], start, num_keys or end, causal, residual, self.grid)
 
     def pass_done(self, kind: PassKind, end: int) -> None:
-        """Count a pass over tokens before `end`, and note what it stored. LLaDA's caches are never exact."""
+        """Count a pass over tokens before `end`, and note what it stored."""
         if kind == "denoise":
             self.forwards.denoise += 1
-            end = self.live[0].start
+            end = self.block[0]
         elif kind == "prefill":
             self.forwards.prefill += 1
         else:
             self.forwards.store += 1
-        if self.settings.cache == "block":
+        if self.stores:
             self.stored = end
 
     def apply_commits(

@@ -42,11 +42,12 @@ def reference_weight(request: Sequence, done: Generation, reference: ModelShape)
     """
     model, settings = request.model, request.settings
     length, target = len(request.canvas), shape_of(model)
-    blocks = [block for block in request.blocks if block[1] <= len(done.canvas_ids)] or request.blocks[:1]
+    blocks = [block for block in request.blocks if not request.is_next_token(block[0])]
+    blocks = [block for block in blocks if block[1] <= len(done.canvas_ids)] or blocks[:1]
     p = max(1.0, done.num_forwards.denoise / len(blocks))
     target_flops = reference_flops = 0.0
     for start, end in blocks:
-        masked = float(request.initially_masked[start : length if request.wide else end].sum())
+        masked = float(request.initially_masked[start : request.scope_end(start, end)].sum())
         predicted = masked * (p + 1) / (2 * p)
         if settings.residual_source == "reference":  # runs before each pass, on the positions still masked
             masked = predicted
@@ -55,7 +56,9 @@ def reference_weight(request: Sequence, done: Generation, reference: ModelShape)
             target_flops += pass_flops(target, queries=(length + (p - 1) * later) / p, keys=length, predicted=predicted)
             reference_flops += pass_flops(reference, queries=length, keys=length, predicted=masked)
         else:
-            queries = end if settings.cache == "none" else end - start
-            target_flops += pass_flops(target, queries=queries, keys=end, predicted=predicted)
-            reference_flops += pass_flops(reference, queries=end - start, keys=end, predicted=masked)
+            keys = request.visible_end(start, end)
+            whole = keys - start + (start - request.grid) % settings.block_length  # of a sub-block: its block's
+            queries = keys if settings.cache == "none" else whole
+            target_flops += pass_flops(target, queries=queries, keys=keys, predicted=predicted)
+            reference_flops += pass_flops(reference, queries=whole, keys=keys, predicted=masked)
     return reference_flops / (target_flops * (2 if settings.cfg_scale else 1))

@@ -100,6 +100,7 @@ class DiffusionModel(nn.Module):
     whole_canvas: ClassVar[bool]  # a token sees all of the canvas (LLaDA), or no later block (SDAR)
     blocks_from_prompt_end: ClassVar[bool]  # LLaDA counts blocks from the prompt's end, SDAR from position 0
     default_schedule: ClassVar[Schedule] = "even"
+    default_sub_block_length: ClassVar[int | None] = None  # None: the block's
     default_start: ClassVar[Start]  # how a block starts (version 2 of the paper)
     activation_checkpointing: Mode = False  # in training
     mask_shift: nn.Parameter | None  # (D,) of the mask token's embedding, in training with adapters

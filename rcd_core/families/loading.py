@@ -24,6 +24,7 @@ from rcd_core.families.base import CheckpointInfo, DiffusionModel
 from rcd_core.families.config import ModelConfig
 from rcd_core.families.dream import DreamModel
 from rcd_core.families.experts import Experts, single_shapes, stacked
+from rcd_core.families.fast_dllm import FastDLLMModel
 from rcd_core.families.files import CheckpointFiles, released_name
 from rcd_core.families.llada import LLaDAModel
 from rcd_core.families.llada2 import LLaDA2Model
@@ -42,7 +43,7 @@ from rcd_core.ops.ranks import ALONE, Ranks
 
 # The first one of a `family` is the one that is made from sizes (new_model).
 _FAMILIES: tuple[type[DiffusionModel], ...] = (
-    *(SDARModel, LLaDAModel, SDARMoEModel, LLaDAMoEModel, LLaDA2Model, DreamModel),
+    *(SDARModel, LLaDAModel, SDARMoEModel, LLaDAMoEModel, LLaDA2Model, DreamModel, FastDLLMModel),
     *A2D_FAMILIES,
 )
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")

@@ -94,7 +94,7 @@ class TrainingBatch:
 def masked_hidden(model: DiffusionModel, batch: TrainingBatch, residual: Residual | None) -> Tensor:
     """(N, D) final hidden states at the masked positions; with a residual their inputs are those of Eq. 2."""
     if model.attention_block(batch.block_length) is None:
-        ids, masked, positions = batch.noisy_ids, batch.masked, batch.positions
+        ids, masked, positions, packed = batch.noisy_ids, batch.masked, batch.positions, None
         layout = bidirectional(batch.sample_ids)
     else:
         packed = batch.packed or batch.with_packed().packed
@@ -116,7 +116,11 @@ def masked_hidden(model: DiffusionModel, batch: TrainingBatch, residual: Residua
     if model.mask_shift is not None:
         embeds = _shifted(embeds, at, model.mask_shift, residual)
     hidden = model.hidden(embeds, positions, layout)
-    return hidden.flatten(0, 1)[model.predictors(at, positions.flatten()[at] == 0)]
+    rows = model.predictors(at, positions.flatten()[at] == 0)
+    if packed is not None and model.shifted:
+        num_tokens = ids.shape[1]
+        rows = packed.before.flatten()[at] + at // num_tokens * num_tokens
+    return hidden.flatten(0, 1)[rows]
 
 
 def _shifted(embeds: Tensor, at: Tensor, shift: Tensor, residual: Residual | None) -> Tensor:

@@ -45,6 +45,8 @@ def noise_record(noise: NoiseSettings) -> dict[str, Any]:
     unit = "example" if noise.block_length is None else f"block of {noise.block_length} tokens"
     schedule = f"p = (1 - eps) t + eps, t uniform in [0, 1) per {unit}"
     record = {"seed": noise.seed, "draws": noise.draws, "eps": noise.eps, "schedule": schedule}
+    if noise.complementary:
+        record["complementary"] = True
     if noise.layout == "single":
         return record
     return record | {name: getattr(noise, name) for name in ("layout", "block_length", "group_blocks")}

@@ -18,14 +18,16 @@ from rcd_core import Decoder, DecodeSettings, LocalReference, ReferenceSignals, 
 from rcd_core.decoding.policies import POLICIES
 
 GOLDEN = Path(__file__).parents[2] / "golden"
-MASK = {"sdar": 511, "llada": 505}
-FAMILIES = ["sdar", "llada"]
+MASK = {"sdar": 511, "llada": 505, "fast_dllm": 253}
+FAMILIES = ["sdar", "llada", "fast_dllm"]
 many = settings(max_examples=10, deadline=None, derandomize=True)  # the same cases in every run
 
 
 @cache
 def model(name: str) -> Any:
     torch.set_num_threads(1)
+    if "fast_dllm" in name:
+        return load_model(GOLDEN / "fastdllm_v2" / "fastdllm_v2_tiny")
     return load_model(GOLDEN / (f"rcd/{name}" if "ref" in name else f"{name}_tiny"))
 
 
@@ -35,14 +37,19 @@ def decoder(family: str, **options: Any) -> Decoder:
 
 @st.composite
 def any_settings(draw: st.DrawFn, family: str) -> DecodeSettings:
-    live_blocks = draw(st.sampled_from([None, None, 1, 2, 4]))
+    live_blocks = draw(st.sampled_from([None, None, 1, 2, 4])) if family != "fast_dllm" else None
+    block_length = draw(st.sampled_from([1, 3, 4, 8]))
+    divisors = [None, *(n for n in (1, 2, 4) if block_length % n == 0)]
+    sub_block = draw(st.sampled_from(divisors)) if family != "llada" and live_blocks is None else None
     policies = sorted(POLICIES) if live_blocks is None else ["entropy_bounded", "low_confidence_dynamic"]
     policy = draw(st.sampled_from(policies))
-    caches = [None, "none"] if family == "sdar" or live_blocks else ["none", "prefix", "dual"]
+    caches = [None, "none"] if family != "llada" or live_blocks else ["none", "prefix", "dual"]
+    caches += ["dual"] if sub_block or family == "fast_dllm" else []
     residual = draw(st.booleans())
     temperature = draw(st.sampled_from([0.0, 0.0, 0.8]))
     return DecodeSettings(
-        block_length=draw(st.sampled_from([1, 3, 4, 8])),
+        block_length=block_length,
+        sub_block_length=sub_block,
         max_new_tokens=draw(st.integers(1, 14)),
         policy=policy,  # type: ignore[arg-type]
         confidence_threshold=draw(st.sampled_from([0.0, 0.3, 0.6, 1.0])),
@@ -70,7 +77,7 @@ def any_settings(draw: st.DrawFn, family: str) -> DecodeSettings:
     )
 
 
-prompts = st.lists(st.integers(0, 490), min_size=1, max_size=11)
+prompts = st.lists(st.integers(0, 240), min_size=1, max_size=11)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -114,7 +121,7 @@ def test_batched_equals_single(family: str, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_cache_and_merging_change_no_token(data: st.DataObject) -> None:
     """SDAR's block cache is exact, and a finished block may be stored with the next one's first pass."""
-    s, prompt = data.draw(any_settings("sdar")), data.draw(prompts)
+    s, prompt = replace(data.draw(any_settings("sdar")), sub_block_length=None), data.draw(prompts)
     variants = [replace(s, cache=c, compat_passes=p) for c, p in (("none", False), ("block", False), ("block", True))]
     plain, merged, separate = (decoder("sdar").generate([prompt], v)[0] for v in variants)
     assert plain.token_ids == merged.token_ids == separate.token_ids
@@ -132,7 +139,7 @@ def test_cache_and_merging_change_no_token(data: st.DataObject) -> None:
 @given(data=st.data())
 def test_infill_changes_the_masks_only(family: str, data: st.DataObject) -> None:
     s = data.draw(any_settings(family))
-    canvas = data.draw(st.lists(st.integers(0, 490) | st.just(MASK[family]), min_size=1, max_size=30))
+    canvas = data.draw(st.lists(st.integers(0, 240) | st.just(MASK[family]), min_size=1, max_size=30))
     canvas[data.draw(st.integers(0, len(canvas) - 1))] = MASK[family]
     out = decoder(family).infill([canvas], s)[0]
     assert len(out.canvas_ids) == len(canvas) and MASK[family] not in out.canvas_ids
@@ -198,9 +205,9 @@ def test_remote_reference_equals_local(family: str, source: str) -> None:
     assert [(o.token_ids, o.steps, o.num_forwards) for o in local] == [
         (o.token_ids, o.steps, o.num_forwards) for o in remote
     ]
-    assert local[0].num_forwards.reference == (
-        local[0].num_forwards.denoise if source == "reference" else 2 if family == "llada" else 3
-    )
+    passes = local[0].num_forwards.denoise - 2 * (family == "fast_dllm")  # two predict the next block's first token
+    blocks = 2 if family == "llada" else 3
+    assert local[0].num_forwards.reference == (passes if source == "reference" else blocks)
 
 
 @pytest.mark.parametrize(

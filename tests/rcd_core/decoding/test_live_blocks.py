@@ -13,9 +13,10 @@ from rcd_core import Decoder, DecodeSettings, UserError
 from rcd_core.decoding.masked_positions import MaskedPositions
 from rcd_core.decoding.request import make_sequence
 from rcd_core.decoding.sampler import choose_commits
-from tests.rcd_core.decoding.test_decoding import FAMILIES, decoder, model
+from tests.rcd_core.decoding.test_decoding import decoder, model
 from tests.rcd_core.decoding.test_engine import engine, request, run
 
+FAMILIES = ["sdar", "llada"]
 SEVERAL = DecodeSettings(
     block_length=4,
     max_new_tokens=40,

@@ -33,7 +33,10 @@ from tests.rcd_core.decoding.test_decoding import any_settings, prompts
 from tests.rcd_core.training.helpers import GOLDEN, spawn
 
 FAMILIES = ("sdar", "llada")
-OTHERS = ("sdar_moe/sdar_moe_tiny", "llada2/llada2_tiny", "llada_moe/llada_moe_tiny", "dream/dream_tiny")
+OTHERS = (
+    *("sdar_moe/sdar_moe_tiny", "llada2/llada2_tiny", "llada_moe/llada_moe_tiny", "dream/dream_tiny"),
+    *("fastdllm_v2/fastdllm_v2_tiny", "a2d/qwen3_tiny"),
+)
 PROMPTS = [[11, 12, 13, 14, 15], [7], [3, 1, 4]]
 RCD = DecodeSettings(block_length=4, max_new_tokens=12, confidence_threshold=0.6, residual=True, trace=True, seed=3)
 

@@ -278,3 +278,12 @@ def test_shifted_logits(name: str, gpu: FakeGpu) -> None:
     alone = uncaptured(engine)
     run(gpu, engine, requests(model, replace(R, **changes)))
     assert gpu.captures and not alone
+
+
+@pytest.mark.parametrize("cache", ["block", "dual"])
+def test_sub_blocks(cache: Any, gpu: FakeGpu) -> None:
+    model = fake_checkpoint(gpu, "fastdllm_v2/fastdllm_v2_tiny")
+    engine = Engine(model, None, max_batch=4, max_length=64)
+    alone = uncaptured(engine)
+    run(gpu, engine, requests(model, replace(R, block_length=8, sub_block_length=4, cache=cache)))
+    assert gpu.captures and not alone

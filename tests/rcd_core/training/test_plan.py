@@ -91,6 +91,7 @@ def test_parameters_are_those_of_a_new_model(family: Any, tied: bool) -> None:
         ("llada_moe/llada_moe_tiny", 4 / 16),
         ("llada2/llada2_tiny", 5 / 17),
         ("dream/dream_tiny", 1),
+        ("fastdllm_v2/fastdllm_v2_tiny", 1),
     ],
 )
 def test_parameters_of_other_networks(name: str, met: float) -> None:

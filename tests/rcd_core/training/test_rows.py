@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from rcd_core import UserError, load_model
-from rcd_core.noise import NoiseSettings, hash_key, mask_example, mask_examples, uniforms
+from rcd_core.noise import NoiseSettings, hash_key, mask_example, mask_examples, nested_masks, uniforms
 from rcd_core.training.data.batches import collate
 from rcd_core.training.data.examples import Chunks, ExampleSource, Limits
 from rcd_core.training.data.rows import RowOrder, TrainingRow
@@ -104,21 +104,47 @@ def test_masks_do_not_depend_on_other_rows(files: list[str], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("block_length", [None, 3])
-def test_mask_examples_equals_mask_example(block_length: int | None) -> None:
+def test_complementary_draws_cover_every_label_once(block_length: int | None) -> None:
+    """With the probabilities that belong to them; an example with one label masks it twice."""
+    settings = NoiseSettings(block_length=block_length, complementary=True)
+    rng = np.random.default_rng(1)
+    for number in range(200):
+        maskable = rng.random(int(rng.integers(1, 12))) < 0.4
+        if not maskable.any():
+            continue
+        (first, p), (second, q) = (mask_example(maskable, str(number), draw, settings) for draw in (2, 3))
+        assert first.any() and second.any()
+        if maskable.sum() == 1:
+            assert np.array_equal(first, maskable) and np.array_equal(second, maskable)
+            continue
+        assert np.array_equal(first ^ second, maskable) and not (first & second).any()
+        np.testing.assert_allclose(p + q, 1.0, atol=1e-3)
+        near, full = nested_masks(maskable, str(number), 3, settings, [0.1, 1.0])
+        assert not (second & ~near).any() and np.array_equal(full, maskable)
+    for changes in ({"draws": 3}, {"layout": "multi_block", "block_length": 4}):
+        with pytest.raises(UserError, match=r"noise\.complementary"):
+            NoiseSettings(complementary=True, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("draw", [1, 3])
+@pytest.mark.parametrize("complementary", [False, True])
+@pytest.mark.parametrize("block_length", [None, 3])
+def test_mask_examples_equals_mask_example(block_length: int | None, complementary: bool, draw: int) -> None:
     """To the bit, including redraws of empty masks and examples without a maskable token."""
     rng = np.random.default_rng(0)
     lengths = np.concatenate([rng.integers(1, 12, 300), [0, 3]])
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     maskable = rng.random(offsets[-1]) < 0.4
     maskable[offsets[-2] :] = False
-    names, settings = [f"x{i}" for i in range(len(lengths))], NoiseSettings(seed=3, eps=0.0, block_length=block_length)
-    masked, p = mask_examples(maskable, offsets, names, 1, settings)
+    names = [f"x{i}" for i in range(len(lengths))]
+    settings = NoiseSettings(seed=3, eps=0.0, block_length=block_length, complementary=complementary)
+    masked, p = mask_examples(maskable, offsets, names, draw, settings)
     redrawn = 0
     for i, (first, last) in enumerate(zip(offsets, offsets[1:], strict=False)):
         if maskable[first:last].any():
-            expected, q = mask_example(maskable[first:last], names[i], 1, settings)
+            expected, q = mask_example(maskable[first:last], names[i], draw, settings)
             assert np.array_equal(masked[first:last], expected) and np.array_equal(p[first:last], q)
-            u = uniforms(hash_key(3, 1, names[i], 0), int(last - first) + 1)
+            u = uniforms(hash_key(3, draw - complementary, names[i], 0), int(last - first) + 1)
             redrawn += not ((u[1:] < u[0]) & maskable[first:last]).any()
         else:
             assert not masked[first:last].any()
