@@ -14,6 +14,7 @@ Start = Literal["reference", "zero", "self", "dirichlet"]
 CacheMode = Literal["none", "block", "prefix", "dual"]
 DecodeAttention = Literal["auto", "sdpa", "eager", "varlen", "flash"]  # attention/paged_backends.py
 Weights = Literal["full", "int8", "int4", "fp8"]  # families/quantise.py
+ConvertAttention = Literal["blocks", "canvas"]  # families/convert.py
 # Computed in alpha.py. The names live here because settings are read without torch.
 AlphaRule = Literal[
     "normalized_entropy",  # H / ln V: Eq. 3, the paper's method

@@ -19,10 +19,10 @@ def convert(flags: ConvertFlags) -> int:
     if flags.block_length < 1:
         raise UserError(f"--block_length is {flags.block_length}; it must be at least 1")
     start = package_file(os.path.expanduser(flags.start))
-    kind = convertible(start, flags.shift)
+    kind = convertible(start, flags.shift, flags.attention)
     tokenizer = load_tokenizer(start)
     add_mask_token(tokenizer, flags.mask_token)
-    model = converted(start, tokenizer, flags.block_length, shift=flags.shift)
+    model = converted(start, tokenizer, flags.block_length, shift=flags.shift, attention=flags.attention)
     model.save_pretrained(output, tokenizer=tokenizer)
     mask = model.mask_token_id
     print(

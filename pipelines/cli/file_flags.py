@@ -6,6 +6,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Literal
 
 from pipelines.cli.flags import CHECKPOINTS, FLAG, Int
+from rcd_core.decode_settings import ConvertAttention
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class ConvertFlags:
     output: Annotated[str, FLAG("New directory.", metavar="DIR")]
     mask_token: Annotated[str | None, FLAG("Unused or new token. Default: the tokenizer's own, else <|MASK|>.")] = None
     block_length: Annotated[Int, FLAG("Tokens that are decoded together.")] = 32
-    shift: Annotated[bool, FLAG("Keep the logits one position behind; only Qwen2 (Dream).")] = False
+    shift: Annotated[bool, FLAG("Keep the logits one position behind; only Qwen2 (Fast-dLLM v2, Dream).")] = False
+    attention: Annotated[ConvertAttention, FLAG("Block-causal, or over the whole canvas.")] = "blocks"
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def _shape(key: str, start: str | ModelConfig, recipe: Recipe, vocab_size: int |
     directory = checkpoint_directory(start)
     config = read_json(directory / "config.json")
     if recipe.base and recipe.convert and start == recipe.base.start:
-        config["model_type"] = convertible(start, recipe.convert.shift)
+        config["model_type"] = convertible(start, recipe.convert.shift, recipe.convert.attention)
     family = family_of(config, directory)
     return ModelShape.of_backbone(family.family, family.read_config(config, directory, has_head=True))  # type: ignore[arg-type]
 

@@ -44,7 +44,7 @@ def check_convert(convert: ConvertSettings, start: str, tokenizer: str) -> None:
     from rcd_core.families.convert import convertible  # torch, which takes seconds
     from rcd_core.text.tokenizer import add_mask_token, load_tokenizer
 
-    convertible(start, convert.shift)
+    convertible(start, convert.shift, convert.attention)
     add_mask_token(load_tokenizer(tokenizer), convert.mask_token)
 
 

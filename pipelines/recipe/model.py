@@ -21,7 +21,7 @@ from pipelines.recipe.types import (
     Share,
 )
 from rcd_core.calibration.distance import Match
-from rcd_core.decode_settings import DecodeAttention, DecodeSettings, Start, Weights
+from rcd_core.decode_settings import ConvertAttention, DecodeAttention, DecodeSettings, Start, Weights
 from rcd_core.errors import UserError
 from rcd_core.families.config import ModelConfig
 from rcd_core.io import storage
@@ -87,7 +87,10 @@ class ConvertSettings(Section):
     mask_token: str | None = None
     """An unused token of the vocabulary, or a new one; null: the tokenizer's own, else `<|MASK|>`."""
     shift: bool = False
-    """Keep the logits one position behind, as in autoregressive models. Only Qwen2 has such a family (Dream)."""
+    """Keep the logits one position behind, as in autoregressive models. Only Qwen2 has such families: Fast-dLLM v2, or
+    Dream."""
+    attention: ConvertAttention = "blocks"
+    """`blocks`: block-causal, with an exact cache; `canvas`: every token sees the whole canvas."""
     block_warmup: Share = 0.0
     """Share of the steps in which blocks grow from one token, which is causal attention, to `block_length`."""
 

@@ -126,10 +126,10 @@ def _training_problems(recipe: Recipe) -> Iterator[str]:
     if recipe.base and recipe.base.convert:
         if not isinstance(recipe.base.start, str):
             yield "base.convert is given but base.start is no checkpoint; give an autoregressive one, or remove convert"
-        if recipe.base.convert.shift and (share := recipe.base.convert.block_warmup):
+        if recipe.base.convert.attention == "canvas" and (share := recipe.base.convert.block_warmup):
             yield (
-                f"base.convert.block_warmup is {share:g} but base.convert.shift is true, and Dream's attention has no "
-                "blocks; set one of them to its default"
+                f"base.convert.block_warmup is {share:g} but base.convert.attention is canvas, which has no blocks; "
+                "set one of them to its default"
             )
 
 

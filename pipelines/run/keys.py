@@ -45,6 +45,7 @@ _LATER: dict[str, Any] = {
     "*.decode.schedule": None,
     "*.decode.sub_block_length": None,
     "base.convert": None,
+    "base.convert.attention": "blocks",
     "noise.layout": "single",
     "noise.group_blocks": 4,
     "noise.complementary": False,

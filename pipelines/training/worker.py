@@ -123,7 +123,8 @@ def start_model(job: TrainJob) -> DiffusionModel:
     """The model that training starts from, on the CPU in fp32."""
     if isinstance(job.start, str) and job.convert:
         tokenizer = load_tokenizer(job.tokenizer)
-        model = converted(job.start, tokenizer, job.block_length, shift=job.convert.shift, dtype=torch.float32)
+        kind: Any = {"shift": job.convert.shift, "attention": job.convert.attention}
+        model = converted(job.start, tokenizer, job.block_length, **kind, dtype=torch.float32)
     elif isinstance(job.start, str):
         model = load_model(job.start, dtype=torch.float32)
     else:

@@ -1,12 +1,13 @@
 """An autoregressive model as the start of a diffusion model: another family's layout, a mask token, no new layers.
 
-| model_type | becomes | with shift |
-| --- | --- | --- |
-| qwen3 | sdar | - |
-| qwen2 | a2d-qwen2, by blocks | Dream |
-| llama | a2d-llama, by blocks | - |
+| model_type | becomes, by attention: `blocks` | `canvas` | `blocks`, shift | `canvas`, shift |
+| --- | --- | --- | --- | --- |
+| qwen3 | sdar | a2d-qwen3 | - | - |
+| qwen2 | a2d-qwen2 | a2d-qwen2 | Fast_dLLM_Qwen | Dream |
+| llama | a2d-llama | a2d-llama | - | - |
 
-shift: keep the logits one position behind, as autoregressive models have them. Without it training moves them.
+attention: block-causal, or over the whole canvas. shift: keep the logits one position behind, as autoregressive models
+have them. Without it training moves them.
 The rows of the mask token, and of all tokens that the conversion adds, are the mean of the old tokens' rows, in the
 embedding and in an untied head. So the model starts from what it knows of an average token.
 
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rcd_core.decode_settings import ConvertAttention
 from rcd_core.errors import UserError
 from rcd_core.families.base import CheckpointInfo, DiffusionModel
 from rcd_core.families.files import CheckpointFiles
@@ -30,8 +32,13 @@ from rcd_core.text.tokenizer import MOST_ADDED, mask_token_id, stop_token_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_KINDS = {"qwen3": "sdar", "qwen2": "a2d-qwen2", "llama": "a2d-llama"}
-_SHIFTED = {"qwen2": "Dream"}
+_KINDS: dict[tuple[ConvertAttention, bool], dict[str, str]] = {
+    ("blocks", False): {"qwen3": "sdar", "qwen2": "a2d-qwen2", "llama": "a2d-llama"},
+    ("canvas", False): {"qwen3": "a2d-qwen3", "qwen2": "a2d-qwen2", "llama": "a2d-llama"},
+    ("blocks", True): {"qwen2": "Fast_dLLM_Qwen"},
+    ("canvas", True): {"qwen2": "Dream"},
+}
+_BLOCK_FIELDS = {"blocks": ("block_size", "bd_size"), "canvas": ("block_length",)}  # of config.json
 _ROUND_TO = 64  # rows of a grown embedding: matrix products on GPUs are slow for odd sizes
 
 
@@ -41,6 +48,7 @@ def converted(
     block_length: int,
     *,
     shift: bool = False,
+    attention: ConvertAttention = "blocks",
     dtype: torch.dtype | None = None,
 ) -> DiffusionModel:
     """The checkpoint `path` as a diffusion model, on the CPU in eval mode. dtype None: the checkpoint's.
@@ -49,7 +57,8 @@ def converted(
     Raises UserError for a checkpoint that is no Qwen2, Qwen3 or Llama, or whose tokenizer is another one.
     """
     files = CheckpointFiles.read(checkpoint_directory(path), path)
-    kind, mask, size = convertible(path, shift), mask_token_id(tokenizer), max(tokenizer.get_vocab().values()) + 1
+    kind, mask = convertible(path, shift, attention), mask_token_id(tokenizer)
+    size = max(tokenizer.get_vocab().values()) + 1
     info = CheckpointInfo(
         mask_token_id=mask,
         eos_token_ids=tuple(dict.fromkeys((*stop_token_ids(tokenizer), *files.eos_token_ids(())))),
@@ -57,7 +66,8 @@ def converted(
         block_length=block_length,
     )
     # The new ids may lie outside the embedding until it has grown.
-    fields = {"model_type": kind, "block_size": block_length, "mask_token_id": 0, "pad_token_id": 0}
+    fields = {"model_type": kind, "mask_token_id": 0, "pad_token_id": 0}
+    fields |= dict.fromkeys(_BLOCK_FIELDS[attention], block_length)
     model = load_model(path, dtype, fields=fields)
     if size > model.vocab_size + MOST_ADDED:
         raise UserError(
@@ -70,16 +80,16 @@ def converted(
     return model
 
 
-def convertible(path: str, shift: bool) -> str:
+def convertible(path: str, shift: bool, attention: ConvertAttention) -> str:
     """The model_type that a checkpoint gets. Raises UserError if there is none."""
-    kind = CheckpointFiles.read(checkpoint_directory(path), path).config.get("model_type")
-    table = _SHIFTED if shift else _KINDS
-    if kind in table:
-        return table[kind]
-    if kind in _KINDS:
+    kind = str(CheckpointFiles.read(checkpoint_directory(path), path).config.get("model_type"))
+    if kind in _KINDS[attention, shift]:
+        return _KINDS[attention, shift][kind]
+    plain = _KINDS[attention, False]
+    if kind in plain:
         raise UserError(f"{path}: convert.shift is true, but no family shifts the logits of {kind}; set it to false")
     raise UserError(
-        f"{path}: model_type is {kind!r}, but convert is for autoregressive models: {', '.join(_KINDS)}; set convert "
+        f"{path}: model_type is {kind!r}, but convert is for autoregressive models: {', '.join(plain)}; set convert "
         "to null for a diffusion model"
     )
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from rcd_core import Decoder, DecodeSettings
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
 from rcd_core.families.convert import converted, convertible
@@ -150,17 +151,41 @@ def test_a_tokenizer_without_chat_template_gets_one_and_its_tokens(tmp_path: Pat
 
 def test_shift_keeps_the_predicting_rows(tmp_path: Path) -> None:
     save(tmp_path / "qwen2", "Qwen2")
-    model = convert(tmp_path / "qwen2", shift=True)
-    assert model.shifted and convertible(str(tmp_path / "qwen2"), True) == "Dream"
+    model = convert(tmp_path / "qwen2", shift=True, attention="canvas")
+    assert model.shifted and convertible(str(tmp_path / "qwen2"), True, "canvas") == "Dream"
     save(tmp_path / "llama", "Llama")
     with pytest.raises(UserError, match=r"convert\.shift.*llama"):
-        convertible(str(tmp_path / "llama"), True)
+        convertible(str(tmp_path / "llama"), True, "blocks")
+
+
+def test_shifted_blocks_of_one_token_decode_as_the_autoregressive_model(tmp_path: Path) -> None:
+    """The pass over a finished block predicts the next token, and with blocks of one token there is no other."""
+    theirs = save(tmp_path, "Qwen2")
+    prompt, mask = [5, 6, 7], convert(tmp_path, shift=True).mask_token_id
+    ours = Decoder(convert(tmp_path, shift=True))
+    out = ours.generate([prompt], DecodeSettings(block_length=1, max_new_tokens=20, stop_token_ids=()))[0]
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        for _ in range(20):
+            logits = theirs(ids).logits[0, -1]
+            assert logits.argmax() != mask
+            ids = torch.cat([ids, logits.argmax()[None, None]], 1)
+    assert out.token_ids == ids[0, len(prompt) :].tolist() and out.num_forwards.total == 20
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_attention_over_the_canvas(tmp_path: Path, name: str) -> None:
+    save(tmp_path / "start", name)
+    model = convert(tmp_path / "start", attention="canvas")
+    assert model.whole_canvas and not model.shifted
+    model.save_pretrained(tmp_path / "out")
+    assert type(load_model(tmp_path / "out")) is type(model)
 
 
 def test_a_diffusion_model_is_no_start_of_a_conversion() -> None:
     golden = Path(__file__).parents[2] / "golden" / "sdar_tiny"
     with pytest.raises(UserError, match="model_type is 'sdar'"):
-        convertible(str(golden), False)
+        convertible(str(golden), False, "blocks")
 
 
 def test_another_models_tokenizer_is_refused(tmp_path: Path) -> None:
