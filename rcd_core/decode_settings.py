@@ -37,7 +37,7 @@ COUNTS = (
     *("block_length", "sub_block_length", "denoising_steps", "max_new_tokens", "top_k", "residual_top_k"),
     "max_live_blocks",
 )
-SHARES = ("confidence_threshold", "block_add_threshold", "decoded_token_threshold")
+SHARES = ("confidence_threshold", "block_add_threshold", "decoded_token_threshold", "editing_threshold")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,8 @@ class DecodeSettings:
     max_live_blocks: blocks that are denoised at once, as D2F does (decoding/live_blocks.py); None: one after the other,
     with the family's own attention. block_add_threshold, decoded_token_threshold: decoded share of a block from which
     the next one is added, and from which the next one commits at least one token a pass; D2F's defaults.
+    editing_threshold: a pass replaces tokens of the block where it is surer than this of another one, as LLaDA2.1 does
+    (decoding/editing.py); None: what is committed stays. max_post_steps: most passes of a block that has no masks left.
     compat_passes: for exact comparison with the authors' code, makes the same passes (decoding/compat.py).
     """
 
@@ -92,6 +94,8 @@ class DecodeSettings:
     max_live_blocks: int | None = None
     block_add_threshold: float = 0.5
     decoded_token_threshold: float = 0.9
+    editing_threshold: float | None = None
+    max_post_steps: int = 16
     compat_passes: bool = False
     residual: bool = False
     residual_source: Literal["self", "reference"] = "self"
@@ -119,6 +123,7 @@ class DecodeSettings:
         # D2F's code returns no token for a block_add_threshold above 1, and may never end for the other one.
         for name in SHARES:
             self._require(name, lambda v: 0.0 <= v <= 1.0, "a number in [0, 1]")
+        self._require("max_post_steps", lambda v: isinstance(v, int) and v >= 0, "an integer of at least 0")
         self._require("top_p", lambda v: 0.0 < v <= 1.0, "a number in (0, 1]")
         for name in ("temperature", "cfg_scale"):
             self._require(name, lambda v: 0.0 <= v < float("inf"), "a finite number of at least 0")
@@ -138,7 +143,7 @@ class DecodeSettings:
 
     def _require(self, name: str, is_valid: Any, requirement: str) -> None:
         value = getattr(self, name)
-        if value is None and name not in ("max_new_tokens", *SHARES):
+        if value is None and name not in ("max_new_tokens", "max_post_steps", *SHARES[:3]):
             return
         if isinstance(value, bool) or not isinstance(value, int | float) or not is_valid(value):
             raise UserError(f"{name} is {value!r}; it must be {requirement}")

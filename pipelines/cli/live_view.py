@@ -144,7 +144,9 @@ class TraceCanvas:
         self.num_passes += 1
         committed = set(step["committed"])
         for position, text, entropy in zip(step["masked"], step["argmax_text"], step["entropy"], strict=True):
-            self.tokens[position] = _Token(text, entropy, position in committed)
+            before = self.tokens.get(position)
+            if position in committed or before is None or not before.committed:  # else predicted again, and kept
+                self.tokens[position] = _Token(text, entropy, position in committed)
 
     def text(self, *, coloured: bool, limit: int = 0) -> Text:
         drawn = Text(tab_size=8)

@@ -44,6 +44,8 @@ _LATER: dict[str, Any] = {
     "baselines.*.lora": None,
     "*.decode.schedule": None,
     "*.decode.sub_block_length": None,
+    "*.decode.editing_threshold": None,
+    "*.decode.max_post_steps": 16,
     "base.convert": None,
     "base.convert.attention": "blocks",
     "noise.layout": "single",

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rcd_core.attention.paged_backends import paged_backend
 from rcd_core.decoding.chunk import Positions
+from rcd_core.decoding.editing import choose_edits
 from rcd_core.decoding.generation import Step
 from rcd_core.decoding.logprobs import keep_logprobs
 from rcd_core.decoding.masked_positions import MaskedPositions
@@ -269,6 +270,7 @@ class Engine:
         """Write the tokens that each request's policy commits. predictions: (NUM_RESULTS, N), see sampler.py."""
         tokens, confidence, entropy = predictions[0].astype(np.int64), predictions[1], predictions[2]
         commit = choose_commits(masked, confidence, entropy, predictions[3])
+        commit |= choose_edits(masked, tokens, confidence)
         if self.observer is not None and hidden is not None:
             has_residual = masked.per_block(lambda b: b.has_residual) > 0
             commits = masked.per_block(lambda b: not b.is_start_pass) > 0
@@ -309,13 +311,15 @@ class Engine:
 def _trace(
     block: LiveBlock, tokens: Positions, confidence: Floats, entropy: Floats, commit: Bools, alpha: Floats
 ) -> Step:
-    """The step's trace, of the block's positions only. All arrays are (n,), aligned with block.masked_positions."""
-    inside = block.masked_positions < block.end
+    """The step's trace, of the block's positions only. All arrays are (n,), aligned with block.predicted."""
+    positions, s = block.predicted, block.sequence
+    inside, held = positions < block.end, s.canvas[positions] != s.mask_token_id
     return Step(
-        masked=block.masked_positions[inside].tolist(),
+        masked=positions[inside].tolist(),
         argmax=tokens[inside].tolist(),
         confidence=confidence[inside].tolist(),
         entropy=entropy[inside].tolist(),
-        committed=block.masked_positions[commit].tolist(),
+        committed=positions[commit].tolist(),
         alpha=alpha[inside].tolist(),
+        edited=positions[commit & held].tolist(),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from rcd_core.decode_settings import ResolvedSettings
@@ -25,8 +25,9 @@ class Forwards:
 
 @dataclass(frozen=True)
 class Step:
-    """One denoising pass, in absolute positions. argmax, confidence, entropy (nats) and alpha align with masked; alpha
-    is the weight of the residual in the pass's input."""
+    """One denoising pass, in absolute positions. argmax, confidence, entropy (nats) and alpha align with masked, the
+    positions that it predicts; alpha is the weight of the residual in the pass's input. edited: those of `committed`
+    that held another token."""
 
     masked: list[int]
     argmax: list[int]
@@ -34,6 +35,7 @@ class Step:
     entropy: list[float]
     committed: list[int]
     alpha: list[float]
+    edited: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import numpy as np
 
 from rcd_core.decode_settings import CONSTANT_RULES, DecodeSettings, ResolvedSettings, Start
 from rcd_core.decoding.compat import CompatSequence
+from rcd_core.decoding.editing import EditingSequence
 from rcd_core.decoding.live_blocks import LiveBlocksSequence
 from rcd_core.decoding.sequence import Sequence
 from rcd_core.decoding.sub_blocks import SubBlocksSequence, sub_blocks
@@ -19,6 +20,7 @@ NUM_SEED_BITS = 31
 _WITH_LIVE_BLOCKS: dict[str, tuple[Any, ...]] = {
     "policy": ("low_confidence_dynamic", "entropy_bounded"),
     "residual_scope": ("block",),
+    "editing_threshold": (None,),
     "cfg_scale": (0.0,),
 }
 
@@ -49,6 +51,8 @@ def resolve_settings(settings: DecodeSettings, model: DiffusionModel, has_refere
         raise UserError("residual_scope is 'all_masked'; this model sees no later blocks, use 'block'")
     if settings.residual_scope == "all_masked" and cache == "dual":
         raise UserError("residual_scope is 'all_masked' with cache='dual', whose passes cover one block; use 'block'")
+    if settings.editing_threshold is not None:
+        _check_editing(settings, model, sub_length)
     steps = settings.denoising_steps or block_length
     schedule = settings.schedule or model.default_schedule
     if steps > block_length and schedule == "even":
@@ -83,6 +87,16 @@ def resolve_settings(settings: DecodeSettings, model: DiffusionModel, has_refere
         "seed": seed,
     }
     return ResolvedSettings(**{**vars(settings), **resolved})
+
+
+def _check_editing(settings: DecodeSettings, model: DiffusionModel, sub_length: int | None) -> None:
+    name = f"editing_threshold is {settings.editing_threshold:g}"
+    if model.whole_canvas:
+        raise UserError(f"{name}, but {model.family}'s blocks see what follows them; leave it out")
+    if sub_length is not None:
+        raise UserError(f"{name}, which does not go with sub-blocks; leave one of them out")
+    if settings.compat_passes:
+        raise UserError(f"{name}, which does not go with compat_passes; leave one of them out")
 
 
 def _sub_block_length(settings: DecodeSettings, model: DiffusionModel, block_length: int) -> int | None:
@@ -178,5 +192,7 @@ def make_sequence(
         kind = LiveBlocksSequence
     elif divided is not None:
         kind = SubBlocksSequence
+    elif resolved.editing_threshold is not None:
+        kind = EditingSequence
     num_prompt = len(canvas) if infill else len(given)
     return kind(model, resolved, canvas, num_prompt, infill, blocks, num_logprobs=num_logprobs)

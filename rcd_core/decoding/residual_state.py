@@ -101,7 +101,7 @@ class ResidualState:
         affected = [b for b in blocks if b.has_residual and b.settings.residual and b.settings.alpha in BLOCK_RULES]
         if not affected:
             return
-        masked = MaskedPositions.of(affected)
+        masked = MaskedPositions.of(affected, masked_only=True)
         rows, owner = (torch.from_numpy(n).to(self.model.device) for n in (self.rows_of(masked), masked.owner))
         ramp = masked.per_block(lambda b: ramp_weight(b.step) if b.settings.alpha == "ramp" else -1.0)
         alpha = block_alpha(self.alpha[rows], owner, torch.from_numpy(ramp).to(self.alpha))
@@ -113,6 +113,8 @@ class ResidualState:
         needed = [b.has_residual and (observed or b.settings.trace) for b in masked.blocks]
         if any(needed):
             where = np.array(needed)[masked.owner]
+            if masked.filled is not None:
+                where &= ~masked.filled
             rows = torch.from_numpy(self.rows_of(masked)[where]).to(self.model.device)
             alpha[where] = self.alpha[rows].float().cpu().numpy()
         return alpha

@@ -243,7 +243,9 @@ def choose_commits(masked: MaskedPositions, confidence: Floats, entropy: Floats,
     numbers, quota = np.array([b.numbers for b in blocks]), np.array([b.quota() for b in blocks])
     starts, ends = numbers[:, :2].astype(np.int64).T
     threshold, inclusive, bound, policy_of, rank_of = numbers[:, 2:].T
-    inside = masked.positions < ends[owner] if any(b.sequence.wide for b in blocks) else slice(None)
+    inside: Any = masked.positions < ends[owner] if any(b.sequence.wide for b in blocks) else slice(None)
+    if masked.filled is not None:
+        inside = (masked.positions < ends[owner]) & ~masked.filled
     shape = (len(blocks), int((ends - starts).max()))
     cells = (owner * shape[1] + masked.positions - starts[owner])[inside]  # in the flattened grids below
     is_masked = np.zeros(shape, dtype=bool)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ SEQUENTIAL: tuple[float, ...] = (0.0, 0.0, 0.0, list(POLICIES).index("sequential
 class LiveBlock:
     """A block in the course of denoising."""
 
+    edits: ClassVar[bool] = False  # whether passes replace its tokens (editing.py)
     sequence: Sequence
     index: int  # in sequence.blocks
     start: int
@@ -54,6 +55,11 @@ class LiveBlock:
         self.next_token = s.is_next_token(self.start)
         self._plan = self._planned_commits()
         self.numbers = (self.start, self.end, *(SEQUENTIAL if self.first_alone or self.next_token else s.commit_rule))
+
+    @property
+    def predicted(self) -> Positions:
+        """The positions that a pass predicts."""
+        return self.masked_positions
 
     @property
     def scope_end(self) -> int:
@@ -217,8 +223,8 @@ class Sequence:
     def num_masked(self) -> int:
         """Positions that a denoising pass predicts."""
         if len(self.live) == 1:
-            return len(self.live[0].masked_positions)
-        return sum([len(block.masked_positions) for block in self.live])
+            return len(self.live[0].predicted)
+        return sum([len(block.predicted) for block in self.live])
 
     def restart(self) -> None:
         """Begin the first live block again, with nothing stored, as if no other had been opened."""

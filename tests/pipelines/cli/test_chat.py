@@ -234,6 +234,8 @@ def test_a_canvas_fills_the_masks_in_order_and_escapes_what_models_write() -> No
     canvas.add(step([4], ["z"], [4]))
     assert canvas.text(coloured=False).plain == "axbyzc\\x1b"
     assert canvas.counters() == ["3 tokens", "4 passes", "0.75 tokens per forward"]
+    canvas.add(step([1, 3, 4], ["no", "w", "no"], [3]))  # an edit; the others are predicted again, and kept
+    assert canvas.text(coloured=False).plain == "axbwzc\\x1b"
 
 
 def test_the_trace_of_the_server_is_what_the_canvas_reads(app: Served) -> None:

@@ -45,6 +45,8 @@ def any_settings(draw: st.DrawFn, family: str) -> DecodeSettings:
     policy = draw(st.sampled_from(policies))
     caches = [None, "none"] if family != "llada" or live_blocks else ["none", "prefix", "dual"]
     caches += ["dual"] if sub_block or family == "fast_dllm" else []
+    single = sub_block is None and live_blocks is None and family == "sdar"
+    editing = draw(st.sampled_from([None, None, 0.0, 0.3])) if single else None
     residual = draw(st.booleans())
     temperature = draw(st.sampled_from([0.0, 0.0, 0.8]))
     return DecodeSettings(
@@ -67,7 +69,9 @@ def any_settings(draw: st.DrawFn, family: str) -> DecodeSettings:
         max_live_blocks=live_blocks,
         block_add_threshold=draw(st.sampled_from([0.0, 0.3, 1.0])),
         decoded_token_threshold=draw(st.sampled_from([0.0, 0.5, 1.0])),
-        compat_passes=draw(st.booleans()),
+        editing_threshold=editing,
+        max_post_steps=draw(st.sampled_from([0, 2, 16])),
+        compat_passes=draw(st.booleans()) and editing is None,
         residual=residual,
         start=draw(st.sampled_from(["zero", "self", "dirichlet", "reference"])),  # type: ignore[arg-type]
         residual_temperature=draw(st.sampled_from([1.0, 1.5])),
@@ -95,10 +99,15 @@ def test_invariants(family: str, data: st.DataObject) -> None:
     assert len(out.token_ids) <= s.max_new_tokens
     if out.finish_reason == "length":
         assert len(out.token_ids) == s.max_new_tokens
+    last: dict[int, int] = {}
     for step in out.steps:
-        assert step.committed and set(step.committed) <= set(step.masked)
+        assert set(step.committed) <= set(step.masked)
+        assert step.committed or s.editing_threshold is not None
+        assert set(step.edited) == last.keys() & set(step.committed), "only an edit changes a token"
         chosen = dict(zip(step.masked, step.argmax, strict=True))
-        assert all(out.canvas_ids[p] == chosen[p] for p in done.intersection(step.committed)), "it never changes"
+        last |= {p: chosen[p] for p in step.committed}
+    assert all(out.canvas_ids[p] == last[p] for p in done & last.keys())
+    for step in out.steps:
         assert all(0.0 <= a <= 1.0 for a in step.alpha)
         if not s.residual:
             assert not any(step.alpha)
@@ -121,7 +130,8 @@ def test_batched_equals_single(family: str, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_cache_and_merging_change_no_token(data: st.DataObject) -> None:
     """SDAR's block cache is exact, and a finished block may be stored with the next one's first pass."""
-    s, prompt = replace(data.draw(any_settings("sdar")), sub_block_length=None), data.draw(prompts)
+    s, prompt = data.draw(any_settings("sdar")), data.draw(prompts)
+    s = replace(s, sub_block_length=None, editing_threshold=None)
     variants = [replace(s, cache=c, compat_passes=p) for c, p in (("none", False), ("block", False), ("block", True))]
     plain, merged, separate = (decoder("sdar").generate([prompt], v)[0] for v in variants)
     assert plain.token_ids == merged.token_ids == separate.token_ids

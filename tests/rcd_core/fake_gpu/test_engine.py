@@ -53,6 +53,7 @@ SDAR = {
     "reference": replace(R, start="reference"),
     "sparse reference": replace(R, start="reference", residual_top_k=32),
     "reference in each pass": replace(R, residual_source="reference", residual_top_k=32),
+    "editing": replace(R, editing_threshold=0.5),
 }
 LLADA = {
     "greedy": S,

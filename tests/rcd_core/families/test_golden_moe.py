@@ -103,6 +103,33 @@ def test_llada2_decodes(case: dict[str, Any]) -> None:
     check_steps(out.steps, [{"masked": s["pos"], **s} for s in case["steps"]], AUTHORS)
 
 
+@pytest.mark.parametrize("case", LLADA2["generate_2_1"], ids=lambda c: c["id"])
+def test_llada21_edits(case: dict[str, Any]) -> None:
+    """LLaDA2.1's sampler: tokens filled and replaced in every pass."""
+    eos, b = case.get("eos_id"), case["block_length"]
+    settings = DecodeSettings(
+        block_length=b,
+        denoising_steps=b // case["num_to_transfer"],
+        max_new_tokens=case["gen_length"],
+        confidence_threshold=case["threshold"],
+        editing_threshold=case["editing_threshold"],
+        max_post_steps=case["max_post_steps"],
+        stop_token_ids=() if eos is None else (eos,),
+        trace=True,
+    )
+    out = Decoder(model("llada2")).generate([case["prompt"]], settings)[0]
+    found = [*out.token_ids, eos] if eos is not None else out.token_ids
+    assert found == case["hf_generate_ids"]
+    if eos is not None and not case["eos_early_stop"]:
+        return
+    assert out.num_forwards.denoise == case["n_forward"]
+    assert out.canvas_ids == case["final_ids"][: len(out.canvas_ids)]
+    check_steps(
+        out.steps, [s | {"masked": s["pos"], "committed": s["committed"] + s["edited"]} for s in case["steps"]], AUTHORS
+    )
+    assert [sorted(step.edited) for step in out.steps] == [sorted(s["edited"]) for s in case["steps"]]
+
+
 @pytest.mark.parametrize("case", LLADA["generate"], ids=lambda c: f"{c['id']}-{c['method']}")
 def test_llada_moe_decodes(case: dict[str, Any]) -> None:
     out = Decoder(model("llada_moe")).generate([case["prompt"]], llada_settings({"threshold": None, **case}))[0]

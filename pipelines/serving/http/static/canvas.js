@@ -39,6 +39,7 @@ export class Trace {
       block += step.masked.some((position) => !byPosition.has(position));
       step.masked.forEach((position, n) => {
         const done = committed.has(position);
+        if (!done && byPosition.get(position)?.state === "committed") return; // predicted again, and kept
         byPosition.set(position, {
           position,
           block: byPosition.get(position)?.block ?? block,
