@@ -7,7 +7,9 @@ from typing import Any, Literal, get_args
 
 from rcd_core.errors import UserError
 
-Policy = Literal["sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded", "random"]
+Policy = Literal[
+    "sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded", "random", "independent"
+]
 Schedule = Literal["even", "time", "linear"]
 RankBy = Literal["confidence", "entropy", "margin"]
 Start = Literal["reference", "zero", "self", "dirichlet"]

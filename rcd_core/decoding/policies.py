@@ -1,7 +1,7 @@
 """Policies: which masked tokens a pass commits, as in the generate.py of SDAR, LLaDA and Fast-dLLM.
 
 A policy sees all live blocks of a step and returns (R, b) bool: a subset of `masked`, with at least one position
-of each block that has a mask left and a quota, so decoding always ends.
+of each block that has a mask left and a quota, so decoding always ends. Of `independent`, the last planned pass does.
 
 Shapes: R live blocks, b block columns.
 """
@@ -22,7 +22,8 @@ Floats = NDArray[np.float64]
 @dataclass(frozen=True)
 class BlockView:
     """masked, confidence, entropy (nats), rank (largest first) and random_score (uniform numbers) are (R, b); quota
-    (commits planned for this pass, 0: it may commit nothing), threshold, bound (nats) and inclusive are (R,)."""
+    (commits planned for this pass, 0: it may commit nothing), share (of the masks, planned for this pass), threshold,
+    bound (nats) and inclusive are (R,)."""
 
     masked: Bools
     confidence: Floats
@@ -30,6 +31,7 @@ class BlockView:
     rank: Floats
     random_score: Floats
     quota: NDArray[np.int64]
+    share: Floats
     threshold: Floats
     bound: Floats
     inclusive: Bools  # commit at confidence >= threshold (Fast-dLLM) instead of > (SDAR)
@@ -77,12 +79,18 @@ def random(view: BlockView) -> Bools:
     return _lowest(view.random_score, view.masked, view.quota)
 
 
+def independent(view: BlockView) -> Bools:
+    """Each masked column with the probability `share`: Dream's "origin". A pass may commit nothing."""
+    return view.masked & (view.random_score < view.share[:, None])
+
+
 POLICIES: dict[str, Callable[[BlockView], Bools]] = {
     "sequential": sequential,
     "low_confidence_static": low_confidence_static,
     "low_confidence_dynamic": low_confidence_dynamic,
     "entropy_bounded": entropy_bounded,
     "random": random,
+    "independent": independent,
 }
 
 
@@ -114,6 +122,14 @@ def linear_commits(masked: int, steps: int) -> list[int]:
         plan.append(round(masked * float(one - s / t)))
         masked -= plan[-1]
     return [count for count in plan if count]
+
+
+def planned_share(step: int, steps: int, by_time: bool) -> float:
+    """Of the masks that are left, what pass `step` of `steps` commits if all passes commit as many, or by Dream's times
+    (in fp32, as in the authors' code). The last pass takes all."""
+    if step + 1 >= steps:
+        return 1.0
+    return float(np.float32(1.0) - _times(steps)[step + 1] / _times(steps)[step]) if by_time else 1.0 / (steps - step)
 
 
 @cache

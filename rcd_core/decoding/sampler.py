@@ -30,6 +30,7 @@ from rcd_core.ops.tiles import tile_rows
 from rcd_core.precision import reduction_dtype
 
 NUM_RESULTS = 4  # token, confidence, entropy, margin
+_RANDOM, _INDEPENDENT = (list(POLICIES).index(name) for name in ("random", "independent"))
 _FIXED_TILES = (32, 128, 512)  # positions of a tile of fixed shape, at most what a tile holds
 
 Integers = NDArray[np.int64]
@@ -257,7 +258,8 @@ def choose_commits(masked: MaskedPositions, confidence: Floats, entropy: Floats,
     policies: dict[str, Any] = {names[int(n)]: policy_of == n if len(used) > 1 else slice(None) for n in used}
     if "entropy_bounded" in policies:
         grids[1].ravel()[cells] = entropy[inside]
-    if "random" in policies:
+    share = np.array([b.share() for b in blocks]) if "independent" in policies else np.zeros(len(blocks))
+    if used & {_RANDOM, _INDEPENDENT}:
         grids[2].ravel()[cells] = _keyed_uniforms(masked, "lot")[inside]
     grids[3] = grids[0]
     for number, rank in enumerate((confidence, -entropy, margin)) if rank_of.any() else ():  # in the order of RankBy
@@ -272,6 +274,7 @@ def choose_commits(masked: MaskedPositions, confidence: Floats, entropy: Floats,
             rank=grids[3, group],
             random_score=grids[2, group],
             quota=quota[group],
+            share=share[group],
             threshold=threshold[group],
             bound=bound[group],
             inclusive=inclusive[group] > 0,

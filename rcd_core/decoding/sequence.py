@@ -16,7 +16,7 @@ from rcd_core.alpha import position_rule
 from rcd_core.decode_settings import RankBy, ResolvedSettings
 from rcd_core.decoding.chunk import Chunk, PassKind, Positions
 from rcd_core.decoding.generation import Forwards, Generation, Step, TokenLogprobs
-from rcd_core.decoding.policies import POLICIES, even_commits, linear_commits, timed_commits
+from rcd_core.decoding.policies import POLICIES, even_commits, linear_commits, planned_share, timed_commits
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
 from rcd_core.ops.reduce import Feedback
@@ -84,6 +84,8 @@ class LiveBlock:
     @property
     def must_commit(self) -> bool:
         """Whether a pass that commits nothing of this block is a fault."""
+        if self.settings.policy == "independent" and self.share() < 1.0:
+            return False
         return bool(self.quota()) and not (self.is_start_pass or self.done)
 
     def quota(self) -> int:
@@ -91,6 +93,10 @@ class LiveBlock:
         if not self.activated:
             return 0
         return self._plan[self.step] if self.step < len(self._plan) else self._plan[-1]
+
+    def share(self) -> float:
+        """Of the masks, what this pass commits by the policy "independent"."""
+        return planned_share(self.step, self.settings.denoising_steps, self.settings.schedule == "time")
 
     def _planned_commits(self) -> list[int]:
         """Of each pass; further passes plan as many as the last one. At least one, so that decoding ends, but for the

@@ -1,22 +1,25 @@
 """Dream against the authors' code, and Fast-dLLM's on it (vectors in tests/golden): shifted logits, algorithms, caches.
 
-Models are in fp64. Left out, as faults of the authors' code or of another purpose: the random algorithm `origin` (its
-numbers are PyTorch's), masks inside a prompt, rows with unequal numbers of masks, `fastdllm_none`, which counts slots
-beyond the masks, and one step a block, which leaves masks.
+Models are in fp64. Left out, as faults of the authors' code or of another purpose: masks inside a prompt, rows with
+unequal numbers of masks, `fastdllm_none`, which counts slots beyond the masks, and one step a block, which leaves
+masks.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from rcd_core import Decoder, DecodeSettings, TrainingBatch, UserError, load_model
+from rcd_core.decoding import sampler
 from rcd_core.families.base import DiffusionModel
 from rcd_core.training.objective import masked_hidden
 from tests.rcd_core.families.overfit import overfit
@@ -103,6 +106,16 @@ def test_whole_canvas(case: dict[str, Any]) -> None:
     outs = Decoder(model()).generate(prompts, settings(case))
     for row, (out, n) in enumerate(zip(outs, pads, strict=True)):
         check(case, row, out, n)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c["alg"] == "origin"], ids=lambda c: c["id"])
+def test_each_mask_by_chance(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The algorithm `origin`, with the authors' random numbers, which belong to the masked positions row by row."""
+    draws = iter([u for step in case["uniform_draws_per_step"] for u in step])
+    monkeypatch.setattr(sampler, "_keyed_uniforms", lambda masked, _: np.array([next(draws) for _ in masked.positions]))
+    outs = Decoder(model()).generate(case["prompts"], replace(settings(case), policy="independent"))
+    for row, out in enumerate(outs):
+        check(case, row, out, 0)
 
 
 @pytest.mark.parametrize("case", CACHED, ids=lambda c: f"{c['id']}-{c['cache']}-{c['alg']}")
