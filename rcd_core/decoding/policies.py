@@ -15,6 +15,8 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from rcd_core.decode_settings import ResolvedSettings
+
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 
@@ -92,6 +94,20 @@ POLICIES: dict[str, Callable[[BlockView], Bools]] = {
     "random": random,
     "independent": independent,
 }
+
+
+def planned_commits(s: ResolvedSettings, masked: int | None, first_alone: bool) -> list[int]:
+    """Commits of each pass of a block; further passes plan as many as the last one. At least one, so that decoding
+    ends, but for the schedule "time". SDAR divides the block length by the steps. LLaDA divides the masks at the
+    block's start, and Fast-dLLM plans one commit under a threshold. first_alone: the first pass takes one."""
+    if masked is None:
+        return even_commits(s.block_length, s.denoising_steps)
+    if s.policy == "low_confidence_dynamic":
+        return [1]
+    if s.schedule == "time":
+        return timed_commits(masked, s.denoising_steps, first_alone)
+    plan = (linear_commits if s.schedule == "linear" else even_commits)(masked, s.denoising_steps)
+    return [1, *plan] if first_alone else plan
 
 
 @cache

@@ -16,7 +16,7 @@ from rcd_core.alpha import position_rule
 from rcd_core.decode_settings import RankBy, ResolvedSettings
 from rcd_core.decoding.chunk import Chunk, PassKind, Positions
 from rcd_core.decoding.generation import Forwards, Generation, Step, TokenLogprobs
-from rcd_core.decoding.policies import POLICIES, even_commits, linear_commits, planned_share, timed_commits
+from rcd_core.decoding.policies import POLICIES, planned_commits, planned_share
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
 from rcd_core.ops.reduce import Feedback
@@ -53,7 +53,8 @@ class LiveBlock:
         self.masked_positions = (part == s.mask_token_id).nonzero()[0] + self.start
         self.first_alone = s.model.shifted and s.model.whole_canvas and self.settings.cache in ("prefix", "dual")
         self.next_token = s.is_next_token(self.start)
-        self._plan = self._planned_commits()
+        masked = int(s.initially_masked[self.start : self.end].sum()) if s.model.blocks_from_prompt_end else None
+        self._plan = planned_commits(self.settings, masked, self.first_alone)
         self.numbers = (self.start, self.end, *(SEQUENTIAL if self.first_alone or self.next_token else s.commit_rule))
 
     @property
@@ -97,21 +98,6 @@ class LiveBlock:
     def share(self) -> float:
         """Of the masks, what this pass commits by the policy "independent"."""
         return planned_share(self.step, self.settings.denoising_steps, self.settings.schedule == "time")
-
-    def _planned_commits(self) -> list[int]:
-        """Of each pass; further passes plan as many as the last one. At least one, so that decoding ends, but for the
-        schedule "time". SDAR divides the block length by the steps; LLaDA divides the masks at the block's start, and
-        Fast-dLLM plans one commit under a threshold."""
-        s = self.settings
-        if not self.sequence.model.blocks_from_prompt_end:
-            return even_commits(s.block_length, s.denoising_steps)
-        if s.policy == "low_confidence_dynamic":
-            return [1]
-        masked = int(self.sequence.initially_masked[self.start : self.end].sum())
-        if s.schedule == "time":
-            return timed_commits(masked, s.denoising_steps, first_alone=self.first_alone)
-        plan = (linear_commits if s.schedule == "linear" else even_commits)(masked, s.denoising_steps)
-        return [1, *plan] if self.first_alone else plan
 
 
 @dataclass(eq=False)
