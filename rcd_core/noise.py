@@ -30,9 +30,12 @@ class NoiseSettings:
 
     draws: number of different masks per example; epoch e uses draw e mod draws. block_length: draw t for each block of
     that many tokens, counted from the example's start. None: one t per example, as SDAR trains.
-    layout: "single", where a noisy block sees clean ones only, or "multi_block" for targets that decode several live
-    blocks (MultiTF): groups of at most `group_blocks` blocks, whose p does not fall from block to block. They begin at
-    the first labelled block. The last block of a group is fully masked with probability FULLY_MASKED.
+    layout: "single", where a noisy block sees clean ones only, or one for targets that decode several live blocks.
+    "multi_block" (MultiTF, block-causal models): groups of at most `group_blocks` blocks, whose p does not fall from
+    block to block. They begin at the first labelled block. The last block of a group is fully masked with probability
+    FULLY_MASKED. "d2f" (D2F, whole-canvas models): blocks from the first labelled token on, each of which sees those
+    before it, noisy as they are; p does not fall, from a first one in [.2, .7) to at most .7. With probability
+    FULLY_MASKED all blocks from one on are fully masked, as decoding begins them; the authors have no such blocks.
     complementary: an odd draw masks the labelled tokens that the draw before it leaves (Fast-dLLM v2's second view).
     """
 
@@ -42,17 +45,17 @@ class NoiseSettings:
     draws: int = 4
     eps: float = 1e-3
     block_length: int | None = None
-    layout: Literal["single", "multi_block"] = "single"
+    layout: Literal["single", "multi_block", "d2f"] = "single"
     group_blocks: int = 4
     complementary: bool = False
 
     def __post_init__(self) -> None:
         if self.group_blocks < 2:
             raise UserError(f"noise.group_blocks is {self.group_blocks}; it must be at least 2")
-        if self.layout == "multi_block" and self.block_length is None:
-            raise UserError("noise.layout is multi_block but noise.block_length is null; give the length of blocks")
-        if self.complementary and self.layout == "multi_block":
-            raise UserError("noise.complementary is true but noise.layout is multi_block; set one to its default")
+        if self.layout != "single" and self.block_length is None:
+            raise UserError(f"noise.layout is {self.layout} but noise.block_length is null; give the length of blocks")
+        if self.complementary and self.layout != "single":
+            raise UserError(f"noise.complementary is true but noise.layout is {self.layout}; set one to its default")
         if self.complementary and self.draws % 2:
             raise UserError(f"noise.complementary is true but noise.draws is {self.draws}; give an even number")
         if self.draws < 1:
@@ -188,6 +191,10 @@ def _first_draw(
             starts = group_starts(maskable, example_id, draw, settings)
             key = hash_key(settings.seed, draw, example_id, attempt, "blocks")
             t = chained(starts, uniforms(key, 3 * len(starts))).repeat(settings.block_length)[:length]
+        elif settings.layout == "d2f":
+            blocks = blocks_from_label(maskable, settings)
+            key = hash_key(settings.seed, draw, example_id, attempt, "blocks")
+            t = rising(uniforms(key, int(blocks.max()) + 2))[np.maximum(blocks - 1, 0)]
         elif settings.block_length is not None:
             key = hash_key(settings.seed, draw, example_id, attempt, "blocks")
             t = uniforms(key, -(-length // settings.block_length)).repeat(settings.block_length)[:length]
@@ -233,3 +240,25 @@ def chained(starts: NDArray[np.int64], u: NDArray[np.float64]) -> NDArray[np.flo
     is_last = np.append(starts[1:] != starts[:-1], True)
     t[is_last & (full < FULLY_MASKED)] = 1.0
     return t
+
+
+def blocks_from_label(maskable: NDArray[np.bool_], settings: NoiseSettings) -> NDArray[np.int64]:
+    """(L,) each token's block in the layout "d2f": counted from 1 at the first maskable token, 0 before."""
+    assert settings.block_length is not None
+    behind = np.arange(len(maskable)) - int(maskable.argmax())
+    return np.where(behind < 0, 0, behind // settings.block_length + 1)
+
+
+def d2f_levels(first: NDArray[np.float64], increments: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Random numbers (...,) and (..., n - 1) -> (..., n) masking probabilities of D2F's `generate_monotonic_pmasks`."""
+    p = first[..., None] / 2 + 0.2
+    steps = increments * (0.7 - p) / max(1, increments.shape[-1])
+    return np.concatenate([p, p + np.cumsum(steps, -1)], -1)
+
+
+def rising(u: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(n + 1,) random numbers -> (n,) levels of the layout "d2f" of n blocks."""
+    levels = d2f_levels(u[0], u[1:-1])
+    if u[-1] < FULLY_MASKED:
+        levels[int(u[-1] / FULLY_MASKED * len(levels)) :] = 1.0
+    return levels

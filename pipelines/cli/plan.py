@@ -110,7 +110,8 @@ def _jobs(recipe: Recipe, vocab_size: int | None) -> Iterator[Job]:
         shape = _shape("base.start", recipe.base.start, recipe, vocab_size)
         yield Job("base", shape, recipe.base.train, None, 0.0)
     smaller = None
-    if reference is not None and (reference.train or recipe.target.residual.source == "online"):
+    online = recipe.target.residual.source == "online" or bool(recipe.target.train and recipe.target.train.distill)
+    if reference is not None and (reference.train or online):
         first = reference.start or (recipe.base.start if recipe.base else None)
         assert first is not None  # a rule of the recipe
         smaller = _shape("reference.start", first, recipe, vocab_size)
@@ -121,7 +122,7 @@ def _jobs(recipe: Recipe, vocab_size: int | None) -> Iterator[Job]:
     shape = _shape("target.start", start, recipe, vocab_size)
     residual = recipe.target.residual
     forwards = SELF_FORWARDS if residual.runs_model else 0.0
-    if residual.source == "online" and smaller is not None:
+    if online and smaller is not None:
         forwards = smaller.parameters / shape.parameters
     yield Job("target", shape, recipe.training("target").train, residual, forwards)
 

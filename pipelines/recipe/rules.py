@@ -34,14 +34,15 @@ def problems(recipe: Recipe) -> Iterator[str]:
     for key, weights in (("evaluate", recipe.evaluate.weights), ("deploy", recipe.deploy.weights)):
         if weights != "full" and recipe.resources.tensor_parallel > 1:
             yield f"{key}.weights is {weights!r} but resources.tensor_parallel is above 1; set one to its default"
-    if recipe.noise.layout == "multi_block":
+    if recipe.noise.layout != "single":
+        name = f"noise.layout is {recipe.noise.layout}"
         if recipe.noise.block_length != recipe.block_length:
             yield (
-                f"noise.layout is multi_block and noise.block_length {recipe.noise.block_length}; give it the value of "
+                f"{name} and noise.block_length {recipe.noise.block_length}; give it the value of "
                 f"block_length, {recipe.block_length}"
             )
         if recipe.convert and recipe.convert.block_warmup:
-            yield "noise.layout is multi_block but base.convert.block_warmup changes the blocks; set one to its default"
+            yield f"{name} but base.convert.block_warmup changes the blocks; set one to its default"
     if data.dialect is not None and data.fields:
         yield f"data.dialect is {data.dialect!r} but data.fields names columns of the task; remove one of them"
     if data.dialect is not None and data.task in TASKS and TASKS[data.task].infill:
@@ -121,6 +122,8 @@ def _training_problems(recipe: Recipe) -> Iterator[str]:
         if recipe.tokenizer_source is None:
             yield "data.train and tokenizer.path are both null; give a tokenizer"
     for key, stage in (("base", recipe.base), ("reference", recipe.reference)):
+        if stage and stage.train and stage.train.distill:
+            yield f"{key}.train.distill is true but {key} is trained before there is a reference; set it to false"
         if stage and stage.train and stage.train.lora and isinstance(stage.start, ModelConfig):
             yield f"{key}.train.lora is given but {key}.start is a new model, whose weights it would freeze; remove it"
     if recipe.base and recipe.base.convert:
@@ -276,6 +279,7 @@ def reference_keys(recipe: Recipe) -> dict[str, str]:
     """Recipe key that needs the reference -> the stage that uses it."""
     stages = {"signals": "signals", "online": "target"}
     keys = {f"{k}.source": stages[r.source] for k, r in recipe.residuals().items() if r.source in stages}
+    keys |= {f"{key}.distill": "target" for key, train in trainings(recipe).items() if train.distill}
     if "reference" in recipe.evaluate.starts:
         keys["evaluate.starts"] = "evaluate"
     if recipe.evaluate.decode.residual_source == "reference":

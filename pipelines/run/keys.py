@@ -41,6 +41,8 @@ _LATER: dict[str, Any] = {
     "evaluate.weights": "full",
     "deploy.weights": "full",
     "*.train.lora": None,
+    "*.train.distill": False,
+    "baselines.*.distill": False,
     "baselines.*.lora": None,
     "*.decode.schedule": None,
     "*.decode.sub_block_length": None,

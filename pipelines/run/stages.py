@@ -113,7 +113,9 @@ def _target(
     if (start := recipe.checkpoint(name)) is not None:
         return _checkpoint(name, key, _outside(key, start))
     source = residual.source if residual else "none"
-    inputs = {"signals": ("signals",), "online": ("reference",)}.get(source, ())
+    sources = {"signals": ("signals",), "online": ("reference",)}.get(source, ())
+    distilled = ("reference",) if recipe.training(name).train.distill else ()
+    inputs = tuple(dict.fromkeys((*sources, *distilled)))
     rule = tuple(f"signals.{f.name}" for f in fields(SignalRule)) if source == "online" else ()
     return Stage(
         name=name,

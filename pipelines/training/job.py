@@ -34,7 +34,7 @@ class TrainJob:
     chunks: Chunks
     validation: tuple[str, ...]  # files of the held-out examples; empty without validation
     signals: dict[str, Any] | None  # summary of the stage `signals`, with its directory
-    reference: str | None  # only if the reference runs online
+    reference: str | None  # only if the reference runs online, or as the teacher
     signal_rule: SignalRule
     noise: NoiseSettings
     block_length: int
@@ -61,7 +61,7 @@ def make_job(ctx: StageContext) -> TrainJob:
             quantile = entropy_quantile(signals["entropy_histogram"], residual.alpha_quantile)
             residual = replace(residual, alpha_scale=round(quantile, 6))
         check_signals(ctx, signals)
-    elif residual.source == "online":
+    if residual.source == "online" or training.train.distill:
         reference = ctx.checkpoint("reference")
     settings = training.train.resolved(sum(chunks.rows))
     validation = prepare["validation"] if settings.validate_every else ()

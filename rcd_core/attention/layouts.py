@@ -4,6 +4,7 @@ One rule covers every layout: each key has a code; a query sees the keys whose c
 those whose code is in its range [own_low, own].
 
     bidirectional     one code per sample, another for padding                                     (LLaDA)
+    causal_blocks     one code per (sample, block); low = the sample's first      (D2F, training of LLaDA)
     block_causal      key code = block number, high = the query's block                            (SDAR)
     block_diffusion   [noisy | clean]: clean keys are ordered by (sample, block); a noisy query sees those up to the
                       block before its own, and its own noisy block by `own`                       (SDAR, training)
@@ -89,6 +90,15 @@ def bidirectional(sample_ids: Tensor) -> Layout | None:
     if bool((sample_ids <= 0).all()) and bool((sample_ids[:, :-1] >= sample_ids[:, 1:]).all()):
         lengths = (sample_ids == 0).sum(1)
     return Layout(code, code, code, code, lengths)
+
+
+def causal_blocks(sample_ids: Tensor, blocks: Tensor) -> Layout:
+    """D2F: a token sees its sample's blocks up to its own. sample_ids (B, L), -1 is padding; blocks (B, L), the number
+    of each token's block in its sample."""
+    start = (sample_ids + 1) * (int(blocks.max()) + 1)
+    low = torch.where(sample_ids < 0, PADDING, start).int()
+    code = torch.where(sample_ids < 0, PADDING, start + blocks).int()
+    return Layout(low, code, code, code)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from rcd_core.training.data.rows import RowSource
 from rcd_core.training.lora import add_adapters
 from rcd_core.training.loss_module import LossModule
 from rcd_core.training.meter import Meter
-from rcd_core.training.objective import normalizer, reference_signals
+from rcd_core.training.objective import Teacher, normalizer, reference_signals, teacher_of
 from rcd_core.training.settings import ResidualSettings, SignalRule, TrainSettings
 from rcd_core.training.strategies import Strategy, compile_layers, make_strategy, read_progress, write_progress
 
@@ -85,7 +85,8 @@ def train(
     residual.source: "none" ignores any signals. "signals" uses those cached with the rows. "online" runs the frozen
     `reference` on the same noisy input, or with own_reference the model without its adapters, and keeps what
     `signal_rule` says. The other sources run the model itself on
-    noisier versions of the rows and need `noise`, which drew the rows' own masks.
+    noisier versions of the rows and need `noise`, which drew the rows' own masks. settings.distill needs the reference,
+    too.
     block_warmup: share of the steps in which blocks grow from one token, causal attention, to block_length.
     resume: directory of a checkpoint to continue from.
     device: where to train, by default the model's device. ddp expects the model there; fsdp2 takes a model on the CPU
@@ -107,16 +108,11 @@ def train(
         raise UserError("residual.source is 'online' but reference is None; pass the reference model")
     if residual.runs_model and noise is None:
         raise UserError(f"residual.source is {residual.source!r} but noise is None; pass the noise of the rows")
-    if noise is not None and noise.layout == "multi_block":
-        if noise.block_length != block_length:
-            raise UserError(
-                f"noise.layout is multi_block, whose noise.block_length {noise.block_length} must be the block_length "
-                f"{block_length}"
-            )
-        if model.attention_block(block_length) is None:
-            raise UserError(
-                f"noise.layout is multi_block but {model.family} models see the whole canvas; set it to single"
-            )
+    if settings.distill and reference is None and not own_reference:
+        raise UserError("train.distill is true but reference is None; pass the reference model")
+    if settings.distill and residual.source == "on_policy":
+        raise UserError("train.distill is true but residual.source is 'on_policy', whose masks are others; set one")
+    check_layout(noise, model, block_length)
     device = device or model.device
     collator = Collator(
         settings=settings,
@@ -140,7 +136,8 @@ def train(
     if settings.compile:
         compile_layers(model)
     uses_own = residual.source == "online" and own_reference
-    module = LossModule(model, settings.loss_weight, residual, signal_rule if uses_own else None)
+    own_teacher = settings.distill and own_reference
+    module = LossModule(model, settings.loss_weight, residual, signal_rule if uses_own else None, own_teacher)
     strategy = make_strategy(module, model, settings, device)
     run = _Run(model, strategy, settings, residual, reference, signal_rule, world, device)
     first = 0
@@ -186,6 +183,22 @@ def train(
     return weights
 
 
+def check_layout(noise: NoiseSettings | None, model: DiffusionModel, block_length: int) -> None:
+    """Raise UserError for a layout of the noise that the model's attention does not have."""
+    if noise is None or noise.layout == "single":
+        return
+    name = f"noise.layout is {noise.layout}"
+    if noise.block_length != block_length:
+        raise UserError(
+            f"{name}, whose noise.block_length {noise.block_length} must be the block_length {block_length}"
+        )
+    whole = model.attention_block(block_length) is None
+    if whole and noise.layout == "multi_block":
+        raise UserError(f"{name} but {model.family} models see the whole canvas; set it to d2f")
+    if not whole and noise.layout == "d2f":
+        raise UserError(f"{name} but {model.family} models see blocks; set it to multi_block")
+
+
 @dataclass
 class _Run:
     """Optimiser steps and validation on this rank."""
@@ -215,7 +228,7 @@ class _Run:
             real = i < len(micro_batches)
             with self.strategy.micro_batch(last=i + 1 == len(micro_batches) + missing):
                 with self.strategy.autocast():
-                    loss, statistics = self.strategy.module(micro, self._signals(micro))
+                    loss, statistics = self.strategy.module(micro, self._signals(micro), self._teacher(micro))
                 if pending is not None:
                     pending.wait()  # overlaps with the first forward
                     pending = None
@@ -250,7 +263,7 @@ class _Run:
             for micro in collator.micro_batches(rows):
                 micro = micro.to(self.device)
                 with self.strategy.autocast():
-                    loss, _ = self.strategy.module(micro, self._signals(micro))
+                    loss, _ = self.strategy.module(micro, self._signals(micro), self._teacher(micro))
                 sums += counted * torch.stack([loss.double(), self._normalizers([micro])])
         if self.world > 1:
             dist.all_reduce(sums)
@@ -263,6 +276,11 @@ class _Run:
 
     def _sum_over_ranks(self, value: Tensor) -> tuple[Tensor, dist.Work | None]:
         return value, dist.all_reduce(value, async_op=True) if self.world > 1 else None
+
+    def _teacher(self, micro: MicroBatch) -> Teacher | None:
+        if not self.settings.distill or self.reference is None:
+            return None
+        return teacher_of(self.reference, micro.batch)
 
     def _signals(self, micro: MicroBatch) -> ReferenceSignals | None:
         if self.residual.source == "online" and self.reference is None:

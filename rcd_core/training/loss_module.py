@@ -20,12 +20,14 @@ from rcd_core.training.lora import adapters_off
 from rcd_core.training.objective import (
     LossWeight,
     Residual,
+    Teacher,
     TrainingBatch,
     encoded,
     loss_parts,
     masked_blocks,
     masked_hidden,
     reference_signals,
+    teacher_of,
 )
 from rcd_core.training.settings import ResidualSettings, SignalRule
 
@@ -43,14 +45,19 @@ class LossModule(nn.Module):
         weight: LossWeight,
         settings: ResidualSettings,
         own_reference: SignalRule | None = None,
+        own_teacher: bool = False,
     ) -> None:
-        """own_reference: the reference is the model itself without its adapters, by this rule."""
+        """own_reference: the reference is the model itself without its adapters, by this rule. own_teacher: so is the
+        teacher."""
         super().__init__()
         self.model, self.weight, self.settings = model, weight, settings
-        self.own_reference = own_reference
+        self.own_reference, self.own_teacher = own_reference, own_teacher
 
-    def forward(self, micro: MicroBatch, signals: ReferenceSignals | None) -> tuple[Tensor, Tensor]:
-        """signals (N): the reference's, cached or online; None for sources without a reference.
+    def forward(
+        self, micro: MicroBatch, signals: ReferenceSignals | None, teacher: Teacher | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """signals (N): the reference's, cached or online; None for sources without a reference. teacher (N): another
+        model's.
 
         Returns the loss sum and statistics (NUM_STATISTICS,): the sum of alpha, the tokens that entered the layers,
         then sums and counts of the cross entropy by masking probability.
@@ -60,6 +67,9 @@ class LossModule(nn.Module):
         if self.own_reference is not None:
             with adapters_off(self.model):
                 signals = reference_signals(self.model, batch, self.own_reference)
+        if self.own_teacher:
+            with adapters_off(self.model):
+                teacher = teacher_of(self.model, batch, own_head=True)
         if signals is not None:
             kept = signals if self.settings.top_k is None else signals.largest(self.settings.top_k)
             rule, more = self._alpha_rule(batch)
@@ -70,7 +80,7 @@ class LossModule(nn.Module):
         elif self.settings.runs_model:
             alpha, delta = self._self_residual(micro)
             residual = (alpha * micro.keep, delta)
-        loss, losses = loss_parts(self.model, batch, residual, self.weight)
+        loss, losses = loss_parts(self.model, batch, residual, self.weight, teacher)
         return loss, _statistics(batch, losses, residual)
 
     def _alpha_rule(self, batch: TrainingBatch) -> tuple[tuple[AlphaRule, float | None], AlphaInputs]:

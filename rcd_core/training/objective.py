@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rcd_core.attention import PackedTokens, bidirectional, block_diffusion
+from rcd_core.attention import PackedTokens, bidirectional, block_diffusion, causal_blocks
 from rcd_core.decode_settings import AlphaRule
 from rcd_core.dense_signals import DenseSignals
 from rcd_core.errors import UserError
@@ -29,7 +29,7 @@ from rcd_core.training.settings import SignalRule
 IGNORED = -100
 
 Residual = tuple[Tensor, Tensor] | SparseResidual  # (alpha (N,), delta (N, D)), or weights on the table's rows
-LossWeight = Literal["inverse_t", "uniform", "self_normalized"]
+LossWeight = Literal["inverse_t", "inverse_t_mean", "uniform", "self_normalized"]
 
 
 @dataclass
@@ -43,6 +43,8 @@ class TrainingBatch:
     default to one sample per row without padding.
     first_noisy, num_clean (B, L): what noisy tokens see where several noisy blocks stand behind clean ones
     (`attention.block_diffusion`); None: their own block behind all clean ones before it.
+    blocks (B, L): for models that see the whole canvas, the number of a token's block in its sample, which sees no
+    later one (`attention.causal_blocks`); None: all of the sample.
     packed: SDAR's [noisy | clean] tokens (`with_packed`), if computed before the step.
     UserError: neither labels nor prompt_lengths, or block_length below 1.
     """
@@ -58,6 +60,7 @@ class TrainingBatch:
     prompt_lengths: Tensor | None = None
     first_noisy: Tensor | None = None
     num_clean: Tensor | None = None
+    blocks: Tensor | None = None
     packed: PackedTokens | None = None
 
     def __post_init__(self) -> None:
@@ -93,9 +96,15 @@ class TrainingBatch:
 
 def masked_hidden(model: DiffusionModel, batch: TrainingBatch, residual: Residual | None) -> Tensor:
     """(N, D) final hidden states at the masked positions; with a residual their inputs are those of Eq. 2."""
-    if model.attention_block(batch.block_length) is None:
+    whole = model.attention_block(batch.block_length) is None
+    if (batch.first_noisy if whole else batch.blocks) is not None:
+        given, other = ("multi_block", "d2f") if whole else ("d2f", "multi_block")
+        raise UserError(f"noise.layout is {given}, which {model.family} models do not have; set it to {other}")
+    if whole:
         ids, masked, positions, packed = batch.noisy_ids, batch.masked, batch.positions, None
         layout = bidirectional(batch.sample_ids)
+        if batch.blocks is not None:
+            layout = causal_blocks(batch.sample_ids, batch.blocks)
     else:
         packed = batch.packed or batch.with_packed().packed
         assert packed is not None
@@ -154,6 +163,10 @@ def encoded(
 def masked_blocks(model: DiffusionModel, batch: TrainingBatch) -> Tensor:
     """(N,) group numbers: equal for masked positions of the same block (of the same sample where the model's attention
     has no blocks)."""
+    if batch.blocks is not None:
+        stride = int(batch.blocks.max()) + 1
+        rows = torch.arange(len(batch.masked), device=batch.masked.device)[:, None] * (int(batch.sample_ids.max()) + 2)
+        return ((rows + batch.sample_ids + 1) * stride + batch.blocks)[batch.masked]
     within = batch.positions[batch.masked]
     if model.attention_block(batch.block_length) is not None:
         within = within % batch.block_length
@@ -163,10 +176,10 @@ def masked_blocks(model: DiffusionModel, batch: TrainingBatch) -> Tensor:
 def normalizer(batch: TrainingBatch, family: str, weight: LossWeight) -> Tensor:
     """Scalar divisor of the loss sum; the divisors of a step's batches add up.
 
-    uniform: masked tokens. self_normalized: the sum of the weights 1/t (MultiTF). inverse_t: labelled tokens (SDAR) or
-    samples (LLaDA, which first divides each sample by its own labelled tokens).
+    uniform, inverse_t_mean (D2F): masked tokens. self_normalized: the sum of the weights 1/t (MultiTF). inverse_t:
+    labelled tokens (SDAR) or samples (LLaDA, which first divides each sample by its own labelled tokens).
     """
-    if weight == "uniform":
+    if weight in ("uniform", "inverse_t_mean"):
         return batch.masked.sum()
     if weight == "self_normalized":
         return (1.0 / batch.p_mask[batch.masked]).sum()
@@ -183,14 +196,39 @@ def loss_sum(
 
 
 def loss_parts(
-    model: DiffusionModel, batch: TrainingBatch, residual: Residual | None, weight: LossWeight
+    model: DiffusionModel,
+    batch: TrainingBatch,
+    residual: Residual | None,
+    weight: LossWeight,
+    teacher: Teacher | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(`loss_sum`, cross entropies (N,) in nats, unweighted and without gradient)."""
+    """(`loss_sum`, cross entropies (N,) in nats, unweighted and without gradient). teacher: its predictions instead of
+    the labels."""
     hidden = masked_hidden(model, batch, residual)
     weights = loss_weights(model.family, batch, weight)
     labels = batch.input_ids[batch.masked]
-    loss, losses = model.lm_head(hidden, lambda head, rows: weighted_cross_entropy(rows, head, labels, weights))
+
+    def reduce(head: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        targets = None if teacher is None else (teacher.hidden, head if teacher.head is None else teacher.head)
+        return weighted_cross_entropy(rows, head, labels, weights, teacher=targets)
+
+    loss, losses = model.lm_head(hidden, reduce)
     return loss, losses
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """hidden (N, D') at the masked positions; head (V, D'), None: that of the model in training."""
+
+    hidden: Tensor
+    head: Tensor | None = None
+
+
+@torch.no_grad()
+def teacher_of(model: DiffusionModel, batch: TrainingBatch, own_head: bool = False) -> Teacher:
+    """The frozen model's predictions from the same noisy tokens, with its own attention: of LLaDA the whole canvas."""
+    plain = replace(batch, first_noisy=None, num_clean=None, blocks=None, packed=None)
+    return Teacher(masked_hidden(model, plain, None), None if own_head else model.lm_head_weight)
 
 
 def loss_weights(family: str, batch: TrainingBatch, weight: LossWeight) -> Tensor:

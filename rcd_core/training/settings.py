@@ -47,7 +47,8 @@ class TrainSettings:
     pack_length: tokens of a packed row; None: one sample per row, padded.
     warmup: share of the steps in which the learning rate rises linearly.
     loss_weight: "inverse_t" is the paper's 1/t, "uniform" weighs all masked tokens alike, "self_normalized" divides
-    by the sum of the weights 1/t, as MultiTF does.
+    by the sum of the weights 1/t, as MultiTF does, "inverse_t_mean" by the number of masked tokens, as D2F does.
+    distill: learn the reference's predictions from the same noisy tokens instead of the labels (D2F's distillation).
     dtype: of the passes; master weights are fp32.
     strategy: ddp (replicas), fsdp2 (shards) or deepspeed, configured by `deepspeed`. shard_size: fsdp2 only, the
     number of neighbouring workers that hold one copy of the parameters, for example those of a node; each such group is
@@ -75,7 +76,8 @@ class TrainSettings:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     clip_norm: float = 1.0
-    loss_weight: Literal["inverse_t", "uniform", "self_normalized"] = "inverse_t"
+    loss_weight: Literal["inverse_t", "inverse_t_mean", "uniform", "self_normalized"] = "inverse_t"
+    distill: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     strategy: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
     deepspeed: dict[str, Any] = field(default_factory=dict)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rcd_core.noise import NoiseSettings, group_starts, hash_key, nested_masks, uniforms
+from rcd_core.noise import NoiseSettings, blocks_from_label, group_starts, hash_key, nested_masks, uniforms
 from rcd_core.signals import ReferenceSignals
 from rcd_core.training.controls import same_masks
 from rcd_core.training.data.rows import RowSource, TrainingRow
@@ -93,13 +93,16 @@ def collate_packed(
     ids, labels = np.full(shape, pad_token_id), np.full(shape, IGNORED)
     masked, samples = np.zeros(shape, dtype=bool), np.full(shape, -1)
     positions, p = np.zeros(shape, dtype=np.int64), np.ones(shape, dtype=np.float32)
-    first_noisy = np.zeros(shape, dtype=np.int64)
+    first_noisy, blocks = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    layout = noise.layout if noise is not None else "single"
     for i, rows in enumerate(bins):
         for sample, (row, tokens) in enumerate(_placed(rows)):
             part = (i, tokens)
             ids[part], labels[part], masked[part], samples[part] = row.input_ids, row.labels, row.masked, sample
             positions[part], p[part] = np.arange(len(row.input_ids)), row.p
-            if noise is not None and noise.layout == "multi_block":
+            if noise is not None and layout == "d2f":
+                blocks[part] = blocks_from_label(row.labels != IGNORED, noise)
+            if noise is not None and layout == "multi_block":
                 starts = group_starts(row.labels != IGNORED, row.example_id, row.draw, noise)
                 first_noisy[part] = starts.repeat(block_length)[: len(row.input_ids)]
     batch = TrainingBatch(
@@ -111,7 +114,8 @@ def collate_packed(
         block_length=block_length,
         sample_ids=torch.from_numpy(samples),
         positions=torch.from_numpy(positions),
-        first_noisy=torch.from_numpy(first_noisy) if noise and noise.layout == "multi_block" else None,
+        first_noisy=torch.from_numpy(first_noisy) if layout == "multi_block" else None,
+        blocks=torch.from_numpy(blocks) if layout == "d2f" else None,
     )
     signals = [r.signals for rows in bins for r in rows if r.signals is not None]
     return batch, ReferenceSignals.cat(signals) if signals else None

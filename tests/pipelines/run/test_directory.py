@@ -77,6 +77,8 @@ def test_stage_order_and_inputs() -> None:
     assert "baseline" in stages_of(load_recipe("demo", ["deploy.baseline=true"]))["deploy"].inputs
     online = load_recipe("demo", ["target.residual={source: online}", "variants={}"])
     assert "signals" not in stages_of(online) and "reference" in stages_of(online)["target"].inputs
+    distilled = stages_of(load_recipe("demo", ["target.train.distill=true"]))
+    assert "reference" in distilled["target"].inputs and "reference" in distilled["baseline"].inputs
 
 
 def test_without_a_use_for_it_there_is_no_reference() -> None:

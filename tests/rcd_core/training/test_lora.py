@@ -51,8 +51,9 @@ def run(
     callbacks = Callbacks(logged.append, options.pop("checkpoint", lambda step, save: None))
     if residual.source == "online" and "reference" not in options:
         options["own_reference"] = True
-    source = ExampleSource([examples], NOISE)
-    weights = train(model, source, s, residual, BLOCK, callbacks, noise=NOISE, **options)
+    noise = options.pop("noise", NOISE)
+    source = ExampleSource([examples], noise)
+    weights = train(model, source, s, residual, BLOCK, callbacks, noise=noise, **options)
     return model, weights, logged
 
 
@@ -97,6 +98,18 @@ def test_the_base_in_memory_is_as_good_a_reference_as_a_second_copy(examples: st
     _, own, _ = run(examples, settings())
     _, copy, _ = run(examples, settings(), reference=load_model(GOLDEN / "sdar_tiny"))
     assert own.keys() == copy.keys() and all(torch.equal(own[name], copy[name]) for name in own)
+
+
+def test_the_base_in_memory_is_as_good_a_teacher_as_a_second_copy(examples: str) -> None:
+    """D2F's distillation: the adapters learn, under blocks, what the base predicts from the whole canvas."""
+    noise = NoiseSettings(block_length=BLOCK, layout="d2f")
+    plain = ResidualSettings(source="none", dropout=0.0)
+    s = settings(distill=True, loss_weight="inverse_t_mean")
+    found = []
+    for options in ({"own_reference": True}, {"reference": load_model(GOLDEN / "llada_tiny")}):
+        _, weights, _ = run(examples, s, "llada", plain, noise=noise, **options)
+        found.append(weights)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 @pytest.mark.parametrize("residual", [ONLINE, ResidualSettings(source="self", alpha="learned", alpha_scale=2.0)])
