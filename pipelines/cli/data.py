@@ -17,6 +17,7 @@ from rich.text import Text
 from pipelines.cli.file_flags import DataInspectFlags
 from pipelines.cli.live_view import printable
 from pipelines.cli.terminal import absolute_path
+from pipelines.data.hub import HUB, hub_files
 from rcd_core.errors import UserError
 from rcd_core.io.gguf import package_file
 from rcd_core.noise import NoiseSettings, mask_example
@@ -43,7 +44,7 @@ class _Found:
 
 
 def inspect(flags: DataInspectFlags) -> int:
-    path, task = absolute_path(flags.path), get_task(flags.task)
+    task = get_task(flags.task)
     allowed = (OWN_COLUMNS, *DIALECTS)
     if flags.dialect is not None and flags.dialect not in allowed:
         raise UserError(f"--dialect is {flags.dialect!r}; allowed: {', '.join(allowed)}")
@@ -55,12 +56,24 @@ def inspect(flags: DataInspectFlags) -> int:
         if name not in columns or not column:
             raise UserError(f"--field {text}: give one of {', '.join(columns)} and its column, as a=b")
         columns[name] = column
+    path, others = _file(flags.path)
     dialect = choose_dialect(path, columns, "PATH", flags.dialect, conversations=not flags.field and not task.infill)
     encoder = _encoder(flags)
     rows = read_rows(path, columns, dialect, flags.reasoning == "keep")
+    console = Console(soft_wrap=True, highlight=False)
+    if others:
+        console.print(f"{path}, the first of {others + 1:,} files", markup=False)
     found = _read(islice(rows, flags.rows or None), encoder, flags.task)
-    _report(found, dialect, columns, encoder, Console(soft_wrap=True, highlight=False))
+    _report(found, dialect, columns, encoder, console)
     return 0
+
+
+def _file(path: str) -> tuple[str, int]:
+    """(the file to read, how many more there are). Of a data set on the hub, the first file of the split."""
+    if not path.startswith(HUB):
+        return absolute_path(path), 0
+    files = hub_files(path, "train", "PATH")
+    return files[0], len(files) - 1
 
 
 def _encoder(flags: DataInspectFlags) -> Encoder | None:

@@ -34,7 +34,7 @@ class DataInspectFlags:
     rcd data inspect chats.jsonl --tokenizer MODEL
     """
 
-    path: Annotated[str, FLAG("File or URI: .jsonl, .json, .csv (each also .gz) or .parquet.")]
+    path: Annotated[str, FLAG("File, URI or hf://owner/name[:split]: .jsonl, .json, .csv (also .gz) or .parquet.")]
     _: KW_ONLY
     tokenizer: Annotated[str | None, CHECKPOINTS("Tokenizer or checkpoint, for lengths and an example.")] = None
     task: Annotated[str, FLAG("Task whose columns are looked for first.")] = "qa"

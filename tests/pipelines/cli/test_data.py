@@ -9,6 +9,7 @@ import pytest
 
 from pipelines.cli.main import main
 from rcd_core.text.tokenizer import train_tokenizer
+from tests.hub_server import hub_server
 
 
 @pytest.fixture
@@ -35,6 +36,17 @@ def test_without_a_tokenizer_it_says_what_it_can(chats: str, capsys: pytest.Capt
     assert main(["data", "inspect", chats, "--rows", "2"]) == 0
     out = capsys.readouterr().out
     assert "2 rows read, 2 usable" in out and "--tokenizer" in out
+
+
+def test_of_a_data_set_on_the_hub_the_first_file_is_read(chats: str, capsys: pytest.CaptureFixture[str]) -> None:
+    content = Path(chats).read_bytes()
+    with hub_server() as hub:
+        hub.add("owner/name", {"data/train-0.jsonl": content, "data/train-1.jsonl": b"", "data/test-0.jsonl": b""})
+        assert main(["data", "inspect", "hf://owner/name"]) == 0
+        out = capsys.readouterr().out
+        assert "train-0.jsonl, the first of 2 files" in out and "4 rows read" in out
+        assert main(["data", "inspect", "hf://owner/name:dev"]) == 2
+        assert "hf://owner/name:dev" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,15 @@ def test_training_lowers_the_loss_and_logs(examples: str) -> None:
     assert logged[-1]["loss"] < 0.7 * logged[0]["loss"]
 
 
+def test_steps_of_the_warm_up_have_smaller_blocks(examples: str) -> None:
+    """Four of one token and four of two, whether blocks would grow to four tokens or stay at two."""
+    warm, _ = run(examples, block_warmup=1.0)
+    other = load_model(GOLDEN / "sdar_tiny")
+    source, nothing = ExampleSource([examples], NoiseSettings(draws=2)), Callbacks(lambda _: None, lambda *_: None)
+    train(other, source, SETTINGS, PLAIN, 2, nothing, block_warmup=0.5)
+    assert BLOCK == 4 and equal(warm, other) and not equal(warm, run(examples)[0])
+
+
 @pytest.mark.parametrize("residual", [PLAIN, ResidualSettings(source="online")], ids=["plain", "rcd"])
 def test_resumed_equals_uninterrupted(examples: str, tmp_path: Path, residual: ResidualSettings) -> None:
     """Equal tensors, not close ones. The checkpoint of step 6 (36 rows) is past an epoch of 20 rows."""
