@@ -15,6 +15,7 @@ from rcd_core.families.files import CheckpointFiles
 MASK_TOKEN_ID = 126336
 EOS_TOKEN_ID = 126081
 TURN_END_ID = 126348  # <|eot_id|>
+VOCABULARY = 126464  # of LLaDA-8B and LLaDA-1.5; their ids mean something else in iLLaDA's 155,136
 BLOCK_LENGTH = 32
 
 # LLaDA name -> Llama name inside a layer. ff_out is the MLP output inside a layer and the LM head outside.
@@ -118,8 +119,10 @@ class LLaDAModel(DiffusionModel):
 
     @classmethod
     def read_info(cls, files: CheckpointFiles) -> CheckpointInfo:
-        """Missing ids default to LLaDA's. A plain Llama has its own eos, and its mask token must be configured."""
-        plain = files.config["model_type"] == "llama"
+        """Missing ids default to LLaDA's, if the vocabulary is. Other models (iLLaDA, a plain Llama) have their own
+        eos, and their mask token must be configured."""
+        size = files.config.get("embedding_size") or files.config.get("vocab_size")
+        plain = files.config["model_type"] == "llama" or size != VOCABULARY
         eos = files.eos_token_ids(() if plain else (EOS_TOKEN_ID,))
         mask = files.mask_token_id(None if plain else MASK_TOKEN_ID)
         return CheckpointInfo(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rcd_core import UserError, load_model
+from rcd_core import Decoder, DecodeSettings, UserError, load_model
 from tests.rcd_core.checkpoints import GOLDEN, checkpoint, edit_config, same_weights
 from tests.rcd_core.families.test_families import fresh
 
@@ -67,6 +67,21 @@ def test_a_plain_llama_needs_a_mask_token_and_becomes_a_llada(tmp_path: Path) ->
     back = load_model(tmp_path / "llada")
     assert same_weights(model, back) and back.info == model.info
     assert torch.equal(model.logits(ids), back.logits(ids))
+
+
+def test_a_llada_of_another_vocabulary_names_its_mask_token(tmp_path: Path) -> None:
+    """iLLaDA: tied embeddings, shared key/value heads, mask token 5. LLaDA's id is another token there."""
+    model = load_model(edit_config(tiny_llama(tmp_path / "start", tie_word_embeddings=True), mask_token_id=5))
+    model.save_pretrained(tmp_path / "one")
+    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert (config["model_type"], config["weight_tying"], config["n_kv_heads"]) == ("llada", True, 2)
+    again = load_model(tmp_path / "one")
+    assert again.mask_token_id == 5 and again.lm_head.weight is again.embedding.weight and same_weights(model, again)
+    s = DecodeSettings(block_length=4, max_new_tokens=8, residual=True, start="self", residual_temperature=1.0)
+    assert 5 not in Decoder(again).generate([[7, 8]], s)[0].canvas_ids
+    edit_config(tmp_path / "one", mask_token_id=None)
+    with pytest.raises(UserError, match="mask_token_id"):
+        load_model(tmp_path / "one")
 
 
 @pytest.mark.parametrize("written", ["rope_parameters", "rope_scaling"])
