@@ -45,6 +45,8 @@ class TrainSettings:
     then). Exactly one of the two is set.
     micro_batch_size: rows per worker and pass; None is the worker's whole share. More rows are accumulated.
     pack_length: tokens of a packed row; None: one sample per row, padded.
+    optimizer: "adamw", or "muon" for the matrices of the layers and AdamW for the rest (ddp and fsdp2, without lora).
+    muon_learning_rate: Muon's, with the same schedule as learning_rate, which is AdamW's then.
     warmup: share of the steps in which the learning rate rises linearly.
     loss_weight: "inverse_t" is the paper's 1/t, "uniform" weighs all masked tokens alike, "self_normalized" divides
     by the sum of the weights 1/t, as MultiTF does, "inverse_t_mean" by the number of masked tokens, as D2F does.
@@ -70,7 +72,9 @@ class TrainSettings:
     batch_size: int
     micro_batch_size: int | None = None
     pack_length: int | None = None
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-5
+    muon_learning_rate: float = 0.02
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup: float = 0.03
     weight_decay: float = 0.0
@@ -109,6 +113,7 @@ class TrainSettings:
         for name, valid, range_ in (
             ("max_skipped_steps", self.max_skipped_steps >= 0, "be at least 0"),
             ("learning_rate", self.learning_rate > 0, "be above 0"),
+            ("muon_learning_rate", self.muon_learning_rate > 0, "be above 0"),
             ("warmup", 0.0 <= self.warmup < 1.0, "lie in [0, 1): a share of the steps"),
             ("clip_norm", self.clip_norm > 0, "be above 0"),
         ):
@@ -119,6 +124,12 @@ class TrainSettings:
             raise UserError(
                 f"train.shard_size is {self.shard_size} but train.strategy is {self.strategy}; use fsdp2 or null"
             )
+
+        if self.optimizer == "muon" and self.strategy == "deepspeed":
+            raise UserError("train.optimizer is muon but train.strategy is deepspeed; use ddp or fsdp2")
+
+        if self.optimizer == "muon" and self.lora:
+            raise UserError("train.optimizer is muon but train.lora is given, whose adapters AdamW trains; set one")
 
         if self.lora and self.strategy == "deepspeed":
             raise UserError("train.lora is given but train.strategy is deepspeed; use ddp or fsdp2")

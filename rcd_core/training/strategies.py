@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
+from rcd_core.training.optimizers import adamw, make_optimizers, set_learning_rate
 from rcd_core.training.settings import TrainSettings
 
 PROGRESS = "progress.json"
@@ -88,22 +89,12 @@ def _require_process_group(strategy: str) -> None:
         raise UserError(f"train.strategy is {strategy} but there is no process group; run under Ray Train or torchrun")
 
 
-def adamw(parameters: Any, settings: TrainSettings) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        parameters,
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        fused=not settings.cpu_offload,
-    )
-
-
 class _Native(Strategy):
-    """Common to DDP and FSDP2: torch's optimiser, clipping and distributed checkpoint."""
+    """Common to DDP and FSDP2: torch's optimisers, clipping and distributed checkpoint."""
 
     def __init__(self, module: nn.Module, settings: TrainSettings) -> None:
         self.module, self.settings = module, settings
-        self.optimizer = adamw([p for p in module.parameters() if p.requires_grad], settings)
+        self.optimizers = make_optimizers(module, settings)
         self.frozen = settings.lora is not None  # what is frozen is not in checkpoints
 
     def backward(self, loss: Tensor) -> None:
@@ -114,20 +105,21 @@ class _Native(Strategy):
         if hasattr(norm, "full_tensor"):  # FSDP2: not yet summed over the shards
             norm = norm.full_tensor()
         if torch.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
-            self.optimizer.step()
+            set_learning_rate(self.optimizers, learning_rate, self.settings)
+            for optimizer in self.optimizers:
+                optimizer.step()
         self.discard()
         return norm
 
     def discard(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def _state(self) -> dict[str, Any]:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
         options = StateDictOptions(ignore_frozen_params=self.frozen)
-        model, optimizer = get_state_dict(self.module, self.optimizer, options=options)
+        model, optimizer = get_state_dict(self.module, self.optimizers, options=options)
         return {"model": model, "optimizer": optimizer}
 
     def save(self, directory: Path) -> None:
@@ -144,7 +136,9 @@ class _Native(Strategy):
         dcp.load(state, checkpoint_id=directory, no_dist=single)  # type: ignore[attr-defined]
         model, optimizer = state["model"], state["optimizer"]
         options = StateDictOptions(strict=not self.frozen)
-        set_state_dict(self.module, self.optimizer, model_state_dict=model, optim_state_dict=optimizer, options=options)
+        set_state_dict(
+            self.module, self.optimizers, model_state_dict=model, optim_state_dict=optimizer, options=options
+        )
 
     def full_weights(self) -> dict[str, Tensor]:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict

@@ -124,6 +124,8 @@ def test_memory_that_strategies_save() -> None:
     total = SDAR_8B.parameters
     plain = memory(SDAR_8B, settings(dtype="float32"), STEP, 1)
     assert plain.weights + plain.gradients + plain.optimizer == 16 * total
+    muon = memory(SDAR_8B, settings(dtype="float32", optimizer="muon"), STEP, 1)
+    assert plain.optimizer - muon.optimizer == 4 * SDAR_8B.all_layers
     sharded = [memory(SDAR_8B, settings(strategy="fsdp2"), STEP, w) for w in (1, 8)]
     constant = sharded[0].peak - sharded[1].peak
     assert constant == pytest.approx(16 * total * 7 / 8)

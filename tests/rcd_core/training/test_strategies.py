@@ -15,7 +15,7 @@ from rcd_core import UserError, load_model
 from rcd_core.noise import NoiseSettings
 from rcd_core.training.data.examples import ExampleSource
 from rcd_core.training.loop import Callbacks, train
-from rcd_core.training.settings import ResidualSettings, TrainSettings
+from rcd_core.training.settings import LoraSettings, ResidualSettings, TrainSettings
 from rcd_core.training.strategies import read_progress
 from tests.rcd_core.training.helpers import BLOCK, GOLDEN, spawn, write_examples
 
@@ -97,6 +97,44 @@ def test_low_precision_passes_train_nearly_the_same(
         assert all(w.dtype == torch.float32 for w in weights.values())
         off = torch.cat([(weights[n] - alone[n]).flatten() for n in alone])
         assert 0 < off.norm() < 0.3 * changed.norm()
+
+
+MUON: dict[str, Any] = {"optimizer": "muon", "muon_learning_rate": 0.01}
+
+
+def test_muon_trains_the_layers_matrices_and_resumes_exactly(examples: str, tmp_path: Path) -> None:
+    """And follows the schedule of AdamW's rate, which trains the rest."""
+    s = settings(**MUON, schedule="linear", warmup=0.0)
+    whole, logged = run(examples, s, checkpoint=lambda step, save: save(tmp_path / str(step)))
+    resumed, _ = run(examples, s, resume=tmp_path / "2")
+    assert all(torch.equal(whole[n], resumed[n]) for n in whole)
+    start = load_model(GOLDEN / "sdar_tiny").backbone.state_dict()
+    moved = {n: (whole[n] - start[n]).norm() / whole[n].numel() ** 0.5 for n in whole}
+    faster, _ = run(examples, replace(s, muon_learning_rate=0.04))
+    for name in whole:
+        more = (faster[name] - start[name]).norm() / faster[name].numel() ** 0.5 / moved[name]
+        assert (more > 3) == (".layers." in name and whole[name].ndim == 2), name
+    assert logged[-1]["learning_rate"] == pytest.approx(1e-3 / 3)
+
+
+@pytest.mark.parametrize("changes", [{"strategy": "deepspeed"}, {"lora": LoraSettings()}])
+def test_muon_is_refused_where_it_cannot_be(changes: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"train\.optimizer is muon"):
+        settings(**MUON, **changes)
+
+
+@pytest.mark.drill  # two pairs of processes
+def test_muon_under_fsdp2(examples: str, tmp_path: Path) -> None:
+    """Newton-Schulz in bf16 rounds otherwise on shards: what training changes is nearly the same."""
+    alone, _ = run(examples, settings(**MUON))
+    s = settings(**MUON, strategy="fsdp2")
+    whole = launch(tmp_path / "whole", examples, s)
+    start = load_model(GOLDEN / "sdar_tiny").backbone.state_dict()
+    changed = torch.cat([(alone[n] - start[n]).flatten() for n in alone])
+    off = torch.cat([(whole[n] - alone[n]).flatten() for n in alone])
+    assert off.norm() < 0.1 * changed.norm()
+    resumed = launch(tmp_path / "resumed", examples, s, resume=tmp_path / "whole" / "checkpoints" / "2")
+    assert all(torch.equal(whole[n], resumed[n]) for n in whole)
 
 
 @pytest.mark.drill  # two pairs of processes
