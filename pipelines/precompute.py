@@ -1,4 +1,5 @@
-"""Stage `signals`: the frozen reference's predictions at every masked position of the training rows.
+"""Stages `signals` and `signals-<round>`: the frozen reference's predictions at every masked position of the training
+rows, or with target.rounds those of the target as the round before left it.
 
     python pipelines/precompute.py --recipe demo
     python pipelines/precompute.py --recipe demo --repair     # check every shard's bytes, compute damaged ones again
@@ -100,12 +101,12 @@ def _compute(ctx: StageContext, job: SignalJob, shards: list[int]) -> Iterator[t
         compute=ActorPoolStrategy(min_size=1, max_size=actors, initial_size=actors, max_tasks_in_flight_per_actor=2),
         num_cpus=resources.cpus_per_worker,
         num_gpus=resources.gpus_per_worker,
-        resources=resources.custom_resources("signals"),
+        resources=resources.custom_resources(ctx.stage),
     )
     # Ray ends a job that moves no block for half an hour. One shard of a slow model can take longer, and so can a new
     # node. The recipe decides instead, and meanwhile a line says what the job waits for.
     data.context.execution_no_progress_timeout_s = timeout_s or -1
-    pool = describe_bundles([resources.worker_bundle("signals")] * actors)
+    pool = describe_bundles([resources.worker_bundle(ctx.stage)] * actors)
     with WaitReporter(ctx.console, f"signals: waiting for a shard, of up to {pool},", len(shards)) as waiting:
         try:
             for row in data.iter_rows():
@@ -121,4 +122,4 @@ def _compute(ctx: StageContext, job: SignalJob, shards: list[int]) -> Iterator[t
 if __name__ == "__main__":
     from pipelines.run.driver import stage_main
 
-    stage_main("signals")
+    stage_main("signals", "signals-*")

@@ -1,4 +1,5 @@
-"""Stages `base`, `reference`, `target[-<variant>]` and `baseline[-<name>]`: one training each, on Ray Train.
+"""Stages `base`, `reference`, `round-<number>`, `target[-<variant>]` and `baseline[-<name>]`: one training each, on Ray
+Train. With target.rounds the target is trained in parts, whose optimiser and schedule go on.
 
     python pipelines/train.py --recipe demo --stages base
 
@@ -29,6 +30,7 @@ from pipelines.training.job import TrainJob, make_job
 from pipelines.training.metrics import join_parts, read_metrics
 from pipelines.training.progress import Progress, write_events
 from pipelines.training.worker import EXPORTED, train_worker
+from rcd_core.errors import UserError
 from rcd_core.io import storage
 
 RESIZE_INTERVAL_S = 60.0  # how often an elastic run checks for room for more workers
@@ -39,7 +41,12 @@ def run(ctx: StageContext) -> dict[str, Any]:
     job = make_job(ctx)
     mark = storage.join(ctx.directory, EXPORTED)
     if not storage.exists(mark):  # else the last job was killed between the export and its manifest
-        with Progress(ctx, job.settings.steps):
+        if job.resume_from is not None and not storage.exists(job.resume_from):
+            raise UserError(
+                f"{ctx.stage} goes on from {job.resume_from}, which is not there: it is removed when it has been used; "
+                "add --redo round-1"
+            )
+        with Progress(ctx, job.last_step):
             _fit(ctx, job)
     exported = storage.read_json(mark)
     _finish_metrics(ctx, exported["metrics_problem"])
@@ -47,13 +54,33 @@ def run(ctx: StageContext) -> dict[str, Any]:
     digests = [storage.sha256(file) for file in storage.list_files(model, ".safetensors")]
     digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     config = storage.read_json(storage.join(model, "config.json"))
+    if not ctx.recipe.target.keep_rounds:
+        _remove_used(ctx, job)
+    goes_on = {} if job.last_step == job.settings.steps else {"state": _last_state(ctx, job)}
     return {
-        "steps": job.settings.steps,
+        **goes_on,
+        "steps": job.last_step,
         "loss": round(exported["loss"], 6),
         "rcd": config.get("rcd"),
         "weights_sha256": digest,
         "fingerprint": [digest, config.get("rcd")],
     }
+
+
+def _last_state(ctx: StageContext, job: TrainJob) -> str:
+    """The checkpoint at the end of a round, from which the next one goes on."""
+    directory = storage.join(ctx.directory, "ray", ctx.key[:16])
+    names = [storage.basename(path) for path in storage.list_directories(directory)]
+    return storage.join(directory, max(name for name in names if name.startswith(f"step-{job.last_step:08d}")))
+
+
+def _remove_used(ctx: StageContext, job: TrainJob) -> None:
+    """The signals that the target made for this round, and the state that it went on from."""
+    if job.resume_from is None or job.signals is None:
+        return
+    for name in job.signals["shards"]:
+        storage.remove(storage.join(job.signals["directory"], name))
+    storage.remove(storage.join(ctx.input_dir(f"round-{(ctx.recipe.round_of(ctx.stage) or 2) - 1}"), "ray"))
 
 
 def _finish_metrics(ctx: StageContext, problem: str) -> None:
@@ -114,4 +141,4 @@ def _fit(ctx: StageContext, job: TrainJob) -> None:
 if __name__ == "__main__":
     from pipelines.run.driver import stage_main
 
-    stage_main("base", "reference", "target", "target-*", "baseline", "baseline-*")
+    stage_main("base", "reference", "round-*", "target", "target-*", "baseline", "baseline-*")

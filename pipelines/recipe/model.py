@@ -148,6 +148,15 @@ class TargetStage(Section):
     """Its training; null uses the checkpoint unchanged."""
     residual: ResidualSettings = ResidualSettings()
     """Residuals in its training."""
+    rounds: Count = 1
+    """Parts of the training. The reference makes the signals of the first part, the target itself those of each
+    further one."""
+    keep_rounds: bool = False
+    """Keep the signals and the training state of earlier rounds when the next has used them."""
+
+    def round_ends(self, steps: int) -> list[int]:
+        """The last step of each round of a training of so many steps."""
+        return [steps * (number + 1) // self.rounds for number in range(self.rounds)]
 
 
 class ExtraArm(Section):
@@ -268,6 +277,7 @@ class Recipe(Section):
     def residual(self, stage: str) -> ResidualSettings | None:
         """How a stage's model was trained with residuals; None: without them, or a checkpoint from outside."""
         sections = {"target": "target.residual"} | {f"target-{name}": f"variants.{name}" for name in self.variants}
+        sections |= {f"round-{number}": "target.residual" for number in range(1, self.target.rounds)}
         if self.checkpoint(stage) and stage == "target" and not self.target.residual.feeds_back:
             return self.target.residual  # a recipe can only say that a checkpoint uses no residuals
         return self.residuals().get(sections.get(stage, ""))
@@ -283,8 +293,17 @@ class Recipe(Section):
             source = self.reference.start
         return source if isinstance(source, str) else None
 
+    def round_of(self, stage: str) -> int | None:
+        """The number, from 1 on, of the round that a stage trains or makes the signals for; None outside of rounds."""
+        kind, _, number = stage.rpartition("-")
+        if self.target.rounds == 1 or stage == "signals":
+            return None
+        if stage == "target":
+            return self.target.rounds
+        return int(number) if kind in ("round", "signals") else None
+
     def training(self, stage: str) -> Training:
-        """The work of stage base, reference, target, target-<variant>, baseline or baseline-<name>.
+        """The work of stage base, reference, round-<number>, target, target-<variant>, baseline or baseline-<name>.
 
         Raises UserError for a stage that trains nothing.
         """

@@ -116,6 +116,10 @@ def _training_problems(recipe: Recipe) -> Iterator[str]:
             yield f"target.train is null but baselines.{name} would be trained like the target; remove it"
         for name in recipe.variants:
             yield f"target.train is null but variants.{name} is a target to train; remove it, or give a training"
+    if target.rounds > 1 and (target.train is None or target.residual.source != "signals"):
+        yield f"target.rounds is {target.rounds} but the target is not trained on source 'signals'; set it to 1"
+    if target.rounds > 1 and target.train and 0 < target.train.steps < target.rounds:
+        yield f"target.rounds is {target.rounds} but target.train.steps is {target.train.steps}; lower it"
     if recipe.data.train is None:
         for key in trainings(recipe):
             yield f"data.train is null but {key} is not; give training examples"
@@ -232,6 +236,8 @@ def trainings(recipe: Recipe) -> dict[str, TrainSettings]:
 def _placement_problems(recipe: Recipe) -> Iterator[str]:
     """resources.custom: its patterns must match stages, its resources must be custom ones."""
     stages = ["base", "reference", "signals", "target", *(f"target-{name}" for name in recipe.variants)]
+    for number in range(1, recipe.target.rounds):
+        stages += [f"round-{number}", f"signals-{number + 1}"]
     stages += ["baseline", *(f"baseline-{name}" for name in recipe.baselines)]
     stages += ["calibrate", "evaluate", "deploy", "deploy-reference"]
     for pattern, amounts in recipe.resources.custom.items():

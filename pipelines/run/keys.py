@@ -41,6 +41,7 @@ _LATER: dict[str, Any] = {
     "evaluate.weights": "full",
     "deploy.weights": "full",
     "*.train.lora": None,
+    "target.rounds": 1,
     "*.train.optimizer": "adamw",
     "*.train.muon_learning_rate": 0.02,
     "baselines.*.optimizer": "adamw",

@@ -3,6 +3,8 @@
     prepare -> base -> reference -> signals -> target, target-<variant>, baseline, baseline-<name> -> calibrate
         -> evaluate -> deploy
 
+With target.rounds: signals -> round-1 -> signals-2 -> round-2 -> ... -> target.
+
 Stage files are named, not imported, so that a skipped stage costs nothing.
 """
 
@@ -29,6 +31,7 @@ def stages_of(recipe: Recipe) -> dict[str, Stage]:
         *([_base(recipe)] if recipe.base else []),
         *([_reference(recipe, recipe.reference)] if recipe.reference and using_reference else []),
         *([_signals(recipe)] if any(r.source == "signals" for r in recipe.residuals().values()) else []),
+        *_rounds(recipe),
         _target(recipe, "target", "target.residual", recipe.target.residual),
         *(_target(recipe, f"target-{name}", f"variants.{name}", r) for name, r in recipe.variants.items()),
         *([_target(recipe, "baseline")] if recipe.baseline else []),
@@ -89,14 +92,28 @@ def _reference(recipe: Recipe, reference: ReferenceStage) -> Stage:
     )
 
 
-def _signals(recipe: Recipe) -> Stage:
+def _rounds(recipe: Recipe) -> list[Stage]:
+    """The parts of the target's training before the last one, and the signals behind each."""
+    stages = []
+    for number in range(1, recipe.target.rounds):
+        stages.append(_target(recipe, f"round-{number}", "target.residual", recipe.target.residual))
+        stages.append(_signals(recipe, f"signals-{number + 1}", f"round-{number}", ("target.residual", "target.train")))
+    return stages
+
+
+def _signals(
+    recipe: Recipe, name: str = "signals", reference: str = "reference", sections: tuple[str, ...] = ()
+) -> Stage:
     return Stage(
-        name="signals",
+        name=name,
         function="pipelines.precompute:run",
-        inputs=("prepare", "reference"),
+        inputs=("prepare", reference),
         # The number of rows that the targets train on.
-        sections=("signals", *(f"target.train.{n}" for n in ("steps", "epochs", "batch_size")), *_TRAINING),
-        bundles=_workers(recipe, "signals", 1),  # the pool starts with the actors that fit
+        sections=(
+            *("signals", *(f"target.train.{n}" for n in ("steps", "epochs", "batch_size")), "target.rounds"),
+            *(*_TRAINING, *sections),
+        ),
+        bundles=_workers(recipe, name, 1),  # the pool starts with the actors that fit
         repair="pipelines.precompute:repair",
     )
 
@@ -113,16 +130,22 @@ def _target(
     if (start := recipe.checkpoint(name)) is not None:
         return _checkpoint(name, key, _outside(key, start))
     source = residual.source if residual else "none"
-    sources = {"signals": ("signals",), "online": ("reference",)}.get(source, ())
+    sources: tuple[str, ...] = {"signals": ("signals",), "online": ("reference",)}.get(source, ())
     distilled = ("reference",) if recipe.training(name).train.distill else ()
+    number = recipe.round_of(name)
+    if number is not None and number > 1:
+        sources = (f"signals-{number}", f"round-{number - 1}")
     inputs = tuple(dict.fromkeys((*sources, *distilled)))
     rule = tuple(f"signals.{f.name}" for f in fields(SignalRule)) if source == "online" else ()
     return Stage(
         name=name,
         function="pipelines.train:run",
-        temporary=TEMPORARY,
+        temporary=TEMPORARY if number in (None, recipe.target.rounds) else TEMPORARY[1:],  # the next round resumes
         inputs=("prepare", *inputs, *(("base",) if recipe.target.start is None else ())),
-        sections=("target.start", train, *((section,) if section else ()), *rule, *_TRAINING),
+        sections=(
+            *("target.start", train, *((section,) if section else ()), *rule, *_TRAINING),
+            *(("target.rounds",) if number is not None else ()),
+        ),
         outside=_outside("target.start", recipe.target.start),
         bundles=_workers(recipe, name, recipe.resources.worker_counts[0]),
     )

@@ -26,6 +26,7 @@ from rcd_core.training.data.examples import ExampleSource, Limits
 from rcd_core.training.data.rows import TrainingRow
 from rcd_core.training.data.signal_format import encode
 from rcd_core.training.objective import reference_signals
+from rcd_core.training.own_signals import OwnSignals
 
 
 class SignalActor:
@@ -45,6 +46,9 @@ class SignalActor:
             "compute_dtype": str(self.model.dtype).removeprefix("torch."),
             "reference": _identity(checkpoint_directory(job.reference)),
         }
+        self.own = None
+        if job.own is not None:
+            self.own = OwnSignals(self.model, job.own, job.rule, job.noise, job.block_length, job.seed)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """{"shard": numbers} -> the same with their sidecars as JSON. Rows go straight to storage."""
@@ -77,7 +81,8 @@ class SignalActor:
 
     def tables(self, rows: range) -> Iterator[tuple[list[TrainingRow], pa.Table]]:
         """(rows, their Arrow table) group by group, in row order."""
-        for group in groups((self.source.row(g) for g in rows), self.job.batch_tokens):
+        first = self.job.first_row
+        for group in groups((self.source.row(first + g) for g in rows), self.job.batch_tokens):
             yield group, self._table(group)
 
     def _table(self, group: Sequence[TrainingRow]) -> pa.Table:
@@ -93,8 +98,10 @@ class SignalActor:
         return pa.concat_tables(tables).combine_chunks().take(pa.array(np.argsort(np.concatenate(batches))))
 
     def batch(self, rows: Sequence[TrainingRow]) -> pa.Table:
-        """One forward pass of the reference; the rows with their signals as an Arrow table."""
+        """One forward pass of the reference, or some of the target; the rows with their signals as an Arrow table."""
         model = self.model
+        if self.own is not None:
+            return encode(rows, self.own(rows).to("cpu"), self.job.adaptive)
         batch, _ = collate(
             rows,
             mask_token_id=model.mask_token_id,

@@ -10,7 +10,7 @@ Shapes: C chunks of examples, K kept entries, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,19 +18,22 @@ import numpy as np
 from pipelines.recipe.model import Recipe
 from pipelines.run.directory import StageContext
 from rcd_core.io import storage
-from rcd_core.noise import NoiseSettings
+from rcd_core.noise import NoiseSettings, hash_key
 from rcd_core.training.data.examples import Chunks
 from rcd_core.training.data.rows import Integers, RowOrder, TrainingRow
 from rcd_core.training.data.signal_format import SCHEMA_VERSION
-from rcd_core.training.settings import SignalRule
+from rcd_core.training.settings import ResidualSettings, SignalRule
 
+SEED_BITS = (1 << 31) - 1
 MB = 1_000_000
 GROUP_BATCHES = 8  # a group holds the tokens of 8 batches: enough rows to sort by length, few enough for memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class SignalJob:
-    """What an actor needs to compute any shard. row_offsets: [0, ..., rows], the first row of each shard."""
+    """What an actor needs to compute any shard. row_offsets: [0, ..., rows], the first row of each shard, counted from
+    first_row of the training. own: the model makes its signals as in decoding, from noisier versions of the rows, with
+    these residuals (rcd_core/training/own_signals.py); None: it is a reference, without residuals."""
 
     directory: str
     reference: str
@@ -43,6 +46,9 @@ class SignalJob:
     batch_tokens: int
     threads: int
     gpus: float = 0
+    first_row: int = 0
+    own: ResidualSettings | None = None
+    seed: int = 0  # of the noisier versions
 
     @property
     def num_shards(self) -> int:
@@ -70,26 +76,48 @@ class SignalJob:
 def make_job(ctx: StageContext) -> SignalJob:
     """The whole plan: a pure function of the recipe and the manifests of the stages before."""
     recipe, prepare = ctx.recipe, ctx.input("prepare")["summary"]
+    chunks = Chunks.from_manifest(prepare["chunks"])
+    rows = rows_of(recipe, ctx.stage, sum(chunks.rows))
+    own, reference = None, "reference"
+    if (number := recipe.round_of(ctx.stage)) is not None:
+        reference = f"round-{number - 1}"
+        learned = ctx.input(reference)["summary"]["rcd"]
+        own = replace(recipe.target.residual, alpha_scale=learned["alpha_scale"])
     return SignalJob(
         directory=ctx.directory,
-        reference=ctx.checkpoint("reference"),
+        reference=ctx.checkpoint(reference),
         examples=tuple(storage.join(ctx.input_dir("prepare"), "train", name) for name in prepare["train"]),
-        chunks=Chunks.from_manifest(prepare["chunks"]),
+        chunks=chunks,
         noise=recipe.noise,
         block_length=recipe.block_length,
         rule=recipe.signals.rule,
-        row_offsets=tuple(plan_shards(recipe, prepare)),
+        row_offsets=tuple(plan_shards(recipe, prepare, len(rows))),
         batch_tokens=recipe.signals.batch_tokens,
         threads=max(1, int(recipe.resources.cpus_per_worker)),
         gpus=recipe.resources.gpus_per_worker,
+        first_row=rows.start,
+        own=own,
+        seed=hash_key(recipe.seed, ctx.stage) & SEED_BITS,
     )
 
 
+def rows_of(recipe: Recipe, stage: str, num_examples: int) -> range:
+    """The rows of the training whose signals a stage makes: as many as the longest training on them reads, but each
+    (example, draw) once at most."""
+    train = recipe.training("target").train.resolved(num_examples)
+    ends = recipe.target.round_ends(train.steps)
+    number = recipe.round_of(stage) or 1
+    first = ends[number - 2] if number > 1 else 0
+    count = (ends[number - 1] - first) * train.batch_size
+    if number == 1 and any(residual.source == "signals" for residual in recipe.variants.values()):
+        count = train.steps * train.batch_size
+    first *= train.batch_size
+    return range(first, first + min(count, num_examples * recipe.noise.draws))
+
+
 def planned_rows(recipe: Recipe, num_examples: int) -> int:
-    """As many rows as the longest target training reads, but each (example, draw) once at most."""
-    stages = ("target", *(f"target-{name}" for name in recipe.variants))
-    steps = [recipe.training(s).train.resolved(num_examples) for s in stages]
-    return min(max(t.steps * t.batch_size for t in steps), num_examples * recipe.noise.draws)
+    """Of the reference."""
+    return len(rows_of(recipe, "signals", num_examples))
 
 
 def predicted_bytes(rows: Any, tokens: Any, labelled: Any, *, vocab_size: int, top_k: int) -> Any:
@@ -103,13 +131,13 @@ def predicted_bytes(rows: Any, tokens: Any, labelled: Any, *, vocab_size: int, t
     return (64 * rows + 2 * id_bits * tokens + labelled // 2 * per_masked) // 8
 
 
-def plan_shards(recipe: Recipe, prepare: Mapping[str, Any]) -> list[int]:
+def plan_shards(recipe: Recipe, prepare: Mapping[str, Any], rows: int | None = None) -> list[int]:
     """Row offsets [0, ..., rows] of shards of equal predicted size, each about signals.shard_mb at most.
 
-    prepare: the summary of that stage.
+    prepare: the summary of that stage. rows: their number, None: the reference's. Sizes are those of the first rows.
     """
     order = RowOrder(prepare["chunks"]["rows"], recipe.noise)
-    rows = planned_rows(recipe, order.num_examples)
+    rows = planned_rows(recipe, order.num_examples) if rows is None else rows
     ends, sizes = _chunks_in_order(order, rows, recipe.noise, _chunk_bytes(recipe, prepare))
     starts, offsets = np.concatenate([[0], ends]), np.concatenate([[0], np.cumsum(sizes)])
     total = int(_bytes_before(rows, starts, offsets))

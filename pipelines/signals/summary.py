@@ -65,6 +65,7 @@ class SignalSummary:
             "bad_rows": dict(sorted(self.bad_rows.items())),
             **{name: self._common(name) for name in _COMMON},
             "reference_checkpoint": job.reference,
+            **({"first_row": job.first_row, "own": True} if job.own is not None else {}),
             "block_length": job.block_length,
             "pad_multiple": recipe.data.pad_multiple or recipe.block_length,
             "tokenizer_sha256": prepare["tokenizer_sha256"],

@@ -24,6 +24,8 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from torch.distributed.checkpoint.api import CheckpointException
 
 from pipelines.training.faults import disk_full_error, is_disk_full
+from rcd_core.errors import UserError
+from rcd_core.io import storage
 from rcd_core.io.retries import patiently
 from rcd_core.noise import hash_key
 from rcd_core.training.strategies import PROGRESS
@@ -66,6 +68,15 @@ class Checkpoints:
             # This step runs again, and its new checkpoint must not have the name of the damaged one.
             self.suffix = f"-{uuid.uuid4().hex[:8]}"
         return None, 0
+
+    def take_over(self, path: str) -> tuple[Path, int]:
+        """(local directory, finished steps) of a checkpoint that another stage left. UserError if it is damaged."""
+        files, inner = storage.filesystem(path)
+        checkpoint = Checkpoint(inner, files)
+        step = finished_steps(checkpoint)
+        if step is None:
+            raise UserError(f"{self.stage}: the checkpoint {path} is damaged; run the round before again (--redo)")
+        return Path(self._stack.enter_context(checkpoint.as_directory())), step
 
     def write(self, step: int, save: Callable[[Path], None]) -> None:
         """Save on all ranks, then upload in the background. One upload at a time, so that the local disk holds at most

@@ -42,6 +42,8 @@ class TrainJob:
     residual: ResidualSettings
     threads: int
     gpus: float
+    last_step: int  # of this stage; settings.steps but for the rounds before the last
+    resume_from: str | None = None  # the state that the round before left
 
 
 def make_job(ctx: StageContext) -> TrainJob:
@@ -51,11 +53,19 @@ def make_job(ctx: StageContext) -> TrainJob:
     chunks = Chunks.from_manifest(prepare["chunks"])
     residual = training.residual or ResidualSettings(source="none", dropout=0.0)
     noise, signals, reference = recipe.noise, None, None
+    number = recipe.round_of(ctx.stage) or 1
     if ctx.stage in ("base", "reference"):
         # Masks of its own, so that the next stage does not see the masks that its start was trained on.
         noise = replace(noise, seed=hash_key(noise.seed, ctx.stage) & SEED_BITS)
+    settings = training.train.resolved(sum(chunks.rows))
+    ends, resume_from = recipe.target.round_ends(settings.steps), None
+    if number > 1:
+        before = ctx.input(f"round-{number - 1}")["summary"]
+        resume_from = before["state"]
+        residual = replace(residual, alpha_scale=before["rcd"]["alpha_scale"])
     if residual.source == "signals":
-        signals = {**ctx.input("signals")["summary"], "directory": ctx.input_dir("signals")}
+        source = "signals" if number == 1 else f"signals-{number}"
+        signals = {**ctx.input(source)["summary"], "directory": ctx.input_dir(source)}
         if residual.alpha in SCALED_RULES and residual.alpha_scale is None:
             # h of the calibrated rules, from the reference signals of the training rows.
             quantile = entropy_quantile(signals["entropy_histogram"], residual.alpha_quantile)
@@ -63,7 +73,6 @@ def make_job(ctx: StageContext) -> TrainJob:
         check_signals(ctx, signals)
     if residual.source == "online" or training.train.distill:
         reference = ctx.checkpoint("reference")
-    settings = training.train.resolved(sum(chunks.rows))
     validation = prepare["validation"] if settings.validate_every else ()
     return TrainJob(
         run=recipe.name,
@@ -84,6 +93,8 @@ def make_job(ctx: StageContext) -> TrainJob:
         residual=residual,
         threads=max(1, int(recipe.resources.cpus_per_worker)),
         gpus=recipe.resources.gpus_per_worker,
+        last_step=ends[number - 1] if recipe.round_of(ctx.stage) else settings.steps,
+        resume_from=resume_from,
     )
 
 

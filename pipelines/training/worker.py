@@ -33,6 +33,7 @@ from rcd_core.training.data.signal_cache import SignalSource, require_match
 from rcd_core.training.loop import Callbacks, Validation, train
 from rcd_core.training.lora import export_adapter, merged
 from rcd_core.training.objective import reference_signals
+from rcd_core.training.own_signals import OwnSignals
 
 EXPORTED = "exported.json"  # in the stage's directory once its model is complete
 
@@ -76,6 +77,8 @@ def _train(job: TrainJob) -> None:
     reference = load_model(needed, device=device, dtype=dtype) if needed else None
     with Checkpoints(job.stage, job.directory) as checkpoints:
         resume, step = checkpoints.resume()
+        if resume is None and job.resume_from is not None:
+            resume, step = checkpoints.take_over(job.resume_from)
         metrics = MetricsLog(job.run, job.stage, job.directory, rank, step)
 
         def checkpoint(step: int, save: Callable[[Path], None]) -> None:
@@ -96,6 +99,7 @@ def _train(job: TrainJob) -> None:
             block_warmup=job.convert.block_warmup if job.convert else 0.0,
             validation=validation(job, model, rank, world_size, dtype, device),
             resume=resume,
+            stop_at=job.last_step,
             device=device,
         )
     if rank == 0:
@@ -181,7 +185,13 @@ def validation(
         return Validation(examples, num_rows)
     reference = load_model(job.signals["reference_checkpoint"], device=device, dtype=dtype)
     rows = {}
+    own = None
+    if job.signals.get("own"):
+        own = OwnSignals(reference, job.residual, job.signal_rule, job.noise, job.block_length, job.settings.seed)
     for row in (examples.row(index) for index in range(rank, num_rows, world_size)):
+        if own is not None:
+            rows[row.index] = replace(row, signals=own([row]).to("cpu"))
+            continue
         batch, _ = collate(
             [row],
             mask_token_id=model.mask_token_id,

@@ -78,6 +78,7 @@ def train(
     block_warmup: float = 0.0,
     validation: Validation | None = None,
     resume: Path | None = None,
+    stop_at: int | None = None,
     device: torch.device | None = None,
 ) -> dict[str, Tensor]:
     """Train `model` in place for settings.steps optimiser steps.
@@ -89,6 +90,7 @@ def train(
     too.
     block_warmup: share of the steps in which blocks grow from one token, causal attention, to block_length.
     resume: directory of a checkpoint to continue from.
+    stop_at: the last step of this part of the training, with a checkpoint at its end; None: settings.steps.
     device: where to train, by default the model's device. ddp expects the model there; fsdp2 takes a model on the CPU
     and moves it layer by layer, so that no device holds all of it.
     A model without `learned_alpha` gets one if the settings need it; it is trained along and its weights are returned.
@@ -144,12 +146,13 @@ def train(
     if resume is not None:
         first = read_progress(resume, settings.strategy)
         strategy.load(resume)
+    end = settings.steps if stop_at is None else stop_at
     meter.last_step = last_checkpoint = first
     skipped = 0
     wait_start = time.perf_counter()
     done = first
     try:
-        for step, micro_batches in prefetch(source, collator, rank, world, first):
+        for step, micro_batches in prefetch(source, collator, rank, world, first, end):
             meter.waited += time.perf_counter() - wait_start
             rate = learning_rate(step, settings)
             norm = run.step(micro_batches, rate, meter)
@@ -163,7 +166,7 @@ def train(
                         f"checkpoint is that of step {last_checkpoint}: lower train.learning_rate, inspect these "
                         "rows, or raise train.max_skipped_steps"
                     )
-            last = done == settings.steps
+            last = done == end
             validates = validation and settings.validate_every and (done % settings.validate_every == 0 or last)
             if done % settings.log_every == 0 or last or validates:
                 line = {"step": done, "learning_rate": rate, "grad_norm": norm, "skipped_steps": skipped}
@@ -171,7 +174,7 @@ def train(
                 if validation and validates:
                     line["validation_loss"] = run.validate(validation, collator, rank)
                 callbacks.log(line)
-            if done % settings.checkpoint_every == 0 and not last:
+            if last and end < settings.steps or done % settings.checkpoint_every == 0 and not last:
                 callbacks.checkpoint(done, partial(_save, strategy, settings, rank, done))
                 last_checkpoint = done
             wait_start = time.perf_counter()

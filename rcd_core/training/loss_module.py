@@ -2,7 +2,7 @@
 
 Self-residual passes run inside the module because sharded parameters are whole only there.
 
-Shapes: B rows, L tokens, N masked positions, N' masked positions of an earlier pass, D width.
+Shapes: B rows, L tokens, N masked positions, D width.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rcd_core.decode_settings import AlphaRule
-from rcd_core.dense_signals import AlphaInputs
 from rcd_core.families.base import DiffusionModel
-from rcd_core.signals import ReferenceSignals, residual_state, sparse_residual
+from rcd_core.signals import ReferenceSignals, sparse_residual
 from rcd_core.training.controls import on_policy_batch
 from rcd_core.training.data.batches import MicroBatch
 from rcd_core.training.lora import adapters_off
@@ -22,13 +20,11 @@ from rcd_core.training.objective import (
     Residual,
     Teacher,
     TrainingBatch,
-    encoded,
     loss_parts,
-    masked_blocks,
-    masked_hidden,
     reference_signals,
     teacher_of,
 )
+from rcd_core.training.own_signals import alpha_rule, own_residual, own_signals
 from rcd_core.training.settings import ResidualSettings, SignalRule
 
 SELF_TOP_K = 32  # entries kept of the model's own predictions where residual.top_k is null
@@ -72,45 +68,17 @@ class LossModule(nn.Module):
                 teacher = teacher_of(self.model, batch, own_head=True)
         if signals is not None:
             kept = signals if self.settings.top_k is None else signals.largest(self.settings.top_k)
-            rule, more = self._alpha_rule(batch)
+            rule, more = alpha_rule(self.model, batch, self.settings)
             residual = sparse_residual(kept, self.model.vocab_size, *rule, **more).scaled(micro.keep)
         elif self.settings.source == "on_policy":
             assert micro.noisier_masks is not None
             batch = on_policy_batch(self.model, batch, micro.noisier_masks[-1])
         elif self.settings.runs_model:
-            alpha, delta = self._self_residual(micro)
+            own = own_signals(self.model, micro, self.settings, SignalRule(top_k=self.settings.top_k or SELF_TOP_K))
+            alpha, delta = own_residual(self.model, own, batch, self.settings)
             residual = (alpha * micro.keep, delta)
         loss, losses = loss_parts(self.model, batch, residual, self.weight, teacher)
         return loss, _statistics(batch, losses, residual)
-
-    def _alpha_rule(self, batch: TrainingBatch) -> tuple[tuple[AlphaRule, float | None], AlphaInputs]:
-        groups = masked_blocks(self.model, batch) if self.settings.alpha == "uniform" else None
-        rule = (self.settings.alpha, self.settings.alpha_scale)
-        return rule, {"learned": self.model.learned_alpha, "groups": groups}
-
-    def _self_residual(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        """(alpha (N,), delta (N, D)) of the last earlier pass; each pass gets the residual of the one before, as in
-        decoding (Algorithm 2). Without gradient, except for a learned alpha of the last pass."""
-        assert micro.noisier_masks is not None and micro.num_passes is not None
-        residual = None
-        masks = [*micro.noisier_masks, micro.batch.masked]
-        for number, (masked, following) in enumerate(zip(masks, masks[1:], strict=False)):
-            with torch.no_grad():
-                batch = micro.batch.remasked(masked, self.model.mask_token_id)
-                hidden = masked_hidden(self.model, batch, residual)  # (N', D)
-                signals = encoded(self.model, hidden, self.settings.top_k or SELF_TOP_K)[following[masked]]
-            last = number + 2 == len(masks)
-            with torch.set_grad_enabled(last and torch.is_grad_enabled()):
-                rule, more = self._alpha_rule(micro.batch.remasked(following, self.model.mask_token_id))
-                alpha, delta = self.model.embedding(
-                    signals.topk_ids,
-                    lambda table, _, s=signals, r=rule, m=more: residual_state(s, table.detach(), *r, **m),
-                )
-            # A row with fewer passes has no residual until its first one.
-            started = micro.num_passes[following] >= len(micro.noisier_masks) - number
-            residual = (alpha * started, delta)
-        assert residual is not None
-        return residual
 
 
 def _statistics(batch: TrainingBatch, losses: Tensor, residual: Residual | None) -> Tensor:

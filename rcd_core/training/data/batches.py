@@ -198,21 +198,21 @@ class Collator:
 
 
 def prefetch(
-    source: RowSource, collator: Collator, rank: int, world: int, first: int
+    source: RowSource, collator: Collator, rank: int, world: int, first: int, end: int
 ) -> Iterator[tuple[int, list[MicroBatch]]]:
-    """(step, this rank's micro-batches) from step `first` on; a thread prepares each step during the one before."""
+    """(step, this rank's micro-batches) of the steps [first, end); a thread prepares each during the one before."""
     settings = collator.settings
 
     def prepare(step: int) -> list[MicroBatch]:
         indices = range(step * settings.batch_size + rank, (step + 1) * settings.batch_size, world)
         return collator.micro_batches([source.row(g) for g in indices], step)
 
-    if first >= settings.steps:
+    if first >= end:
         return
     with ThreadPoolExecutor(1, thread_name_prefix="rows") as pool:
         upcoming = pool.submit(prepare, first)
-        for step in range(first, settings.steps):
+        for step in range(first, end):
             current = upcoming.result()
-            if step + 1 < settings.steps:
+            if step + 1 < end:
                 upcoming = pool.submit(prepare, step + 1)
             yield step, current

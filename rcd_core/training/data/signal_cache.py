@@ -58,7 +58,7 @@ def noise_of(record: Mapping[str, Any]) -> NoiseSettings:
 
 
 class SignalSource:
-    """RowSource over the cache; row g is the cache's row g mod its number of rows.
+    """RowSource over the cache; row g is the cache's row g - first_row mod its number of rows.
 
     manifest: the summary of the stage `signals`. UserError: the manifest is of another schema version, or a shard is
     missing or damaged.
@@ -78,7 +78,7 @@ class SignalSource:
         return int(self.offsets[-1])
 
     def row(self, index: int) -> TrainingRow:
-        place = index % self.num_rows
+        place = (index - int(self.manifest.get("first_row", 0))) % self.num_rows
         number = int(np.searchsorted(self.offsets, place, side="right")) - 1
         shard, place = self._shard(number), place - int(self.offsets[number])
         group = int(np.searchsorted(shard.starts, place, side="right")) - 1

@@ -54,6 +54,21 @@ def test_training_lowers_the_loss_and_logs(examples: str) -> None:
     assert logged[-1]["loss"] < 0.7 * logged[0]["loss"]
 
 
+def test_a_training_in_two_parts_is_the_whole_one(examples: str, tmp_path: Path) -> None:
+    """With rates of the whole schedule, and a checkpoint at the end of the first part."""
+    saved: list[int] = []
+
+    def checkpoint(step: int, save: Any) -> None:
+        saved.append(step)
+        save(tmp_path / str(step))
+
+    whole, _ = run(examples)
+    run(examples, stop_at=4, checkpoint=checkpoint)
+    assert saved == [3, 4]
+    rest, logged = run(examples, resume=tmp_path / "4")
+    assert equal(whole, rest) and [line["step"] for line in logged] == [8]
+
+
 def test_steps_of_the_warm_up_have_smaller_blocks(examples: str) -> None:
     """Four of one token and four of two, whether blocks would grow to four tokens or stay at two."""
     warm, _ = run(examples, block_warmup=1.0)

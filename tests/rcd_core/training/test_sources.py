@@ -19,7 +19,8 @@ from rcd_core.training.data.rows import TrainingRow
 from rcd_core.training.loop import Callbacks, train
 from rcd_core.training.loss_module import LossModule
 from rcd_core.training.objective import loss_sum, masked_hidden
-from rcd_core.training.settings import ResidualSettings, TrainSettings
+from rcd_core.training.own_signals import OwnSignals
+from rcd_core.training.settings import ResidualSettings, SignalRule, TrainSettings
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 NOISE = NoiseSettings(seed=4)
@@ -71,6 +72,22 @@ def test_packing_keeps_every_row_once_and_in_order() -> None:
     assert all([r.index for r in b] == sorted(r.index for r in b) for b in bins)
     assert [len(b) for b in pack(training_rows(), None)] == [1] * 6
     assert [len(b) for b in pack(training_rows(), 10)] == [1] * 6, "a row longer than pack_length is packed alone"
+
+
+def test_signals_that_the_model_made_itself_are_its_self_residual(model: Any) -> None:
+    """The loss of a training with rounds, before the target moves away from the copy that made the signals."""
+    rows = training_rows()
+    rule = ResidualSettings(source="self", dropout=0.0, top_k=16)
+    own = OwnSignals(model, rule, SignalRule(top_k=16), NOISE, 4, seed=0)
+    cached = [replace(row, signals=own([row])) for row in rows]
+    losses = []
+    for source, given in (("self", rows), ("signals", cached)):
+        collator = replace(own.collator, residual=replace(rule, source=source))  # type: ignore[arg-type]
+        (micro,) = collator.micro_batches(given)
+        with torch.no_grad():
+            module = LossModule(model, "uniform", replace(rule, source=source))  # type: ignore[arg-type]
+            losses.append(module(micro, micro.signals)[0].item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_self_residual_equals_passes_written_out(model: Any) -> None:
