@@ -264,6 +264,14 @@ class UpFlags:
     state: Annotated[Path | None, STATE] = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class DoctorFlags:
+    """What this machine has, what is missing, and for which feature. Changes nothing."""
+
+    storage: Annotated[str, FLAG("Directory or URI for runs.")] = "~/rcd-runs"
+    offline: Annotated[bool, FLAG("Do not ask the model hub.")] = False
+
+
 @dataclass(frozen=True)
 class ServeCheckFlags:
     """Name every mistake in a Serve config; start nothing.

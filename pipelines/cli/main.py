@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.metadata import version
 from inspect import cleandoc
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "chat": (flags.ChatFlags, "chat:chat"),
     "convert": (file_flags.ConvertFlags, "convert:convert"),
     "data inspect": (file_flags.DataInspectFlags, "data:inspect"),
+    "doctor": (flags.DoctorFlags, "doctor:doctor"),
     "down": (flags.DownFlags, "local:down"),
     "evaluate": (flags.EvaluateFlags, "evaluate:evaluate"),
     "export": (file_flags.ExportFlags, "export:export"),
@@ -38,7 +40,7 @@ GROUPS = {
     "train": "Plan a training: memory, GPUs, hours.",
 }
 # Commands without a required flag.
-OPTIONAL = (flags.DownFlags, flags.EvaluateFlags, flags.RunsFlags, flags.UpFlags)
+OPTIONAL = (flags.DoctorFlags, flags.DownFlags, flags.EvaluateFlags, flags.RunsFlags, flags.UpFlags)
 
 
 def make_app() -> App:
@@ -47,7 +49,8 @@ def make_app() -> App:
         "rcd",
         help="Residual Context Diffusion: models and runs.\n\nrcd COMMAND --help lists the flags of a command.",
         help_format="plaintext",
-        version_flags=(),
+        version=lambda: f"rcd {version('rcd-ray')}",
+        version_flags=("--version",),
         result_action="return_value",
         default_parameter=Parameter(
             name_transform=lambda name: name,

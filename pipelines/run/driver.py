@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None, *, only: Sequence[str] = ("*",), reg
 
     only: patterns of the stages that this program runs; the default for --stages.
     """
-    options = _parser().parse_args(argv)
+    options = _parser().parse_args([_spelled(arg) for arg in (sys.argv[1:] if argv is None else argv)])
     try:
         storage = [f"storage={json.dumps(options.storage)}"] if options.storage else []
         recipe = load_recipe(options.recipe, [*options.set, *storage])
@@ -63,6 +63,12 @@ def run_recipe(
 def stage_main(*only: str) -> NoReturn:
     """The main function of a stage file: `if __name__ == "__main__": stage_main("prepare")`."""
     sys.exit(main(only=only))
+
+
+def _spelled(argument: str) -> str:
+    """--dry_run is --dry-run, as for the `rcd` command."""
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else argument
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -21,6 +22,7 @@ print("imported:", *(name for name in ("torch", "transformers", "ray") if name i
     "arguments",
     [
         *([*command.split(), "--help"] for command in ("", *GROUPS, *COMMANDS)),
+        ["--version"],
         ["chat", "--url", "http://127.0.0.1:9", "--prompt", "p"],  # up to the first request; no server listens there
     ],
     ids=" ".join,
@@ -29,4 +31,5 @@ def test_help_and_chat_import_neither_torch_nor_ray(arguments: list[str]) -> Non
     result = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, timeout=60)
     assert result.stdout.splitlines()[-1].split() == ["imported:"], result.stdout + result.stderr
     assert "--help" not in arguments or "Usage: rcd" in result.stdout
-    assert "--help" in arguments or result.stderr.startswith("error: --url")
+    assert "--version" not in arguments or result.stdout.startswith(f"rcd {version('rcd-ray')}")
+    assert "chat" not in arguments or "--help" in arguments or result.stderr.startswith("error: --url")

@@ -130,7 +130,7 @@ def test_dry_run_shows_and_changes_nothing(done: Path, capsys: pytest.CaptureFix
     assert job(done, "--dry-run") == 0
     out = capsys.readouterr().out
     assert f"storage: {done}" in out and "skip" in out
-    assert job(done, "--dry-run", "--set", "noise.draws=9") == 2
+    assert job(done, "--dry_run", "--set", "noise.draws=9") == 2
     caught = capsys.readouterr()
     assert "refuse" in caught.out and "first: noise.draws: 4 there, 9 now" in caught.err
     assert state(done) == before
