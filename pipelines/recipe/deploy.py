@@ -30,6 +30,9 @@ class IngressSettings(Section):
     """Seconds that a replaced replica has to end its requests; null: ten more than the longest deadline."""
 
 
+Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")]
+
+
 class DeploySettings(Section):
     """The HTTP endpoint."""
 
@@ -41,6 +44,8 @@ class DeploySettings(Section):
     """Serve beyond this machine without API keys, to everyone who reaches `host`."""
     open_state: bool = False
     """`/health`, `/ready` and `/metrics` need no API key."""
+    cors_origins: tuple[Origin, ...] = ()
+    """Web pages of these origins (`https://chat.example.org`) may call the API from a browser; `*` lets all."""
     ingress: IngressSettings = IngressSettings()
     """Number, place and drain of the HTTP ingress."""
     model_id: str = "rcd"

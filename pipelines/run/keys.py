@@ -32,6 +32,7 @@ _NEUTRAL = (
     "evaluate.attention",
     "deploy.allow_without_keys",
     "deploy.open_state",
+    "deploy.cors_origins",
     "deploy.ingress.*",
     "deploy.attention",
     "deploy.reference_tensor_parallel",

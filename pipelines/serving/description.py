@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from pipelines.recipe.deploy import IngressSettings
+from pipelines.recipe.deploy import IngressSettings, Origin
 from pipelines.recipe.files import explain, problems_error
 from pipelines.recipe.model import Recipe
 from pipelines.recipe.rules import needs_reference
@@ -88,13 +88,14 @@ class DescribedReference(Section):
 
 
 class Description(Section):
-    """models: by the id in the field `model` of requests. allow_without_keys, open_state, ingress: as `deploy.*` of a
-    recipe."""
+    """models: by the id in the field `model` of requests. allow_without_keys, open_state, cors_origins, ingress: as
+    `deploy.*` of a recipe."""
 
     models: Annotated[dict[str, DescribedModel], Field(min_length=1)]
     reference: DescribedReference | None = None
     allow_without_keys: bool = False
     open_state: bool = False
+    cors_origins: tuple[Origin, ...] = ()
     ingress: IngressSettings = IngressSettings()
 
     @property
@@ -168,7 +169,7 @@ def describe(recipe: Recipe, checkpoint: Callable[[str], str], t_res: float | No
             tensor_parallel=deploy.reference_tensor_parallel,
             replicas=replicas,
         )
-    doors = {name: getattr(deploy, name) for name in ("allow_without_keys", "open_state", "ingress")}
+    doors = {name: getattr(deploy, name) for name in ("allow_without_keys", "open_state", "cors_origins", "ingress")}
     return Description(models=models, reference=reference, **doors)
 
 

@@ -194,6 +194,7 @@ def api_limits(description: Description) -> ApiLimits:
         api_keys=api_keys(),
         open_state=description.open_state,
         allow_without_keys=description.allow_without_keys,
+        cors_origins=description.cors_origins,
     )
 
 

@@ -15,6 +15,7 @@ from fastapi import APIRouter, FastAPI, Security
 from fastapi import Request as HttpRequest
 from fastapi.openapi.utils import get_openapi
 from fastapi.security import HTTPBearer
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
 
 from pipelines.serving.api_keys import api_keys
@@ -22,7 +23,7 @@ from pipelines.serving.backend import ServedModel
 from pipelines.serving.http.answers import Answer, ChatCompletion, Completion, ModelCard, ModelList, Status
 from pipelines.serving.http.bodies import ChatRequest, CompletionRequest
 from pipelines.serving.http.errors import ERRORS, ApiError, ErrorBody, shape_errors
-from pipelines.serving.http.guard import ApiLimits, Guard
+from pipelines.serving.http.guard import REQUEST_ID, ApiLimits, Guard
 from pipelines.serving.http.interleave import Interleaved
 from pipelines.serving.http.metrics import ApiMetrics
 from pipelines.serving.http.playground import add_playground
@@ -57,6 +58,14 @@ def create_app(
         redoc_url=None,
     )
     app.add_middleware(Guard, limits=limits, metrics=metrics, add_request_id=add_request_id)
+    if limits.cors_origins:  # around the guard: a browser asks first, without the key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=limits.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=(REQUEST_ID, "Retry-After"),
+        )
     shape_errors(app)
     app.include_router(_openai_routes(models, about.get("key"), limits, metrics))
     app.include_router(_state_routes(models, about, metrics))

@@ -30,7 +30,8 @@ class ApiLimits:
     after which a stream sends a comment. max_body_bytes: of a request. max_chars: characters and token ids of its
     prompts, counted once per choice, since every choice is sent to a replica. api_keys: every request except for the
     page must bring one of them; if empty, no key is needed. open_state: /health, /ready and /metrics need no key.
-    allow_without_keys: no keys are needed beyond this machine either."""
+    allow_without_keys: no keys are needed beyond this machine either. cors_origins: of web pages that may call the API
+    from a browser."""
 
     timeout_s: float = 600.0
     ping_s: float = 10.0
@@ -39,11 +40,13 @@ class ApiLimits:
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     open_state: bool = False
     allow_without_keys: bool = False
+    cors_origins: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
         """Identifies the limits without revealing the keys."""
-        values = (self.timeout_s, self.max_body_bytes, self.open_state, self.allow_without_keys, *sorted(self.api_keys))
+        doors = (self.open_state, self.allow_without_keys, *self.cors_origins)
+        values = (self.timeout_s, self.max_body_bytes, *doors, *sorted(self.api_keys))
         return hashlib.sha256(repr(values).encode()).hexdigest()
 
     def needs_key(self, scope: Scope) -> bool:

@@ -192,8 +192,8 @@ def test_the_args_say_who_gets_in_and_where_the_ingress_runs(monkeypatch: pytest
     assert default.init_args[3] == ApiLimits(api_keys=("a",))
     assert default.num_replicas == 2 and default.ray_actor_options["resources"] == graph.ON_HEAD
     assert default._deployment_config.graceful_shutdown_timeout_s == ApiLimits().timeout_s + graph.DRAIN_SPARE_S
-    opened = ingress(allow_without_keys=True, open_state=True)
-    assert opened.init_args[3] == ApiLimits(api_keys=("a",), allow_without_keys=True, open_state=True)
+    doors: dict[str, Any] = {"allow_without_keys": True, "open_state": True, "cors_origins": ("https://a.b",)}
+    assert ingress(**doors).init_args[3] == ApiLimits(api_keys=("a",), **doors)
     placed = ingress(ingress={"replicas": 5, "resources": {}, "drain_s": 7})
     assert placed.num_replicas == 5 and not placed.ray_actor_options.get("resources")
     assert placed._deployment_config.graceful_shutdown_timeout_s == 7
@@ -203,8 +203,11 @@ def test_the_args_say_who_gets_in_and_where_the_ingress_runs(monkeypatch: pytest
 
 def test_a_recipe_says_it_too() -> None:
     keys = ["deploy.allow_without_keys=true", "deploy.open_state=true", "deploy.ingress={replicas: 4, drain_s: 9}"]
+    keys.append("deploy.cors_origins=['https://a.b:8']")
     description = describe(load_recipe("demo", keys), "/{}".format)
-    assert description.allow_without_keys and description.open_state
+    assert description.allow_without_keys and description.open_state and description.cors_origins == ("https://a.b:8",)
+    with pytest.raises(UserError, match=r"deploy\.cors_origins"):
+        load_recipe("demo", ["deploy.cors_origins=[a.b]"])
     assert (description.ingress.replicas, description.ingress.drain_s) == (4, 9)
 
 

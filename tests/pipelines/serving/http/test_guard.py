@@ -64,6 +64,26 @@ def test_a_key_opens_everything_and_is_never_logged(caplog: pytest.LogCaptureFix
     assert len({limits.id, ApiLimits().id, replace(limits, open_state=True).id}) == 3
 
 
+def test_pages_of_other_origins_are_let_in_by_name_only() -> None:
+    """The browser's question needs no key, the request does; a refusal can be read by the page, too."""
+    ask = {"Origin": "https://a.b", "Access-Control-Request-Method": "POST"}
+    ask["Access-Control-Request-Headers"] = "authorization,content-type"
+    path, key = "/v1/completions", {"Authorization": f"Bearer {KEYS[0]}"}
+    client = client_of(ApiLimits(api_keys=KEYS, cors_origins=("https://a.b",)))
+    asked = client.options(path, headers=ask)
+    assert asked.status_code == 200 and asked.headers["access-control-allow-origin"] == "https://a.b"
+    assert "authorization" in asked.headers["access-control-allow-headers"]
+    for headers, status in ((key, 200), ({}, 401)):
+        answer = client.post(path, json=BODY, headers={"Origin": "https://a.b", **headers})
+        assert answer.status_code == status and answer.headers["access-control-allow-origin"] == "https://a.b"
+    assert client.options(path, headers={**ask, "Origin": "https://c.d"}).status_code == 400
+    other = client.post(path, json=BODY, headers={"Origin": "https://c.d", **key})
+    assert "access-control-allow-origin" not in other.headers
+    closed = client_of(ApiLimits(api_keys=KEYS))
+    assert closed.options(path, headers=ask).status_code in (401, 405)
+    assert "access-control-allow-origin" not in closed.post(path, json=BODY, headers={**key, **ask}).headers
+
+
 PAGE = ("/", "/playground/main.js", "/playground/style.css")
 STATE = ("/health", "/ready", "/metrics")
 KEYED = (
