@@ -252,7 +252,7 @@ def _cost(job: Job, rows: Rows, gpus: int, flags: TrainPlanFlags) -> Iterator[st
     )
     yield (
         f"{settings.steps:,} steps of {settings.batch_size}: {total.tokens:,.0f} tokens ({rows.source}), "
-        f"{total.flops:.3g} FLOPs, {total.hours:,.1f} hours on {gpus} x {flags.device} at MFU {flags.mfu:g}"
+        f"{total.flops:.3g} FLOPs, {device_time(total.hours)} on {gpus} x {flags.device} at MFU {flags.mfu:g}"
     )
 
 
@@ -288,17 +288,27 @@ def plan_signals(flags: SignalsPlanFlags) -> int:
         f"masked tokens {size.masked:,} ({exact})",
         *_byte_lines(size, recipe.signals.top_k, recipe.signals.keep_mass),
         f"reference: 2 x {num_reference:.3g} parameters x {passes} x {size.tokens:,} tokens / {per_second} "
-        f"= {cost.reference_hours:.3g} device hours",
+        f"= {device_time(cost.reference_hours)} on one device",
         f"online, for every target: 2 x {num_reference:.3g} parameters x {passes} x {size.trained_tokens:,} tokens "
-        f"/ {per_second} = {cost.online_hours:.3g} device hours, {cost.online_hours / cost.target_hours:.1%} of its "
-        f"training (6 x {num_target:.3g} parameters, the same tokens: {cost.target_hours:.3g})",
-        f"break-even: (cached {cost.reference_hours:.3g} + storage {flags.storage_hours:g}) / online "
-        f"{cost.online_hours:.3g} = {cost.break_even:.2f} targets; this recipe trains {num_targets} from signals",
+        f"/ {per_second} = {device_time(cost.online_hours)}, {cost.online_hours / cost.target_hours:.1%} of its "
+        f"training (6 x {num_target:.3g} parameters, the same tokens: {device_time(cost.target_hours)})",
+        f"break-even: (cached {device_time(cost.reference_hours)} + storage {device_time(flags.storage_hours)}) / "
+        f"online {device_time(cost.online_hours)} = {cost.break_even:.2f} targets; this recipe trains {num_targets} "
+        "from signals",
     ]
     console = Console(soft_wrap=True)
     for line in lines:
         console.print(line, markup=False, highlight=False)
     return 0
+
+
+def device_time(hours: float) -> str:
+    """In the largest unit of which there are two or more, in seconds below that."""
+    for unit, size in (("days", 24.0), ("hours", 1.0), ("minutes", 1 / 60)):
+        if hours >= 2 * size:
+            return f"{hours / size:,.1f} {unit}"
+    seconds = hours * 3600
+    return f"{seconds:.0f} s" if seconds >= 10 or not seconds else f"{seconds:.2g} s"
 
 
 def _byte_lines(size: Volume, top_k: int, keep_mass: float | None) -> list[str]:

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from pipelines.cli import main as cli
+from pipelines.cli import plan
 from tests.benchmarks.scaling import Assumptions
 from tests.benchmarks.scaling import table as scaling_table
 from tests.cluster.files import CLUSTER
@@ -35,6 +36,7 @@ def test_hours_and_fewest_gpus(
     device: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")  # tables are not wrapped
+    monkeypatch.setattr(plan, "device_time", lambda hours: f"{hours:.1f} hours")  # never days
     column = list(PEAK).index(device)
     assert cli.main([*TRAIN, "--device", device]) == 0
     planned = capsys.readouterr().out
@@ -43,7 +45,7 @@ def test_hours_and_fewest_gpus(
     assert cli.main([*SIGNALS, "--peak-tflops", str(PEAK[device])]) == 0
     signals = capsys.readouterr().out
     assert "106,135.3 MB" in signals
-    (signal_hours,) = re.findall(r"reference: .* = ([\d.]+) device hours", signals)
+    (signal_hours,) = re.findall(r"reference: .* = ([\d.]+) hours on one device", signals)
     rows = table()
     assert [round(hours[0]), round(float(signal_hours)), round(hours[1])] == [
         int(rows[stage][column]) for stage in ("reference", "signals", "target")

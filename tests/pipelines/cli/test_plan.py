@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.cli.main import main, make_app
+from pipelines.cli.plan import device_time
 from pipelines.recipe.files import recipe_names
 from pipelines.recipe.load import load_recipe
 from pipelines.run.driver import main as full
@@ -119,6 +120,21 @@ def test_plan_before_and_after_prepare(tmp_path: Path, capsys: pytest.CaptureFix
     assert counted.masked == round(4 * rows * (1 + recipe.noise.eps) / 2)
     train = recipe.target.train
     assert counted.trained_tokens == 10 * train.steps * train.batch_size
+
+
+@pytest.mark.parametrize(
+    ("hours", "text"),
+    [
+        (2.71e-7, "0.00098 s"),
+        (0.005, "18 s"),
+        (0.04, "2.4 minutes"),
+        (5.25, "5.2 hours"),
+        (1200.0, "50.0 days"),
+        (0, "0 s"),
+    ],
+)
+def test_device_times_are_in_units_of_their_size(hours: float, text: str) -> None:
+    assert device_time(hours) == text
 
 
 def test_a_plan_that_lacks_counts_names_the_key(tmp_path: Path) -> None:
