@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -137,6 +140,10 @@ def _shape(key: str, start: str | ModelConfig, recipe: Recipe, vocab_size: int |
         name, revision = split_hub_id(start)
         cached = try_to_load_from_cache(name, "config.json", revision=revision)
         if not isinstance(cached, str):
+            if (config := known_config(name)) is not None:
+                family = family_of(config, Path(name))
+                whole = family.read_config(config, Path(name), has_head=True)
+                return ModelShape.of_backbone(family.family, whole)  # type: ignore[arg-type]
             raise UserError(
                 f"{key} is {start}, which is not in the hub's cache on this machine; download its config.json "
                 f"(hf download {name} config.json), or give the sizes: --set '{key}={{family: sdar, hidden_size: "
@@ -149,6 +156,21 @@ def _shape(key: str, start: str | ModelConfig, recipe: Recipe, vocab_size: int |
         config["model_type"] = convertible(start, recipe.convert.shift, recipe.convert.attention)
     family = family_of(config, directory)
     return ModelShape.of_backbone(family.family, family.read_config(config, directory, has_head=True))  # type: ignore[arg-type]
+
+
+@cache
+def _known() -> list[dict[str, Any]]:
+    path = Path(__file__).parents[1] / "recipe" / "known_checkpoints.yaml"
+    loaded: list[dict[str, Any]] = yaml.safe_load(path.read_text())
+    return loaded
+
+
+def known_config(name: str) -> dict[str, Any] | None:
+    """The shipped config.json of a hub id, with the fields that a plan needs; None for an unknown one."""
+    released = name.rpartition("/")[2]
+    found = (one["config"] for one in _known() if any(fnmatch(released, pattern) for pattern in one["names"]))
+    config = next(found, None)
+    return None if config is None else dict(config)
 
 
 def _vocab_size(recipe: Recipe) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.cli.main import main, make_app
-from pipelines.cli.plan import device_time
+from pipelines.cli.plan import device_time, known_config
 from pipelines.recipe.files import recipe_names
 from pipelines.recipe.load import load_recipe
 from pipelines.run.driver import main as full
@@ -17,6 +17,7 @@ from pipelines.signals.costs import Volume, column_bytes, costs, volume
 from pipelines.signals.plan import predicted_bytes
 from rcd_core import load_model
 from rcd_core.errors import UserError
+from tests.rcd_core.families.test_official_layouts import LLADA_CONFIG, SDAR_SIZES, sdar_config
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 SIZES = "family: sdar, num_heads: 32, num_kv_heads: 8, head_dim: 128, num_layers: 36"
@@ -60,9 +61,9 @@ def test_a_plan_that_lacks_sizes_names_the_key_and_the_remedy(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
-    refused = plan(capsys, "--recipe", "sdar-8b-b64", code=2)
-    assert "reference.start is JetLM/SDAR-1.7B-Chat" in refused
-    assert "hf download JetLM/SDAR-1.7B-Chat config.json" in refused
+    refused = plan(capsys, "--recipe", "sdar-8b-b64", "--set", "reference.start=owner/small", code=2)
+    assert "reference.start is owner/small" in refused
+    assert "hf download owner/small config.json" in refused
     assert "--vocab_size" in plan(capsys, "--recipe", "sdar-8b-b64", "--set", SDAR_4B, code=2)
     assert "--mfu is 4.0" in plan(capsys, "--recipe", "demo", "--mfu", "4", code=2)
 
@@ -120,6 +121,31 @@ def test_plan_before_and_after_prepare(tmp_path: Path, capsys: pytest.CaptureFix
     assert counted.masked == round(4 * rows * (1 + recipe.noise.eps) / 2)
     train = recipe.target.train
     assert counted.trained_tokens == 10 * train.steps * train.batch_size
+
+
+@pytest.mark.parametrize("recipe", ["sdar-8b-b64", "sdar-4b-b64", "llada-8b"])
+def test_the_papers_recipes_plan_without_the_hub(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From sizes that ship with the package, which are those of the released layouts."""
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
+    flags = ["--recipe", recipe, "--set", f"storage={tmp_path}", "--examples", "1000", "--example_tokens", "900"]
+    assert main(["train", "plan", *flags]) == 0
+    shown = capsys.readouterr().out
+    wanted = {"sdar-8b-b64": "8,190,735,360", "sdar-4b-b64": "4,411,424,256", "llada-8b": "8,015,581,184"}
+    assert f"target: {wanted[recipe]} parameters" in shown
+
+
+def test_shipped_sizes_are_the_released_ones() -> None:
+    for name, (hidden, layers, heads, inner) in SDAR_SIZES.items():
+        config = known_config(f"JetLM/{name}")
+        assert config is not None
+        assert (config["hidden_size"], config["num_hidden_layers"]) == (hidden, layers)
+        assert (config["num_attention_heads"], config["intermediate_size"]) == (heads, inner)
+        assert {k: v for k, v in config.items() if sdar_config(name)[k] != v} == {}
+    llada = known_config("GSAI-ML/LLaDA-8B-Instruct")
+    assert llada is not None and {k: v for k, v in llada.items() if LLADA_CONFIG[k] != v} == {}
+    assert known_config("owner/other") is None
 
 
 @pytest.mark.parametrize(
