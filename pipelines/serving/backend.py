@@ -129,8 +129,10 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
-    """A model behind the HTTP interface. defaults: settings that requests may override. created: Unix time."""
+    """A model behind the HTTP interface. defaults: settings that requests may override. created: Unix time. task: what
+    it was trained for, if that is known."""
 
     backend: Backend
     defaults: DecodeSettings
     created: int
+    task: str | None = None

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from pipelines.recipe.deploy import IngressSettings, Origin
 from pipelines.recipe.files import explain, problems_error
@@ -19,6 +19,7 @@ from pipelines.recipe.sources import checkpoint_problems
 from pipelines.recipe.types import Count, Positive, Section
 from pipelines.run.commits import ask_commit, at_commit, hub_names
 from rcd_core.decode_settings import DecodeAttention, DecodeSettings, Weights
+from rcd_core.tasks import TASKS
 
 REFERENCE, INGRESS = "Reference", "Ingress"  # deployments
 _DEPLOYMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -43,14 +44,22 @@ class Replicas(Section):
     resources: dict[str, Positive] = {}
 
 
+def _known_task(name: str) -> str:
+    if name not in TASKS:
+        raise ValueError(f"it must be one of {', '.join(TASKS)}")
+    return name
+
+
 class DescribedModel(Section):
-    """reference: whether requests may start from the reference; None: if `decode` does. deployment: its name on the
-    dashboard; None: the model's id. max_batch, max_queue, max_length, attention, weights: as in target.Target.
+    """reference: whether requests may start from the reference; None: if `decode` does. task: what it was trained for,
+    for GET /v1/models and the field `valid` of answers; None: not said. deployment: its name on the dashboard; None:
+    the model's id. max_batch, max_queue, max_length, attention, weights: as in target.Target.
     tensor_parallel: processes over which a replica splits the model; `replicas` has the resources of each."""
 
     checkpoint: str
     decode: DecodeSettings = DecodeSettings()
     reference: bool | None = None
+    task: Annotated[str, AfterValidator(_known_task)] | None = None
     deployment: str | None = None
     max_batch: Count = 32
     max_queue: Annotated[int, Field(ge=0)] = 128
@@ -136,6 +145,7 @@ def describe(recipe: Recipe, checkpoint: Callable[[str], str], t_res: float | No
     if deploy.baseline:
         plain = replace(deploy.decode, residual=False)
         served[f"{deploy.model_id}-baseline"] = ("Baseline", checkpoint("baseline"), plain)
+    tasks = dict.fromkeys(("Target", "Baseline"), recipe.data.test_task or recipe.data.task)
     served |= {model_id: (model_id, model.checkpoint, model.decode) for model_id, model in deploy.models.items()}
     has_reference = any(needs_reference(decode) for _, _, decode in served.values())
     # Models on the same nodes share the GPUs of one training worker, which held at least one of them.
@@ -152,7 +162,7 @@ def describe(recipe: Recipe, checkpoint: Callable[[str], str], t_res: float | No
     limits["tensor_parallel"] = ranks
     limits["replicas"] = replicas.model_copy(update={"target_ongoing_requests": deploy.target_ongoing_requests})
     models = {
-        model_id: DescribedModel(checkpoint=path, decode=decode, deployment=name, **limits)
+        model_id: DescribedModel(checkpoint=path, decode=decode, deployment=name, task=tasks.get(name), **limits)
         for model_id, (name, path, decode) in served.items()
     }
     reference = None

@@ -74,12 +74,15 @@ class Ingress:
         defaults: dict[str, DecodeSettings],
         about: dict[str, Any],
         limits: ApiLimits,
+        tasks: dict[str, str | None] | None = None,
     ) -> None:
         check_host("http_options.host", http_host(), limits.api_keys, limits.allow_without_keys, _WHERE)
         self.about, self.limits = about, limits
         created = int(about["created"])
         self.models = {
-            name: ServedModel(backend=RemoteModel(handle), defaults=defaults[name], created=created)
+            name: ServedModel(
+                backend=RemoteModel(handle), defaults=defaults[name], created=created, task=(tasks or {}).get(name)
+            )
             for name, handle in targets.items()
         }
 
@@ -173,7 +176,8 @@ def application(
         },
         **(draining if settings.drain_s is None else {"graceful_shutdown_timeout_s": settings.drain_s}),
     )
-    return ingress(Ingress).bind(targets, defaults, body, limits)
+    tasks = {model_id: model.task for model_id, model in description.models.items()}
+    return ingress(Ingress).bind(targets, defaults, body, limits, tasks)
 
 
 def _ranks(described: DescribedModel | DescribedReference) -> dict[str, Any]:

@@ -44,6 +44,24 @@ def grade(task: str, completion: str, answer: str, prompt: str = "", grader: str
     return chosen.grade(prompt, completion, answer)
 
 
+def check(task: str, prompt: str, completion: str) -> bool | None:
+    """Whether `completion` solves a prompt of a task, judged without the gold answer; None where it cannot be told."""
+    judge = getattr(get_task(task), "check", None)
+    try:
+        return None if judge is None else judge(prompt, completion)
+    except UserError:  # the prompt is no problem of this task
+        return None
+
+
+def example_of_task(task: str) -> str | None:
+    """A prompt of a task with a generator; None for the others."""
+    chosen = get_task(task)
+    try:
+        return chosen.problem(chosen.synthetic(0, "test", 0)).prompt
+    except UserError:
+        return None
+
+
 def has_official_grader(task: str) -> bool:
     """Whether a task has a second grader, `official`."""
     return isinstance(get_task(task), NumberTask | BoxedTask)
@@ -62,7 +80,9 @@ __all__ = [
     "TASKS",
     "Problem",
     "Task",
+    "check",
     "check_gradable",
+    "example_of_task",
     "get_task",
     "grade",
     "has_official_grader",

@@ -11,7 +11,9 @@ belongs to one split, whatever the names and things.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,11 @@ _WORDS = {
     "-": ("{who} gives away {n}.", "{who} loses {n}.", "{who} sells {n}."),
     "*": ("{who} then has {n} times as many.", "The number grows {n} times."),
 }
+_PATTERNS = [
+    (op, re.escape(words).replace(r"\{who\}", r"\w+").replace(r"\{n\}", r"(\d+)"))
+    for op, several in _WORDS.items()
+    for words in several
+]
 _MAX_STEPS = 4
 _LARGEST = 99
 Step = tuple[str, int]  # operator and operand
@@ -37,6 +44,34 @@ class Arithmetic(NumberTask):
 
     def synthetic(self, index: int, split: str, seed: int) -> dict[str, str]:
         return draw_row(self.name, index, split, seed, 4 + 3 * _MAX_STEPS, _make)
+
+    def check(self, prompt: str, completion: str) -> bool | None:
+        """None: the question is no generated one."""
+        value = _solved(prompt)
+        return None if value is None else self.grade(prompt, completion, f"#### {value}")
+
+
+def _solved(question: str) -> int | None:
+    """The value of a question made of the sentences above."""
+    sentences = re.findall(r"[^.?]+[.?]", question)
+    if len(sentences) < 3:
+        return None
+    first, *steps, last = sentences
+    start = re.fullmatch(r"\w+ has (\d+) \w+\.", first.strip())
+    if start is None or not last.strip().startswith("How many"):
+        return None
+    value = int(start[1])
+    for sentence in steps:
+        step = next((s for s in map(partial(_read, sentence.strip()), _PATTERNS) if s), None)
+        if step is None:
+            return None
+        value = _apply(value, *step)
+    return value
+
+
+def _read(sentence: str, pattern: tuple[str, str]) -> Step | None:
+    found = re.fullmatch(pattern[1], sentence)
+    return (pattern[0], int(found[1])) if found else None
 
 
 def _make(uniform: NDArray[np.float64]) -> tuple[str, str, str]:

@@ -68,6 +68,9 @@ class Sudoku:
         board = completion.strip().removeprefix(ANCHOR)
         return self.is_valid(board) and all(p in (".", b) for p, b in zip(puzzle, board, strict=True))
 
+    def check(self, prompt: str, completion: str) -> bool:
+        return self.grade(prompt, completion, "")
+
     def is_valid(self, board: str) -> bool:
         """Whether `board` has a digit in every cell and none twice in a row, column or box."""
         if len(board) != self.cells or not set(board) <= set(self.digits):

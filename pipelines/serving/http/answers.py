@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 
 from pipelines.serving.backend import DecodeEvent, DecodeResult, Finished, NewToken, TextDelta, TokenLogprob
 from pipelines.serving.http.bodies import ChatRequest, Request, TraceDetail
+from rcd_core.tasks import check, example_of_task, get_task
 
 # -- the schema of the bodies ------------------------------------------------------------------------------------------
 
@@ -37,6 +38,9 @@ class RcdChoice(BaseModel):
     seed: int | None = Field(description="Seed of this choice.")
     forwards: dict[str, int] = Field(description="Passes by kind.")
     reference_failures: int = Field(description="Blocks that started from zero because the reference could not answer.")
+    valid: bool | None = Field(
+        None, description="Whether the answer is right, where the task can tell without its key."
+    )
     steps: list[dict[str, Any]] | None = Field(None, description="One entry per denoising pass, with `return_trace`.")
 
 
@@ -106,11 +110,20 @@ class ChatCompletion(_Body):
     choices: list[ChatChoice]
 
 
+class ModelFacts(BaseModel):
+    """`rcd` of a model."""
+
+    task: str = Field(description="What it was trained for.")
+    infill: bool = Field(description="Prompts are texts with `<|MASK|>` to fill, sent with `infill: true`.")
+    example: str | None = Field(description="A prompt, or a user's message; null where the task has no generator.")
+
+
 class ModelCard(BaseModel):
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    rcd: ModelFacts | None = None
 
 
 class ModelList(BaseModel):
@@ -129,11 +142,11 @@ class Answer:
     """Collects the events of one request, and makes the chunks of a stream or the whole body.
 
     `rcd` of a chunk has a step of the trace ({type: trace, index, pass, step}); `rcd` of the last chunk has the
-    statistics. fingerprint: identifies the deployed models.
+    statistics. fingerprint: identifies the deployed models. task: the model's; it decides whether an answer is `valid`.
     """
 
-    def __init__(self, request: Request, num_choices: int, fingerprint: str | None) -> None:
-        self.request = request
+    def __init__(self, request: Request, num_choices: int, fingerprint: str | None, task: str | None = None) -> None:
+        self.request, self.task = request, task
         self.chat = isinstance(request, ChatRequest)
         self.results: list[DecodeResult | None] = [None] * num_choices
         self._with_logprobs = request.num_logprobs() is not None
@@ -220,7 +233,7 @@ class Answer:
     def _last_chunk(self, index: int, result: DecodeResult) -> dict[str, Any]:
         """The chunk without content that ends a choice. The last one has the statistics, unless the usage follows."""
         chunk = self._chunk(index, {} if self.chat else "", result.finish_reason)
-        chunk["choices"][0]["rcd"] = _rcd_choice(result)
+        chunk["choices"][0]["rcd"] = self._rcd_choice(index, result)
         return chunk | {"rcd": self.rcd()} if self.complete and not self.request.include_usage else chunk
 
     def _chunk(self, index: int, content: dict[str, str] | str, finish_reason: str | None = None) -> dict[str, Any]:
@@ -234,11 +247,17 @@ class Answer:
 
     def _choice(self, index: int, r: DecodeResult) -> dict[str, Any]:
         text = {"message": {"role": "assistant", "content": r.text}} if self.chat else {"text": r.text}
-        rcd = _rcd_choice(r)
+        rcd = self._rcd_choice(index, r)
         if (detail := self.request.return_trace) != "none":
             rcd["steps"] = [trace_step(step, detail) for step in r.steps]
         logprobs = self._logprobs(_within(r.tokens, r.text)) if self._with_logprobs else None
         return {"index": index, **text, "logprobs": logprobs, "finish_reason": r.finish_reason, "rcd": rcd}
+
+    def _rcd_choice(self, index: int, r: DecodeResult) -> dict[str, Any]:
+        facts = {"seed": r.settings["seed"], "forwards": r.forwards, "reference_failures": r.reference_failures}
+        prompt = self.request.question(index) if self.task else None
+        valid = check(self.task, prompt, r.text) if self.task and prompt is not None else None
+        return facts if valid is None else facts | {"valid": valid}
 
     def _logprobs(self, tokens: list[NewToken]) -> dict[str, Any]:
         if self.chat:
@@ -264,8 +283,9 @@ def _top(t: NewToken) -> dict[str, Any]:
     return {"top_logprobs": [_chat_logprob(one) for one in t.top]}
 
 
-def _rcd_choice(r: DecodeResult) -> dict[str, Any]:
-    return {"seed": r.settings["seed"], "forwards": r.forwards, "reference_failures": r.reference_failures}
+def model_facts(task: str) -> dict[str, Any]:
+    """ModelFacts of a model of this task."""
+    return {"task": task, "infill": get_task(task).infill, "example": example_of_task(task)}
 
 
 def trace_step(step: dict[str, Any], detail: TraceDetail) -> dict[str, Any]:

@@ -20,7 +20,15 @@ from starlette.responses import PlainTextResponse, Response
 
 from pipelines.serving.api_keys import api_keys
 from pipelines.serving.backend import ServedModel
-from pipelines.serving.http.answers import Answer, ChatCompletion, Completion, ModelCard, ModelList, Status
+from pipelines.serving.http.answers import (
+    Answer,
+    ChatCompletion,
+    Completion,
+    ModelCard,
+    ModelList,
+    Status,
+    model_facts,
+)
 from pipelines.serving.http.bodies import ChatRequest, CompletionRequest
 from pipelines.serving.http.errors import ERRORS, ApiError, ErrorBody, shape_errors
 from pipelines.serving.http.guard import REQUEST_ID, ApiLimits, Guard
@@ -83,16 +91,23 @@ def _openai_routes(
     decoding = {**_errors(*ERRORS), 200: _SSE}
 
     def card(model_id: str) -> dict[str, Any]:
-        return {"id": model_id, "object": "model", "created": _find(models, model_id).created, "owned_by": "rcd"}
+        model = _find(models, model_id)
+        facts = {"id": model_id, "object": "model", "created": model.created, "owned_by": "rcd"}
+        return facts | ({"rcd": model_facts(model.task)} if model.task else {})
 
-    @router.get("/models", response_model=ModelList, responses=_errors(401))
+    @router.get("/models", response_model=ModelList, response_model_exclude_unset=True, responses=_errors(401))
     async def list_models() -> dict[str, Any]:
         """The served models."""
         return {"object": "list", "data": [card(model_id) for model_id in models]}
 
-    @router.get("/models/{model_id:path}", response_model=ModelCard, responses=_errors(401, 404))
+    @router.get(
+        "/models/{model_id:path}",
+        response_model=ModelCard,
+        response_model_exclude_unset=True,
+        responses=_errors(401, 404),
+    )
     async def get_model(model_id: str) -> dict[str, Any]:
-        """One served model."""
+        """One served model; `rcd` says what it was trained for, with an example."""
         return card(model_id)
 
     async def decode(request: CompletionRequest | ChatRequest, http: HttpRequest) -> Any:
@@ -100,7 +115,7 @@ def _openai_routes(
         limit_s = _deadline(request, limits)
         request.check_size(limits.max_chars)
         requests = list(request.decode_requests(served.defaults))
-        answer = Answer(request, len(requests), fingerprint)
+        answer = Answer(request, len(requests), fingerprint, served.task)
         async with AsyncExitStack() as closing:
             streams = Interleaved(map(served.backend.stream, requests), limit_s)
             closing.push_async_callback(streams.aclose)

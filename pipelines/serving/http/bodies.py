@@ -160,6 +160,10 @@ class Request(_BodyFields):  # type: ignore[misc]
     def num_logprobs(self) -> int | None:
         """Most probable tokens to report with each new token's logprob; None: no logprobs. Raises UserError."""
 
+    @abstractmethod
+    def question(self, index: int) -> str | None:
+        """What a choice answers, if it is text."""
+
     def stops(self) -> tuple[str, ...]:
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if "" in stops:
@@ -196,6 +200,10 @@ class CompletionRequest(Request):
 
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    def question(self, index: int) -> str | None:
+        prompt = self.prompts()[index // self.n]
+        return prompt if isinstance(prompt, str) else None
 
     def decode_requests(self, defaults: DecodeSettings) -> Iterator[DecodeRequest]:
         if self.infill and (self.length() is not None or self.stops()):
@@ -250,6 +258,10 @@ class ChatRequest(Request):
         if self.top_logprobs and not self.logprobs:
             raise UserError(f"top_logprobs is {self.top_logprobs}, which needs logprobs: true")
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    def question(self, index: int) -> str | None:
+        """The last message of the user."""
+        return next((m.plain()["content"] for m in reversed(self.messages) if m.role == "user"), None)
 
     def decode_requests(self, defaults: DecodeSettings) -> Iterator[DecodeRequest]:
         yield from _choices(self, None, [m.plain() for m in self.messages], defaults, False)

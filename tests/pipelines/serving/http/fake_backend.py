@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -80,10 +80,14 @@ class Echo:
             raise UserError(f"the prompt holds token id {max(prompt)}; ids run from 0 to 999")
 
 
-def app_of(limits: ApiLimits | None = ApiLimits(), **backends: Any) -> FastAPI:  # noqa: B008
+def app_of(
+    limits: ApiLimits | None = ApiLimits(),  # noqa: B008
+    tasks: Mapping[str, str] | None = None,
+    **backends: Any,
+) -> FastAPI:
     """The application with these models, by default one Echo named `m`."""
     models = {
-        name: ServedModel(backend=backend, defaults=DEFAULTS, created=7)
+        name: ServedModel(backend=backend, defaults=DEFAULTS, created=7, task=(tasks or {}).get(name))
         for name, backend in (backends or {"m": Echo()}).items()
     }
     return create_app(models, {"version": "1.2", "key": "k"}, limits)
