@@ -150,12 +150,13 @@ def test_own_gradients(gpu: FakeGpu) -> None:
         assert grads[0].shape == table.shape and grads[0].dtype == table.dtype
         assert (grads[3] is not None) == needs_alpha
     hidden, labels = torch.empty(9, 64, device="cuda"), torch.zeros(9, dtype=torch.long, device="cuda")
-    ctx = context([True, True])
-    loss, losses = fused_loss._WeightedCrossEntropy.forward(
-        ctx, hidden, table.float(), labels, torch.ones(9, device="cuda"), 4, torch.bfloat16
-    )
-    grads = fused_loss._WeightedCrossEntropy.backward(ctx, torch.empty_like(loss), torch.empty_like(losses))
-    assert grads[0].shape == hidden.shape and grads[1].shape == table.shape
+    for teacher in ((None, None), (torch.empty(9, 32, device="cuda"), table[:, :32])):
+        ctx = context([True, True])
+        loss, losses = fused_loss._WeightedCrossEntropy.forward(
+            ctx, hidden, table.float(), labels, torch.ones(9, device="cuda"), 4, torch.bfloat16, *teacher
+        )
+        grads = fused_loss._WeightedCrossEntropy.backward(ctx, torch.empty_like(loss), torch.empty_like(losses))
+        assert grads[0].shape == hidden.shape and grads[1].shape == table.shape
 
 
 def context(needs: list[bool]) -> Any:
