@@ -80,10 +80,8 @@ def _system() -> Iterator[Check]:
     enough = memory.available > 4e9
     yield Check("memory", "ok" if enough else "absent", text, "" if enough else "the demo needs about 4 GB")
     compiler = shutil.which(os.environ.get("CC", "gcc")) or shutil.which("cc")
-    yield Check(
-        *("C compiler", "ok" if compiler else "absent", compiler or "none"),
-        *("" if compiler else "install gcc for train.compile and compiled layers on GPUs",),
-    )
+    remedy = "" if compiler else "install gcc for train.compile and compiled layers on GPUs"
+    yield Check("C compiler", "ok" if compiler else "absent", compiler or "none", remedy)
 
 
 def _packages() -> Iterator[Check]:
@@ -159,8 +157,12 @@ def _decodes(name: str, dtype: Any, device: Any) -> None:
 
 
 def _tried(name: str, run: Callable[[], Any]) -> Check:
+    import torch
+
     try:
         run()
+    except torch.OutOfMemoryError:  # says nothing about the backend
+        return Check(name, "absent", "not tried: the device is out of memory", "free its memory, and run this again")
     except (UserError, RuntimeError, ValueError, NotImplementedError, ImportError) as error:
         return Check(name, "absent", " ".join(str(error).split())[:160])
     return Check(name, "ok", "runs")

@@ -70,12 +70,10 @@ class EditingSequence(Sequence):
             block.post_steps += 1
 
 
-def choose_edits(masked: MaskedPositions, tokens: Positions, confidence: NDArray[np.floating]) -> Bools:
-    """(N,) positions whose tokens are replaced by `tokens` (N,)."""
-    if masked.filled is None:
-        return np.zeros(len(tokens), dtype=bool)
+def choose_edits(masked: MaskedPositions, filled: Bools, tokens: Positions, confidence: NDArray[np.floating]) -> Bools:
+    """(N,) positions whose tokens are replaced by `tokens` (N,). filled (N,): they hold a token."""
     before = np.concatenate([b.sequence.canvas[b.predicted] for b in masked.blocks])
     settings = [b.settings.editing_threshold for b in masked.blocks]
     thresholds = np.array([np.inf if threshold is None else threshold for threshold in settings])[masked.owner]
-    edits: Bools = masked.filled & (confidence > thresholds) & (tokens != before)
+    edits: Bools = filled & (confidence > thresholds) & (tokens != before)
     return edits

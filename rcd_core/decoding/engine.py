@@ -270,7 +270,8 @@ class Engine:
         """Write the tokens that each request's policy commits. predictions: (NUM_RESULTS, N), see sampler.py."""
         tokens, confidence, entropy = predictions[0].astype(np.int64), predictions[1], predictions[2]
         commit = choose_commits(masked, confidence, entropy, predictions[3])
-        commit |= choose_edits(masked, tokens, confidence)
+        if masked.filled is not None:
+            commit |= choose_edits(masked, masked.filled, tokens, confidence)
         if self.observer is not None and hidden is not None:
             has_residual = masked.per_block(lambda b: b.has_residual) > 0
             commits = masked.per_block(lambda b: not b.is_start_pass) > 0

@@ -112,6 +112,8 @@ def _sub_block_length(settings: DecodeSettings, model: DiffusionModel, block_len
         raise UserError(f"{name}, but this model's attention has no blocks counted from position 0; leave it out")
     if settings.max_live_blocks is not None:
         raise UserError(f"{name}, which does not go with max_live_blocks; leave one of them out")
+    if settings.compat_passes:
+        raise UserError(f"{name}, which does not go with compat_passes; leave one of them out")
     if block_length % length:
         raise UserError(f"{name}; it must divide block_length, {block_length}")
     return length

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rcd_core.families.base import CheckpointInfo, read_ids
+from rcd_core.families.base import CheckpointInfo, DiffusionModel, read_ids
 from rcd_core.families.config_json import read_rope, read_sizes, require_values, write_sizes
 from rcd_core.families.files import CheckpointFiles
 from rcd_core.families.llada import LLaDAModel
@@ -27,21 +27,8 @@ class DreamModel(LLaDAModel):
     default_schedule = "time"
 
     def official_files(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        config = self.common_fields() | write_sizes(self.config)
-        if self.config.head_dim * self.config.num_attention_heads == self.config.hidden_size:
-            del config["head_dim"]  # which the authors' code does not read
-        config |= {
-            "architectures": ["DreamModel"],
-            "attention_dropout": 0.0,
-            "block_length": self.info.block_length,
-            "initializer_range": self.config.initializer_range,
-            "max_window_layers": self.config.num_hidden_layers,
-            "model_type": "Dream",
-            "sliding_window": None,
-            "use_cache": True,
-            "use_sliding_window": False,
-        }
-        return config, self.stored_weights()
+        own = {"architectures": ["DreamModel"], "block_length": self.info.block_length, "model_type": "Dream"}
+        return qwen2_fields(self) | own, self.stored_weights()
 
     @classmethod
     def read_config(cls, config: dict[str, Any], where: Path, has_head: bool) -> Any:
@@ -54,6 +41,22 @@ class DreamModel(LLaDAModel):
     @classmethod
     def backbone_name(cls, name: str) -> str:
         return name
+
+
+def qwen2_fields(model: DiffusionModel) -> dict[str, Any]:
+    """Of config.json, for layers of Qwen2."""
+    c = model.config
+    config = model.common_fields() | write_sizes(c)
+    if c.head_dim * c.num_attention_heads == c.hidden_size:
+        del config["head_dim"]  # which the authors' code does not read
+    return config | {
+        "attention_dropout": 0.0,
+        "initializer_range": c.initializer_range,
+        "max_window_layers": c.num_hidden_layers,
+        "sliding_window": None,
+        "use_cache": True,
+        "use_sliding_window": False,
+    }
 
 
 def qwen2_config(config_class: Any, config: dict[str, Any], where: Path, has_head: bool) -> Any:

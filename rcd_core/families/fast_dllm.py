@@ -11,8 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from rcd_core.families.base import CheckpointInfo, read_ids
-from rcd_core.families.config_json import write_sizes
-from rcd_core.families.dream import qwen2_config
+from rcd_core.families.dream import qwen2_config, qwen2_fields
 from rcd_core.families.files import CheckpointFiles
 from rcd_core.families.sdar import SDARModel
 
@@ -27,22 +26,13 @@ class FastDLLMModel(SDARModel):
     default_sub_block_length = SUB_BLOCK_LENGTH
 
     def official_files(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        config = self.common_fields() | write_sizes(self.config)
-        if self.config.head_dim * self.config.num_attention_heads == self.config.hidden_size:
-            del config["head_dim"]
-        config |= {
+        own = {
             "architectures": ["Fast_dLLM_QwenForCausalLM"],
-            "attention_dropout": 0.0,
             "bd_size": self.info.block_length,
-            "initializer_range": self.config.initializer_range,
             "layer_types": ["full_attention"] * self.config.num_hidden_layers,
-            "max_window_layers": self.config.num_hidden_layers,
             "model_type": "Fast_dLLM_Qwen",
-            "sliding_window": None,
-            "use_cache": True,
-            "use_sliding_window": False,
         }
-        return config, self.stored_weights()
+        return qwen2_fields(self) | own, self.stored_weights()
 
     @classmethod
     def read_config(cls, config: dict[str, Any], where: Path, has_head: bool) -> Any:
