@@ -204,7 +204,7 @@ class _Decoding:
         self._records: list[tuple[Tensor, Tensor, NDArray[np.float64]]] = []
 
     def _record(self, step: Observed) -> None:
-        discarded = ~step.committed
+        discarded = step.discarded
         if not discarded.any():
             return
         hidden = step.hidden[torch.from_numpy(discarded).to(step.hidden.device)]

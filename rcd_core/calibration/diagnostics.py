@@ -40,7 +40,7 @@ class Discarded:
         self._steps: list[tuple[list[LiveBlock], NDArray[np.int64], NDArray[np.int64], Any, NDArray[np.int32]]] = []
 
     def __call__(self, step: Observed) -> None:
-        discarded = ~step.committed
+        discarded = step.discarded
         hidden = step.hidden[torch.from_numpy(discarded).to(step.hidden.device)]
         if len(hidden):
             m, shares = step.masked, step.masked_share[discarded]
@@ -86,7 +86,7 @@ class Agreement:
 
     def __call__(self, step: Observed) -> None:
         logp = torch.log_softmax(self.target.head(step.hidden).float(), -1)
-        shares, discarded = step.masked_share, ~step.committed
+        shares, discarded = step.masked_share, step.discarded
         last: dict[int, tuple[NDArray[np.int64], Tensor]] = {}
         for block, part in zip(step.masked.blocks, step.masked.slices(), strict=True):
             positions = step.masked.positions[part]

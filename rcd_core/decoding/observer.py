@@ -27,7 +27,8 @@ class Observed:
 
     hidden (N, D): final hidden states, before guidance; the model's head makes the logits of them.
     alpha (N,): weights of the residuals in the pass's input, 0 where there was none. has_residual (N,): whether the
-    request had residuals at all. committed (N,): predictions that become tokens; the others are discarded.
+    request had residuals at all. committed (N,): predictions that become tokens. discarded (N,): predictions of masked
+    positions that do not; with `editing_threshold`, `masked` also has positions that hold a token.
     """
 
     masked: MaskedPositions
@@ -35,6 +36,10 @@ class Observed:
     alpha: NDArray[np.float32]
     has_residual: NDArray[np.bool_]
     committed: NDArray[np.bool_]
+
+    @property
+    def discarded(self) -> NDArray[np.bool_]:
+        return ~self.committed if self.masked.filled is None else ~(self.committed | self.masked.filled)
 
     @property
     def masked_share(self) -> NDArray[np.float64]:
