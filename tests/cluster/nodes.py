@@ -8,10 +8,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from ray.cluster_utils import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,15 +52,18 @@ def elsewhere(function: Callable[..., Any], *arguments: str, timeout: float = 40
         call += f"json.dump(function(*sys.argv[1:]), open({result.name!r}, 'w'))"
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
-        process = subprocess.run(
-            [sys.executable, "-c", call, *arguments],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env=environment,
-            cwd=ROOT,
+        streams: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = subprocess.Popen(
+            [sys.executable, "-c", call, *arguments], text=True, env=environment, cwd=ROOT, **streams
         )
-        assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-5000:]
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:  # too late, or the test was ended: its cluster must not slow the tests that follow
+            for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+            raise
+        assert process.returncode == 0, out[-5000:] + err[-5000:]
         return json.loads(Path(result.name).read_text())
 
 

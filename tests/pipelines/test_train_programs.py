@@ -29,7 +29,7 @@ from tests.s3_server import s3_server
 STAGES = ("prepare", "base", "reference", "signals", "target")
 SETTINGS = [*FEW, "data.num_train=256", "data.num_test=6", "variants={}", "resources.num_workers=2"]
 SETTINGS += ["base.train.log_every=1"]
-pytestmark = [pytest.mark.drill, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.drill, pytest.mark.timeout(2400)]
 
 
 def start(
@@ -54,7 +54,7 @@ def start(
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     try:
-        out = process.communicate(timeout=400)[0]
+        out = process.communicate(timeout=900)[0]
     finally:
         process.kill()  # has no effect on a process that has ended
     assert process.returncode == code, out
@@ -192,7 +192,7 @@ def lose_the_head(root: str) -> dict[str, Any]:
 
 @pytest.mark.faults("the head of the cluster restarted, and the job submitted again", "base")
 def test_a_job_resumes_after_its_head_was_restarted(tmp_path: Path, fault_table: FaultTable) -> None:
-    found = elsewhere(lose_the_head, str(tmp_path), timeout=590)
+    found = elsewhere(lose_the_head, str(tmp_path), timeout=2000)
     stage, quiet = tmp_path / "demo" / "base", tmp_path / "quiet" / "demo" / "base"
     lines = read_metrics(str(stage))
     assert "prepare: skipped" in found["out"] and "base: starts, was interrupted, resumes" in found["out"]
