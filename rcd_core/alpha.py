@@ -6,20 +6,15 @@ Shapes: N masked positions, V vocabulary.
 from __future__ import annotations
 
 import math
-import os
-from pathlib import Path
 from typing import get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rcd_core.decode_settings import AlphaRule, DecodeSettings
 from rcd_core.errors import UserError
 from rcd_core.precision import at_least_fp32
 
-ALPHA_FILE = "rcd_alpha.safetensors"  # next to the weights, so that the authors' code reads the checkpoint unchanged
 FIXED_ALPHA = 0.3
 HIDDEN_WIDTH = 16
 LOGIT_MARGIN = 1e-3  # keeps logit(u) finite
@@ -50,38 +45,6 @@ class LearnedAlpha(nn.Module):
         shift: Tensor = self.out(torch.tanh(self.hidden(features)))[:, 0]
         uncertainty = at_least_fp32(uncertainty)
         return torch.sigmoid(torch.logit(uncertainty, eps=LOGIT_MARGIN) + at_least_fp32(shift))
-
-
-def save_learned_alpha(learned: LearnedAlpha | None, directory: Path) -> None:
-    """Write the network's file, or delete the file of an earlier save if there is no network."""
-    if learned is None:
-        (directory / ALPHA_FILE).unlink(missing_ok=True)
-        return
-    partial = directory / f"{ALPHA_FILE}.partial"
-    save_file({name: w.detach().float().cpu().contiguous() for name, w in learned.state_dict().items()}, partial)
-    os.replace(partial, directory / ALPHA_FILE)
-
-
-def load_learned_alpha(directory: Path, device: str | torch.device, required: bool) -> LearnedAlpha | None:
-    """The network of a checkpoint in fp32; None if there is no file.
-
-    required: the checkpoint's own rule is "learned". Raises UserError for a damaged file, or a missing one if required.
-    """
-    path = directory / ALPHA_FILE
-    if not path.exists():
-        if required:
-            raise UserError(
-                f"{directory}: config.json's rcd.alpha is 'learned' but {ALPHA_FILE} is missing; copy it as well"
-            )
-        return None
-    learned = LearnedAlpha()
-    try:
-        learned.load_state_dict(load_file(path))
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise UserError(
-            f"{path} is damaged or belongs to another network ({error}); download or write it again"
-        ) from error
-    return learned.to(device)
 
 
 def alpha_from_statistics(

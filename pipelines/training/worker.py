@@ -19,6 +19,7 @@ from pipelines.training.job import SEED_BITS, TrainJob
 from pipelines.training.metrics import MetricsLog
 from rcd_core.attention.backends import backend_key
 from rcd_core.errors import UserError
+from rcd_core.families.added import take_added
 from rcd_core.families.base import CheckpointInfo, DiffusionModel
 from rcd_core.families.convert import converted
 from rcd_core.families.loading import load_model, new_model
@@ -113,8 +114,7 @@ def _finished(job: TrainJob, model: DiffusionModel, weights: dict[str, torch.Ten
     if job.settings.lora is None:
         return model.with_weights(weights)
     whole = start_model(job)
-    if model.learned_alpha is not None:
-        whole.learned_alpha = model.with_alpha(weights)
+    take_added(whole, weights)
     with tempfile.TemporaryDirectory() as directory:
         base = job.start if isinstance(job.start, str) and not job.convert else None
         export_adapter(Path(directory), whole, weights, job.settings.lora, base)

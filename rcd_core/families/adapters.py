@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rcd_core.alpha import load_learned_alpha, save_learned_alpha
 from rcd_core.errors import UserError
+from rcd_core.families.added import load_added, save_added
 from rcd_core.families.files import CALIBRATION_FILE, read_json
 from rcd_core.families.weights import write_json
 from rcd_core.io.hub import is_hub_id
@@ -96,7 +96,7 @@ def _write_merged(directory: Path, model: DiffusionModel, config: Mapping[str, A
     if (directory / SETTINGS).exists():
         settings = read_json(directory / SETTINGS)
         model.info.rcd, model.info.block_length = settings["rcd"], settings["block_length"]
-        model.learned_alpha = load_learned_alpha(directory, "cpu", required=settings["rcd"].get("alpha") == "learned")
+        load_added(model, directory, settings["rcd"])
     tokenizer = None
     with suppress(UserError):  # a base without one is its owner's choice
         tokenizer = load_tokenizer(directory if (directory / "tokenizer_config.json").exists() else model.name)
@@ -126,10 +126,10 @@ def save_adapter(
     directory: Path, model: DiffusionModel, weights: Mapping[str, Tensor], config: Any, mask_shift: Tensor
 ) -> None:
     """Write an adapter that PEFT and `merged_copy` read. weights: as for `merge`. config: PEFT's LoraConfig, with the
-    base. model: for its RCD settings and learned alpha."""
+    base. model: for its RCD settings and added networks."""
     directory.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(directory)
     save_file({_PREFIX + name: tensor.contiguous() for name, tensor in weights.items()}, directory / WEIGHTS)
     save_file({"mask_shift": mask_shift.contiguous()}, directory / MASK_SHIFT)
-    save_learned_alpha(model.learned_alpha, directory)
+    save_added(model, directory)
     write_json(directory / SETTINGS, {"rcd": model.info.rcd, "block_length": model.info.block_length})

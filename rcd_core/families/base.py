@@ -17,9 +17,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from rcd_core.alpha import LearnedAlpha, save_learned_alpha
+from rcd_core.alpha import LearnedAlpha
 from rcd_core.attention.layouts import PADDING, Layout, block_causal
 from rcd_core.decode_settings import Schedule, Start
+from rcd_core.families.added import backbone_weights, save_added, take_added
 from rcd_core.families.config import ModelConfig
 from rcd_core.families.experts import each_expert, unstacked
 from rcd_core.families.files import CALIBRATION_FILE, CheckpointFiles
@@ -29,7 +30,6 @@ from rcd_core.ops.ranks import ALONE, Ranks
 
 # transformers imports torchao where it is installed, which then warns of each GPU kernel that it cannot load.
 logging.getLogger("torchao").setLevel(logging.ERROR)
-_ALPHA = "learned_alpha."  # prefix of that network's weights in a state dict of the whole model
 
 
 @dataclass
@@ -166,22 +166,12 @@ class DiffusionModel(nn.Module):
         """A model like this one that holds `weights` (the gathered state dict of a sharded training) without a copy."""
         with torch.device("meta"):
             backbone = self.backbone_class()(self.config)
-        backbone.load_state_dict({n: w for n, w in weights.items() if not n.startswith(_ALPHA)}, assign=True)
+        backbone.load_state_dict(backbone_weights(weights), assign=True)
         if self.config.tie_word_embeddings:
             backbone.tie_weights()
         model = type(self)(backbone, self.info)
-        model.learned_alpha = self.with_alpha(weights)
+        take_added(model, weights)
         return model
-
-    @staticmethod
-    def with_alpha(weights: Mapping[str, Tensor]) -> LearnedAlpha | None:
-        """The learned alpha in a state dict of the whole model."""
-        of_alpha = {n.removeprefix(_ALPHA): w for n, w in weights.items() if n.startswith(_ALPHA)}
-        if not of_alpha:
-            return None
-        alpha = LearnedAlpha()
-        alpha.load_state_dict(of_alpha, assign=True)
-        return alpha
 
     @abstractmethod
     def attention_block(self, block_length: int) -> int | None:
@@ -298,7 +288,7 @@ class DiffusionModel(nn.Module):
     ) -> None:
         """Write a checkpoint in the authors' format, in shards of at most max_shard_bytes.
 
-        config.json contains the RCD settings as `rcd`; a learned alpha network gets its own file. config.json is
+        config.json contains the RCD settings as `rcd`; added networks get files of their own. config.json is
         removed first and written last, so that an unfinished checkpoint does not load. The T_res of weights that were
         there before is removed as well.
         """
@@ -310,7 +300,7 @@ class DiffusionModel(nn.Module):
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
         write_weights(directory, weights, max_shard_bytes)
-        save_learned_alpha(self.learned_alpha, directory)
+        save_added(self, directory)
         eos = self.info.eos_token_ids
         ids = {"eos_token_id": eos[0] if len(eos) == 1 else list(eos), "pad_token_id": self.info.pad_token_id}
         write_json(directory / "generation_config.json", ids)

@@ -14,12 +14,12 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
-from rcd_core.alpha import load_learned_alpha
 from rcd_core.attention.backends import backend_key
 from rcd_core.decode_settings import Weights
 from rcd_core.errors import UserError
 from rcd_core.families.a2d import A2D_FAMILIES
 from rcd_core.families.adapters import is_adapter, merged_copy
+from rcd_core.families.added import load_added
 from rcd_core.families.base import CheckpointInfo, DiffusionModel
 from rcd_core.families.config import ModelConfig
 from rcd_core.families.dream import DreamModel
@@ -115,7 +115,7 @@ def load_model(
     model = family(backbone, info)
     model.name, model.attention = str(path), attention
     model.ranks, model.whole_config = ranks, whole
-    model.learned_alpha = load_learned_alpha(directory, device, required=info.rcd.get("alpha") == "learned")
+    load_added(model, directory, info.rcd)
     quantise(model, weights)
     return model.eval()
 

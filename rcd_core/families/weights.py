@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rcd_core.alpha import ALPHA_FILE
 from rcd_core.errors import UserError
+from rcd_core.families.added import FILES
 from rcd_core.families.files import read_json
 
 MAX_SHARD_BYTES = 5 * 10**9  # as Hugging Face's
@@ -48,7 +48,7 @@ def list_weights(directory: Path) -> dict[str, StoredTensor]:
     the index.
     """
     weight_map = _weight_map(directory)
-    files = sorted(f for f in directory.glob("*.safetensors") if f.name != ALPHA_FILE)
+    files = sorted(f for f in directory.glob("*.safetensors") if f.name not in FILES.values())
     if (directory / SINGLE).exists():  # before the index, as transformers does
         files, weight_map = [directory / SINGLE], None
     elif weight_map is not None:

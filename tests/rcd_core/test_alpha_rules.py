@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rcd_core import Decoder, DecodeSettings, ReferenceSignals, TrainingBatch, UserError, load_model, training_loss
-from rcd_core.alpha import ALPHA_FILE, LOGIT_MARGIN, LearnedAlpha, alpha_from_statistics, ramp_weight
+from rcd_core.alpha import LOGIT_MARGIN, LearnedAlpha, alpha_from_statistics, ramp_weight
+from rcd_core.families.added import FILES
 from rcd_core.noise import NoiseSettings, mask_example
 from rcd_core.ops.residual_embedding import residual_embedding
 from rcd_core.residual import inject_residual
@@ -24,6 +25,7 @@ from rcd_core.training.objective import masked_blocks
 from rcd_core.training.settings import ResidualSettings, TrainSettings
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+ALPHA_FILE = FILES["learned_alpha"]
 BLOCK = 4
 NOISE = NoiseSettings()
 

@@ -16,8 +16,8 @@ from pipelines.recipe.load import load_recipe
 from pipelines.recipe.model import Recipe
 from pipelines.run.driver import main as full
 from pipelines.run.stages import stages_of
-from rcd_core.alpha import ALPHA_FILE
 from rcd_core.errors import UserError
+from rcd_core.families.added import FILES
 
 ABLATIONS = [name for name in recipe_names() if name.startswith("ablation-")]
 BUT_DEPLOY = "[!d]*"  # as the recipes say it
@@ -156,7 +156,9 @@ def test_an_ablation_runs(name: str, ray_cluster: str, tmp_path: Path) -> None:
     assert set(found) >= {"seqd", "target/zero", *recipe.evaluate.arms, *(f"seqd-{n}" for n in recipe.baselines)}
     for variant, residual in recipe.variants.items():
         assert found[f"target-{variant}/zero"]["decode"]["alpha"] == residual.alpha
-        assert (tmp_path / name / f"target-{variant}" / "model" / ALPHA_FILE).exists() == (variant == "learned")
+        assert (tmp_path / name / f"target-{variant}" / "model" / FILES["learned_alpha"]).exists() == (
+            variant == "learned"
+        )
     assert all(point["num_problems"] == 8 for arm in results["arms"] for point in arm["curve"])
     for arm, asked in recipe.evaluate.arms.items():
         assert found[arm]["decode"]["residual"] == asked.decode.residual
