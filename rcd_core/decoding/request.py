@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,8 @@ def resolve_settings(settings: DecodeSettings, model: DiffusionModel, has_refere
     allowed_caches = ("none", "block") if block_causal else ("none", "prefix", "dual")
     if sub_length is not None:
         allowed_caches = ("none", "block", "dual")
+        if settings.compat_passes:
+            raise UserError(f"compat_passes is true, but blocks with sub-blocks ({sub_length}) have none; leave it out")
     cache = settings.cache or ("block" if block_causal else "none")
     if cache not in allowed_caches:
         case = f"{model.family} with max_live_blocks" if live_blocks else model.family
@@ -58,6 +61,8 @@ def resolve_settings(settings: DecodeSettings, model: DiffusionModel, has_refere
     if steps > block_length and schedule == "even":
         raise UserError(f"denoising_steps is {steps}; it must be at most block_length, {block_length}")
     start: Start = settings.start or rcd.get("start") or model.default_start
+    if model.loophole is not None and settings.residual:
+        _check_loopholing(settings, start, live_blocks, sub_length)
     if settings.residual and not has_reference and (start == "reference" or settings.residual_source == "reference"):
         name = "residual_source" if settings.residual_source == "reference" else "start"
         raise UserError(f"{name} is 'reference' but no reference model is loaded; load one, or set start='zero'")
@@ -112,11 +117,27 @@ def _sub_block_length(settings: DecodeSettings, model: DiffusionModel, block_len
         raise UserError(f"{name}, but this model's attention has no blocks counted from position 0; leave it out")
     if settings.max_live_blocks is not None:
         raise UserError(f"{name}, which does not go with max_live_blocks; leave one of them out")
-    if settings.compat_passes:
-        raise UserError(f"{name}, which does not go with compat_passes; leave one of them out")
     if block_length % length:
         raise UserError(f"{name}; it must divide block_length, {block_length}")
     return length
+
+
+def _check_loopholing(settings: DecodeSettings, start: Start, live_blocks: bool, sub_length: int | None) -> None:
+    """The model feeds back its states, so what concerns distributions, and blocks that share a state, do not apply."""
+    reasons = {
+        f"start is {start!r}": start in ("reference", "dirichlet"),
+        "residual_source is 'reference'": settings.residual_source == "reference",
+        f"residual_top_k is {settings.residual_top_k}": settings.residual_top_k is not None,
+        f"alpha is {settings.alpha!r}": settings.alpha is not None,
+        "residual_scope is 'all_masked'": settings.residual_scope == "all_masked",
+        f"max_live_blocks is {settings.max_live_blocks}": live_blocks,
+        f"sub_block_length is {sub_length}": sub_length is not None,
+        "compat_passes is true": settings.compat_passes,
+    }
+    for name, refused in reasons.items():
+        if refused:
+            remedy = "set start to 'zero' or 'self'" if name.startswith("start") else "leave it out"
+            raise UserError(f"{name}, which does not go with this model's Loopholing; {remedy}, or set residual=False")
 
 
 def uncalibrated(settings: DecodeSettings, model: DiffusionModel) -> str | None:
@@ -124,6 +145,7 @@ def uncalibrated(settings: DecodeSettings, model: DiffusionModel) -> str | None:
     chosen = settings.residual_temperature or model.info.rcd.get("calibration")
     chosen = chosen or (settings.alpha or model.info.rcd.get("alpha")) in CONSTANT_RULES
     chosen = chosen or model.info.rcd.get("source") in ("self", "self_same")  # trained on its own predictions: T_res 1
+    chosen = chosen or model.loophole is not None  # states have no temperature
     # Training writes 1 into every checkpoint; another value was chosen by someone.
     chosen = chosen or model.info.rcd.get("residual_temperature") not in (None, 1.0)
     if not settings.residual or settings.residual_source != "self" or chosen:
@@ -198,3 +220,10 @@ def make_sequence(
         kind = EditingSequence
     num_prompt = len(canvas) if infill else len(given)
     return kind(model, resolved, canvas, num_prompt, infill, blocks, num_logprobs=num_logprobs)
+
+
+def check_failures(sequences: Iterable[Sequence]) -> None:
+    """Raise UserError if requests have failed. Called when the others are finished."""
+    errors = [s.error for s in sequences if s.error is not None]
+    if errors:
+        raise UserError(f"{len(errors)} requests failed; the first one: {errors[0]}")

@@ -71,7 +71,7 @@ def any_settings(draw: st.DrawFn, family: str) -> DecodeSettings:
         decoded_token_threshold=draw(st.sampled_from([0.0, 0.5, 1.0])),
         editing_threshold=editing,
         max_post_steps=draw(st.sampled_from([0, 2, 16])),
-        compat_passes=draw(st.booleans()) and editing is None and sub_block is None,
+        compat_passes=draw(st.booleans()) and editing is None and sub_block is None and family != "fast_dllm",
         residual=residual,
         start=draw(st.sampled_from(["zero", "self", "dirichlet", "reference"])),  # type: ignore[arg-type]
         residual_temperature=draw(st.sampled_from([1.0, 1.5])),

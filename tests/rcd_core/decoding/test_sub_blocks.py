@@ -137,7 +137,7 @@ def test_a_shared_prefix_leaves_the_row_that_predicts_the_next_token() -> None:
         ("sdar", {"sub_block_length": 3}, "sub_block_length is 3"),
         ("llada", {}, "sub_block_length is 4"),
         ("sdar", {"max_live_blocks": 2}, "sub_block_length is 4"),
-        ("sdar", {"compat_passes": True}, "sub_block_length is 4"),
+        ("sdar", {"compat_passes": True}, "compat_passes is true"),
         ("fast_dllm", {"sub_block_length": None, "max_live_blocks": 2}, "max_live_blocks is 2"),
         ("fast_dllm", {"cache": "prefix"}, "cache is 'prefix'"),
         ("sdar", {"sub_block_length": None, "cache": "dual"}, "cache is 'dual'"),
