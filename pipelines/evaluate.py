@@ -180,9 +180,15 @@ def _methods_of_length(ctx: StageContext, block_length: int) -> Iterator[Method]
         if trained is not None and not trained.feeds_back:
             yield _method(ctx, stage, f"No residual{variant}", stage, plain)
             continue
+        loopholing = trained is not None and trained.source == "loopholing"
+        name = f"RCD{variant}"
+        if loopholing:
+            name = f"Loopholing{variant.removeprefix(' loopholing')}"
         for start in dict.fromkeys(recipe.evaluate.starts):
+            if loopholing and start not in ("zero", "self"):
+                continue
             settings = replace(decode, residual=True, start=start)
-            yield _method(ctx, f"{stage}/{start}", f"RCD{variant}, {start} start", stage, settings)
+            yield _method(ctx, f"{stage}/{start}", f"{name}, {start} start", stage, settings)
     for name, extra in recipe.evaluate.arms.items():
         seed = decode.seed if extra.decode.seed is None else extra.decode.seed
         settings = replace(extra.decode, block_length=block_length, seed=seed)

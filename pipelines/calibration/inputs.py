@@ -32,7 +32,7 @@ def make_jobs(ctx: StageContext) -> list[CalibrationJob]:
         if not stage.startswith(("target", "baseline")):
             continue
         residual = recipe.residual(stage)
-        feeds_back = residual is not None and residual.feeds_back
+        feeds_back = residual is not None and residual.has_alpha
         uses_reference = residual is not None and residual.source in ("signals", "online")
         uses_reference = uses_reference and recipe.round_of(stage) is None  # the last signals were its own
         jobs.append(

@@ -20,8 +20,8 @@ from pipelines.evaluation.generator import Generator, load_generator
 from pipelines.ray_cluster.hardware import device_of
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.decoding.reference import LocalReference
-from rcd_core.decoding.request import uncalibrated
-from rcd_core.decoding.sequence import Sequence, check_failures
+from rcd_core.decoding.request import check_failures, uncalibrated
+from rcd_core.decoding.sequence import Sequence
 from rcd_core.decoding.tensor_parallel import follow, make_engine, release
 from rcd_core.errors import UserError
 from rcd_core.ops.ranks import torchrun_ranks

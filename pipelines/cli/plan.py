@@ -124,7 +124,7 @@ def _jobs(recipe: Recipe, vocab_size: int | None) -> Iterator[Job]:
     assert start is not None  # a rule of the recipe
     shape = _shape("target.start", start, recipe, vocab_size)
     residual = recipe.target.residual
-    forwards = SELF_FORWARDS if residual.runs_model else 0.0
+    forwards = SELF_FORWARDS if residual.needs_noisier else float(residual.runs_model)
     if online and smaller is not None:
         forwards = smaller.parameters / shape.parameters
     yield Job("target", shape, recipe.training("target").train, residual, forwards)

@@ -27,8 +27,7 @@ from pipelines.run.once_more import once_more
 from rcd_core.decode_settings import DecodeSettings, Weights
 from rcd_core.decoding.decoder import Decoder
 from rcd_core.decoding.reference import LocalReference
-from rcd_core.decoding.request import NUM_SEED_BITS
-from rcd_core.decoding.sequence import check_failures
+from rcd_core.decoding.request import NUM_SEED_BITS, check_failures
 from rcd_core.decoding.tensor_parallel import release
 from rcd_core.io import storage
 from rcd_core.io.retries import be_patient

@@ -75,6 +75,8 @@ def problems(recipe: Recipe) -> Iterator[str]:
         yield "reference.train is null but reference.start is no checkpoint; give a training or a checkpoint"
     for key, residual in recipe.residuals().items():
         no_signals = residual.source in ("online", "self", "self_same")
+        if residual.source == "loopholing":
+            yield from _loopholing_problems(recipe, key)
         if no_signals and residual.alpha == "calibrated_entropy" and residual.alpha_scale is None:
             yield (
                 f"{key}.alpha_scale is null, and source {residual.source!r} has no signals to measure it on; "
@@ -87,6 +89,18 @@ def problems(recipe: Recipe) -> Iterator[str]:
     yield from _evaluate_problems(recipe)
     yield from _arm_problems(recipe)
     yield from _deploy_problems(recipe)
+
+
+def _loopholing_problems(recipe: Recipe, key: str) -> Iterator[str]:
+    """Starts that a model without distributions has not. key: its residual settings."""
+    if not {"zero", "self"} & {*recipe.evaluate.starts}:
+        yield f"{key}.source is 'loopholing', which starts from zero or self, but evaluate.starts has neither; add zero"
+    if recipe.noise.layout != "single":
+        yield f"{key}.source is 'loopholing' but noise.layout is {recipe.noise.layout}; set one to its default"
+    if key == "target.residual" and recipe.deploy.start in ("reference", "dirichlet"):
+        yield f"{key}.source is 'loopholing' but deploy.start is {recipe.deploy.start!r}; set it to zero or self"
+    if key == "target.residual" and recipe.calibrate is not None:
+        yield f"{key}.source is 'loopholing', which has no T_res, but calibrate is given; set it to null"
 
 
 def _signal_problems(recipe: Recipe) -> Iterator[str]:
@@ -201,6 +215,12 @@ def _arm_problems(recipe: Recipe) -> Iterator[str]:
             )
         if not arm.decode.residual:
             continue
+        if residual is not None and residual.source == "loopholing":
+            for field, value in (("alpha", arm.decode.alpha), ("residual_top_k", arm.decode.residual_top_k)):
+                if value is not None:
+                    yield f"{key}.decode.{field} is {value!r}, but {arm.model} has source 'loopholing'; set it to null"
+            if "reference" in (arm.decode.start, arm.decode.residual_source) or arm.decode.start == "dirichlet":
+                yield f"{key}.decode.start needs distributions and {arm.model} has source 'loopholing'; set it to zero"
         trained = residual is not None and residual.feeds_back
         if arm.decode.alpha == "calibrated_entropy" and arm.decode.alpha_scale is None and not trained:
             yield f"{key}.decode.alpha_scale is null and {arm.model} has none; give a number of nats"

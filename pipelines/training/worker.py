@@ -144,7 +144,7 @@ def start_model(job: TrainJob) -> DiffusionModel:
     model.info.block_length = job.block_length
     if job.residual.feeds_back:
         model.info.rcd = {
-            "start": model.default_start,
+            "start": "zero" if job.residual.source == "loopholing" else model.default_start,
             "residual_temperature": 1.0,
             "block_length": job.block_length,
             "alpha": job.residual.alpha,

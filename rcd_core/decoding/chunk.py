@@ -19,7 +19,8 @@ class Chunk(NamedTuple):
 
     block_length: each block, counted from position `grid`, is a row of the pass that sees the keys up to its end.
     None: the chunk is one row that sees the keys [0, num_keys). residual: (start, end): masked tokens at these
-    positions take in the residual state.
+    positions take in the residual state; with Loopholing all tokens, and the pass leaves its own states at the
+    positions `keeps`.
     """
 
     token_ids: Positions
@@ -28,6 +29,7 @@ class Chunk(NamedTuple):
     block_length: int | None
     residual: tuple[int, int] | None = None
     grid: int = 0
+    keeps: tuple[int, int] | None = None
 
     @property
     def end(self) -> int:

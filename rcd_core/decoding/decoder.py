@@ -13,8 +13,8 @@ from rcd_core.decoding.generation import Generation
 from rcd_core.decoding.memory import fit
 from rcd_core.decoding.observer import Observer
 from rcd_core.decoding.reference import LocalReference, Reference
-from rcd_core.decoding.request import make_sequence, uncalibrated
-from rcd_core.decoding.sequence import Sequence, check_failures
+from rcd_core.decoding.request import check_failures, make_sequence, uncalibrated
+from rcd_core.decoding.sequence import Sequence
 from rcd_core.decoding.stream import Event, stream
 from rcd_core.decoding.tensor_parallel import make_engine
 from rcd_core.families.base import DiffusionModel

@@ -48,8 +48,7 @@ class EditingSequence(Sequence):
         self, block: LiveBlock, positions: Positions, tokens: Positions, still_masked: Positions, step: Step | None
     ) -> None:
         assert isinstance(block, EditedBlock)
-        if self.feedback is not None:
-            block.has_residual = True
+        block.has_residual |= self.feedback is not None or self.loopholing
         if block.is_start_pass:
             block.started = True
             return

@@ -53,12 +53,16 @@ class Layers:
 
     def __call__(self, embeds: Tensor, positions: Tensor, write: Tensor, attend: Attend, cache: PagedCache) -> Tensor:
         """(T, D) input embeddings of tokens at positions (T,), whose keys and values go to rows `write` (T,) of the
-        cache -> (T, D) final hidden states."""
+        cache -> (T, D) residual stream behind the last layer."""
         b = self._buffers(embeds, positions)
         hidden = embeds
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
             hidden = layer(hidden, b, write, attend, keys, values)
-        return F.rms_norm(hidden, hidden.shape[-1:], self.norm, self.eps)
+        return hidden
+
+    def final_norm(self, stream: Tensor) -> Tensor:
+        """(T, D) -> (T, D) final hidden states."""
+        return F.rms_norm(stream, stream.shape[-1:], self.norm, self.eps)
 
     def _buffers(self, embeds: Tensor, positions: Tensor) -> Buffers:
         c, tokens = self.config, len(embeds)

@@ -66,7 +66,8 @@ def engine_memory(
     page = page_size_of(model.device)
     pages = max_batch * -(-max_length // page) if num_pages is None else num_pages
     cache = (pages + 1) * page * bytes_per_position(model)
-    state = (max_batch * block_length + 2) * (c.hidden_size * item + 4)
+    span = max_length if model.loophole is not None and model.whole_canvas else block_length
+    state = (max_batch * span + 2) * (c.hidden_size * item + 4)
     tokens = max(min(MAX_PASS_TOKENS, max_batch * max_length), max_length)
     # One layer's activations with norms in fp32, and residuals in and out.
     experts = Experts.of(c)

@@ -38,7 +38,8 @@ _FIXED_QUERIES = 256  # longest row in a pass of fixed shape: blocks, not canvas
 _ROW_LENGTHS = sorted(
     {a << b for a in (2, 3) for b in range(8)} | {1}
 )  # of fixed shapes, at most 1.5 times the one before
-_PER_TOKEN = 4  # packed integers: id, position, row of the cache, row of the residual state
+# Packed integers: id, position, row of the cache, row of the residual state; with Loopholing the row that it writes.
+_PER_TOKEN = 4
 
 Integers = NDArray[np.int64]
 
@@ -55,8 +56,8 @@ class PassShape:
 
 @dataclass(frozen=True)
 class Packed:
-    """integers: (4 T,) of the tokens, then the attention backend's. place (T',): where each real token stands among
-    the T."""
+    """integers: (4 T,) of the tokens, with Loopholing (5 T,), then the attention backend's. place (T',): where each
+    real token stands among the T."""
 
     integers: Integers
     shape: PassShape
@@ -81,6 +82,7 @@ class Forward:
         self.max_length, self.backend = max_length, backend
         self.state = state or ResidualState(model, 0)
         self.layers = Layers(model.backbone.model, model.config)
+        self.per_token = _PER_TOKEN + (model.loophole is not None)
 
     def pack(self, requests: Many[tuple[int, Many[Chunk]]], queries: int | None = None) -> Packed:
         """requests: (slot, chunks). queries: make a pass of fixed shape, in which each row has so many tokens and the
@@ -105,20 +107,26 @@ class Forward:
         tables = self.tables.array
         write = tables[slot, positions // page] * page + positions % page
         residual_rows = np.full(len(ids), self.state.zero_row)
-        inside = (ids == mask) & (positions >= first) & (positions < end)
+        inside = (positions >= first) & (positions < end)
+        if self.model.loophole is None:
+            inside &= ids == mask
         has_residual = bool(inside.any())
         if has_residual:
             width = self.state.positions_per_slot
             residual_rows[inside] = slot[inside] * width + positions[inside] % width
         tokens = np.stack([ids, positions, write, residual_rows])
+        if self.model.loophole is not None:
+            spans = np.array([c.keeps or (0, 0) for _, c in chunks], dtype=np.int64)[chunk]
+            tokens = np.concatenate([tokens, self._written(positions, slot, spans)[None]])
         request, place = slot[head], np.arange(len(ids))
         if queries is not None:
             # Extra tokens are written to page 0, which belongs to nobody, and extra rows see one key there.
             num_rows = 1 << (len(head) - 1).bit_length()
             row = np.cumsum(begins) - 1
             place = row * queries + place - head[row]
-            padded = np.zeros((_PER_TOKEN, num_rows * queries), dtype=np.int64)
+            padded = np.zeros((self.per_token, num_rows * queries), dtype=np.int64)
             padded[0], padded[3] = self.model.info.pad_token_id, self.state.zero_row
+            padded[_PER_TOKEN:] = self.state.discard_row
             padded[:, place] = tokens
             tokens, starts = padded, np.arange(num_rows + 1) * queries
             extra = num_rows - len(head)
@@ -131,6 +139,14 @@ class Forward:
         shape = PassShape(tokens.shape[1], len(num_keys), longest, has_residual)
         return Packed(np.concatenate([tokens.ravel(), self.backend.integers(rows)]), shape, rows, place)
 
+    def _written(self, positions: Integers, slot: Integers, spans: Integers) -> Integers:
+        """(T,) rows of the state that the tokens' own states go to: of the token that a row predicts. spans (T, 2): the
+        positions that are kept, of each token's chunk."""
+        of = positions + self.model.shifted
+        width = max(1, self.state.positions_per_slot)
+        kept = (of >= spans[:, 0]) & (of < spans[:, 1])
+        return np.where(kept, slot * width + of % width, self.state.discard_row)
+
     def hidden(self, packed: Packed) -> Tensor:
         """(T, D) final hidden states."""
         integers = torch.from_numpy(packed.integers).to(self.model.device)
@@ -139,13 +155,16 @@ class Forward:
     def run(self, integers: Tensor, shape: PassShape, rows: Rows) -> Tensor:
         """The same from integers on the device, which may be longer than the pass needs. rows: only for backends that
         plan on the host."""
-        num_tokens = _PER_TOKEN * shape.tokens
-        ids, positions, write, residual_rows = integers[:num_tokens].view(_PER_TOKEN, -1)
+        num_tokens = self.per_token * shape.tokens
+        ids, positions, write, residual_rows, *kept_at = integers[:num_tokens].view(self.per_token, -1)
         embeds = self.model.embedding(ids)
-        if shape.has_residual:
+        if shape.has_residual or kept_at:
             embeds = self.state.blend(embeds, residual_rows)
         attend = self.backend.plan(integers[num_tokens:], rows, shape.rows, shape.queries, self.max_length, embeds)
-        return self.layers(embeds, positions, write, attend, self.cache)
+        stream = self.layers(embeds, positions, write, attend, self.cache)
+        if kept_at:
+            self.state.keep(kept_at[0], stream)
+        return self.layers.final_norm(stream)
 
 
 class RequestPass(NamedTuple):
@@ -238,7 +257,10 @@ class ModelRunner:
             buffer[: shape.tokens].copy_(self.forward.run(integers, shape, rows))
 
         # The pass writes to pages of requests: a warm-up on the same integers writes what the pass itself will write.
-        self.graphs(("layers", shape), packed.integers, packed.integers, run)
+        # What Loopholing keeps would change the pass itself.
+        warmup = packed.integers.copy()
+        warmup[_PER_TOKEN * shape.tokens : self.forward.per_token * shape.tokens] = self.state.discard_row
+        self.graphs(("layers", shape), packed.integers, warmup, run)
         return buffer
 
 
@@ -300,4 +322,4 @@ def _without_prompt(s: Sequence, chunk: Chunk) -> Chunk:
     """The unconditional row of classifier-free guidance, with masks in place of the prompt."""
     ids = chunk.token_ids.copy()
     ids[: max(0, s.num_prompt - chunk.start)] = s.model.mask_token_id
-    return chunk._replace(token_ids=ids)
+    return chunk._replace(token_ids=ids, keeps=None)

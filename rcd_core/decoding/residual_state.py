@@ -1,4 +1,5 @@
-"""The residual state of all requests: alpha and delta of the masked positions of each request's live blocks.
+"""The residual state of all requests: alpha and delta of the masked positions of each request's live blocks; with
+Loopholing the last pass's states at all of their positions, in place of delta.
 
 The state is kept in place, by slot: a pass reads and writes rows of two tensors by index, whichever requests take part,
 so no tensors are made per request and shapes stay the same from pass to pass.
@@ -60,7 +61,8 @@ class ResidualState:
             return False
         tensors = self._zeros(positions_per_slot)
         for s in live:
-            span = np.arange(s.block[0], min(s.block[0] + before, s.live[-1].scope_end))
+            first, end = s.residual_span
+            span = np.arange(first, min(first + before, end))
             old, new = (
                 torch.from_numpy(s.slot * p + span % p).to(self.model.device) for p in (before, positions_per_slot)
             )
@@ -76,7 +78,10 @@ class ResidualState:
 
     def blend(self, embeds: Tensor, rows: Tensor) -> Tensor:
         """Eq. 2: (T, D) token embeddings, (T,) rows of the state -> (T, D) inputs. Where alpha is 0 they are the
-        embeddings, bit for bit."""
+        embeddings, bit for bit. With Loopholing its own sum, with or without a state."""
+        if self.model.loophole is not None:
+            inputs: Tensor = self.model.loophole(embeds, F.embedding(rows, self.delta))
+            return inputs
         alpha = self.alpha[rows].to(embeds.dtype).unsqueeze(-1)
         return torch.lerp(embeds, F.embedding(rows, self.delta), alpha)
 
@@ -84,6 +89,10 @@ class ResidualState:
         """rows (N,), alpha (N,), delta (N, D)."""
         self.alpha.index_copy_(0, rows, alpha.to(self.alpha.dtype))
         self.delta.index_copy_(0, rows, delta.to(self.delta.dtype))
+
+    def keep(self, rows: Tensor, states: Tensor) -> None:
+        """Loopholing: states (T, D) of a pass at rows (T,)."""
+        self.delta.index_copy_(0, rows, states.to(self.delta.dtype))
 
     def start_block(self, block: LiveBlock, positions: Positions, signals: Signals) -> None:
         """Fill the residual of (N,) positions from signals: a reference's, or a random distribution's."""

@@ -5,7 +5,6 @@ Shapes: T canvas length, N masked positions, q tokens of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
@@ -17,7 +16,6 @@ from rcd_core.decode_settings import RankBy, ResolvedSettings
 from rcd_core.decoding.chunk import Chunk, PassKind, Positions
 from rcd_core.decoding.generation import Forwards, Generation, Step, TokenLogprobs
 from rcd_core.decoding.policies import POLICIES, planned_commits, planned_share
-from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
 from rcd_core.ops.reduce import Feedback
 
@@ -127,6 +125,7 @@ class Sequence:
     mask_token_id: int = field(init=False)
     initially_masked: NDArray[np.bool_] = field(init=False)  # (T,)
     feedback: Feedback | None = field(init=False)  # how its own predictions become residuals
+    loopholing: bool = field(init=False)  # instead, the states of its last pass
     needs_entropy: bool = field(init=False)
     commit_rule: tuple[float, ...] = field(init=False)  # threshold, inclusive, entropy bound, policy, rank_by
     grid: int = field(init=False)  # below the block length: a block begins here, and at every block length behind it
@@ -137,8 +136,8 @@ class Sequence:
         s = self.settings
         self.mask_token_id = self.model.mask_token_id
         self.initially_masked = self.canvas == self.mask_token_id
-        self.feedback = None
-        if s.residual and s.residual_source == "self":
+        self.feedback, self.loopholing = None, s.residual and self.model.loophole is not None
+        if s.residual and s.residual_source == "self" and not self.loopholing:
             self.feedback = Feedback(
                 rule=position_rule(s), alpha_scale=s.alpha_scale, top_k=s.residual_top_k, **s.temperatures
             )
@@ -203,7 +202,17 @@ class Sequence:
     def widest_scope(self) -> int:
         """Most positions of the residual state that this request needs at once."""
         first = self.blocks[0][0]
+        if self.loopholing and not self.block_causal:
+            return len(self.canvas)
         return len(self.canvas) - first if self.wide else max(end - start for start, end in self.blocks)
+
+    @property
+    def residual_span(self) -> tuple[int, int]:
+        """[start, end) of the positions that the residual state holds: of the live blocks; with Loopholing all that a
+        pass computes again."""
+        if self.loopholing and not self.block_causal:
+            return 0, len(self.canvas)
+        return self.live[0].start, self.live[-1].scope_end
 
     @property
     def shares_prefix(self) -> bool:
@@ -254,9 +263,10 @@ class Sequence:
     def _chunk(self, start: int, end: int, num_keys: int = 0) -> Chunk:
         """num_keys 0: each block sees up to its own end."""
         block = self.live[0]
-        residual = (block.start, block.scope_end) if block.has_residual else None
         causal = self.settings.block_length if not num_keys else None
-        return Chunk(self.canvas[start:end], start, num_keys or end, causal, residual, self.grid)
+        span = self.residual_span if self.loopholing else (block.start, block.scope_end)
+        residual, keeps = span if block.has_residual else None, span if self.loopholing else None
+        return Chunk(self.canvas[start:end], start, num_keys or end, causal, residual, self.grid, keeps)
 
     def pass_done(self, kind: PassKind, end: int) -> None:
         """Count a pass over tokens before `end`, and note what it stored."""
@@ -274,8 +284,7 @@ class Sequence:
         self, block: LiveBlock, positions: Positions, tokens: Positions, still_masked: Positions, step: Step | None
     ) -> None:
         """After a denoising pass: write `tokens` at `positions`, and go on to the next block if this one is done."""
-        if self.feedback is not None:
-            block.has_residual = True
+        block.has_residual |= self.feedback is not None or self.loopholing
         if block.is_start_pass:
             block.started = True
             return
@@ -339,10 +348,3 @@ class Sequence:
         whole = self.infill or self.model.blocks_from_prompt_end and not self.stopped
         canvas = (self.canvas if whole else self.canvas[:end]).tolist()
         return Generation(tokens, canvas, self.forwards, reason, self.settings, self.steps, self.reference_failures)
-
-
-def check_failures(sequences: Iterable[Sequence]) -> None:
-    """Raise UserError if requests have failed. Called when the others are finished."""
-    errors = [s.error for s in sequences if s.error is not None]
-    if errors:
-        raise UserError(f"{len(errors)} requests failed; the first one: {errors[0]}")

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from rcd_core.decoding.engine import Engine
 from rcd_core.decoding.generation import Generation, Step, TokenLogprobs
+from rcd_core.decoding.request import check_failures
 from rcd_core.decoding.sequence import Sequence as Request
-from rcd_core.decoding.sequence import check_failures
 
 
 @dataclass(frozen=True)

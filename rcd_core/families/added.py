@@ -14,14 +14,16 @@ from torch import Tensor, nn
 
 from rcd_core.alpha import LearnedAlpha
 from rcd_core.errors import UserError
+from rcd_core.loopholing import Loophole
 
-FILES = {"learned_alpha": "rcd_alpha.safetensors"}  # by attribute of DiffusionModel, which is None without the network
+# By attribute of DiffusionModel, which is None without the network.
+FILES = {"learned_alpha": "rcd_alpha.safetensors", "loophole": "rcd_loophole.safetensors"}
 _PREFIXES = tuple(f"{name}." for name in FILES)  # of their weights in a state dict of the whole model
 
 
-def new_network(name: str) -> nn.Module:
-    """With its first weights."""
-    return {"learned_alpha": LearnedAlpha}[name]()
+def new_network(model: Any, name: str) -> nn.Module:
+    """With its first weights, on the CPU in fp32."""
+    return LearnedAlpha() if name == "learned_alpha" else Loophole(model.embedding.weight.shape[1])
 
 
 def backbone_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -33,7 +35,7 @@ def take_added(model: Any, weights: Mapping[str, Tensor]) -> None:
     """Give a model the added networks in a state dict of the whole model, without a copy."""
     for name in FILES:
         own = {n.removeprefix(f"{name}."): w for n, w in weights.items() if n.startswith(f"{name}.")}
-        network = new_network(name) if own else None
+        network = new_network(model, name) if own else None
         if network is not None:
             network.load_state_dict(own, assign=True)
         setattr(model, name, network)
@@ -55,7 +57,7 @@ def load_added(model: Any, directory: Path, rcd: Mapping[str, Any]) -> None:
 
     Raises UserError for a damaged file, or a missing one that the settings need.
     """
-    needed = {"learned_alpha": ("alpha", "learned")}
+    needed = {"learned_alpha": ("alpha", "learned"), "loophole": ("source", "loopholing")}
     for name, file in FILES.items():
         path, (key, value) = directory / file, needed[name]
         if not path.exists():
@@ -64,7 +66,7 @@ def load_added(model: Any, directory: Path, rcd: Mapping[str, Any]) -> None:
                     f"{directory}: config.json's rcd.{key} is {value!r} but {file} is missing; copy it as well"
                 )
             continue
-        network = new_network(name)
+        network = new_network(model, name)
         try:
             network.load_state_dict(load_file(path))
         except (SafetensorError, OSError, RuntimeError) as error:

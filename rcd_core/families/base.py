@@ -25,6 +25,7 @@ from rcd_core.families.config import ModelConfig
 from rcd_core.families.experts import each_expert, unstacked
 from rcd_core.families.files import CALIBRATION_FILE, CheckpointFiles
 from rcd_core.families.weights import MAX_SHARD_BYTES, StoredTensor, write_json, write_weights
+from rcd_core.loopholing import Loophole
 from rcd_core.ops.checkpointing import Mode, checkpointed
 from rcd_core.ops.ranks import ALONE, Ranks
 
@@ -115,6 +116,7 @@ class DiffusionModel(nn.Module):
         self.name = "this model"  # the checkpoint's path, for messages
         self.attention = "auto"  # the backend of decoding
         self.learned_alpha: LearnedAlpha | None = None  # only for targets trained with alpha "learned"
+        self.loophole: Loophole | None = None  # only for targets trained with source "loopholing"
         self.ranks: Ranks = ALONE  # that hold the weights together; `config` is of this rank's layers
         self.whole_config = backbone.config
 
@@ -160,7 +162,8 @@ class DiffusionModel(nn.Module):
             return sum(p.numel() for p in self.parameters())
         with torch.device("meta"):
             whole = sum(int(p.numel()) for p in self.backbone_class()(self.whole_config).parameters())
-        return whole + (sum(p.numel() for p in self.learned_alpha.parameters()) if self.learned_alpha else 0)
+        added = [network for network in (self.learned_alpha, self.loophole) if network is not None]
+        return whole + sum(p.numel() for network in added for p in network.parameters())
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> DiffusionModel:
         """A model like this one that holds `weights` (the gathered state dict of a sharded training) without a copy."""
@@ -244,6 +247,12 @@ class DiffusionModel(nn.Module):
 
         layout None: every token sees every token.
         """
+        return self.backbone.model.norm(self.stream(embeds, positions, layout, cache))  # type: ignore[no-any-return]
+
+    def stream(
+        self, embeds: Tensor, positions: Tensor, layout: Layout | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """`hidden` before the final norm."""
         body = self.backbone.model
         rotary = body.rotary_emb(embeds, positions)
         h = embeds
@@ -252,7 +261,7 @@ class DiffusionModel(nn.Module):
                 layer, attention_mask=layout, position_ids=positions, position_embeddings=rotary, past_key_values=cache
             )
             h = checkpointed(call, h, self.activation_checkpointing)
-        return body.norm(h)  # type: ignore[no-any-return]
+        return h
 
     def predictors(self, rows: Any, is_first: Any) -> Any:
         """The rows of hidden states that predict the tokens at `rows`, both integers (tensors or arrays). is_first: the
@@ -280,7 +289,10 @@ class DiffusionModel(nn.Module):
                 code = torch.where(attention_mask.bool(), layout.code, PADDING)
                 layout = replace(layout, code=code, lengths=None)
         rows = torch.arange(length, device=input_ids.device)
-        return self.head(self.hidden(self.embedding(input_ids), positions, layout)[:, self.predictors(rows, rows == 0)])
+        embeds = self.embedding(input_ids)
+        if self.loophole is not None:
+            embeds = self.loophole(embeds)
+        return self.head(self.hidden(embeds, positions, layout)[:, self.predictors(rows, rows == 0)])
 
     # -- writing checkpoints
     def save_pretrained(

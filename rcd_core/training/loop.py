@@ -21,6 +21,7 @@ from torch import Tensor
 from rcd_core.alpha import LearnedAlpha
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
+from rcd_core.loopholing import Loophole
 from rcd_core.noise import NoiseSettings
 from rcd_core.signals import ReferenceSignals
 from rcd_core.training.data.batches import Collator, MicroBatch, prefetch
@@ -93,8 +94,8 @@ def train(
     stop_at: the last step of this part of the training, with a checkpoint at its end; None: settings.steps.
     device: where to train, by default the model's device. ddp expects the model there; fsdp2 takes a model on the CPU
     and moves it layer by layer, so that no device holds all of it.
-    A model without `learned_alpha` gets one if the settings need it; it is trained along and its weights are returned.
-    Returns on rank 0 the weights of the backbone and of learned_alpha on the CPU; {} on the other ranks. With
+    A model without `learned_alpha` or `loophole` gets one if the settings need it, which is trained along.
+    Returns on rank 0 the weights of the backbone and of these networks on the CPU; {} on the other ranks. With
     settings.lora those that were trained (lora.merged).
     UserError: settings that contradict each other or the data, or more than train.max_skipped_steps steps whose loss
     or gradient is not finite.
@@ -108,13 +109,20 @@ def train(
         raise UserError("train.steps is 0 because train.epochs is set; pass settings.resolved(num_examples)")
     if residual.source == "online" and reference is None and not own_reference:
         raise UserError("residual.source is 'online' but reference is None; pass the reference model")
-    if residual.runs_model and noise is None:
+    if residual.needs_noisier and noise is None:
         raise UserError(f"residual.source is {residual.source!r} but noise is None; pass the noise of the rows")
     if settings.distill and reference is None and not own_reference:
         raise UserError("train.distill is true but reference is None; pass the reference model")
     if settings.distill and residual.source == "on_policy":
         raise UserError("train.distill is true but residual.source is 'on_policy', whose masks are others; set one")
     check_layout(noise, model, block_length)
+    if residual.source == "loopholing" and model.shifted and not model.whole_canvas:
+        raise UserError(
+            "residual.source is 'loopholing', which models with shifted logits and blocks (Fast-dLLM v2) do not have: "
+            "the row that knows of a block's first token belongs to the block before; choose another source"
+        )
+    if residual.source == "loopholing" and noise is not None and noise.layout != "single":
+        raise UserError(f"residual.source is 'loopholing' but noise.layout is {noise.layout}; set it to single")
     device = device or model.device
     collator = Collator(
         settings=settings,
@@ -132,6 +140,10 @@ def train(
         model.learned_alpha = None
     elif model.learned_alpha is None:
         model.learned_alpha = LearnedAlpha().to(model.device)
+    if residual.source != "loopholing":
+        model.loophole = None
+    elif model.loophole is None:
+        model.loophole = Loophole(model.embedding.weight.shape[1]).to(model.device)
     model.train()
     model.activation_checkpointing = settings.activation_checkpointing
     meter = Meter(model, device, 0)

@@ -14,6 +14,7 @@ from rcd_core.families.base import DiffusionModel
 from rcd_core.signals import ReferenceSignals, sparse_residual
 from rcd_core.training.controls import on_policy_batch
 from rcd_core.training.data.batches import MicroBatch
+from rcd_core.training.loopholing import first_states
 from rcd_core.training.lora import adapters_off
 from rcd_core.training.objective import (
     LossWeight,
@@ -60,6 +61,7 @@ class LossModule(nn.Module):
         """
         batch = micro.batch
         residual: Residual | None = None
+        states: Tensor | None = None
         if self.own_reference is not None:
             with adapters_off(self.model):
                 signals = reference_signals(self.model, batch, self.own_reference)
@@ -73,11 +75,13 @@ class LossModule(nn.Module):
         elif self.settings.source == "on_policy":
             assert micro.noisier_masks is not None
             batch = on_policy_batch(self.model, batch, micro.noisier_masks[-1])
+        elif self.settings.source == "loopholing":
+            states = first_states(self.model, batch, micro.keep)
         elif self.settings.runs_model:
             own = own_signals(self.model, micro, self.settings, SignalRule(top_k=self.settings.top_k or SELF_TOP_K))
             alpha, delta = own_residual(self.model, own, batch, self.settings)
             residual = (alpha * micro.keep, delta)
-        loss, losses = loss_parts(self.model, batch, residual, self.weight, teacher)
+        loss, losses = loss_parts(self.model, batch, residual, self.weight, teacher, states)
         return loss, _statistics(batch, losses, residual)
 
 

@@ -94,24 +94,46 @@ class TrainingBatch:
         return replace(self, masked=masked, noisy_ids=noisy, packed=None)
 
 
-def masked_hidden(model: DiffusionModel, batch: TrainingBatch, residual: Residual | None) -> Tensor:
-    """(N, D) final hidden states at the masked positions; with a residual their inputs are those of Eq. 2."""
+@dataclass(frozen=True)
+class LayerTokens:
+    """What enters the layers. ids, positions (B, M); masked (B, M): those that are predicted; source (B, M): of each
+    token in the batch's rows; takes (B, M): noisy tokens, which Loopholing gives a state, clean ones get none."""
+
+    ids: Tensor
+    masked: Tensor
+    positions: Tensor
+    layout: Any
+    source: Tensor | None = None
+    takes: Tensor | None = None
+    packed: PackedTokens | None = None
+
+
+def layer_tokens(model: DiffusionModel, batch: TrainingBatch) -> LayerTokens:
+    """Raises UserError for a noise layout that the family does not have."""
     whole = model.attention_block(batch.block_length) is None
     if (batch.first_noisy if whole else batch.blocks) is not None:
         given, other = ("multi_block", "d2f") if whole else ("d2f", "multi_block")
         raise UserError(f"noise.layout is {given}, which {model.family} models do not have; set it to {other}")
     if whole:
-        ids, masked, positions, packed = batch.noisy_ids, batch.masked, batch.positions, None
         layout = bidirectional(batch.sample_ids)
         if batch.blocks is not None:
             layout = causal_blocks(batch.sample_ids, batch.blocks)
-    else:
-        packed = batch.packed or batch.with_packed().packed
-        assert packed is not None
-        source, layout = packed.source, packed.layout
-        ids = torch.where(packed.noisy, batch.noisy_ids.gather(1, source), batch.input_ids.gather(1, source))
-        masked = batch.masked.gather(1, source) & packed.noisy & packed.valid
-        positions = batch.positions.gather(1, source)
+        return LayerTokens(batch.noisy_ids, batch.masked, batch.positions, layout)
+    packed = batch.packed or batch.with_packed().packed
+    assert packed is not None
+    source, takes = packed.source, packed.noisy & packed.valid
+    ids = torch.where(packed.noisy, batch.noisy_ids.gather(1, source), batch.input_ids.gather(1, source))
+    masked = batch.masked.gather(1, source) & takes
+    return LayerTokens(ids, masked, batch.positions.gather(1, source), packed.layout, source, takes, packed)
+
+
+def masked_hidden(
+    model: DiffusionModel, batch: TrainingBatch, residual: Residual | None, states: Tensor | None = None
+) -> Tensor:
+    """(N, D) final hidden states at the masked positions; with a residual their inputs are those of Eq. 2. states
+    (B, M, D): of the pass before, of a model with Loopholing (loopholing.py)."""
+    tokens = layer_tokens(model, batch)
+    ids, masked, positions, packed = tokens.ids, tokens.masked, tokens.positions, tokens.packed
     if isinstance(residual, SparseResidual):
         mixed = residual
         embeds = model.embedding(ids, lambda table, ids: residual_embedding(ids, masked, table, mixed))
@@ -124,7 +146,9 @@ def masked_hidden(model: DiffusionModel, batch: TrainingBatch, residual: Residua
     at = masked.flatten().nonzero()[:, 0]
     if model.mask_shift is not None:
         embeds = _shifted(embeds, at, model.mask_shift, residual)
-    hidden = model.hidden(embeds, positions, layout)
+    if model.loophole is not None:
+        embeds = model.loophole(embeds, states)
+    hidden = model.hidden(embeds, positions, tokens.layout)
     rows = model.predictors(at, positions.flatten()[at] == 0)
     if packed is not None and model.shifted:
         num_tokens = ids.shape[1]
@@ -201,10 +225,11 @@ def loss_parts(
     residual: Residual | None,
     weight: LossWeight,
     teacher: Teacher | None = None,
+    states: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(`loss_sum`, cross entropies (N,) in nats, unweighted and without gradient). teacher: its predictions instead of
-    the labels."""
-    hidden = masked_hidden(model, batch, residual)
+    the labels. states: as of `masked_hidden`."""
+    hidden = masked_hidden(model, batch, residual, states)
     weights = loss_weights(model.family, batch, weight)
     labels = batch.input_ids[batch.masked]
 

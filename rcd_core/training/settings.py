@@ -176,9 +176,10 @@ class ResidualSettings:
     """How a target is trained with residuals.
 
     source: "signals" (cached reference signals), "online" (the reference runs inside the step), "none" (plain masked
-    SFT) or "self" (no reference: one or two passes of the target itself on nested, noisier inputs). Two are controls of
-    experiments: "self_same" (self-residual on the same input) and "on_policy" (no residual, but masks as the target's
-    own passes leave them).
+    SFT), "self" (no reference: one or two passes of the target itself on nested, noisier inputs) or "loopholing" (not
+    RCD: a pass gets the hidden states of the one before, rcd_core/loopholing.py). Two are controls of experiments:
+    "self_same" (self-residual on the same input) and "on_policy" (no residual, but masks as the target's own passes
+    leave them).
     alpha_scale: nats, for the rules calibrated_entropy, uniform and learned; None takes `alpha_quantile` of the
     signals' entropies. top_k: ids of the signals that are used, None for all; the rest joins the tail.
     dropout: share of samples that are trained with alpha = 0, an extension for the zero start; the paper has 0.
@@ -186,7 +187,7 @@ class ResidualSettings:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    source: Literal["signals", "online", "none", "self", "self_same", "on_policy"] = "signals"
+    source: Literal["signals", "online", "none", "self", "self_same", "on_policy", "loopholing"] = "signals"
     alpha: AlphaRule = "normalized_entropy"
     alpha_scale: float | None = None
     alpha_quantile: float = 0.999
@@ -195,8 +196,13 @@ class ResidualSettings:
 
     @property
     def feeds_back(self) -> bool:
-        """Whether the model learns to read residuals, so that decoding it with residuals makes sense."""
+        """Whether the model learns to read what is fed back, so that decoding it so makes sense."""
         return self.source not in ("none", "on_policy")
+
+    @property
+    def has_alpha(self) -> bool:
+        """Whether what is fed back are distributions, weighted by alpha."""
+        return self.feeds_back and self.source != "loopholing"
 
     @property
     def learns_alpha(self) -> bool:
@@ -204,7 +210,12 @@ class ResidualSettings:
 
     @property
     def runs_model(self) -> bool:
-        """Whether a step first runs the model in training on other inputs."""
+        """Whether a step first runs the model in training without gradient."""
+        return self.needs_noisier or self.source == "loopholing"
+
+    @property
+    def needs_noisier(self) -> bool:
+        """Whether it does so on noisier versions of the rows."""
         return self.source in ("self", "self_same", "on_policy")
 
     def without_dropout(self) -> ResidualSettings:
@@ -219,5 +230,12 @@ class ResidualSettings:
             raise UserError(f"residual.alpha_quantile is {self.alpha_quantile}; it must lie in (0, 1]")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"residual.top_k is {self.top_k}; it must be at least 1, or null for all ids")
+        if self.source == "loopholing":
+            for name, default in (("alpha", "normalized_entropy"), ("alpha_scale", None), ("top_k", None)):
+                if getattr(self, name) != default:
+                    raise UserError(
+                        f"residual.{name} is {getattr(self, name)!r} but source is 'loopholing', which feeds back "
+                        f"states and no distributions; set it to {default or 'null'}"
+                    )
         if self.alpha == "ramp":
             raise UserError("residual.alpha is 'ramp', which depends on the pass number; train with another rule")

@@ -164,7 +164,7 @@ class Collator:
         batch = batch.with_packed() if self.block_diffusion else batch
         rows = [row for packed_row in bins for row in packed_row]
         micro = MicroBatch(rows, batch, signals, self._keep(rows))
-        return self._with_noisier_masks(micro, bins) if self.residual.runs_model else micro
+        return self._with_noisier_masks(micro, bins) if self.residual.needs_noisier else micro
 
     def _keep(self, rows: list[TrainingRow]) -> Tensor:
         """(N,) residual dropout, drawn per row by a hash of its index."""

@@ -14,6 +14,7 @@ from rcd_core.attention import backend_key
 from rcd_core.families.base import CheckpointInfo, DiffusionModel
 from rcd_core.families.config import ModelConfig
 from rcd_core.families.loading import family_of, new_model
+from rcd_core.loopholing import Loophole
 from tests.rcd_core.fake_gpu.device import FakeGpu
 
 VOCAB = 151_936
@@ -22,7 +23,12 @@ GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 def fake_model(
-    gpu: FakeGpu, family: str = "sdar", dtype: torch.dtype = torch.bfloat16, layers: int = 2, attention: str = "sdpa"
+    gpu: FakeGpu,
+    family: str = "sdar",
+    dtype: torch.dtype = torch.bfloat16,
+    layers: int = 2,
+    attention: str = "sdpa",
+    loophole: bool = False,
 ) -> DiffusionModel:
     """4 query and 2 key heads of 64, with a learned alpha."""
     config: Any = ModelConfig(
@@ -38,6 +44,7 @@ def fake_model(
     with _disable_current_modes(), torch.device("meta"):
         model = new_model(config, vocab_size=VOCAB, info=INFO, seed=0).eval()
         model.learned_alpha = LearnedAlpha()
+        model.loophole = Loophole(256) if loophole else None
     model.config._attn_implementation = backend_key(attention, "cuda")
     return gpu.model(model, dtype)  # type: ignore[no-any-return]
 

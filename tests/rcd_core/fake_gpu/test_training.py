@@ -30,7 +30,7 @@ from tests.rcd_core.fake_gpu.flash_attn_stub import flash_attn_stub
 from tests.rcd_core.fake_gpu.models import VOCAB, fake_model
 
 NOISE = NoiseSettings()
-SOURCES = ["none", "signals", "online", "self", "self_same", "on_policy"]
+SOURCES = ["none", "signals", "online", "self", "self_same", "on_policy", "loopholing"]
 
 
 @pytest.fixture
@@ -65,7 +65,8 @@ def train_on(
 ) -> list[dict[str, float]]:
     """One step of two rows. Fails unless autocast is on where it should be."""
     dtype = torch.bfloat16 if low == "parameters" else torch.float32
-    model = fake_model(gpu, family, dtype, layers=1, attention=attention).requires_grad_(True)
+    options = {"layers": 1, "attention": attention, "loophole": source == "loopholing"}
+    model = fake_model(gpu, family, dtype, **options).requires_grad_(True)  # type: ignore[arg-type]
     reference = fake_model(gpu, family) if source == "online" else None
     seen, logged = [], []
     hidden = type(model).hidden
