@@ -7,6 +7,8 @@ from rcd_core.tasks import official
 from rcd_core.tasks.arithmetic import Arithmetic
 from rcd_core.tasks.base import MASK_TEXT, SPLITS, Problem, Task
 from rcd_core.tasks.boxed import Aime24, Aime25, BoxedTask, Math, Math500, MinervaMath
+from rcd_core.tasks.chain import Chain
+from rcd_core.tasks.grid import Grid
 from rcd_core.tasks.gsm import Gsm1k, Gsm8k, GsmPlus, NumberTask
 from rcd_core.tasks.humaneval import HumanEval, check_allowed
 from rcd_core.tasks.qa import Qa
@@ -14,7 +16,7 @@ from rcd_core.tasks.stories import Stories
 from rcd_core.tasks.sudoku import SUDOKU, SUDOKU9
 
 GRADERS = ("default", "official")
-_SYNTHETIC: tuple[Task, ...] = (SUDOKU, SUDOKU9, Arithmetic(), Stories())
+_SYNTHETIC: tuple[Task, ...] = (SUDOKU, SUDOKU9, Arithmetic(), Stories(), Chain(), Grid())
 _GRADE_SCHOOL: tuple[Task, ...] = (Gsm8k(), Gsm1k(), GsmPlus())
 _BOXED: tuple[Task, ...] = (Math(), Math500(), MinervaMath(), Aime24(), Aime25())
 TASKS: dict[str, Task] = {task.name: task for task in (*_SYNTHETIC, *_GRADE_SCHOOL, *_BOXED, HumanEval(), Qa())}

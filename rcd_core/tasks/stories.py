@@ -20,36 +20,9 @@ from numpy.typing import NDArray
 
 from rcd_core.tasks.base import draw_row
 from rcd_core.tasks.gsm import NumberTask
+from rcd_core.tasks.words import PEOPLE, PLACES, THINGS, pick, words
 
-
-def _words(text: str) -> list[str]:
-    return text.split()
-
-
-_PEOPLE = _words(
-    """Ada Alan Amir Ana Anton Ben Bella Boris Carla Chen Clara Cora Dan Dora Eli Elsa Emil Erik Eva Felix Fiona Finn
-    Gina Greta Hana Hugo Ida Igor Ines Ivan Jan Jana Jonas Julia Karim Kira Lara Lena Leo Lina Luca Maja Marek Maria Mia
-    Milan Nadia Nina Noah Nora Olga Omar Oscar Paula Pavel Petra Rafael Rita Rosa Sam Sara Selma Simon Sofia Tara Theo
-    Tom Ugo Vera Victor Wanda Yara Yuri Zara Zoe"""
-)
-_THINGS = _words(
-    """acorns almonds apples arrows badges bagels balls bananas barrels baskets batteries beads beans bells books boots
-    bottles bowls boxes bricks brushes buckets buttons cakes candles caps cards carrots chairs cherries chestnuts coats
-    coins combs cookies crates crayons cups daisies dates dolls drums eggs envelopes erasers feathers figs flags flowers
-    forks gloves grapes hammers hats herbs hooks jars kites knives ladders lamps leaves lemons letters lilies limes
-    magnets maps marbles masks melons mugs mushrooms nails needles nuts olives onions oranges paddles pages pans pearls
-    pears pebbles pencils peppers pillows pins plates plums postcards pots potatoes radishes ribbons rings ropes roses
-    rulers saddles seeds shells shirts shoes socks spoons stamps stars stickers stones straws tickets tiles tomatoes
-    tools towels toys trays tulips turnips vases walnuts wheels whistles"""
-)
-_PLACES = _words(
-    """airport attic bakery balcony barn beach bridge cabin camp castle cellar chapel church cinema clinic corner
-    cottage desert dock factory farm field forest fountain gallery garage garden gate hall harbour hill hostel hotel
-    island kitchen lake library lighthouse market meadow mill museum office orchard palace park pier playground pond
-    porch port school shed shop square stable stadium station studio temple theatre tower valley
-    village vineyard workshop"""
-)
-_TIMES = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+_TIMES = words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 _GAIN = (
     "On {time} {other} brings {n} more {things}.",
     "Then {who} finds {n} near the {place}.",
@@ -90,7 +63,7 @@ class Stories(NumberTask):
 def _make(uniform: NDArray[np.float64]) -> tuple[str, str, str]:
     draws = uniform.tolist()
     start, steps = _chain(draws)
-    return f"{start}{steps}", *_in_words(start, steps, draws)
+    return f"{start}{steps}", *_inwords(start, steps, draws)
 
 
 def _chain(draws: Sequence[float]) -> tuple[int, list[Step]]:
@@ -107,22 +80,18 @@ def _chain(draws: Sequence[float]) -> tuple[int, list[Step]]:
     return start, steps
 
 
-def _in_words(start: int, steps: Sequence[Step], draws: Sequence[float]) -> tuple[str, str]:
+def _inwords(start: int, steps: Sequence[Step], draws: Sequence[float]) -> tuple[str, str]:
     """(question, answer)."""
-    who, things, place = _pick(_PEOPLE, draws[2]), _pick(_THINGS, draws[3]), _pick(_PLACES, draws[4])
+    who, things, place = pick(PEOPLE, draws[2]), pick(THINGS, draws[3]), pick(PLACES, draws[4])
     sentences, working, value = [f"{who} keeps {start} {things} at the {place}."], [], start
     for i, (sign, n) in enumerate(steps):
         how, where, other, wording = draws[8 + _DRAWS_PER_STEP * i : 12 + _DRAWS_PER_STEP * i]
         words = {
-            "who": who, "things": things, "n": n, "a": value, "b": value + sign * n, "place": _pick(_PLACES, where),
-            "time": _pick(_TIMES, where), "other": _pick(_PEOPLE, other),
+            "who": who, "things": things, "n": n, "a": value, "b": value + sign * n, "place": pick(PLACES, where),
+            "time": pick(_TIMES, where), "other": pick(PEOPLE, other),
         }  # fmt: skip
-        sentences.append(_pick(_GAIN if sign > 0 else _LOSS, how).format(**words))
-        working.append(_pick(_GAINED if sign > 0 else _LOST, wording).format(**words))
+        sentences.append(pick(_GAIN if sign > 0 else _LOSS, how).format(**words))
+        working.append(pick(_GAINED if sign > 0 else _LOST, wording).format(**words))
         value += sign * n
     question = " ".join([*sentences, f"How many {things} does {who} have now?"])
     return question, f"{' '.join(working)}\n#### {value}"
-
-
-def _pick(items: Sequence[str], u: float) -> str:
-    return items[int(u * len(items))]

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import re
 import sys
+from itertools import permutations
 
 import pytest
 
 from rcd_core.errors import UserError
-from rcd_core.tasks import MASK_TEXT, TASKS, Problem, get_task, grade
+from rcd_core.tasks import MASK_TEXT, TASKS, Problem, check, get_task, grade
 from rcd_core.tasks.answers import final_number, same_final_number
 from rcd_core.tasks.boxed import INSTRUCTION
 from rcd_core.tasks.sudoku import SUDOKU
 
-GENERATORS = ("sudoku", "sudoku9", "arithmetic", "stories")
+GENERATORS = ("sudoku", "sudoku9", "arithmetic", "stories", "chain", "grid")
 
 
 def test_unknown_task_lists_the_names() -> None:
@@ -175,6 +176,49 @@ def test_arithmetic_working_is_right_step_by_step() -> None:
             assert not results or left.startswith(results[-1])
             results.append(right)
         assert 2 <= len(steps) <= 4 and last == f"#### {results[-1]}" and all(0 < int(r) <= 99 for r in results)
+
+
+def test_a_grid_has_one_solution() -> None:
+    """Judged from the prompt alone: of all 36 arrangements the answer's is the only right one. No clue is idle."""
+    task = get_task("grid")
+    for i in range(100):
+        problem = task.problem(task.synthetic(i, "test", 0))
+        people, things, places = zip(*re.findall(r"(\w+) has the (\w+) in the (\w+)", problem.response), strict=True)
+        arrangements = [
+            " ".join(f"{who} has the {thing} in the {place}." for who, thing, place in zip(people, a, b, strict=True))
+            for a in permutations(things)
+            for b in permutations(places)
+        ]
+        right = [text for text in arrangements if check("grid", problem.prompt, text)]
+        assert right == [problem.response]
+        assert [text for text in arrangements if grade("grid", text, problem.answer)] == right
+        given, *clues, _ = re.findall(r"[^.?]+[.?]", problem.prompt)
+        for clue in clues:
+            fewer = problem.prompt.replace(clue, "")
+            assert sum(bool(check("grid", fewer, text)) for text in arrangements) > 1, clue
+    assert not check("grid", problem.prompt, f"{problem.response} {problem.response}".replace(people[0], "Nobody"))
+    assert check("grid", "Who has what?", problem.response) is None
+
+
+def test_a_chain_is_followed_from_its_question() -> None:
+    task = get_task("chain")
+    lengths = set()
+    for i in range(200):
+        row = task.synthetic(i, "train", 0)
+        problem = task.problem(row)
+        at, moves = dict(re.findall(r"The (\w+) is in the (\w+)\.", row["question"])), 0
+        for sentence in row["answer"].split("\n")[0].split(". "):
+            before = dict(at)
+            at |= dict(re.findall(r"the (\w+) (?:is )?in the (\w+)", sentence))
+            assert at != before or "and the" in sentence, "a step moves something"
+            moves += 1
+        asked = re.findall(r"Where is the (\w+)", row["question"])[0]
+        lengths.add(moves)
+        assert problem.answer == f"#### {at[asked]}" and check("chain", problem.prompt, problem.response)
+        others = set(at.values()) - {at[asked]}
+        assert not any(check("chain", problem.prompt, f"#### {place}") for place in others)
+    assert lengths == {3, 4, 5, 6}
+    assert grade("chain", "so\n#### Attic.", "#### attic") and not grade("chain", "attic", "#### attic")
 
 
 # -- math
