@@ -125,8 +125,9 @@ def _jobs(recipe: Recipe, vocab_size: int | None) -> Iterator[Job]:
     shape = _shape("target.start", start, recipe, vocab_size)
     residual = recipe.target.residual
     forwards = SELF_FORWARDS if residual.needs_noisier else float(residual.runs_model)
+    forwards += SELF_FORWARDS * residual.self_share
     if online and smaller is not None:
-        forwards = smaller.parameters / shape.parameters
+        forwards += (1.0 - residual.self_share) * smaller.parameters / shape.parameters
     yield Job("target", shape, recipe.training("target").train, residual, forwards)
 
 

@@ -48,7 +48,8 @@ class SignalActor:
         }
         self.own = None
         if job.own is not None:
-            self.own = OwnSignals(self.model, job.own, job.rule, job.noise, job.block_length, job.seed)
+            settings = (job.own, job.rule, job.noise, job.block_length, job.seed, job.on_policy)
+            self.own = OwnSignals(self.model, *settings)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """{"shard": numbers} -> the same with their sidecars as JSON. Rows go straight to storage."""
@@ -101,7 +102,8 @@ class SignalActor:
         """One forward pass of the reference, or some of the target; the rows with their signals as an Arrow table."""
         model = self.model
         if self.own is not None:
-            return encode(rows, self.own(rows).to("cpu"), self.job.adaptive)
+            rows, own = self.own(rows)
+            return encode(rows, own.to("cpu"), self.job.adaptive)
         batch, _ = collate(
             rows,
             mask_token_id=model.mask_token_id,

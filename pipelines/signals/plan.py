@@ -33,7 +33,8 @@ GROUP_BATCHES = 8  # a group holds the tokens of 8 batches: enough rows to sort 
 class SignalJob:
     """What an actor needs to compute any shard. row_offsets: [0, ..., rows], the first row of each shard, counted from
     first_row of the training. own: the model makes its signals as in decoding, from noisier versions of the rows, with
-    these residuals (rcd_core/training/own_signals.py); None: it is a reference, without residuals."""
+    these residuals (rcd_core/training/own_signals.py); None: it is a reference, which sees the rows' own masks.
+    on_policy: with `own`, the rows are masked anew."""
 
     directory: str
     reference: str
@@ -48,6 +49,7 @@ class SignalJob:
     gpus: float = 0
     first_row: int = 0
     own: ResidualSettings | None = None
+    on_policy: bool = False
     seed: int = 0  # of the noisier versions
 
     @property
@@ -83,6 +85,8 @@ def make_job(ctx: StageContext) -> SignalJob:
         reference = f"round-{number - 1}"
         learned = ctx.input(reference)["summary"]["rcd"]
         own = replace(recipe.target.residual, alpha_scale=learned["alpha_scale"])
+    elif recipe.signals.on_policy:
+        own = ResidualSettings(source="none")
     return SignalJob(
         directory=ctx.directory,
         reference=ctx.checkpoint(reference),
@@ -97,6 +101,7 @@ def make_job(ctx: StageContext) -> SignalJob:
         gpus=recipe.resources.gpus_per_worker,
         first_row=rows.start,
         own=own,
+        on_policy=recipe.signals.on_policy,
         seed=hash_key(recipe.seed, ctx.stage) & SEED_BITS,
     )
 

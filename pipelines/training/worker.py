@@ -190,7 +190,8 @@ def validation(
         own = OwnSignals(reference, job.residual, job.signal_rule, job.noise, job.block_length, job.settings.seed)
     for row in (examples.row(index) for index in range(rank, num_rows, world_size)):
         if own is not None:
-            rows[row.index] = replace(row, signals=own([row]).to("cpu"))
+            _, signals = own([row])
+            rows[row.index] = replace(row, signals=signals.to("cpu"))
             continue
         batch, _ = collate(
             [row],

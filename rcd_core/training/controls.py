@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from rcd_core.families.base import DiffusionModel
 from rcd_core.ops.tiles import tile_rows
-from rcd_core.training.objective import TrainingBatch, masked_hidden
+from rcd_core.training.objective import TrainingBatch, least_confident, masked_hidden
 
 
 def same_masks(masked: NDArray[np.bool_], num_passes: int) -> list[NDArray[np.bool_]]:
@@ -26,7 +26,7 @@ def same_masks(masked: NDArray[np.bool_], num_passes: int) -> list[NDArray[np.bo
 
 @torch.no_grad()
 def on_policy_batch(model: DiffusionModel, batch: TrainingBatch, noisier: Tensor) -> TrainingBatch:
-    """on_policy: each sample keeps its number of masks, on the tokens the model is least confident of after one pass
+    """on_policy: each block keeps its number of masks, on the tokens the model is least confident of after one pass
     over the noisier mask (B, L)."""
     hidden = masked_hidden(model, batch.remasked(noisier, model.mask_token_id), None)
     tile = tile_rows(model.vocab_size, hidden.device)
@@ -34,14 +34,6 @@ def on_policy_batch(model: DiffusionModel, batch: TrainingBatch, noisier: Tensor
     def top(head: Tensor, rows: Tensor) -> Tensor:  # (N',) largest log-probabilities
         return torch.cat([torch.log_softmax(F.linear(h, head).float(), -1).amax(-1) for h in torch.split(rows, tile)])
 
-    confidence = torch.full(noisier.shape, float("-inf"), device=noisier.device)
-    confidence[noisier] = model.lm_head(hidden, top)
     masked = torch.zeros_like(noisier)
-    for row in range(noisier.shape[0]):
-        samples = batch.sample_ids[row]
-        for sample in range(int(samples.max()) + 1):
-            in_sample = samples == sample
-            count = int((batch.masked[row] & in_sample).sum())
-            scores = torch.where(noisier[row] & in_sample, -confidence[row], float("-inf"))
-            masked[row, scores.topk(count).indices] = True
+    masked[noisier] = least_confident(model, batch, noisier, model.lm_head(hidden, top))
     return batch.remasked(masked, model.mask_token_id)

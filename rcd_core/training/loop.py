@@ -109,8 +109,9 @@ def train(
         raise UserError("train.steps is 0 because train.epochs is set; pass settings.resolved(num_examples)")
     if residual.source == "online" and reference is None and not own_reference:
         raise UserError("residual.source is 'online' but reference is None; pass the reference model")
-    if residual.needs_noisier and noise is None:
-        raise UserError(f"residual.source is {residual.source!r} but noise is None; pass the noise of the rows")
+    if (residual.needs_noisier or residual.self_share) and noise is None:
+        name = f"source is {residual.source!r}" if residual.needs_noisier else f"self_share is {residual.self_share}"
+        raise UserError(f"residual.{name} but noise is None; pass the noise of the rows")
     if settings.distill and reference is None and not own_reference:
         raise UserError("train.distill is true but reference is None; pass the reference model")
     if settings.distill and residual.source == "on_policy":
@@ -298,6 +299,8 @@ class _Run:
         return teacher_of(self.reference, micro.batch)
 
     def _signals(self, micro: MicroBatch) -> ReferenceSignals | None:
+        if micro.noisier_masks is not None:
+            return None  # the model's own
         if self.residual.source == "online" and self.reference is None:
             return None  # the model's own, without its adapters (LossModule)
         if self.residual.source == "online":

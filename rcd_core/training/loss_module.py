@@ -62,7 +62,7 @@ class LossModule(nn.Module):
         batch = micro.batch
         residual: Residual | None = None
         states: Tensor | None = None
-        if self.own_reference is not None:
+        if self.own_reference is not None and micro.noisier_masks is None:
             with adapters_off(self.model):
                 signals = reference_signals(self.model, batch, self.own_reference)
         if self.own_teacher:
@@ -77,7 +77,7 @@ class LossModule(nn.Module):
             batch = on_policy_batch(self.model, batch, micro.noisier_masks[-1])
         elif self.settings.source == "loopholing":
             states = first_states(self.model, batch, micro.keep)
-        elif self.settings.runs_model:
+        elif micro.noisier_masks is not None:
             own = own_signals(self.model, micro, self.settings, SignalRule(top_k=self.settings.top_k or SELF_TOP_K))
             alpha, delta = own_residual(self.model, own, batch, self.settings)
             residual = (alpha * micro.keep, delta)

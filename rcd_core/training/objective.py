@@ -197,6 +197,21 @@ def masked_blocks(model: DiffusionModel, batch: TrainingBatch) -> Tensor:
     return batch.masked.flatten().nonzero()[:, 0] - within  # index of the block's first token in the batch
 
 
+def least_confident(model: DiffusionModel, batch: TrainingBatch, noisier: Tensor, confidence: Tensor) -> Tensor:
+    """(N',) bool: of the positions masked in `noisier` (B, L), with confidences (N',), the lowest of each block, as
+    many as the batch's own masks."""
+    group = masked_blocks(model, batch.remasked(noisier, model.mask_token_id))
+    numbers, of_group = torch.unique(group, return_inverse=True)
+    order = confidence.argsort(stable=True)
+    order = order[of_group[order].argsort(stable=True)]  # by block, the least confident first
+    sizes = torch.bincount(of_group, minlength=len(numbers))
+    rank = torch.arange(len(order), device=order.device) - (sizes.cumsum(0) - sizes)[of_group[order]]
+    counts = torch.bincount(of_group[batch.masked[noisier]], minlength=len(numbers))
+    kept = torch.zeros_like(confidence, dtype=torch.bool)
+    kept[order] = rank < counts[of_group[order]]
+    return kept
+
+
 def normalizer(batch: TrainingBatch, family: str, weight: LossWeight) -> Tensor:
     """Scalar divisor of the loss sum; the divisors of a step's batches add up.
 

@@ -19,13 +19,14 @@ from rcd_core.noise import NoiseSettings
 from rcd_core.signals import ReferenceSignals, residual_state
 from rcd_core.training.data.batches import Collator, MicroBatch
 from rcd_core.training.data.rows import TrainingRow
-from rcd_core.training.objective import TrainingBatch, encoded, masked_blocks, masked_hidden
+from rcd_core.training.objective import TrainingBatch, encoded, least_confident, masked_blocks, masked_hidden
 from rcd_core.training.settings import ResidualSettings, SignalRule, TrainSettings
 
 
 class OwnSignals:
-    """(N) signals of the frozen model for whole rows, each of which has tokens. settings: of the passes' residuals. The
-    noisier versions depend on seed and on the rows' numbers."""
+    """(N) signals of the frozen model for whole rows, each of which has tokens. settings: of the passes' residuals;
+    without any for source "none". on_policy: the rows are masked anew, where decoding would leave masks. The noisier
+    versions depend on seed and on the rows' numbers."""
 
     def __init__(
         self,
@@ -35,12 +36,13 @@ class OwnSignals:
         noise: NoiseSettings,
         block_length: int,
         seed: int,
+        on_policy: bool = False,
     ) -> None:
-        self.model, self.rule = model, rule
-        self.settings = replace(settings, source="self", dropout=0.0)
+        self.model, self.rule, self.on_policy = model, rule, on_policy
+        self.settings = replace(settings, dropout=0.0, self_share=0.0)
         self.collator = Collator(
             settings=TrainSettings(steps=1, batch_size=1, seed=seed),
-            residual=self.settings,
+            residual=replace(self.settings, source="self"),
             mask_token_id=model.mask_token_id,
             pad_token_id=model.info.pad_token_id,
             block_length=block_length,
@@ -48,32 +50,58 @@ class OwnSignals:
             noise=noise,
         )
 
-    def __call__(self, rows: Sequence[TrainingRow]) -> ReferenceSignals:
+    def __call__(self, rows: Sequence[TrainingRow]) -> tuple[list[TrainingRow], ReferenceSignals]:
+        """(the rows as they are trained, their signals)."""
         (micro,) = self.collator.micro_batches(list(rows))
-        return own_signals(self.model, micro.to(self.model.device), self.settings, self.rule)
+        micro = micro.to(self.model.device)
+        if not self.on_policy:
+            return list(rows), own_signals(self.model, micro, self.settings, self.rule)
+        masked, signals = on_policy_signals(self.model, micro, self.settings, self.rule)
+        new = masked.cpu().numpy()
+        return [replace(row, masked=new[i, : len(row.masked)]) for i, row in enumerate(rows)], signals
 
 
-@torch.no_grad()
 def own_signals(
     model: DiffusionModel, micro: MicroBatch, settings: ResidualSettings, rule: SignalRule
 ) -> ReferenceSignals:
     """(N) signals of the last of the P earlier passes at the micro-batch's masked positions. settings: alpha of the
-    passes' residuals. rule: what is kept of the predictions. A row with fewer passes has no residual until its first
-    one."""
+    passes' residuals. rule: what is kept of the predictions."""
+    noisier, signals = _last_pass(model, micro, settings, rule)
+    return signals[micro.batch.masked[noisier]]
+
+
+def on_policy_signals(
+    model: DiffusionModel, micro: MicroBatch, settings: ResidualSettings, rule: SignalRule
+) -> tuple[Tensor, ReferenceSignals]:
+    """(masks (B, L), signals (N)) as decoding would leave them after the last earlier pass: of each block the tokens
+    that this pass is least sure of stay masked, as many as the row's own masks, and keep its predictions."""
+    noisier, signals = _last_pass(model, micro, settings, rule)
+    kept = least_confident(model, micro.batch, noisier, signals.topk_logprobs[:, 0])
+    masked = torch.zeros_like(noisier)
+    masked[noisier] = kept
+    return masked, signals[kept]
+
+
+@torch.no_grad()
+def _last_pass(
+    model: DiffusionModel, micro: MicroBatch, settings: ResidualSettings, rule: SignalRule
+) -> tuple[Tensor, ReferenceSignals]:
+    """(its masks (B, L), the signals (N') at them). A row with fewer passes has no residual until its first one."""
     assert micro.noisier_masks is not None and micro.num_passes is not None
     temperatures = {"alpha_temperature": rule.alpha_temperature, "delta_temperature": rule.delta_temperature}
     residual: tuple[Tensor, Tensor] | None = None
-    masks = [*micro.noisier_masks, micro.batch.masked]
-    for number, (masked, following) in enumerate(zip(masks, masks[1:], strict=False)):
+    masks = list(micro.noisier_masks)
+    for number, masked in enumerate(masks):
         batch = micro.batch.remasked(masked, model.mask_token_id)
         hidden = masked_hidden(model, batch, residual)  # (N', D)
-        signals = encoded(model, hidden, rule.top_k, rule.keep_mass, **temperatures)[following[masked]]
-        if number + 2 == len(masks):
-            break
+        signals = encoded(model, hidden, rule.top_k, rule.keep_mass, **temperatures)
+        if number + 1 == len(masks) or not settings.feeds_back:
+            continue
+        following = masks[number + 1]
         after = micro.batch.remasked(following, model.mask_token_id)
-        alpha, delta = own_residual(model, signals, after, settings)
-        residual = (alpha * (micro.num_passes[following] >= len(micro.noisier_masks) - number), delta)
-    return signals
+        alpha, delta = own_residual(model, signals[following[masked]], after, settings)
+        residual = (alpha * (micro.num_passes[following] >= len(masks) - number), delta)
+    return masks[-1], signals
 
 
 def own_residual(

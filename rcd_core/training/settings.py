@@ -183,6 +183,7 @@ class ResidualSettings:
     alpha_scale: nats, for the rules calibrated_entropy, uniform and learned; None takes `alpha_quantile` of the
     signals' entropies. top_k: ids of the signals that are used, None for all; the rest joins the tail.
     dropout: share of samples that are trained with alpha = 0, an extension for the zero start; the paper has 0.
+    self_share: share of the steps that take self-residual in place of the reference's signals.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -193,6 +194,7 @@ class ResidualSettings:
     alpha_quantile: float = 0.999
     top_k: int | None = None
     dropout: float = 0.25
+    self_share: float = 0.0
 
     @property
     def feeds_back(self) -> bool:
@@ -224,6 +226,13 @@ class ResidualSettings:
     def __post_init__(self) -> None:
         if not 0.0 <= self.dropout <= 1.0:
             raise UserError(f"residual.dropout is {self.dropout}; it must lie in [0, 1]")
+        if not 0.0 <= self.self_share <= 1.0:
+            raise UserError(f"residual.self_share is {self.self_share}; it must lie in [0, 1]")
+        if self.self_share and self.source not in ("signals", "online"):
+            raise UserError(
+                f"residual.self_share is {self.self_share} but source is {self.source!r}, which has no signals to mix "
+                "with; set it to 0"
+            )
         if self.alpha_scale is not None and not self.alpha_scale > 0.0:
             raise UserError(f"residual.alpha_scale is {self.alpha_scale}; it must be above 0 (nats)")
         if not 0.0 < self.alpha_quantile <= 1.0:

@@ -79,12 +79,14 @@ def run_stage(recipe: Recipe, name: str, function: Callable[[StageContext], dict
 
 
 @pytest.mark.drill  # two trainings and two caches on Ray
-def test_a_run_in_two_rounds(ray_cluster: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_a_run_in_two_rounds(on_policy: bool, ray_cluster: str, tmp_path: Path) -> None:
     """The same weights as in one process that goes on from the state of the first part, with signals that the first
     part's model makes from noisier versions of the rows. What has been used is removed."""
     recipe = make_recipe(tmp_path, train={"schedule": "linear"})
     target = recipe.target.model_copy(update={"rounds": 2})
-    recipe = recipe.model_copy(update={"target": target})
+    signals = recipe.signals.model_copy(update={"on_policy": on_policy})
+    recipe = recipe.model_copy(update={"target": target, "signals": signals})
     prepare_run(recipe)
     prepare = Path(recipe.run_directory) / "prepare"
     train_tokenizer(["1 2 3"], 300).save_pretrained(prepare / "tokenizer")
@@ -98,13 +100,15 @@ def test_a_run_in_two_rounds(ray_cluster: str, tmp_path: Path) -> None:
     examples, job = ExampleSource(files, recipe.noise), make_signal_job(own)
     model = load_model(Path(first.directory) / "model")
     assert job.own is not None
-    expected = OwnSignals(model, job.own, job.rule, job.noise, BLOCK, job.seed)
+    expected = OwnSignals(model, job.own, job.rule, job.noise, BLOCK, job.seed, on_policy)
     stored = SignalSource(own.directory, summary)
     for g in range(60, 120, 7):
         row = stored.row(g)
         assert row.example_id == examples.row(g).example_id and row.index == g
         assert row.signals is not None
-        np.testing.assert_allclose(row.signals.entropy, expected([examples.row(g)]).entropy, atol=1e-4)
+        (trained,), made = expected([examples.row(g)])
+        np.testing.assert_array_equal(row.masked, trained.masked)
+        np.testing.assert_allclose(row.signals.entropy, made.entropy, atol=1e-4)
     kept = tmp_path / "kept"
     shutil.copytree(own.directory, kept)
     state = Path(make_job(context(recipe, "target")).resume_from or "")

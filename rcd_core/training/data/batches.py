@@ -146,8 +146,15 @@ class Collator:
         """step: of the training; None: after the warm-up of blocks."""
         bins = pack(rows, self.settings.pack_length)
         size = self.settings.micro_batch_size or len(bins)
-        blocks = self.block_length_at(step)
-        return [self._micro_batch(bins[i : i + size], blocks) for i in range(0, len(bins), size)]
+        blocks, own = self.block_length_at(step), self.residual.needs_noisier or self._is_own(step)
+        return [self._micro_batch(bins[i : i + size], blocks, own) for i in range(0, len(bins), size)]
+
+    def _is_own(self, step: int | None) -> bool:
+        """Whether the step takes self-residual in place of signals: the same on all ranks."""
+        share = self.residual.self_share
+        if step is None or not share:
+            return False
+        return bool(uniforms(hash_key("self_share", self.settings.seed, step), 1)[0] < share)
 
     def block_length_at(self, step: int | None) -> int:
         """During the warm-up, the divisors of block_length in turn, from 1, which is causal attention."""
@@ -157,14 +164,14 @@ class Collator:
             return self.block_length
         return smaller[step * len(smaller) // warm]
 
-    def _micro_batch(self, bins: list[list[TrainingRow]], block_length: int) -> MicroBatch:
+    def _micro_batch(self, bins: list[list[TrainingRow]], block_length: int, own: bool) -> MicroBatch:
         ids = {"mask_token_id": self.mask_token_id, "pad_token_id": self.pad_token_id}
         batch, signals = collate_packed(bins, **ids, block_length=self.block_length, noise=self.noise)
         batch = replace(batch, block_length=block_length)
         batch = batch.with_packed() if self.block_diffusion else batch
         rows = [row for packed_row in bins for row in packed_row]
-        micro = MicroBatch(rows, batch, signals, self._keep(rows))
-        return self._with_noisier_masks(micro, bins) if self.residual.needs_noisier else micro
+        micro = MicroBatch(rows, batch, None if own else signals, self._keep(rows))
+        return self._with_noisier_masks(micro, bins) if own else micro
 
     def _keep(self, rows: list[TrainingRow]) -> Tensor:
         """(N,) residual dropout, drawn per row by a hash of its index."""

@@ -14,12 +14,12 @@ from rcd_core import ReferenceSignals, UserError, load_model
 from rcd_core.noise import NoiseSettings, mask_example, nested_masks
 from rcd_core.signals import residual_state
 from rcd_core.training.controls import on_policy_batch
-from rcd_core.training.data.batches import MAX_PASSES, Collator, pack
+from rcd_core.training.data.batches import MAX_PASSES, Collator, collate, pack
 from rcd_core.training.data.rows import TrainingRow
 from rcd_core.training.loop import Callbacks, train
 from rcd_core.training.loss_module import LossModule
-from rcd_core.training.objective import loss_sum, masked_hidden
-from rcd_core.training.own_signals import OwnSignals
+from rcd_core.training.objective import loss_sum, masked_hidden, reference_signals
+from rcd_core.training.own_signals import OwnSignals, own_signals
 from rcd_core.training.settings import ResidualSettings, SignalRule, TrainSettings
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -79,7 +79,7 @@ def test_signals_that_the_model_made_itself_are_its_self_residual(model: Any) ->
     rows = training_rows()
     rule = ResidualSettings(source="self", dropout=0.0, top_k=16)
     own = OwnSignals(model, rule, SignalRule(top_k=16), NOISE, 4, seed=0)
-    cached = [replace(row, signals=own([row])) for row in rows]
+    cached = [replace(row, signals=own([row])[1]) for row in rows]
     losses = []
     for source, given in (("self", rows), ("signals", cached)):
         collator = replace(own.collator, residual=replace(rule, source=source))  # type: ignore[arg-type]
@@ -88,6 +88,40 @@ def test_signals_that_the_model_made_itself_are_its_self_residual(model: Any) ->
             module = LossModule(model, "uniform", replace(rule, source=source))  # type: ignore[arg-type]
             losses.append(module(micro, micro.signals)[0].item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_rows_masked_as_decoding_leaves_them(model: Any) -> None:
+    """Of each block as many tokens as before, those that the last earlier pass is least sure of, with its predictions
+    there; a model without residuals gives none to its second pass."""
+    rows = training_rows()
+    for source in ("self", "none"):
+        settings = ResidualSettings(source=source, dropout=0.0, top_k=16)  # type: ignore[arg-type]
+        own = OwnSignals(model, settings, SignalRule(top_k=16), NOISE, 4, seed=0, on_policy=True)
+        masked_anew, signals = own(rows)
+        (micro,) = own.collator.micro_batches(rows)
+        noisier = micro.noisier_masks[-1]
+        plain = own_signals(model, replace(micro, batch=micro.batch.remasked(noisier, 511)), settings, own.rule)
+        at, given = 0, 0
+        for i, (before, after) in enumerate(zip(rows, masked_anew, strict=True)):
+            wider = noisier[i, : len(before.masked)].numpy()
+            assert not (after.masked & ~wider).any() and after.masked.shape == before.masked.shape
+            confidence = np.full(len(wider), np.nan)
+            confidence[wider] = plain.topk_logprobs[given : given + wider.sum(), 0].float().numpy()
+            given += int(wider.sum())
+            length = 4 if model.family == "sdar" else len(wider)
+            for part in (slice(start, start + length) for start in range(0, len(wider), length)):
+                left = wider[part] & ~after.masked[part]
+                assert after.masked[part].sum() == before.masked[part].sum()
+                if after.masked[part].any() and left.any():
+                    assert confidence[part][after.masked[part]].max() <= confidence[part][left].min()
+            count = int(after.masked.sum())
+            found = signals.topk_logprobs[at : at + count, 0].float().numpy()
+            np.testing.assert_array_equal(found, confidence[after.masked])
+            at += count
+        assert any((a.masked != b.masked).any() for a, b in zip(rows, masked_anew, strict=True))
+        unlike = own_signals(model, micro, replace(settings, source="none"), own.rule)
+        same = own_signals(model, micro, settings, own.rule)
+        assert torch.equal(same.entropy, unlike.entropy) == (source == "none")
 
 
 def test_self_residual_equals_passes_written_out(model: Any) -> None:
@@ -124,11 +158,12 @@ def test_on_policy_masks_the_least_confident_tokens(model: Any) -> None:
         confidence = torch.zeros(noisier.shape)
         confidence[noisier] = torch.softmax(model.head(hidden), -1).amax(-1)
     changed = 0
+    groups = (samples + 1) * 1000 + (micro.batch.positions // 4 if model.family == "sdar" else 0)
     for row in range(len(noisier)):
-        for sample in range(int(samples[row].max()) + 1):
-            in_sample = samples[row] == sample
-            masked, before = batch.masked[row] & in_sample, micro.batch.masked[row] & in_sample
-            unmasked = noisier[row] & in_sample & ~batch.masked[row]
+        for group in groups[row][samples[row] >= 0].unique():
+            inside = groups[row] == group
+            masked, before = batch.masked[row] & inside, micro.batch.masked[row] & inside
+            unmasked = noisier[row] & inside & ~batch.masked[row]
             assert masked.sum() == before.sum()
             if masked.any() and unmasked.any():
                 assert confidence[row][masked].max() <= confidence[row][unmasked].min()
@@ -136,6 +171,36 @@ def test_on_policy_masks_the_least_confident_tokens(model: Any) -> None:
     assert changed, "the masks differ from the random ones"
     assert (batch.noisy_ids[batch.masked] == model.mask_token_id).all()
     assert torch.equal(batch.noisy_ids[~batch.masked], batch.input_ids[~batch.masked])
+
+
+def test_signals_and_self_residual_mixed(model: Any) -> None:
+    """A share of the steps is trained as with source "self", the others as with "signals"; any rank knows which."""
+    rows = [replace(row, signals=reference_rows(model, row)) for row in training_rows()]
+    mixed = ResidualSettings(source="signals", dropout=0.0, self_share=0.4, top_k=16)
+    own = OwnSignals(model, mixed, SignalRule(), NOISE, 4, seed=0)
+    alone = replace(mixed, self_share=0.0)
+    kinds = {"mixed": mixed, "signals": alone, "self": replace(alone, source="self")}
+    of = {name: replace(own.collator, residual=kind) for name, kind in kinds.items()}
+    losses = []
+    for step in range(200):
+        (micro,) = of["mixed"].micro_batches(rows, step)
+        losses.append("self" if micro.noisier_masks is not None else "signals")
+        assert (micro.signals is None) == (losses[-1] == "self")
+        if step < 4:
+            with torch.no_grad():
+                found = LossModule(model, "uniform", mixed)(micro, micro.signals)[0]
+                (other,) = of[losses[-1]].micro_batches(rows, step)
+                plain = LossModule(model, "uniform", of[losses[-1]].residual)(other, other.signals)[0]
+            assert torch.equal(found, plain)
+    assert {*losses[:4]} == {"self", "signals"} and losses.count("self") == pytest.approx(80, abs=25)
+    assert of["mixed"].micro_batches(rows)[0].signals is not None, "validation is on signals"
+    with pytest.raises(UserError, match="self_share is 0.4"):
+        replace(mixed, source="none")
+
+
+def reference_rows(model: Any, row: TrainingRow) -> ReferenceSignals:
+    batch, _ = collate([row], mask_token_id=model.mask_token_id, pad_token_id=0, block_length=4)
+    return reference_signals(model, batch, SignalRule(top_k=16))
 
 
 @pytest.mark.parametrize("source", ["self", "self_same", "on_policy"])
