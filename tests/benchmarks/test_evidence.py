@@ -21,7 +21,7 @@ from tests.benchmarks.evidence.report import report
 from tests.benchmarks.evidence.run import Runner, cells
 from tests.benchmarks.evidence.world import World
 
-PLAN = Path(__file__).parent / "evidence" / "plan.yaml"
+PLAN = Path(__file__).parent / "evidence" / "second.yaml"
 
 
 def small(tmp_path: Path) -> Plan:
@@ -29,14 +29,20 @@ def small(tmp_path: Path) -> Plan:
     raw = yaml.safe_load(PLAN.read_text())
     e = raw["experiments"]["sudoku6"]
     e |= {"num_train": 64, "num_test": 24, "thresholds": [0.2, 0.9], "replicates": [[0, 0], [1, 0]]}
-    e["arms"] = ["seqd", "rcd_both", "self"]
+    e["arms"] = ["seqd", "rcd", "rounds"]
     sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 32}
-    e["target"], e["references"] = sizes, {"weak": e["references"]["weak"] | {"model": sizes}}
-    for train in (e["base_train"], e["second_train"], e["references"]["weak"]["train"]):
+    e["target"], e["references"] = sizes, {"small": e["references"]["small"] | {"model": sizes}}
+    for train in (e["base_train"], e["second_train"], e["references"]["small"]["train"]):
         train |= {"steps": 2, "batch_size": 8}
     path = tmp_path / "plan.yaml"
     path.write_text(yaml.safe_dump({"arms": raw["arms"], "experiments": {"sudoku6": e}}))
     return load_plan(path)
+
+
+def test_every_plan_can_be_read() -> None:
+    for path in PLAN.parent.glob("*.yaml"):
+        plan = load_plan(path)
+        assert all(list(cells(plan, [name], 1)) for name in plan.experiments)
 
 
 def test_an_unknown_key_of_the_plan_is_refused(tmp_path: Path) -> None:
@@ -96,12 +102,12 @@ def test_it_goes_on_where_it_stopped_and_reports_whole_replicates(
     result = json.loads((tmp_path / "written" / "results.json").read_text())["sudoku6"]
     assert result["replicates"] == [[0, 0]] and (tmp_path / "written" / "sudoku6.png").exists()
     arms = {(arm["arm"], arm["start"]): arm for arm in result["arms"]}
-    assert set(arms) == {("seqd", "none"), ("rcd_both", "zero"), ("rcd_both", "reference"), ("self", "zero")}
-    with np.load(tmp_path / "one" / "sudoku6" / "base0.seed0.rcd_both.weak.npz") as data:
+    assert set(arms) == {("seqd", "none"), ("rcd", "zero"), ("rcd", "reference"), ("rounds", "zero")}
+    with np.load(tmp_path / "one" / "sudoku6" / "base0.seed0.rcd.small.npz") as data:
         tokens, passes, asked = (data[f"reference.{n}"].sum(1) for n in ("tokens", "denoise", "reference"))
         assert data["reference.reference"].all() and not data["zero.reference"].any()
     paper = tokens / passes
-    counted = np.array(arms["rcd_both", "reference"]["tokens_per_pass"])
+    counted = np.array(arms["rcd", "reference"]["tokens_per_pass"])
     weights = (tokens / counted - passes) / asked  # of a model as large, which predicts a whole block at once
     assert np.all(counted < paper) and np.all((weights > 1.0) & (weights < 2.0))
     assert arms["seqd", "none"]["gains"][0]["mean"] in (None, 0.0)

@@ -1,7 +1,8 @@
-"""Runs the experiment of plan.yaml that compares methods, on rcd_core alone, without Ray.
+"""Runs the experiments that compare methods, on rcd_core alone, without Ray.
 
-    python -m tests.benchmarks.evidence run --output DIR [--only sudoku6 stories16] [--replicates 3] [--minutes 60]
+    python -m tests.benchmarks.evidence run --output DIR [--only sudoku6 chain] [--replicates 3] [--minutes 60]
     python -m tests.benchmarks.evidence report --output DIR [--write tests/benchmarks/evidence/results]
+    ... --plan tests/benchmarks/evidence/first.yaml       # the first experiment; default: the second
 
 `run` resumes. Several processes may work on different experiments of one directory. Uses a GPU where there is one.
 """
@@ -19,7 +20,7 @@ from tests.benchmarks.evidence.plan import load_plan
 from tests.benchmarks.evidence.run import Runner, cells
 from tests.benchmarks.probe import header
 
-PLAN = Path(__file__).with_name("plan.yaml")
+PLAN = Path(__file__).with_name("second.yaml")
 
 
 def main() -> int:

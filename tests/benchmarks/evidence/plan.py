@@ -1,4 +1,4 @@
-"""Reads plan.yaml strictly: the experiment as fixed before it was run."""
+"""Reads first.yaml and second.yaml strictly: experiments as fixed before they were run."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ from rcd_core.training.settings import ResidualSettings, TrainSettings
 @dataclass(frozen=True, kw_only=True)
 class Arm:
     """A method of the second stage. residual None: masked SFT (SeqD). steps_factor: multiplies the second stage's
-    steps. starts: sources of a block's first residual when decoding."""
+    steps. starts: sources of a block's first residual when decoding. rounds: with source "signals", equal parts of the
+    second stage; the base makes the signals of the first part, the target those of each further one. on_policy: signals
+    on rows masked as decoding would leave them."""
 
     name: str
     title: str
     residual: ResidualSettings | None = None
     steps_factor: float = 1.0
     starts: tuple[str, ...] = ()
+    rounds: int = 1
+    on_policy: bool = False
 
     @property
     def asks_reference(self) -> bool:

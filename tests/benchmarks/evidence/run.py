@@ -7,11 +7,14 @@ and problems.
 
 from __future__ import annotations
 
+import copy
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +26,10 @@ from rcd_core.families.base import DiffusionModel
 from rcd_core.families.config import ModelConfig
 from rcd_core.families.loading import load_model
 from rcd_core.training.data.batches import collate
+from rcd_core.training.data.rows import RowSource, TrainingRow
 from rcd_core.training.loop import Callbacks, train
 from rcd_core.training.objective import reference_signals
+from rcd_core.training.own_signals import OwnSignals
 from rcd_core.training.settings import ResidualSettings, SignalRule, TrainSettings
 from tests.benchmarks.evidence.plan import Arm, Experiment, Plan
 from tests.benchmarks.evidence.world import MemorySource, World
@@ -58,6 +63,51 @@ def cells(plan: Plan, names: list[str], replicates: int) -> Iterator[Cell]:
                     yield Cell(experiment, base, seed, arm, reference)
 
 
+class Signals:
+    """Rows with the model's signals, made 64 rows at a time as training reaches them, by a copy of the model."""
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        settings: ResidualSettings,
+        rows: MemorySource,
+        numbers: range,
+        seed: int,
+        on_policy: bool,
+    ) -> None:
+        self.rows, self.numbers = rows, numbers
+        frozen = copy.deepcopy(model).requires_grad_(False).eval()
+        rule, block = SignalRule(top_k=SIGNAL_TOP_K), model.info.block_length
+        self.own = OwnSignals(frozen, settings, rule, rows.noise, block, seed, on_policy)
+        # The base sees the rows' own masks, as a reference does, unless they are masked anew.
+        self.plain = frozen if not (settings.feeds_back or on_policy) else None
+        self._made: tuple[int, list[TrainingRow]] = (-1, [])
+
+    def row(self, index: int) -> TrainingRow:
+        number, place = divmod(index - self.numbers.start, 64)
+        if self._made[0] != number:
+            first = self.numbers.start + 64 * number
+            self._made = (
+                number,
+                self._signals([self.rows.row(g) for g in range(first, min(first + 64, self.numbers.stop))]),
+            )
+        return self._made[1][place]
+
+    def _signals(self, rows: list[TrainingRow]) -> list[TrainingRow]:
+        if self.plain is None:
+            rows, signals = self.own(rows)
+        else:
+            ids = {"mask_token_id": self.plain.mask_token_id, "pad_token_id": self.plain.info.pad_token_id}
+            batch, _ = collate(rows, **ids, block_length=self.plain.info.block_length)
+            signals = reference_signals(self.plain, batch.to(self.plain.device), self.own.rule)
+        ends = np.cumsum([int(row.masked.sum()) for row in rows])
+        signals = signals.to("cpu")
+        return [
+            replace(row, signals=signals[torch.arange(end - int(row.masked.sum()), end)])
+            for row, end in zip(rows, ends.tolist(), strict=True)
+        ]
+
+
 class Runner:
     """output: directory of bases, references and cells. deadline: monotonic time after which no cell starts."""
 
@@ -78,7 +128,11 @@ class Runner:
         settings = cell.experiment.second_train
         steps = math.ceil(settings.steps * cell.arm.steps_factor)
         settings = replace(settings, steps=steps, seed=cell.seed, log_every=steps, checkpoint_every=steps)
-        loss = self._train(base, settings, residual or PLAIN, rows, reference)
+        if cell.arm.residual is not None and cell.arm.residual.source == "signals":
+            assert residual is not None
+            loss = self._in_rounds(base, settings, residual, rows, cell.arm)
+        else:
+            loss = self._train(base, settings, residual or PLAIN, rows, reference)
         trained = time.perf_counter() - began
         found = {
             start: self._decode(world, base, reference, residual, start) for start in (cell.arm.starts or ("none",))
@@ -131,12 +185,36 @@ class Runner:
         residual: ResidualSettings,
         rows: MemorySource,
         reference: DiffusionModel | None,
+        source: RowSource | None = None,
+        **more: Any,
     ) -> float:
+        """source: of the same rows with signals. more: arguments of `train`."""
         lines: list[dict[str, float]] = []
-        callbacks = Callbacks(log=lines.append, checkpoint=lambda step, save: None)
+        save = more.pop("checkpoint", lambda step, save: None)
         block = model.info.block_length
-        train(model, rows, settings, residual, block, callbacks, reference=reference, noise=rows.noise)
+        callbacks = Callbacks(log=lines.append, checkpoint=save)
+        train(
+            model, source or rows, settings, residual, block, callbacks, reference=reference, noise=rows.noise, **more
+        )
         return lines[-1]["loss"]
+
+    def _in_rounds(
+        self, model: DiffusionModel, settings: TrainSettings, residual: ResidualSettings, rows: MemorySource, arm: Arm
+    ) -> float:
+        """As the recipe's target.rounds: optimiser and schedule go on from part to part."""
+        loss, ends = math.nan, [settings.steps * n // arm.rounds for n in range(arm.rounds + 1)]
+        with tempfile.TemporaryDirectory() as directory:
+            states = [Path(directory, str(end)) for end in ends]
+            for number, (first, end) in enumerate(zip(ends, ends[1:], strict=False)):
+                size = settings.batch_size
+                maker = replace(residual, source="self" if number else "none")
+                signals = Signals(model, maker, rows, range(first * size, end * size), number, arm.on_policy)
+                part = {"stop_at": end, "checkpoint": lambda step, save, to=states[number + 1]: save(to)}
+                if number:
+                    part["resume"] = states[number]
+                model.requires_grad_(True)
+                loss = self._train(model, settings, residual, rows, None, signals, **part)
+        return loss
 
     def _scaled(
         self, residual: ResidualSettings | None, rows: MemorySource, source: DiffusionModel
