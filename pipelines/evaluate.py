@@ -5,7 +5,8 @@
 Methods: SeqD (the baseline, block decoding without residuals) and RCD (every target, once per start), each once per
 block length. All methods solve the same problems at the same thresholds, so comparisons are paired. Writes
 results.parquet (a row per method, threshold, problem and sample), results.json (curves, comparisons, settings), two
-plots and report.html. While it runs, parts/ has the answers decoded so far, from which a killed evaluation resumes.
+plots, report.html and report.md. While it runs, parts/ has the answers decoded so far, from which a killed evaluation
+resumes.
 """
 
 from __future__ import annotations
@@ -86,7 +87,12 @@ def run(ctx: StageContext) -> dict[str, Any]:
 def report(ctx: StageContext) -> None:
     """Print the tables of a finished evaluation and the paths of its files."""
     print_tables(storage.read_json(storage.join(ctx.directory, "results.json")), ctx.console)
-    for what, name in (("plot", "pareto.png"), ("report", "report.html"), ("numbers", "results.json")):
+    for what, name in (
+        ("plot", "pareto.png"),
+        ("report", "report.html"),
+        ("the same as Markdown", "report.md"),
+        ("numbers", "results.json"),
+    ):
         ctx.console.print(f"{what}: {storage.join(ctx.directory, name)}", soft_wrap=True, markup=False)
 
 

@@ -10,9 +10,11 @@ from rich.console import Console
 
 from pipelines.report import plots, text
 from pipelines.report.calibration import view
+from pipelines.report.markdown import markdown
 from pipelines.report.plots import Plot
 from pipelines.report.render import print_table, render
 from pipelines.report.text import Results
+from pipelines.report.verdict import verdict
 from rcd_core.io import storage
 
 # Plot -> key and label of its x axis.
@@ -28,17 +30,19 @@ def write_evaluation(
     calibration: Mapping[str, Any] | None = None,
     reference_failures: int | None = None,
 ) -> None:
-    """Write results.json, the plots and report.html. The other arguments are those of `html_report`."""
+    """Write results.json, the plots, report.html and report.md. The other arguments are those of `html_report`."""
     figures = plots_of(results)
     page = html_report(results, figures, calibration, reference_failures)
     storage.write_json(storage.join(directory, "results.json"), results)
     for name, figure in figures.items():
         storage.write_bytes(storage.join(directory, f"{name}.png"), figure.light)
     storage.write_bytes(storage.join(directory, "report.html"), page.encode())
+    storage.write_bytes(storage.join(directory, "report.md"), markdown(results).encode())
 
 
 def print_tables(results: Results, console: Console) -> None:
-    """Print accuracy @ tokens per pass by method and threshold, the comparisons, and the settings in effect."""
+    """Print accuracy @ tokens per pass by method and threshold, the comparisons, the settings in effect, and the
+    verdict."""
     title = f"{text.title(results)}: accuracy in % @ tokens per pass"
     print_table(console, text.curve_table(results), title)
     console.print(text.costs(results), markup=False, highlight=False)
@@ -56,6 +60,7 @@ def print_tables(results: Results, console: Console) -> None:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     if line := text.settings_file_line(results):
         console.print(line, soft_wrap=True, markup=False)
+    console.print(verdict(results), style="bold", soft_wrap=True, markup=False, highlight=False)
 
 
 def plots_of(results: Results) -> dict[str, Plot]:
@@ -93,6 +98,7 @@ def html_report(
     return render(
         "evaluation.html.j2",
         title=text.title(results),
+        verdict=verdict(results),
         results=results,
         text=text,
         plots=figures,
