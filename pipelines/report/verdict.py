@@ -36,15 +36,16 @@ def verdict(results: Results) -> str:
         f, level = max(partly, key=lambda pair: pair[1]["ratio"]["value"])
         return (
             f"{f.method} needs {_fewer(level['ratio']['value'])} fewer passes than {f.baseline} at "
-            f"{percent(level['accuracy'])} accuracy{among}, but is not shown to be faster at {f.baseline}'s best accuracy of "
-            f"{percent(f.accuracy)}: {f.at_best}."
+            f"{percent(level['accuracy'])} accuracy{among}, but is not shown to be faster at {f.baseline}'s best "
+            f"accuracy of {percent(f.accuracy)}: {f.at_best}."
         )
     slower = [f for f in found if f.never or (f.high is not None and f.high < 1.0)]
     if len(slower) == len(found):
         f = max(found, key=lambda f: f.ratio or 0.0)
         return f"No method is faster than {f.baseline} at its best accuracy. The best of them, {f.method}: {f.at_best}."
     f = max((f for f in found if f not in slower), key=lambda f: f.ratio or 0.0)
-    return f"No difference could be shown at {f.baseline}'s best accuracy of {percent(f.accuracy)}. {f.method}: {f.at_best}."
+    best_accuracy = f"{f.baseline}'s best accuracy of {percent(f.accuracy)}"
+    return f"No difference could be shown at {best_accuracy}. {f.method}: {f.at_best}."
 
 
 class _Finding:
