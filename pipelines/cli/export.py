@@ -1,12 +1,17 @@
-"""`rcd export`: a model of a run as a checkpoint of its own, with the T_res that the run chose for it."""
+"""`rcd export`: a model of a run as a checkpoint of its own, with the T_res that the run chose and a model card."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from pipelines.calibration.job import store
 from pipelines.cli.file_flags import ExportFlags
 from pipelines.cli.terminal import absolute_path
+from pipelines.report.model_card import model_card
 from pipelines.run.directory import RunDirectory
 from rcd_core.errors import UserError
 from rcd_core.families.files import CALIBRATION_FILE
@@ -38,5 +43,17 @@ def export(flags: ExportFlags) -> int:
     storage.remove(storage.join(output, CALIBRATION_FILE))  # older releases stored T_res in the run's model
     if chosen:
         store(output, chosen)
+    card = _card(run, flags.stage, manifest, storage.basename(output.rstrip("/")))
+    storage.write_bytes(storage.join(output, "README.md"), card.encode())
     print(f"{output}: " + (f"T_res {chosen['residual_temperature']:g}" if chosen else "no T_res, the run chose none"))
     return 0
+
+
+def _card(run: RunDirectory, stage: str, manifest: Mapping[str, Any], name: str) -> str:
+    recipe: dict[str, Any] = {}
+    if storage.exists(path := storage.join(run.path, "recipe.yaml")):
+        recipe = yaml.safe_load(storage.read_bytes(path))
+    results, evaluated = None, run.manifest("evaluate")
+    if evaluated and evaluated["material"]["inputs"].get(stage) == manifest["fingerprint"]:
+        results = storage.read_json(storage.join(run.stage_directory("evaluate"), "results.json"))
+    return model_card(name, stage, recipe, manifest["summary"].get("rcd", {}), results)

@@ -49,7 +49,7 @@ class DataInspectFlags:
 
 @dataclass(frozen=True)
 class ExportFlags:
-    """Copy a model of a run to a checkpoint of its own, with the T_res that the run chose for it.
+    """Copy a model of a run to a checkpoint of its own, with the T_res that the run chose for it and a model card.
 
     rcd export ~/rcd-runs/demo --output /models/demo
     """
@@ -59,6 +59,20 @@ class ExportFlags:
     output: Annotated[str, FLAG("New directory or URI.", metavar="DIR")]
     stage: Annotated[str, FLAG("Stage that trained the model.")] = "target"
     adapter: Annotated[bool, FLAG("Only the adapter of a training with train.lora, in PEFT's format.")] = False
+
+
+@dataclass(frozen=True)
+class PushFlags:
+    """Upload an exported checkpoint with its model card to the Hugging Face hub. Needs a token (HF_TOKEN).
+
+    rcd push /models/demo --repo owner/name
+    """
+
+    directory: Annotated[str, FLAG("A checkpoint that `rcd export` wrote.")]
+    _: KW_ONLY
+    repo: Annotated[str, FLAG("Repository; made if it does not exist.", metavar="OWNER/NAME")]
+    private: Annotated[bool, FLAG("Make a new repository private.")] = False
+    message: Annotated[str, FLAG("Of the commit.")] = "Upload with rcd push"
 
 
 @dataclass(frozen=True)

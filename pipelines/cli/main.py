@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "evaluate": (flags.EvaluateFlags, "evaluate:evaluate"),
     "export": (file_flags.ExportFlags, "export:export"),
     "generate": (flags.GenerateFlags, "generate:generate"),
+    "push": (file_flags.PushFlags, "push:push"),
     "report": (flags.ReportFlags, "report:report"),
     "runs": (flags.RunsFlags, "runs:runs"),
     "serve check": (flags.ServeCheckFlags, "serve:check"),

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from pipelines.cli import main as cli
+from pipelines.report.verdict import verdict
 from pipelines.run.directory import RunDirectory
 from rcd_core import load_model
 from rcd_core.families.files import CALIBRATION_FILE
 from rcd_core.io import storage
+from tests.pipelines.report.made_results import made
 
 
 @pytest.fixture
@@ -45,6 +48,26 @@ def test_the_copy_has_the_chosen_temperature(run: RunDirectory, calibration: dic
     assert cli.main(["export", run.path, "--output", str(tmp_path / "copy")]) == 0
     model = load_model(tmp_path / "copy")
     assert model.info.rcd["residual_temperature"] == calibration["residual_temperature"] != 9
+
+
+def test_the_copy_has_a_model_card(run: RunDirectory, tmp_path: Path) -> None:
+    """With the base's licence, and the figures of an evaluation of this model, not of an earlier one."""
+    base = tmp_path / "qwen"
+    base.mkdir()
+    recipe = {"name": "mine", "target": {"start": str(base), "train": {"steps": 7}}, "data": {"task": "gsm8k"}}
+    storage.write_bytes(storage.join(run.path, "recipe.yaml"), yaml.safe_dump(recipe).encode())
+    storage.write_json(storage.join(run.stage_directory("evaluate"), "results.json"), results := made())
+    cards = []
+    for number, of in enumerate((fingerprint(run), "other weights")):
+        material = {"stage": "evaluate", "inputs": {"target": of}}
+        run.finish("evaluate", material, {}, datetime.now().astimezone(), 0.0)
+        assert cli.main(["export", run.path, "--output", str(tmp_path / f"copy{number}")]) == 0
+        cards.append((tmp_path / f"copy{number}" / "README.md").read_text())
+        (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# base")
+    assert all("`qwen`" in card and "| steps | 7 |" in card and str(tmp_path) not in card for card in cards)
+    assert verdict(results) in cards[0] and "no evaluation" in cards[1] and verdict(results) not in cards[1]
+    (_, before, _), (_, after, _) = (card.split("---\n", 2) for card in cards)
+    assert "license" not in yaml.safe_load(before) and yaml.safe_load(after)["license"] == "apache-2.0"
 
 
 def test_without_the_stage_it_has_none(run: RunDirectory, tmp_path: Path) -> None:
