@@ -23,6 +23,7 @@ CONNECT_S = 10.0
 ANSWER_S = 3600.0  # a long answer behind a long queue
 SILENCE_S = 120.0  # of a stream; our server sends a comment every few seconds while it works
 PATIENCE_S = 600.0  # of retries
+FIRST_CONTACT_S = 10.0  # the same, before anything has answered: a wrong address should not take minutes
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 RETRIED = (429, 502, 503, 504)
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
@@ -67,8 +68,8 @@ class Endpoint:
         )
 
     def models(self) -> dict[str, bool]:
-        """Model id -> whether this project serves it."""
-        body, _ = self._request("GET", "/v1/models")
+        """Model id -> whether this project serves it. The first contact: gives up soon."""
+        body, _ = self._request("GET", "/v1/models", patience_s=min(self.patience_s, FIRST_CONTACT_S))
         try:
             return {str(card["id"]): card.get("owned_by") == "rcd" for card in body["data"]}
         except (KeyError, TypeError, AttributeError) as error:
@@ -110,9 +111,12 @@ class Endpoint:
             raise UserError(f"--url: {self.url}: {_lost(error)}") from error
         raise UserError("the stream ended before the answer did; the text so far is final")
 
-    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[Any, float]:
+    def _request(
+        self, method: str, path: str, body: dict[str, Any] | None = None, patience_s: float | None = None
+    ) -> tuple[Any, float]:
         """(JSON, seconds of the successful request). Retries until the patience ends."""
         start, pause = time.monotonic(), FIRST_PAUSE_S
+        patience_s = self.patience_s if patience_s is None else patience_s
         while True:
             sent = time.monotonic()
             retry_after: float | None = None
@@ -129,8 +133,8 @@ class Endpoint:
             except ValueError as error:
                 raise UserError(f"--url: {self.url}{path} does not answer in JSON ({error})") from error
             wait = pause if retry_after is None else retry_after
-            if time.monotonic() + wait - start > self.patience_s:
-                tried = f"no answer in {self.patience_s:g} s; the last try: " if self.patience_s else ""
+            if time.monotonic() + wait - start > patience_s:
+                tried = f"no answer in {patience_s:g} s; the last try: " if patience_s else ""
                 raise UserError(f"--url: {self.url}: {tried}{reason}")
             time.sleep(wait)
             pause = min(LONGEST_PAUSE_S, 2 * pause)

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipelines.calibration.job import CalibrationJob, calibrate_model, store, synthetic_problems
 from pipelines.cli.flags import CalibrateFlags, decode_settings
-from pipelines.cli.terminal import absolute_path
+from pipelines.cli.terminal import absolute_path, writable
 from pipelines.recipe.sources import SYNTHETIC
 from pipelines.report.calibration import html_page
 from rcd_core.decode_settings import DecodeSettings
@@ -26,13 +26,14 @@ from rcd_core.training.settings import SignalRule
 
 def calibrate(flags: CalibrateFlags) -> int:
     job = _job(flags)
+    report = writable("--report", flags.report) if flags.report else None
     problems = list(islice(_problems(flags), 2 * job.num_examples))  # twice as many, as some may be too long
     result = calibrate_model(job, problems, say=lambda text: print(text, file=sys.stderr))
     name = storage.basename(flags.target)
-    if flags.report:
+    if report:
         page = html_page(f"{name}: {job.task}", {name: result})
-        storage.write_bytes(absolute_path(flags.report), page.encode())
-        print(f"report: {flags.report}", file=sys.stderr)
+        storage.write_bytes(report, page.encode())
+        print(f"report: {report}", file=sys.stderr)
     if job.calibrated and not flags.dry_run:
         print(f"stored: {store(job.checkpoint, result)}", file=sys.stderr)
     if flags.json:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.cli.flags import EvaluateFlags
-from pipelines.cli.terminal import absolute_path
+from pipelines.cli.terminal import absolute_path, writable
 from pipelines.evaluation.endpoint import EndpointOptions, collect_answers
 from pipelines.ray_cluster.connection import connect, temporary_cluster
 from pipelines.ray_cluster.resources import can_grow
@@ -39,6 +39,7 @@ def evaluate(flags: EvaluateFlags) -> int:
     required = ("task", "test", "output", *(("model",) if flags.url else ()))
     if missing := ", ".join(f"--{name}" for name in required if not getattr(flags, name)):
         raise UserError(f"{missing} is not given; see rcd evaluate --help")
+    writable("--output", flags.output or "")
     if flags.url:
         return _evaluate_endpoint(flags.url, flags.model or "", flags)
     if flags.model or flags.baseline_model:

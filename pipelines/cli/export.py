@@ -10,7 +10,7 @@ import yaml
 
 from pipelines.calibration.job import store
 from pipelines.cli.file_flags import ExportFlags
-from pipelines.cli.terminal import absolute_path
+from pipelines.cli.terminal import absolute_path, writable
 from pipelines.report.model_card import model_card
 from pipelines.run.directory import RunDirectory
 from rcd_core.errors import UserError
@@ -31,6 +31,7 @@ def export(flags: ExportFlags) -> int:
         raise UserError(f"--stage {flags.stage}: {run.path} has no model of it; the stages that train have one")
     if storage.list_files(output):
         raise UserError(f"--output {output} holds files; give a new directory")
+    writable("--output", output)
     calibration, chosen = run.manifest("calibrate"), None
     if calibration and flags.stage in calibration["summary"]["residual_temperatures"]:
         if calibration["material"]["inputs"].get(flags.stage) != manifest["fingerprint"]:

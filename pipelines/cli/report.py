@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from rich.console import Console
 
 from pipelines.cli.flags import ReportFlags
-from pipelines.cli.terminal import absolute_path
+from pipelines.cli.terminal import writable
 from pipelines.report.comparison import Group, differences, graders, group_runs, load_runs, method_table, methods_of
 from pipelines.report.comparison_page import NOTE, html, warnings
 from pipelines.report.render import print_table
@@ -17,6 +17,7 @@ from rcd_core.io import storage
 
 
 def report(flags: ReportFlags) -> int:
+    output = writable("--output", flags.output) if flags.output else None
     groups = group_runs(load_runs(flags.runs))
     methods = chosen_methods(groups, flags.arms)
     console = Console()
@@ -30,8 +31,7 @@ def report(flags: ReportFlags) -> int:
     for line in graders(groups):
         console.print(line, markup=False, highlight=False)
     console.print(NOTE, markup=False, highlight=False)
-    if flags.output:
-        output = absolute_path(flags.output)
+    if output:
         storage.write_bytes(output, html(groups, methods).encode())
         console.print(f"page: {output}", soft_wrap=True, markup=False, highlight=False)
     return 0

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.cli.file_flags import SignalsInspectFlags
-from pipelines.cli.terminal import absolute_path
+from pipelines.cli.terminal import writable
 from pipelines.signals.inspect import (
     Sizes,
     kept_histogram,
@@ -33,6 +33,7 @@ def inspect(flags: SignalsInspectFlags) -> int:
     if flags.sample < 1:
         raise UserError(f"--sample is {flags.sample}; it must be at least 1 masked position")
     manifest = read_manifest(directory)
+    output = writable("--output", flags.output or directory + ".png")
     sizes = measure_sizes(directory, manifest["shards"], int(manifest["masked_tokens"]))
     tokens = int(manifest["tokens"])
     console.print(
@@ -55,7 +56,6 @@ def inspect(flags: SignalsInspectFlags) -> int:
         console.print(
             f"fidelity, alpha {rule.alpha}{scale}:", *report_lines(report), sep="\n", markup=False, highlight=False
         )
-    output = absolute_path(flags.output or directory + ".png")
     storage.write_bytes(output, picture(histogram, report))
     console.print(f"picture: {output}", markup=False, highlight=False)
     return 0

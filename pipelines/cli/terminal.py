@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -20,6 +21,22 @@ INTERRUPTED = 130  # exit code after Ctrl-C, as in shells
 def absolute_path(path: str) -> str:
     """URIs are returned unchanged."""
     return path if storage.is_uri(path) else os.path.abspath(os.path.expanduser(path))
+
+
+def writable(flag: str, path: str) -> str:
+    """The absolute path of a file to be written, or of a directory for files. Raises UserError, before any work is
+    done, where nothing can be written."""
+    absolute = absolute_path(path).rstrip("/")
+    probe = f"{absolute}.{uuid.uuid4().hex[:8]}"
+    try:
+        if not storage.is_uri(absolute) and os.path.isdir(absolute):
+            probe = os.path.join(absolute, os.path.basename(probe))
+        storage.write_bytes(probe, b"")
+        storage.remove(probe)
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())[:200]
+        raise UserError(f"{flag} {path}: nothing can be written there ({reason}); choose another place") from error
+    return absolute
 
 
 def can_draw(requested: bool) -> bool:

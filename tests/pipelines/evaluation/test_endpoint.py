@@ -225,6 +225,12 @@ def test_busy_and_unreachable_endpoints_are_retried(monkeypatch: pytest.MonkeyPa
     assert answer.text == "yes" and waits == [2.5, 1.0, 2.0]
     with pytest.raises(UserError, match="3 s"):
         client.Endpoint(url, patience_s=3).models()  # the server is closed
+    waits.clear()
+    ticks = iter(range(0, 1000, 2))  # seconds of a clock that each look moves
+    monkeypatch.setattr(client.time, "monotonic", lambda: float(next(ticks)))
+    with pytest.raises(UserError, match="127.0.0.1"):
+        client.Endpoint(url).models()
+    assert len(waits) < 5, "the first contact does not take as long as a retry"
     refusals = iter([(401, {}, {"error": {"message": "no key"}}), (200, {}, {"choices": []})])
     with server(lambda body: next(refusals)) as url:
         endpoint = client.Endpoint(url)
