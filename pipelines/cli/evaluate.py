@@ -120,6 +120,9 @@ def recipe_of(flags: EvaluateFlags) -> dict[str, Any]:
     if settings and settings.block_length not in (None, info.block_length):
         print(f"note: {settings.name} has blocks of {settings.block_length} tokens, {target} has {info.block_length}",
               file=sys.stderr)  # fmt: skip
+    if flags.target and not info.rcd.get("source"):
+        untrained = f"note: config.json of {target} does not say that it was trained with residuals (rcd.source)"
+        print(f"{untrained}; --baseline evaluates a plain model", file=sys.stderr)
     starts = flags.starts
     if starts is None and settings is None:
         starts = ("zero", "reference") if flags.reference else ("zero",)

@@ -59,7 +59,9 @@ def checkpoint_problems(key: str, start: str) -> Iterator[str]:
     """Yield a message when a checkpoint is neither an absolute path, a URI nor a hub id."""
     if storage.is_absolute(start):
         return
-    if not is_hub_id(start):
+    if start.lower() in ("yes", "no", "on", "off"):
+        yield f"{key} is {start!r}, which is a text here; write true or false"
+    elif not is_hub_id(start):
         yield f"{key} is {start!r}, a relative path; {ABSOLUTE}, or a hub id owner/name[@revision]"
     elif os.path.exists(start):
         yield f"{key} is {start!r}, a hub id and also a relative path here; give an absolute path if you mean the path"

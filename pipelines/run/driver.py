@@ -98,7 +98,9 @@ class _Job:
         self.run = RunDirectory(self.recipe.run_directory)
         self.commits: Commits | None = None
         self.chosen = [name for name in self.stages if any(fnmatch(name, pattern) for pattern in self.only)]
-        if self.options.stages:
+        if self.options.stages is not None:
+            if not self.options.stages.strip(", "):
+                raise UserError(f"--stages is {self.options.stages!r}; name stages, or leave it out for all of them")
             allowed = self.chosen
             self.chosen = select_stages(
                 self.stages, [part.strip() for part in self.options.stages.split(",")], "--stages"

@@ -6,6 +6,7 @@ Serve itself ignores unknown keys and deployment names, and does not check autos
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 import typing
 from collections import Counter
@@ -69,6 +70,25 @@ def config_problems(raw: dict[str, Any]) -> Iterator[str]:
     for number, application in enumerate(_applications(raw)):
         if is_ours(application) or application.get("import_path") == APP:
             yield from _application_problems(application, f"applications.{number}")
+        else:
+            yield from _import_problems(application, f"applications.{number}.import_path")
+
+
+def _import_problems(application: dict[str, Any], where: str) -> Iterator[str]:
+    """A module that is not here, unless the application brings its code along. Nothing is imported but its parents."""
+    path, environment = application.get("import_path"), application.get("runtime_env") or {}
+    if not isinstance(path, str) or not isinstance(environment, dict):
+        return
+    module = path.rpartition(":")[0] or path.rpartition(".")[0]
+    if module == BUILD.partition(":")[0]:
+        yield f"{where}: {path!r} does not exist{suggestion(path, [BUILD, APP])}"
+    elif not {"working_dir", "py_modules"} & environment.keys():
+        try:
+            found = importlib.util.find_spec(module) is not None
+        except (ImportError, ValueError):
+            found = False
+        if not found:
+            yield f"{where}: {path!r} names a module that is not installed here; correct it, or install it"
 
 
 def _application_problems(application: dict[str, Any], where: str) -> Iterator[str]:

@@ -100,6 +100,12 @@ def test_the_command_line_as_a_recipe(
     given = parse_recipe(recipe_of(options(*flags, "--settings=paper-sdar-b64", "--thresholds=0.9")))
     assert given.block_length == 64 and given.evaluate.decode.denoising_steps == 64
     assert "note: paper-sdar-b64 has blocks of 64 tokens" in capsys.readouterr().err
+    for source, noted in (("self", False), (None, True)):
+        config = json.loads((checkpoints / "target" / "config.json").read_text())
+        config["rcd"] = {**config.get("rcd", {}), "source": source}
+        (checkpoints / "target" / "config.json").write_text(json.dumps(config))
+        recipe_of(options(*flags))
+        assert ("rcd.source" in capsys.readouterr().err) == noted, "a plain model is no RCD target"
     found = provenance(given)
     assert found and found["changed"] == ["thresholds", "decode.max_new_tokens"]
     assert cli.main(["evaluate", *flags, "--dry_run"]) == 0

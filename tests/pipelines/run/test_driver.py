@@ -111,6 +111,8 @@ def test_stages_alone_need_their_inputs(tmp_path: Path, capsys: pytest.CaptureFi
     assert job(tmp_path, "--stages", "first,second") == 0
     assert job(tmp_path, "--stages", "thrid") == 2
     assert "did you mean 'third'?" in capsys.readouterr().err
+    assert job(tmp_path, "--stages", "") == 2 and job(tmp_path, "--stages", " ,") == 2
+    assert capsys.readouterr().err.count("--stages is ") == 2, "nothing is not everything"
     assert job(tmp_path, "--stages", "third", "--redo", "first") == 2
     assert "--redo first" in capsys.readouterr().err
     assert job(tmp_path, "--stages", "th*") == 0

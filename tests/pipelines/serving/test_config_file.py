@@ -66,6 +66,19 @@ def changed(config: dict[str, Any], path: tuple[str | int, ...], value: Any) -> 
     return config
 
 
+def test_code_that_does_not_exist_is_named() -> None:
+    def problems(path: str, **more: Any) -> list[str]:
+        application = {"name": "x", "import_path": path, **more}
+        return list(config_problems({"applications": [application]}))
+
+    for path in ("pipelines.nothing:app", "no_such_package.module:app", "pipelines.serving.graph:bild"):
+        (line,) = problems(path)
+        assert line.startswith("applications.0.import_path: ") and path in line
+    assert "'pipelines.serving.graph:build'" in problems("pipelines.serving.graph:bild")[0]
+    assert problems("json.tool:app") == []
+    assert problems("theirs.app:app", runtime_env={"working_dir": "s3://bucket/code.zip"}) == []
+
+
 def test_the_shipped_file_has_no_problem(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(config_problems(CONFIGURED)) == []
     assert cli.main(["serve", "check", str(SHIPPED)]) == 0
