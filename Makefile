@@ -44,10 +44,11 @@ test: $(VENV)/.dev
 	@env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-extras: $(VENV)/.dev
-	@$(BIN)/pip install -q -c constraints.txt -e ".[gguf,lora,quantise]"
+	@$(BIN)/pip install -q -c constraints.txt -e ".[gguf,lora,quantise,wandb,mlflow,trackio]"
 	@$(BIN)/python -m pytest -m "" tests/rcd_core/training/test_lora.py tests/rcd_core/families/test_quantise.py \
 		tests/rcd_core/families/test_convert.py tests/pipelines/test_train.py tests/pipelines/test_smollm2.py \
-		-k "lora or adapter or quantise or convert or smollm2"
+		tests/pipelines/training/test_trackers.py \
+		-k "lora or adapter or quantise or convert or smollm2 or wandb or mlflow or trackio"
 
 test-faults: $(VENV)/.dev
 	@$(BIN)/python -m pytest -m faults -s

@@ -44,6 +44,11 @@ def _require_packages(recipe: Recipe) -> None:
     used = {f"{key}.lora": ("peft", "lora") for key, train in trainings(recipe).items() if train.lora}
     for key, weights in (("evaluate", recipe.evaluate.weights), ("deploy", recipe.deploy.weights)):
         used |= {f"{key}.weights": ("torchao", "quantise")} if weights != "full" else {}
+    for tool in recipe.trackers:
+        if find_spec(tool) is None:
+            raise UserError(
+                f"trackers has {tool!r}, which is not installed where the job runs: pip install 'rcd-ray[{tool}]'"
+            )
     for key, (package, extra) in used.items():
         if find_spec(package) is None:
             raise UserError(f"{key} needs the package {package}, on every node: pip install 'rcd-ray[{extra}]'")

@@ -255,6 +255,10 @@ class Recipe(Section):
     evaluate: EvaluateSettings = EvaluateSettings()
     deploy: DeploySettings = DeploySettings()
     resources: Resources = Resources()
+    trackers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
+    """Experiment trackers that get the metrics of trainings, beside TensorBoard; each is an extra to install."""
+    tracker_project: str | None = None
+    """Project or experiment there; null: `rcd`."""
 
     @property
     def run_directory(self) -> str:

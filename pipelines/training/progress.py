@@ -11,7 +11,9 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from pipelines.run.directory import StageContext
+from pipelines.run.keys import recipe_values
 from pipelines.training.metrics import read_metrics
+from pipelines.training.trackers import Tracker
 from rcd_core.io import storage
 
 INTERVAL_S = 15.0
@@ -19,12 +21,13 @@ LINES_PER_FILE = 1000
 
 
 class Progress:
-    """While the block runs: every INTERVAL_S seconds a line on the console and an update of TensorBoard, from what
-    rank 0 has logged; also a line for every restart."""
+    """While the block runs: every INTERVAL_S seconds a line on the console and an update of TensorBoard and of the
+    recipe's trackers, from what rank 0 has logged; also a line for every restart."""
 
     def __init__(self, ctx: StageContext, steps: int) -> None:
         self.ctx, self.steps = ctx, steps
         self.events = LiveEvents(storage.join(ctx.directory, "tensorboard"))
+        self.trackers = _trackers(ctx)
         self.restarts = storage.join(ctx.directory, "restarts.jsonl")
         self.num_restarts = self._count_restarts()
         self.stop = threading.Event()
@@ -37,6 +40,12 @@ class Progress:
         self.stop.set()
         self.thread.join()  # it must not write after this block
         self.events.close()
+        lines = []
+        with suppress(Exception):
+            lines = read_metrics(self.ctx.directory)
+        for tracker in self.trackers:
+            tracker.update(lines)
+            tracker.close()
 
     def _watch(self) -> None:
         first: tuple[float, int] | None = None
@@ -49,6 +58,8 @@ class Progress:
             except Exception:  # none are there yet, or the storage has a problem; the job goes on
                 continue
             self.events.update(lines)
+            for tracker in self.trackers:
+                tracker.update(lines)
             if step == last["step"]:
                 continue
             now, step = time.monotonic(), int(last["step"])
@@ -69,6 +80,17 @@ class Progress:
             text = f"  {self.ctx.stage}: a worker failed, resumes from the last checkpoint ({self.restarts})"
             self.ctx.console.print(text, markup=False, soft_wrap=True)
             self.num_restarts = count
+
+
+def _trackers(ctx: StageContext) -> list[Tracker]:
+    recipe = ctx.recipe
+    settings = recipe_values(recipe, (ctx.stage.split("-")[0], "data", "noise", "block_length", "seed"))
+    name, project = f"{recipe.name}/{ctx.stage}", recipe.tracker_project or "rcd"
+
+    def say(text: str) -> None:
+        ctx.console.print(f"  {ctx.stage}: {text}", markup=False, soft_wrap=True)
+
+    return [Tracker(tool, project, name, settings, say) for tool in recipe.trackers]
 
 
 class LiveEvents:
