@@ -12,10 +12,11 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipelines.run.directory import RunDirectory, StageContext
-from pipelines.training import metrics, progress
+from pipelines.training import metrics, progress, trackers
 from pipelines.training.metrics import MetricsLog, read_metrics
 from pipelines.training.progress import LiveEvents, Progress, write_events
 from rcd_core.io import storage
+from tests.pipelines.training.test_trackers import Tool
 from tests.pipelines.training_run import make_recipe
 from tests.s3_server import s3_server
 
@@ -91,6 +92,23 @@ def test_a_running_stage_brings_its_board_up_to_date(tmp_path: Path, monkeypatch
         again.flush()
     write_events(str(path), read_metrics(ctx.directory))
     assert losses(EventAccumulator(str(path))) == [(1, 0.5), (2, 0.75)], "in the end those of metrics.jsonl"
+
+
+def test_the_recipes_trackers_get_every_line_and_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines of the last seconds too; progress itself has not looked once."""
+    tool = Tool()
+    monkeypatch.setitem(trackers._OPEN, "wandb", tool)
+    recipe = make_recipe(tmp_path, "board", trackers=["wandb"])
+    run, console = RunDirectory(recipe.run_directory), Console(file=io.StringIO())
+    ctx = StageContext(recipe=recipe, run=run, stage="target", key="", inputs=(), console=console)
+    with Progress(ctx, 2):
+        log = MetricsLog("board", "target", ctx.directory, 0, 0)
+        for step in (1, 2):
+            log.log({"step": step, "loss": 0.5})
+        log.flush()
+    assert tool.got == [(1, {"train/loss": 0.5}), (2, {"train/loss": 0.5})] and tool.finished
+    project, name, settings = tool.opened
+    assert (project, name) == ("rcd", "board/target") and settings["target.train.batch_size"] > 0
 
 
 def written(directory: str) -> list[float]:
