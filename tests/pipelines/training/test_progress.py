@@ -98,7 +98,7 @@ def test_the_recipes_trackers_get_every_line_and_the_settings(tmp_path: Path, mo
     """Lines of the last seconds too; progress itself has not looked once."""
     tool = Tool()
     monkeypatch.setitem(trackers._OPEN, "wandb", tool)
-    recipe = make_recipe(tmp_path, "board", trackers=["wandb"])
+    recipe = make_recipe(tmp_path, "board").model_copy(update={"trackers": ("wandb",)})
     run, console = RunDirectory(recipe.run_directory), Console(file=io.StringIO())
     ctx = StageContext(recipe=recipe, run=run, stage="target", key="", inputs=(), console=console)
     with Progress(ctx, 2):
