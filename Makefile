@@ -38,23 +38,25 @@ demo: $(VENV)/.runtime
 down:
 	@if [ -x $(BIN)/rcd ]; then $(BIN)/rcd down; else echo "nothing to stop"; fi
 
+# One thread each: processes with two threads wait for one another on two cores. The tests start hundreds of processes,
+# which must not compile this repository again each time.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
 test: $(VENV)/.dev
-	@# One thread each: two processes with two threads wait for one another on two cores. The tests start hundreds of
-	@# processes, which must not compile this repository again each time.
-	@env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
 
 test-extras: $(VENV)/.dev
 	@$(BIN)/pip install -q -c constraints.txt -e ".[gguf,lora,quantise,wandb,mlflow,trackio]"
-	@$(BIN)/python -m pytest -m "" tests/rcd_core/training/test_lora.py tests/rcd_core/families/test_quantise.py \
+	@$(PYTEST) -m "" tests/rcd_core/training/test_lora.py tests/rcd_core/families/test_quantise.py \
 		tests/rcd_core/families/test_convert.py tests/pipelines/test_train.py tests/pipelines/test_smollm2.py \
 		tests/pipelines/training/test_trackers.py \
 		-k "lora or adapter or quantise or convert or smollm2 or wandb or mlflow or trackio"
 
 test-faults: $(VENV)/.dev
-	@$(BIN)/python -m pytest -m faults -s
+	@$(PYTEST) -m faults -s
 
 drill: $(VENV)/.deepspeed
-	@$(BIN)/python -m pytest -m drill -s
+	@$(PYTEST) -m drill -s
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check rcd_core pipelines tests cluster
