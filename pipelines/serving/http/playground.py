@@ -12,6 +12,7 @@ from fastapi.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
 from pipelines.serving.backend import ServedModel
+from pipelines.serving.http.answers import model_facts
 
 FILES = Path(__file__).with_name("static")
 BASELINE = "-baseline"  # suffix of the id of the model to compare with
@@ -41,16 +42,18 @@ def add_playground(app: FastAPI, models: Mapping[str, ServedModel]) -> None:
 
     @app.get("/playground/models.json", include_in_schema=False)
     async def list_models() -> dict[str, Any]:
-        """The models with their default settings, each with its baseline if there is one."""
+        """The models with their default settings and what they were trained for, each with its baseline if there is
+        one."""
         return {"models": [_card(name, models) for name in models]}
 
     app.mount("/playground", _Files(directory=FILES), name="playground")
 
 
 def _card(name: str, models: Mapping[str, ServedModel]) -> dict[str, Any]:
-    baseline = name + BASELINE
+    baseline, task = name + BASELINE, models[name].task
     return {
         "id": name,
         "baseline": baseline if baseline in models else None,
+        "trained": model_facts(task) if task else None,
         "settings": asdict(models[name].defaults),
     }

@@ -54,9 +54,14 @@ class Served:
 
 @contextmanager
 def served(
-    *, template: bool = True, baseline: bool = True, about: dict[str, Any] | None = None, keys: tuple[str, ...] = ()
+    *,
+    template: bool = True,
+    baseline: bool = True,
+    about: dict[str, Any] | None = None,
+    keys: tuple[str, ...] = (),
+    task: str | None = None,
 ) -> Iterator[Served]:
-    """template False: the model has no chat template. keys: API keys."""
+    """template False: the model has no chat template. keys: API keys. task: what the models were trained for."""
     tokenizer = train_tokenizer(["the quick fox over the lazy dog 漢字 🙂 Über 123456\n"] * 50, 340)
     if not template:
         tokenizer.chat_template = None
@@ -68,7 +73,8 @@ def served(
         for seed, name in enumerate(defaults)
     }
     models = {
-        name: ServedModel(backend=engines[name], defaults=settings, created=7) for name, settings in defaults.items()
+        name: ServedModel(backend=engines[name], defaults=settings, created=7, task=task)
+        for name, settings in defaults.items()
     }
     try:
         app = create_app(models, {"version": "1.2.3", "key": "k", **(about or {})}, ApiLimits(api_keys=keys))

@@ -25,7 +25,7 @@ export async function getJson(path, key) {
   return response.json();
 }
 
-/** POST a request and yield {text}, {step} and, at the end, {tokens} and {done: the answer's `rcd`}. Throws ApiError. */
+/** POST a request and yield {text}, {step} and, at the end, {valid}, {tokens} and {done: the answer's `rcd`}. Throws ApiError. */
 export async function* decode(path, body, key, signal) {
   const response = await fetch(path, {
     method: "POST",
@@ -46,6 +46,7 @@ export function* parseChunk(chunk) {
   const [choice] = chunk.choices ?? [];
   const text = choice?.delta?.content ?? choice?.text;
   if (text) yield { text };
+  if (choice?.rcd?.valid !== undefined) yield { valid: choice.rcd.valid };
   if (chunk.usage) yield { tokens: chunk.usage.completion_tokens };
   if (chunk.rcd?.type === "trace") yield { step: chunk.rcd.step ?? chunk.rcd };
   else if (chunk.rcd?.forwards) yield { done: chunk.rcd };

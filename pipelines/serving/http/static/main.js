@@ -15,6 +15,7 @@ let panels = [];
 let running = null; // AbortController of the running requests
 let playing = false; // the display follows the passes
 let last = 0; // time of the last display, ms
+let masked = ""; // the text with masks that another mode put away
 
 // -- the requests
 
@@ -76,6 +77,7 @@ async function run() {
   if (narrow.matches) $("outputs").scrollIntoView();
   try {
     await Promise.all(requests.map((side, i) => follow(side, panels[i], controller.signal)));
+    if (playing && $("pace").value === "0") show(Number($("pass").max));
     $("status").textContent = panels.map(sentence).join(" ");
   } catch (error) {
     controller.abort(); // the other side too
@@ -101,6 +103,7 @@ async function follow(side, panel, signal) {
   for await (const event of decode(path, body, $("key").value, signal)) {
     if (event.step) panel.trace.add(event.step);
     if (event.text) panel.append(event.text);
+    if (event.valid !== undefined) panel.valid = event.valid;
     if (event.tokens !== undefined) panel.tokens = event.tokens;
     if (event.done) panel.finish(event.done);
     updateRange();
@@ -161,8 +164,17 @@ function setMode(value) {
   form.elements.max_tokens.disabled = infill;
 }
 
+/** Put a model's example, or the server's, into the form. */
+function useExample(prompt, infill, chat) {
+  $("prompt").value = prompt;
+  setMode(infill ? "infill" : chat ? "chat" : "completion");
+}
+
 function describe() {
   const model = chosen();
+  const trained = model?.trained;
+  $("trained").textContent = trained ? `This model was trained for the task ${trained.task}${trained.infill ? ", which fills masks in" : ""}.` : "";
+  $("example").hidden = !trained?.example;
   const defaults = model?.settings ?? {};
   $("compare-field").hidden = !model?.baseline && !defaults.residual; // nothing to compare with
   $("compare-label").textContent = `Compare with ${model?.baseline ?? "residual off"}`;
@@ -186,14 +198,15 @@ function askForKey() {
 }
 
 async function load() {
+  let first = false;
   try {
     ({ models } = await getJson("playground/models.json", $("key").value));
     const about = await getJson("version", $("key").value);
     $("release").textContent = about.version ? `Version ${about.version}` : "";
     if (about.example && !$("prompt").value) {
       const { body } = about.example;
-      $("prompt").value = body.prompt ?? body.messages[0].content;
-      setMode(body.messages ? "chat" : body.infill ? "infill" : "completion");
+      useExample(body.prompt ?? body.messages[0].content, body.infill, body.messages);
+      first = true;
     }
     $("alert").textContent = "";
   } catch (error) {
@@ -204,6 +217,7 @@ async function load() {
   }
   $("model").replaceChildren(...models.map((m) => new Option(m.id, m.id)));
   describe();
+  if (first && location.hash !== "#wait") run(); // something to see at first view
 }
 
 form.addEventListener("submit", async (event) => {
@@ -217,7 +231,26 @@ $("schema").addEventListener("click", async (event) => {
   const schema = JSON.stringify(await getJson("openapi.json", $("key").value), null, 2);
   open(URL.createObjectURL(new Blob([schema], { type: "application/json" })));
 });
-for (const radio of form.elements.mode) radio.addEventListener("change", () => setMode(mode()));
+for (const radio of form.elements.mode) {
+  radio.addEventListener("change", () => {
+    const text = $("prompt").value;
+    if (mode() !== "infill" && text.includes(MASK)) {
+      masked = text; // masks make no sense elsewhere; they come back with the mode
+      $("prompt").value = "";
+    } else if (mode() === "infill" && !text && masked) $("prompt").value = masked;
+    setMode(mode());
+  });
+}
+$("example").addEventListener("click", () => {
+  const { example, infill } = chosen().trained;
+  useExample(example, infill, mode() === "chat");
+});
+for (const kind of ["focusin", "mouseover"]) {
+  document.querySelector(".settings").addEventListener(kind, (event) => {
+    const about = event.target.closest("label[title]")?.title;
+    if (about) $("explain").textContent = about;
+  });
+}
 $("prompt").addEventListener("input", () => {
   if ($("prompt").value.includes(MASK) && mode() !== "infill") setMode("infill");
 });

@@ -12,10 +12,13 @@ export class Panel {
     this.columns = template === null ? 0 : boardColumns(template);
     this.canvas = root.querySelector(".canvas");
     this.answer = root.querySelector(".answer");
+    this.verdict = root.querySelector(".verdict");
+    this.texts = []; // {text, after: passes}: the final text, as it grew
     this.rows = root.querySelector("tbody");
     this.table = root.querySelector("details.table");
     this.result = null; // the answer's `rcd`
     this.tokens = null; // the server's count
+    this.valid = null; // whether the answer is right; null where the server cannot tell
     this.shown = 0;
     root.querySelector("h2").textContent = title;
     root.querySelector(".note").textContent = note;
@@ -26,8 +29,9 @@ export class Panel {
     this.show(0);
   }
 
+  /** Text that is final after the passes so far. It is shown when the replay gets there. */
   append(text) {
-    this.answer.append(text); // not replaced, so that a screen reader reads only the new text
+    this.texts.push({ text, after: this.trace.length });
   }
 
   finish(result) {
@@ -52,6 +56,7 @@ export class Panel {
     this.#figure("passes", passes);
     this.#figure("tokens", ended ? this.tokens ?? counts.committed : counts.committed);
     this.#figure("rate", passes ? rate.toFixed(2) : "–");
+    this.#text(ended);
     this.canvas.setAttribute("aria-label", label(counts));
     this.canvas.replaceChildren(...this.#draw(tokens));
     this.#numbers();
@@ -72,6 +77,18 @@ export class Panel {
       group.append(...tokens.map(drawToken));
       return group;
     });
+  }
+
+  #text(ended) {
+    const final = this.texts.filter((part) => ended || part.after <= this.shown).map((part) => part.text).join("");
+    const before = this.answer.textContent;
+    // Appended where it grows, so that a screen reader reads only the new text.
+    if (final.startsWith(before)) this.answer.append(final.slice(before.length));
+    else this.answer.textContent = final;
+    const valid = ended ? this.valid : null;
+    this.verdict.textContent = valid === null ? "" : valid ? "✓ right: it solves the problem" : "✗ wrong: it does not solve the problem";
+    this.verdict.classList.toggle("right", valid === true);
+    this.verdict.classList.toggle("wrong", valid === false);
   }
 
   #figure(name, value) {

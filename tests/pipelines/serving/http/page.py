@@ -8,9 +8,12 @@ END_S = 60
 
 
 class Page:
-    """A tab. complaints: script errors and requests to other hosts. loaded False: the page cannot load the models."""
+    """A tab. complaints: script errors and requests to other hosts. loaded False: the page cannot load the models.
+    runs: the page runs the server's example by itself."""
 
-    def __init__(self, browser: Any, url: str, pace: str = "0", *, loaded: bool = True, **context: Any) -> None:
+    def __init__(
+        self, browser: Any, url: str, pace: str = "0", *, loaded: bool = True, runs: bool = False, **context: Any
+    ) -> None:
         self.tab = browser.new_page(**context)
         self.tab.set_default_timeout(END_S * 1000)
         self.complaints: list[str] = []
@@ -18,7 +21,7 @@ class Page:
         self.tab.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.tab.on("console", lambda m: self.complaints.append(m.text) if m.type == "error" else None)
         self.tab.on("request", lambda r: self._note(r, url))
-        self.tab.goto(url)
+        self.tab.goto(url if runs else f"{url}#wait")
         if loaded:
             self.wait("#model option")
         self.tab.select_option("#pace", pace)

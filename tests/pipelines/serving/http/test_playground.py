@@ -18,6 +18,7 @@ import pytest
 from pipelines.serving.http.playground import FILES
 from rcd_core import Decoder
 from rcd_core.decoding.engine import Engine
+from rcd_core.tasks import get_task
 from rcd_core.tasks.base import MASK_TEXT
 from tests.pipelines.serving.http.page import END_S, Page
 from tests.pipelines.serving.served_app import BASELINE, MODEL, PLAIN, SETTINGS, Served, served
@@ -112,6 +113,34 @@ def test_denoising_is_drawn_and_replayed_pass_by_pass(page: Page, app: Served) -
     page.tab.click("#play")
     page.ended()
     assert len(page.tokens(1, ".committed")) == PUZZLE.count(MASK_TEXT)
+
+
+def test_the_first_view_decodes_an_example_and_says_whether_it_is_right(browser: Any) -> None:
+    """In step with the replay: before the last pass there is neither the whole text nor a verdict."""
+    puzzle = get_task("sudoku").problem(get_task("sudoku").synthetic(3, "test", 0)).prompt
+    body = {"model": MODEL, "prompt": puzzle, "infill": True}
+    with served(about={"example": {"path": "/v1/completions", "body": body}}, task="sudoku") as other:
+        page = Page(browser, other.url, runs=True)
+        page.ended()
+        assert [b["prompt"] for b in page.bodies] == [puzzle] * 2, "the model and its baseline"
+        assert "sudoku" in page.texts("#trained")[0]
+        answer = complete(other, puzzle, infill=True)["choices"][0]
+        assert answer["rcd"]["valid"] is False  # the model is random
+        assert page.texts(".verdict")[0].startswith("✗") and page.texts(".answer")[0] == answer["text"]
+        page.go_to(1)
+        assert page.texts(".verdict") == ["", ""] and page.texts(".answer")[0] != answer["text"]
+        page.tab.fill("#prompt", "")
+        page.tab.click("#example")
+        example = get_task("sudoku").problem(get_task("sudoku").synthetic(0, "test", 0)).prompt
+        assert page.tab.input_value("#prompt") == example and page.tab.is_checked("input[value=infill]")
+        page.tab.check("input[value=chat]")
+        assert page.tab.input_value("#prompt") == "", "masks are nothing to chat about"
+        page.tab.check("input[value=infill]")
+        assert page.tab.input_value("#prompt") == example
+        page.tab.focus("[name=confidence_threshold]")
+        assert "sure" in page.texts("#explain")[0]
+        page.tab.close()
+        assert page.complaints == []
 
 
 def test_the_shade_of_a_guess_grows_with_its_entropy(page: Page, app: Served) -> None:
