@@ -62,6 +62,25 @@ class ExportFlags:
 
 
 @dataclass(frozen=True)
+class FitFlags:
+    """What of a checkpoint fits on a device: requests at once, and rows of a training step by strategy.
+
+    rcd fit JetLM/SDAR-8B-Chat --device H100 --gpus 8
+
+    Nothing is downloaded: sizes of known checkpoints ship with the package.
+    """
+
+    checkpoint: Annotated[str, FLAG("Directory, URI or hub id.")]
+    _: KW_ONLY
+    device: Annotated[
+        Literal["A100", "H100", "H200", "B200", "L40S", "L4"] | None, FLAG("GPU. Default: this machine's device.")
+    ] = None
+    gpus: Annotated[Int, FLAG("Number of GPUs of a training.")] = 1
+    length: Annotated[Int, FLAG("Tokens of a training row.")] = 4096
+    block_length: Annotated[Int, FLAG("Tokens that are decoded together.")] = 32
+
+
+@dataclass(frozen=True)
 class PushFlags:
     """Upload an exported checkpoint with its model card to the Hugging Face hub. Needs a token (HF_TOKEN).
 

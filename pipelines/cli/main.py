@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "down": (flags.DownFlags, "local:down"),
     "evaluate": (flags.EvaluateFlags, "evaluate:evaluate"),
     "export": (file_flags.ExportFlags, "export:export"),
+    "fit": (file_flags.FitFlags, "fit:fit"),
     "generate": (flags.GenerateFlags, "generate:generate"),
     "push": (file_flags.PushFlags, "push:push"),
     "report": (flags.ReportFlags, "report:report"),
