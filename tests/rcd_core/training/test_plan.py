@@ -188,8 +188,7 @@ def test_flops_are_those_of_the_meter_and_hours_follow() -> None:
     ],
 )
 def test_the_prediction_is_close_to_a_measured_peak(world: int, changes: dict[str, Any]) -> None:
-    """Resident memory of rank 0 with 36 million parameters on a CPU. The measurement includes late imports and what the
-    allocator keeps, about 50 MiB."""
+    """Resident memory of rank 0 with 36 million parameters on a CPU, with what the allocator keeps."""
     s = peak_memory.settings(**changes)
     measured, predicted = peak_memory.measured(s, world), peak_memory.predicted(s, world).peak
     print(f"{world} x {changes}: measured {measured >> 20} MiB, predicted {predicted / 2**20:.0f} MiB")
