@@ -201,12 +201,16 @@ def least_confident(model: DiffusionModel, batch: TrainingBatch, noisier: Tensor
     """(N',) bool: of the positions masked in `noisier` (B, L), with confidences (N',), the lowest of each block, as
     many as the batch's own masks."""
     group = masked_blocks(model, batch.remasked(noisier, model.mask_token_id))
-    numbers, of_group = torch.unique(group, return_inverse=True)
+    ordered, by_group = group.sort()
+    new = (ordered != ordered.roll(1)).long()
+    new[:1] = 0
+    of_group = torch.empty_like(by_group).scatter_(0, by_group, new.cumsum(0))  # groups numbered from 0
     order = confidence.argsort(stable=True)
     order = order[of_group[order].argsort(stable=True)]  # by block, the least confident first
-    sizes = torch.bincount(of_group, minlength=len(numbers))
+    none = torch.zeros_like(of_group)
+    sizes = none.index_add(0, of_group, torch.ones_like(of_group))
+    counts = none.index_add(0, of_group, batch.masked[noisier].long())
     rank = torch.arange(len(order), device=order.device) - (sizes.cumsum(0) - sizes)[of_group[order]]
-    counts = torch.bincount(of_group[batch.masked[noisier]], minlength=len(numbers))
     kept = torch.zeros_like(confidence, dtype=torch.bool)
     kept[order] = rank < counts[of_group[order]]
     return kept
