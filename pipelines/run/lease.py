@@ -56,16 +56,26 @@ def _leases(run_directory: str) -> _Leases:
     found = {}
     for path in storage.list_files(run_directory, ".json"):
         if (name := storage.basename(path)).startswith("lease"):  # lease.json is that of older releases
-            try:
-                content = storage.read_json(path)
-            except (FileNotFoundError, UserError):  # removed meanwhile, or not ours
-                continue
-            except OSError:  # what S3 says of a file that is removed between its opening and its reading
-                if storage.exists(path):
-                    raise
-                continue
-            found[name] = content if isinstance(content, dict) else {}
+            content = _content(path)
+            if content is not None:
+                found[name] = content
     return found
+
+
+def _content(path: str) -> dict[str, Any] | None:
+    """Of a lease's file; None: removed meanwhile, or not ours."""
+    for last in (False, False, True):
+        try:
+            content = storage.read_json(path)
+            return content if isinstance(content, dict) else {}
+        except (FileNotFoundError, UserError):
+            return None
+        except OSError:  # what S3 says of a file that is removed between its opening and its reading
+            if not storage.exists(path):
+                return None
+            if last:  # otherwise it is there again: another process has written it anew
+                raise
+    return None
 
 
 class Lease:
