@@ -84,7 +84,9 @@ class Progress:
 
 def _trackers(ctx: StageContext) -> list[Tracker]:
     recipe = ctx.recipe
-    settings = recipe_values(recipe, (ctx.stage.split("-")[0], "data", "noise", "block_length", "seed"))
+    section = ctx.stage.split("-")[0]
+    section = "target" if section in ("round", "baseline") else section  # which train with its settings
+    settings = recipe_values(recipe, (section, "data", "noise", "block_length", "seed"))
     name, project = f"{recipe.name}/{ctx.stage}", recipe.tracker_project or "rcd"
 
     def say(text: str) -> None:

@@ -63,7 +63,7 @@ class Stories(NumberTask):
 def _make(uniform: NDArray[np.float64]) -> tuple[str, str, str]:
     draws = uniform.tolist()
     start, steps = _chain(draws)
-    return f"{start}{steps}", *_inwords(start, steps, draws)
+    return f"{start}{steps}", *_in_words(start, steps, draws)
 
 
 def _chain(draws: Sequence[float]) -> tuple[int, list[Step]]:
@@ -80,7 +80,7 @@ def _chain(draws: Sequence[float]) -> tuple[int, list[Step]]:
     return start, steps
 
 
-def _inwords(start: int, steps: Sequence[Step], draws: Sequence[float]) -> tuple[str, str]:
+def _in_words(start: int, steps: Sequence[Step], draws: Sequence[float]) -> tuple[str, str]:
     """(question, answer)."""
     who, things, place = pick(PEOPLE, draws[2]), pick(THINGS, draws[3]), pick(PLACES, draws[4])
     sentences, working, value = [f"{who} keeps {start} {things} at the {place}."], [], start

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rcd_core import Decoder, DecodeSettings, TrainingBatch, UserError, load_model
+from rcd_core.attention.layouts import block_causal
 from rcd_core.decoding.engine import Engine
 from rcd_core.decoding.request import make_sequence
 from rcd_core.families.added import FILES
@@ -222,6 +223,43 @@ def test_blocks_are_decoded_as_in_a_plain_loop(cache: Any, fixed: bool) -> None:
             assert step.masked == expected["masked"] and step.argmax == expected["argmax"]
             assert sorted(step.committed) == sorted(expected["committed"])
             assert step.confidence == pytest.approx(expected["conf"], abs=1e-4)
+
+
+@pytest.mark.parametrize("case", STORED["block_decode"], ids=lambda c: f"{c['id']}-{c['store_h']}")
+def test_blocks_in_a_plain_loop(case: dict[str, Any]) -> None:
+    """Also with states of finished blocks ("last"), which the engine does not keep."""
+    model, block, prompt = with_loophole("sdar_tiny", "random"), case["block"], case["prompt"]
+    total = -(-(len(prompt) + case["gen_length"]) // block) * block
+    canvas = torch.full((1, total), model.mask_token_id)
+    canvas[0, : len(prompt)] = torch.tensor(prompt)
+    kept, steps = torch.zeros(1, total, 64, dtype=torch.float64), iter(case["steps"])
+    positions = torch.arange(total)[None]
+    for start in range(0, total, block):
+        end, inside = start + block, slice(start, start + block)
+        states = kept[:, :end].clone()
+        states[:, inside] = 0
+        layout = block_causal(positions[:, :end], torch.tensor([end]), end, torch.tensor([block]))
+        while (canvas[0, inside] == model.mask_token_id).any():
+            with torch.no_grad():
+                stream = model.stream(
+                    model.loophole(model.embedding(canvas[:, :end]), states), positions[:, :end], layout
+                )
+                logits = model.head(model.backbone.model.norm(stream))[0, inside]
+            states[:, inside] = stream[:, inside]
+            logits[:, model.mask_token_id] = -torch.inf
+            confidence, best = torch.softmax(logits, -1).max(-1)
+            masked = canvas[0, inside] == model.mask_token_id
+            confidence[~masked] = -1.0
+            commit = confidence > case["threshold"]
+            commit[confidence.argmax()] = True
+            expected = next(steps)
+            assert [start + i for i in masked.nonzero()[:, 0].tolist()] == expected["masked"]
+            assert sorted(start + i for i in commit.nonzero()[:, 0].tolist()) == sorted(expected["committed"])
+            canvas[0, inside] = torch.where(commit, best, canvas[0, inside])
+        if case["store_h"] == "last" and start + block > len(prompt):
+            kept[:, inside] = states[:, inside]
+    assert next(steps, None) is None
+    assert canvas[0, : len(case["final_ids"])].tolist() == case["final_ids"]
 
 
 @pytest.mark.parametrize("name", ["sdar_tiny", "llada_tiny", "dream/dream_tiny"])
