@@ -23,12 +23,15 @@ _SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request r
 
 
 @contextmanager
-def s3_server(bucket: str, refuse: Path | None = None, latency_s: float = 0.0) -> Iterator[dict[str, str]]:
+def s3_server(
+    bucket: str, refuse: Path | None = None, latency_s: float = 0.0, in_memory: bool = False
+) -> Iterator[dict[str, str]]:
     """Serves an empty bucket. Yields the environment variables that point to it, and sets them in this process
     meanwhile.
 
     refuse: while this file exists, every request is answered with 503 SlowDown and adds a line to it. latency_s: added
-    to every request.
+    to every request. in_memory: the server of benchmarks (benchmarks/memory_s3.py), which is much faster, instead of
+    moto; it cannot refuse.
 
     pyarrow, and Ray through it, reads them when it opens an s3:// URI.
     """
@@ -43,6 +46,8 @@ def s3_server(bucket: str, refuse: Path | None = None, latency_s: float = 0.0) -
         "AWS_EC2_METADATA_DISABLED": "true",
     }
     command = [sys.executable, "-m", "tests.s3_server", str(port), str(refuse or ""), str(latency_s)]
+    if in_memory:
+        command = [sys.executable, "-m", "tests.benchmarks.memory_s3", str(port), str(latency_s)]
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _wait_for(server, port)
@@ -63,7 +68,7 @@ def _wait_for(server: subprocess.Popen[bytes], port: int) -> None:
             socket.create_connection(("127.0.0.1", port), timeout=1).close()
             return
         except OSError:
-            assert server.poll() is None and time.monotonic() < deadline, "moto's server has not come up"
+            assert server.poll() is None and time.monotonic() < deadline, "the S3 server has not come up"
             time.sleep(0.05)
 
 

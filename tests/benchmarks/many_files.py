@@ -5,8 +5,8 @@
 
 No model runs. Files are made up; shards are on an S3 server on this machine that adds 5 ms to every request, answers
 there and on the local disk. "Before" is what release e92298d did, one request after the other: it is timed on a sample
-of --sample files and multiplied. The server (moto) is a Python program on the same cores: what it alone needs for a
-listing and for GETs is printed, too.
+of --sample files and multiplied. The server (memory_s3.py) is a Python program on the same cores: what it alone needs
+for a listing and for GETs is printed, too.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         latency_s = options.latency_ms / 1e3
-        with s3_server("bucket", latency_s=latency_s) as environment:
+        with s3_server("bucket", latency_s=latency_s, in_memory=True) as environment:
             sample = min(options.sample, options.shards)
             report("signals, S3", signals(options.shards, sample, options.repeats, "s3://bucket", Path(scratch)))
             print(server_alone(environment["AWS_ENDPOINT_URL"], sample, latency_s), flush=True)
