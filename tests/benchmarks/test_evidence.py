@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,22 +17,28 @@ import pytest
 import torch
 import yaml
 
+from rcd_core import load_model
 from rcd_core.errors import UserError
+from rcd_core.ops.reduce import Feedback, Reduced, Table, reduce_greedy
+from rcd_core.signals import ReferenceSignals
+from rcd_core.training import own_signals
 from rcd_core.training.data.examples import ExampleSource
+from tests.benchmarks.evidence.feedback import SoftMask, feedback
 from tests.benchmarks.evidence.plan import Plan, load_plan
 from tests.benchmarks.evidence.report import report
 from tests.benchmarks.evidence.run import Runner, cells
 from tests.benchmarks.evidence.world import World
 
 PLAN = Path(__file__).parent / "evidence" / "second.yaml"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
-def small(tmp_path: Path) -> Plan:
-    """6x6 Sudoku with three methods, whose models learn nothing in two steps."""
+def small(tmp_path: Path, arms: tuple[str, ...] = ("seqd", "rcd", "rounds")) -> Plan:
+    """6x6 Sudoku with a few methods, whose models learn nothing in two steps."""
     raw = yaml.safe_load(PLAN.read_text())
     e = raw["experiments"]["sudoku6"]
     e |= {"num_train": 64, "num_test": 24, "thresholds": [0.2, 0.9], "replicates": [[0, 0], [1, 0]]}
-    e["arms"] = ["seqd", "rcd", "rounds"]
+    e["arms"] = list(arms)
     sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 32}
     e["target"], e["references"] = sizes, {"small": e["references"]["small"] | {"model": sizes}}
     for train in (e["base_train"], e["second_train"], e["references"]["small"]["train"]):
@@ -111,6 +120,53 @@ def test_it_goes_on_where_it_stopped_and_reports_whole_replicates(
     weights = (tokens / counted - passes) / asked  # of a model as large, which predicts a whole block at once
     assert np.all(counted < paper) and np.all((weights > 1.0) & (weights < 2.0))
     assert arms["seqd", "none"]["gains"][0]["mean"] in (None, 0.0)
+
+
+@pytest.mark.parametrize("arm", ["self_norm", "soft_masked"])
+def test_other_ways_to_feed_back_train_and_decode(tmp_path: Path, arm: str) -> None:
+    (cell,) = cells(small(tmp_path, (arm,)), ["sudoku6"], 1)
+    Runner(tmp_path, torch.device("cpu"), 1e18, lambda text: None).run(cell)
+    with np.load(tmp_path / f"{cell.name}.npz") as found:
+        assert np.isfinite(found["fact.train_loss"]) and found["zero.denoise"].min() >= 1
+
+
+@torch.no_grad()
+def test_other_ways_to_feed_back_are_as_described() -> None:
+    model = load_model(GOLDEN / "sdar_tiny")
+    table = model.embedding.weight
+    logits = torch.randn(6, len(table), generator=torch.Generator().manual_seed(0)) * 3
+    signals = ReferenceSignals.from_logits(logits, k=len(table))
+    settings = Feedback("learned", math.log(3), 1.0, 1.0, 3)
+    with feedback("restored_norm"):
+        deltas = [
+            signals.soft_embedding(table),
+            reduced(logits, replace(settings, rule="fixed", top_k=len(table)), table).delta,
+        ]
+    for delta in deltas:
+        torch.testing.assert_close(
+            delta.norm(dim=-1), torch.softmax(logits, -1) @ table.norm(dim=-1), atol=1e-2, rtol=0
+        )
+    plain = torch.softmax(logits, -1) @ table
+    assert (
+        torch.cosine_similarity(deltas[0], plain).min() > 0.999 and (deltas[0].norm(dim=-1) > plain.norm(dim=-1)).all()
+    )
+
+    mask = SoftMask()
+    top, ids = torch.softmax(logits, -1).topk(3)
+    q = top / top.sum(-1, keepdim=True)
+    entropy = -(q * q.log()).sum(-1)
+    with feedback("soft_masked"):
+        found = reduced(logits, settings, table, mask)
+        own = own_signals.encoded(model, torch.randn(6, table.shape[1]), 3)
+    torch.testing.assert_close(found.delta, (q[..., None] * table[ids]).sum(1))
+    torch.testing.assert_close(found.alpha, 0.5 * torch.sigmoid(6.67 * (0.75 - entropy)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.confidence, top[:, 0])  # of the whole prediction
+    torch.testing.assert_close(own.topk_logprobs.float().exp().sum(-1), torch.ones(6), atol=1e-3, rtol=0)
+    assert not own.tail_mass.any()
+
+
+def reduced(logits: torch.Tensor, settings: Feedback, table: torch.Tensor, learned: Any = None) -> Reduced:
+    return reduce_greedy(logits, len(table) - 1, settings, Table(table, learned))
 
 
 def test_it_needs_neither_ray_nor_pyarrow() -> None:

@@ -11,6 +11,7 @@ import yaml
 from rcd_core.errors import UserError
 from rcd_core.families.config import ModelConfig
 from rcd_core.training.settings import ResidualSettings, TrainSettings
+from tests.benchmarks.evidence.feedback import KINDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,7 @@ class Arm:
     """A method of the second stage. residual None: masked SFT (SeqD). steps_factor: multiplies the second stage's
     steps. starts: sources of a block's first residual when decoding. rounds: with source "signals", equal parts of the
     second stage; the base makes the signals of the first part, the target those of each further one. on_policy: signals
-    on rows masked as decoding would leave them."""
+    on rows masked as decoding would leave them. feedback: another way to feed predictions back (feedback.py)."""
 
     name: str
     title: str
@@ -27,6 +28,7 @@ class Arm:
     starts: tuple[str, ...] = ()
     rounds: int = 1
     on_policy: bool = False
+    feedback: str | None = None
 
     @property
     def asks_reference(self) -> bool:
@@ -75,6 +77,8 @@ def _arm(name: str, values: dict[str, Any]) -> Arm:
     if residual := values.get("residual"):
         values["residual"] = ResidualSettings(**residual)
     values["starts"] = tuple(values.get("starts", ()))
+    if (feedback := values.get("feedback")) not in (None, *KINDS):
+        raise UserError(f"arms.{name}.feedback is {feedback!r}; there are {', '.join(KINDS)}")
     return Arm(name=name, **_known(Arm, name, values))
 
 

@@ -31,6 +31,7 @@ from rcd_core.training.loop import Callbacks, train
 from rcd_core.training.objective import reference_signals
 from rcd_core.training.own_signals import OwnSignals
 from rcd_core.training.settings import ResidualSettings, SignalRule, TrainSettings
+from tests.benchmarks.evidence.feedback import feedback
 from tests.benchmarks.evidence.plan import Arm, Experiment, Plan
 from tests.benchmarks.evidence.world import MemorySource, World
 
@@ -120,6 +121,10 @@ class Runner:
         if path.exists() or time.monotonic() > self.deadline:
             return
         world = self.worlds.setdefault(cell.experiment.name, World(cell.experiment))
+        with feedback(cell.arm.feedback):
+            self._run(cell, world, path)
+
+    def _run(self, cell: Cell, world: World, path: Path) -> None:
         base = self._base(world, cell.base)
         reference = None if cell.reference == NO_REFERENCE else self._reference(world, cell.reference, cell.base)
         began = time.perf_counter()
@@ -258,6 +263,7 @@ class Runner:
                 residual=feeds,
                 start=start if feeds else None,
                 residual_temperature=1.0,
+                residual_top_k=residual.top_k if feeds and residual else None,
                 alpha=residual.alpha if feeds and residual else None,
                 alpha_scale=residual.alpha_scale if feeds and residual else None,
             )
