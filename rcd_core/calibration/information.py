@@ -69,8 +69,8 @@ class ThrownAway:
             for part in np.split(np.flatnonzero(step.discarded), range(rows, int(step.discarded.sum()), rows)):
                 self._add(step.hidden[part], final[part])
             for first in range(0, len(before), rows):
-                part = before[first : first + rows]
-                self._add_pairs(torch.stack([last[keys[i]] for i in part]), step.hidden[part], final[part])
+                pairs = before[first : first + rows]
+                self._add_pairs(torch.stack([last[keys[i]] for i in pairs]), step.hidden[pairs], final[pairs])
             last |= {keys[i]: step.hidden[i] for i in np.flatnonzero(step.discarded)}
         self._steps.clear()
 
