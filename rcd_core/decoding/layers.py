@@ -93,6 +93,7 @@ class Layer:
         self.eps = config.rms_norm_eps
         self.queries, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.scaling: float = attention.scaling
+        self.clip: float | None = getattr(attention, "clip", None)  # of queries, keys and values
         self.norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         self.qkv = _linear([attention.q_proj, attention.k_proj, attention.v_proj])
         self.out = _linear([attention.o_proj])
@@ -108,7 +109,9 @@ class Layer:
     def __call__(self, x: Tensor, b: Buffers, write: Tensor, attend: Attend, keys: Tensor, values: Tensor) -> Tensor:
         normed = F.rms_norm(x, x.shape[-1:], self.norms[0], self.eps)
         self.qkv(normed, out=b.flat)
-        self.rotate(b.rotated, self.head_norms, b.cos, b.sin, self.eps)
+        self.rotate(b.rotated, self.head_norms, b.cos, b.sin, self.eps, self.clip)
+        if self.clip is not None:
+            b.heads[:, self.queries + self.groups :].clamp_(-self.clip, self.clip)
         query, key, value = torch.split(b.heads, [self.queries, self.groups, self.groups], 1)
         keys.index_copy_(0, write, key)
         values.index_copy_(0, write, value)
@@ -121,14 +124,18 @@ class Layer:
         return self.down.added(x, self.gate(b.gate_up))
 
 
-def normed_and_rotated(heads: Tensor, norms: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> None:
-    """In place: queries and keys (T, H + G, d), normed with weights (H + G, d) if there are any. Of each head only the
-    first r numbers are rotated; cos, sin: (T, 1, r)."""
+def normed_and_rotated(
+    heads: Tensor, norms: Tensor | None, cos: Tensor, sin: Tensor, eps: float, clip: float | None = None
+) -> None:
+    """In place: queries and keys (T, H + G, d), normed with weights (H + G, d) if there are any, and clipped. Of each
+    head only the first r numbers are rotated; cos, sin: (T, 1, r)."""
     width, x = cos.shape[-1], heads
     if norms is not None:
         x = F.rms_norm(heads, heads.shape[-1:], None, eps).mul_(norms)
+    if clip is not None:
+        x = x.clamp(-clip, clip)
     if width < heads.shape[-1]:
-        if norms is not None:
+        if x is not heads:
             heads[..., width:] = x[..., width:]
         heads, x = heads[..., :width], x[..., :width]
     if torch.compiler.is_compiling():  # which refuses `out` that is not contiguous

@@ -46,6 +46,7 @@ class Experts:
             count=config.num_experts,
             chosen=config.num_experts_per_tok,
             size=size,
+            shared=getattr(config, "shared_expert_intermediate_size", None) or 0,
             dense_layers=config.num_hidden_layers - mixed,
         )
 

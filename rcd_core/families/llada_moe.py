@@ -1,8 +1,7 @@
 """LLaDA-MoE (LLaDA-MoE-7B-A1B): LLaDA's decoding over Qwen3-MoE layers without a causal mask.
 
-Its router is a softmax over all experts without renormalisation. Of the options in the authors' code, dense layers
-load. Shared experts, expert biases, clipped projections and partial rotation, which transformers' class does not have,
-are refused.
+Its router is a softmax over all experts without renormalisation. llada_moe_layers.py has the options of the authors'
+code that transformers' class lacks.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from rcd_core.families.base import CheckpointInfo, read_ids
+from rcd_core.families.config import ModelConfig
 from rcd_core.families.config_json import read_rope, require_fields, require_values
 from rcd_core.families.files import CheckpointFiles
 from rcd_core.families.llada import BLOCK_LENGTH, LLaDAModel
@@ -22,17 +22,29 @@ _REQUIRED = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts", "num_experts_per_tok"),
     *("expert_intermediate_size", "rope_theta", "rms_norm_eps"),
 )
-# The network that transformers' class computes. Fields that the authors' code reads and ignores are not listed.
-_FIXED: dict[str, Any] = {
-    "attention_bias": False, "clip_qkv": None, "moe_router_enable_expert_bias": False, "partial_rotary_factor": 1.0,
-    "qk_layernorm": True, "shared_expert_intermediate_size": None, "hidden_act": "silu",
-}  # fmt: skip
+# The only supported values. Fields that the authors' code reads and ignores are not listed.
+_FIXED: dict[str, Any] = {"attention_bias": False, "qk_layernorm": True, "hidden_act": "silu"}
+_OPTIONS = ("clip_qkv", "moe_router_enable_expert_bias", "shared_expert_intermediate_size")
+_NAMES = {".expert_bias": ".gate.expert_bias", ".shared_expert.": ".mlp.shared_expert."}  # the authors', ours
 
 
 class LLaDAMoEModel(LLaDAModel):
     model_types = ("llada", "lladamoe", "llada_moe")
     transformers_name = "Qwen3Moe"
     has_experts = True
+
+    @classmethod
+    def backbone_class(cls) -> Any:
+        from rcd_core.families.llada_moe_layers import LLaDAMoEForCausalLM
+
+        return LLaDAMoEForCausalLM
+
+    @classmethod
+    def new_config(cls, sizes: ModelConfig, vocab_size: int) -> Any:
+        config = super().new_config(sizes, vocab_size)
+        for option in _OPTIONS:
+            setattr(config, option, None)
+        return config
 
     def official_files(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         c = self.config
@@ -53,8 +65,13 @@ class LLaDAMoEModel(LLaDAModel):
             },
             "num_hidden_layers": c.num_hidden_layers,
             "num_key_value_heads": c.num_key_value_heads,
+            "partial_rotary_factor": c.rope_parameters.get("partial_rotary_factor", 1.0),
+            **{option: getattr(c, option) for option in _OPTIONS},
         }
-        return self.common_fields() | _FIXED | config, self.stored_weights()
+        weights = self.stored_weights()
+        for theirs, ours in _NAMES.items():
+            weights = {name.replace(ours, theirs): tensor for name, tensor in weights.items()}
+        return self.common_fields() | _FIXED | config, weights
 
     @classmethod
     def read_config(cls, config: dict[str, Any], where: Path, has_head: bool) -> Any:
@@ -78,8 +95,9 @@ class LLaDAMoEModel(LLaDAModel):
             mlp_only_layers=[layer for layer, experts in enumerate(freq) if not experts],
             max_position_embeddings=config.get("max_position_embeddings", 4096),
             rms_norm_eps=config["rms_norm_eps"],
-            rope_parameters=read_rope(config, where),
+            rope_parameters=read_rope(config, where) | _partial(config),
             tie_word_embeddings=not has_head if tied is None else tied,
+            **{option: config.get(option) for option in _OPTIONS},
         )
 
     @classmethod
@@ -88,4 +106,11 @@ class LLaDAMoEModel(LLaDAModel):
 
     @classmethod
     def backbone_name(cls, name: str) -> str:
+        for theirs, ours in _NAMES.items():
+            name = name.replace(theirs, ours)
         return name
+
+
+def _partial(config: dict[str, Any]) -> dict[str, float]:
+    factor = config.get("partial_rotary_factor") or 1.0
+    return {} if factor == 1.0 else {"partial_rotary_factor": factor}

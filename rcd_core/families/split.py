@@ -28,6 +28,7 @@ from rcd_core.ops.ranks import Ranks
 
 _ROWS, _COLUMNS = ("q_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
 _KEY_HEADS, _VOCABULARY = ("k_proj", "v_proj"), ("embed_tokens", "lm_head")
+_SHARED = "shared_expert_intermediate_size"  # of a configuration: LLaDA-MoE's option
 
 
 def check_split(config: Any, size: int, where: Path) -> None:
@@ -36,6 +37,8 @@ def check_split(config: Any, size: int, where: Path) -> None:
     counts = {"attention heads": config.num_attention_heads, "columns of the MLP": config.intermediate_size}
     if hasattr(config, "moe_intermediate_size"):
         counts["columns of an expert"] = config.moe_intermediate_size
+    if shared := getattr(config, _SHARED, None):
+        counts["columns of the shared expert"] = shared
     problems = [f"{count} {name}" for name, count in counts.items() if count % size]
     if groups % size and size % groups:
         problems.append(f"{groups} key/value heads")
@@ -56,6 +59,8 @@ def rank_config(config: Any, ranks: Ranks) -> Any:
     local.intermediate_size //= ranks.size
     if hasattr(config, "moe_intermediate_size"):
         local.moe_intermediate_size //= ranks.size
+    if shared := getattr(config, _SHARED, None):
+        setattr(local, _SHARED, shared // ranks.size)
     return local
 
 
@@ -84,6 +89,8 @@ def _columns(name: str, config: Any) -> int:
         return int(config.num_attention_heads * config.head_dim)
     if ".experts." in name:
         return int(config.moe_intermediate_size)
+    if ".shared_expert." in name:
+        return int(getattr(config, _SHARED))
     if ".shared_experts." in name:
         return int(config.moe_intermediate_size * config.n_shared_experts)
     return int(config.intermediate_size)
@@ -98,7 +105,7 @@ def split_backbone(backbone_class: Any, config: Any, ranks: Ranks) -> Any:
             if hasattr(module, "experts"):
                 module.__class__ = _split_mixture(type(module))
                 module.ranks = ranks
-            elif name.split(".")[-1] in _COLUMNS and ".shared_experts." not in name:
+            elif name.split(".")[-1] in _COLUMNS and ".shared_expert" not in name:
                 split = SplitLinear(module.in_features, module.out_features, module.bias is not None)
                 split.ranks = ranks
                 backbone.set_submodule(name, split)

@@ -35,7 +35,7 @@ from tests.rcd_core.training.helpers import GOLDEN, spawn
 FAMILIES = ("sdar", "llada")
 OTHERS = (
     *("sdar_moe/sdar_moe_tiny", "llada2/llada2_tiny", "llada_moe/llada_moe_tiny", "dream/dream_tiny"),
-    *("fastdllm_v2/fastdllm_v2_tiny", "a2d/qwen3_tiny"),
+    *("fastdllm_v2/fastdllm_v2_tiny", "a2d/qwen3_tiny", "llada_moe/llada_moe_tiny_options"),
 )
 PROMPTS = [[11, 12, 13, 14, 15], [7], [3, 1, 4]]
 RCD = DecodeSettings(block_length=4, max_new_tokens=12, confidence_threshold=0.6, residual=True, trace=True, seed=3)

@@ -261,7 +261,10 @@ class Keys(GraphCache):
         return torch.zeros(3, key[-1] if key[0] == "head" else 1, device="cuda")
 
 
-@pytest.mark.parametrize("name", ["sdar_moe/sdar_moe_tiny", "llada2/llada2_tiny", "llada_moe/llada_moe_tiny"])
+@pytest.mark.parametrize(
+    "name",
+    ["sdar_moe/sdar_moe_tiny", "llada2/llada2_tiny", "llada_moe/llada_moe_tiny", "llada_moe/llada_moe_tiny_options"],
+)
 def test_experts_run_inside_captures(name: str, gpu: FakeGpu) -> None:
     """Which experts a token meets is known to the device only."""
     model = fake_checkpoint(gpu, name)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rcd_core import Decoder, DecodeSettings, TrainingBatch, UserError, load_model, training_loss
+from rcd_core import Decoder, DecodeSettings, TrainingBatch, load_model, training_loss
 from rcd_core.families.base import DiffusionModel
 from tests.rcd_core.decoding.test_golden_decoding import AUTHORS, check_steps, llada_settings, sdar_settings
 from tests.rcd_core.families.overfit import overfit
@@ -22,6 +22,7 @@ from tests.rcd_core.families.test_golden_models import check_gradients, sample_n
 from tests.rcd_core.golden_models import GOLDEN, load_fp64
 
 CHECKPOINTS = {name: f"{name}/{name}_tiny" for name in ("sdar_moe", "llada2", "llada_moe")}
+CHECKPOINTS["llada_moe_options"] = "llada_moe/llada_moe_tiny_options"
 
 
 def vectors(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -49,6 +50,7 @@ def test_forward() -> None:
             torch.testing.assert_close(model(name).logits(v["fwd_ids"], block_length), want, atol=AUTHORS, rtol=0)
     _, v = vectors("llada_moe")
     torch.testing.assert_close(model("llada_moe").logits(v["fwd_ids"]), v["fwd_logits"], atol=AUTHORS, rtol=0)
+    torch.testing.assert_close(model("llada_moe_options").logits(v["opt_ids"]), v["opt_logits"], atol=AUTHORS, rtol=0)
     visible = v["pad_attention_mask"].bool()
     padded = model("llada_moe").logits(v["pad_ids"], attention_mask=v["pad_attention_mask"])
     torch.testing.assert_close(padded[visible], v["pad_logits"][visible], atol=AUTHORS, rtol=0)
@@ -173,6 +175,18 @@ def test_a_batch_decodes_as_each_request_alone(name: str) -> None:
         assert Decoder(model(name)).generate([prompt], settings)[0].token_ids == out.token_ids
 
 
+def test_the_engine_computes_the_options_too() -> None:
+    """Confidences of the first pass over a canvas, which the engine's own layers make, against the model's logits."""
+    options = model("llada_moe_options")
+    canvas = [11, 12, 13, *[options.mask_token_id] * 6, 14]
+    settings = DecodeSettings(block_length=len(canvas), denoising_steps=3, trace=True)
+    first = Decoder(options).infill([canvas], settings)[0].steps[0]
+    p = torch.softmax(options.logits(torch.tensor([canvas]))[0], -1)[3:9]
+    p[:, options.mask_token_id] = 0.0
+    assert first.argmax == p.argmax(-1).tolist()
+    assert first.confidence == pytest.approx(p.amax(-1).tolist(), rel=1e-6)
+
+
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_exported_and_loaded_again(name: str, tmp_path: Path) -> None:
     """In the authors' names, and bit for bit."""
@@ -189,12 +203,8 @@ def test_exported_and_loaded_again(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_overfits_a_batch_with_residual_inputs(name: str) -> None:
     """Signals of the model itself before the training, and every weight moves but those of experts that nothing met."""
-    assert overfit(load_model(GOLDEN / CHECKPOINTS[name]), 370, 30) < 0.1
-
-
-def test_options_that_transformers_does_not_compute_are_refused() -> None:
-    with pytest.raises(UserError, match="clip_qkv is 1.5"):
-        load_model(GOLDEN / "llada_moe" / "llada_moe_tiny_options")
+    trained = load_model(GOLDEN / CHECKPOINTS[name])
+    assert overfit(trained, trained.vocab_size - 14, 30) < 0.1
 
 
 @pytest.mark.parametrize("fused", [False, True])
