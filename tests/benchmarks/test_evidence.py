@@ -25,6 +25,7 @@ from rcd_core.training import own_signals
 from rcd_core.training.data.examples import ExampleSource
 from tests.benchmarks.evidence.feedback import SoftMask, feedback
 from tests.benchmarks.evidence.plan import Plan, load_plan
+from tests.benchmarks.evidence.predict import predict
 from tests.benchmarks.evidence.report import report
 from tests.benchmarks.evidence.run import Runner, cells
 from tests.benchmarks.evidence.world import World
@@ -98,6 +99,11 @@ def test_it_goes_on_where_it_stopped_and_reports_whole_replicates(
         with np.load(tmp_path / "one" / "sudoku6" / name) as a, np.load(tmp_path / "two" / "sudoku6" / name) as b:
             names = [n for n in a.files if not n.startswith("fact.")]
             assert names and all(np.array_equal(a[n], b[n]) for n in names)
+    predict(plan, ["sudoku6"], tmp_path / "one", tmp_path)
+    lines = json.loads((tmp_path / "predict.json").read_text())
+    assert [(line["base"], set(line["gains"])) for line in lines] == [(0, {"rcd", "rounds"})]  # base 1 has SeqD only
+    assert lines[0]["predictions"] > 0 and {"at_90", "at_best"} == set(lines[0]["gains"]["rounds"])
+    capsys.readouterr()
     before = len(said)
     for cell in todo:
         runner.run(cell)

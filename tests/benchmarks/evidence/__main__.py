@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.evidence run --output DIR [--only sudoku6 chain] [--replicates 3] [--minutes 60]
     python -m tests.benchmarks.evidence report --output DIR [--write tests/benchmarks/evidence/results]
+    python -m tests.benchmarks.evidence predict --output DIR                 # what bases throw away, beside the gains
     ... --plan tests/benchmarks/evidence/first.yaml       # the first experiment; default: the second
 
 `run` resumes. Several processes may work on different experiments of one directory. Uses a GPU where there is one.
@@ -25,13 +26,13 @@ PLAN = Path(__file__).with_name("second.yaml")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("action", choices=("run", "report"))
+    parser.add_argument("action", choices=("run", "report", "predict"))
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--only", nargs="+", help="experiments, in this order; default: all of the plan")
     parser.add_argument("--replicates", type=int, default=1000, help="run at most so many of each")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no cell after this time")
     parser.add_argument("--plan", type=Path, default=PLAN)
-    parser.add_argument("--write", type=Path, help="report: where results.json and the plots go")
+    parser.add_argument("--write", type=Path, help="report, predict: where results.json and the plots go")
     options = parser.parse_args()
     plan = load_plan(options.plan)
     names = options.only or list(plan.experiments)
@@ -41,6 +42,11 @@ def main() -> int:
         from tests.benchmarks.evidence.report import report
 
         report(plan, names, options.output, options.write)
+        return 0
+    if options.action == "predict":
+        from tests.benchmarks.evidence.predict import predict
+
+        predict(plan, names, options.output, options.write)
         return 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":

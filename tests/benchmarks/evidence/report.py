@@ -74,6 +74,12 @@ def load(plan: Plan, experiment: Experiment, output: Path) -> tuple[list[Loaded]
     return loaded, complete
 
 
+def load_cells(plan: Plan, experiment: Experiment, output: Path) -> list[Loaded]:
+    """All decoded results of an experiment, those of unfinished replicates too."""
+    todo = [(cell, output / f"{cell.name}.npz") for cell in cells(plan, [experiment.name], len(experiment.replicates))]
+    return [part for cell, path in todo if path.exists() for part in _load(cell, path)]
+
+
 def _load(cell: Cell, path: Path) -> Iterator[Loaded]:
     with np.load(path) as data:
         facts = {n.removeprefix("fact."): data[n] for n in data.files if n.startswith("fact.")}
