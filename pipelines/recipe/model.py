@@ -126,9 +126,9 @@ class SignalSettings(Section):
     """Softmax temperature of the entropy behind alpha."""
     delta_temperature: Positive = 1.0
     """Softmax temperature of the stored probabilities."""
-    on_policy: bool = False
-    """Mask the rows where the model that makes the signals is unsure after a pass over a noisier version of them, as
-    decoding would leave them, and store the predictions of that pass."""
+    on_policy: Share = 0.0
+    """Share of the rows that are masked where the model that makes the signals is unsure after a pass over a noisier
+    version of them, as decoding would leave them; the predictions of that pass are stored."""
     shard_mb: Annotated[float, Field(gt=0, le=1024)] = 128  # Arrow counts a list's entries in 31 bits
     """Largest size of a shard in MB; a lost actor loses at most one shard."""
     batch_tokens: Count = 16384

@@ -43,7 +43,7 @@ _LATER: dict[str, Any] = {
     "deploy.weights": "full",
     "*.train.lora": None,
     "target.rounds": 1,
-    "signals.on_policy": False,
+    "signals.on_policy": 0.0,
     "target.residual.self_share": 0.0,
     "variants.*.self_share": 0.0,
     "*.train.optimizer": "adamw",

@@ -34,7 +34,7 @@ class SignalJob:
     """What an actor needs to compute any shard. row_offsets: [0, ..., rows], the first row of each shard, counted from
     first_row of the training. own: the model makes its signals as in decoding, from noisier versions of the rows, with
     these residuals (rcd_core/training/own_signals.py); None: it is a reference, which sees the rows' own masks.
-    on_policy: with `own`, the rows are masked anew."""
+    on_policy: with `own`, share of the rows that are masked anew."""
 
     directory: str
     reference: str
@@ -49,7 +49,7 @@ class SignalJob:
     gpus: float = 0
     first_row: int = 0
     own: ResidualSettings | None = None
-    on_policy: bool = False
+    on_policy: float = 0.0
     seed: int = 0  # of the noisier versions
 
     @property

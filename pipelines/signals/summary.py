@@ -66,7 +66,7 @@ class SignalSummary:
             **{name: self._common(name) for name in _COMMON},
             "reference_checkpoint": job.reference,
             **({"first_row": job.first_row, "own": True} if job.own and job.own.feeds_back else {}),
-            **({"on_policy": True} if job.on_policy else {}),
+            **({"on_policy": job.on_policy} if job.on_policy else {}),
             "block_length": job.block_length,
             "pad_multiple": recipe.data.pad_multiple or recipe.block_length,
             "tokenizer_sha256": prepare["tokenizer_sha256"],

@@ -15,7 +15,7 @@ from torch import Tensor
 from rcd_core.decode_settings import AlphaRule
 from rcd_core.dense_signals import AlphaInputs
 from rcd_core.families.base import DiffusionModel
-from rcd_core.noise import NoiseSettings
+from rcd_core.noise import NoiseSettings, hash_key, uniforms
 from rcd_core.signals import ReferenceSignals, residual_state
 from rcd_core.training.data.batches import Collator, MicroBatch
 from rcd_core.training.data.rows import TrainingRow
@@ -25,8 +25,8 @@ from rcd_core.training.settings import ResidualSettings, SignalRule, TrainSettin
 
 class OwnSignals:
     """(N) signals of the frozen model for whole rows, each of which has tokens. settings: of the passes' residuals;
-    without any for source "none". on_policy: the rows are masked anew, where decoding would leave masks. The noisier
-    versions depend on seed and on the rows' numbers."""
+    without any for source "none". on_policy: share of the rows that are masked anew, where decoding would leave masks.
+    Which ones, and the noisier versions, depend on seed and on the rows' numbers."""
 
     def __init__(
         self,
@@ -36,9 +36,9 @@ class OwnSignals:
         noise: NoiseSettings,
         block_length: int,
         seed: int,
-        on_policy: bool = False,
+        on_policy: float = 0.0,
     ) -> None:
-        self.model, self.rule, self.on_policy = model, rule, on_policy
+        self.model, self.rule, self.on_policy, self.seed = model, rule, on_policy, seed
         self.settings = replace(settings, dropout=0.0, self_share=0.0)
         self.collator = Collator(
             settings=TrainSettings(steps=1, batch_size=1, seed=seed),
@@ -56,7 +56,9 @@ class OwnSignals:
         micro = micro.to(self.model.device)
         if not self.on_policy:
             return list(rows), own_signals(self.model, micro, self.settings, self.rule)
-        masked, signals = on_policy_signals(self.model, micro, self.settings, self.rule)
+        chosen = [uniforms(hash_key(self.seed, "on policy", row.index), 1)[0] < self.on_policy for row in rows]
+        anew = torch.tensor(chosen, device=self.model.device)
+        masked, signals = on_policy_signals(self.model, micro, self.settings, self.rule, anew)
         new = masked.cpu().numpy()
         return [replace(row, masked=new[i, : len(row.masked)]) for i, row in enumerate(rows)], signals
 
@@ -71,12 +73,14 @@ def own_signals(
 
 
 def on_policy_signals(
-    model: DiffusionModel, micro: MicroBatch, settings: ResidualSettings, rule: SignalRule
+    model: DiffusionModel, micro: MicroBatch, settings: ResidualSettings, rule: SignalRule, anew: Tensor
 ) -> tuple[Tensor, ReferenceSignals]:
-    """(masks (B, L), signals (N)) as decoding would leave them after the last earlier pass: of each block the tokens
-    that this pass is least sure of stay masked, as many as the row's own masks, and keep its predictions."""
+    """(masks (B, L), signals (N)), in the rows `anew` (B,) as decoding would leave them after the last earlier pass: of
+    each block the tokens that this pass is least sure of stay masked, as many as the row's own masks, and keep its
+    predictions. The other rows keep their masks."""
     noisier, signals = _last_pass(model, micro, settings, rule)
     kept = least_confident(model, micro.batch, noisier, signals.topk_logprobs[:, 0])
+    kept = torch.where(anew[:, None].expand_as(noisier)[noisier], kept, micro.batch.masked[noisier])
     masked = torch.zeros_like(noisier)
     masked[noisier] = kept
     return masked, signals[kept]

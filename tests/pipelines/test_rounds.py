@@ -79,8 +79,8 @@ def run_stage(recipe: Recipe, name: str, function: Callable[[StageContext], dict
 
 
 @pytest.mark.drill  # two trainings and two caches on Ray
-@pytest.mark.parametrize("on_policy", [False, True])
-def test_a_run_in_two_rounds(on_policy: bool, ray_cluster: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("on_policy", [0.0, 0.5])
+def test_a_run_in_two_rounds(on_policy: float, ray_cluster: str, tmp_path: Path) -> None:
     """The same weights as in one process that goes on from the state of the first part, with signals that the first
     part's model makes from noisier versions of the rows. What has been used is removed."""
     recipe = make_recipe(tmp_path, train={"schedule": "linear"})

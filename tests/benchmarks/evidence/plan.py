@@ -18,8 +18,9 @@ from tests.benchmarks.evidence.feedback import KINDS
 class Arm:
     """A method of the second stage. residual None: masked SFT (SeqD). steps_factor: multiplies the second stage's
     steps. starts: sources of a block's first residual when decoding. rounds: with source "signals", equal parts of the
-    second stage; the base makes the signals of the first part, the target those of each further one. on_policy: signals
-    on rows masked as decoding would leave them. feedback: another way to feed predictions back (feedback.py)."""
+    second stage; the base makes the signals of the first part, the target those of each further one. on_policy: share
+    of the rows that are masked as decoding would leave them. feedback: another way to feed predictions back, see
+    feedback.py."""
 
     name: str
     title: str
@@ -27,7 +28,7 @@ class Arm:
     steps_factor: float = 1.0
     starts: tuple[str, ...] = ()
     rounds: int = 1
-    on_policy: bool = False
+    on_policy: float = 0.0
     feedback: str | None = None
 
     @property

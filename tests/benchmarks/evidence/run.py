@@ -74,7 +74,7 @@ class Signals:
         rows: MemorySource,
         numbers: range,
         seed: int,
-        on_policy: bool,
+        on_policy: float,
     ) -> None:
         self.rows, self.numbers = rows, numbers
         frozen = copy.deepcopy(model).requires_grad_(False).eval()

@@ -96,7 +96,7 @@ def test_rows_masked_as_decoding_leaves_them(model: Any) -> None:
     rows = training_rows()
     for source in ("self", "none"):
         settings = ResidualSettings(source=source, dropout=0.0, top_k=16)  # type: ignore[arg-type]
-        own = OwnSignals(model, settings, SignalRule(top_k=16), NOISE, 4, seed=0, on_policy=True)
+        own = OwnSignals(model, settings, SignalRule(top_k=16), NOISE, 4, seed=0, on_policy=1.0)
         masked_anew, signals = own(rows)
         (micro,) = own.collator.micro_batches(rows)
         noisier = micro.noisier_masks[-1]
@@ -122,6 +122,28 @@ def test_rows_masked_as_decoding_leaves_them(model: Any) -> None:
         unlike = own_signals(model, micro, replace(settings, source="none"), own.rule)
         same = own_signals(model, micro, settings, own.rule)
         assert torch.equal(same.entropy, unlike.entropy) == (source == "none")
+
+
+def test_a_share_of_the_rows_is_masked_anew(model: Any) -> None:
+    """The others keep their masks, and have the signals that they would have without."""
+    settings = ResidualSettings(source="self", dropout=0.0, top_k=16)
+    plain, some, all_ = (
+        OwnSignals(model, settings, SignalRule(top_k=16), NOISE, 4, seed=1, on_policy=share)
+        for share in (0.0, 0.5, 1.0)
+    )
+    counts = {"plain": 0, "anew": 0}
+    rows = training_rows()
+    made = [own(rows) for own in (plain, some, all_)]
+    at = 0
+    for before, mixed, anew in zip(*(trained for trained, _ in made), strict=True):
+        kind = "plain" if (mixed.masked == before.masked).all() else "anew"
+        count = int(mixed.masked.sum())
+        assert count == before.masked.sum() and (mixed.masked == (before if kind == "plain" else anew).masked).all()
+        of_kind = made[0 if kind == "plain" else 2][1]
+        assert torch.equal(made[1][1][slice(at, at + count)].entropy, of_kind[slice(at, at + count)].entropy)
+        counts[kind] += 1
+        at += count
+    assert min(counts.values()) > 0
 
 
 def test_self_residual_equals_passes_written_out(model: Any) -> None:
