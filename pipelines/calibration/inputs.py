@@ -53,6 +53,7 @@ def make_jobs(ctx: StageContext) -> list[CalibrationJob]:
                 run_code=recipe.evaluate.run_code,
                 threads=max(1, int(recipe.resources.cpus_per_worker)),
                 gpus=recipe.resources.gpus_per_worker,
+                process=recipe.process,
             )
         )
     return jobs

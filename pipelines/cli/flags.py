@@ -27,6 +27,10 @@ Flags = Parameter(name="*")  # the fields of a class become flags of their own
 FEW = {"consume_multiple": (1, 1 << 16)}  # several values after one flag
 
 
+DETERMINISTIC = "Repeat results bit for bit, one request at a time; pipelines/README.md says where that holds."
+NO_VERIFY = "Load weights whose bytes are not those of their stored digests."
+
+
 def _section(title: str, about: str = "", sort_key: int = 0) -> Callable[..., Parameter]:
     """A titled part of a command's help -> what declares a flag in it, from its help text."""
     group = Group(title, help=about, sort_key=sort_key)
@@ -92,6 +96,8 @@ class GenerateFlags:
     attention: Annotated[DecodeAttention, MODEL("auto: the fastest that runs here.")] = "auto"
     weights: Annotated[Weights, MODEL("Keep the layers' weights quantised, to save memory.")] = "full"
     tensor_parallel: Annotated[Int, MODEL("Processes that hold the model together; start them with torchrun.")] = 1
+    deterministic: Annotated[bool, MODEL(DETERMINISTIC)] = False
+    no_verify: Annotated[bool, MODEL(NO_VERIFY, name="--no-verify")] = False
     mask_id: Annotated[Int | None, MODEL("Must equal the checkpoint's mask token id, which is used.")] = None
     trust_remote_code: Annotated[bool, MODEL("Accepted and ignored: a checkpoint's code is never run.")] = False
 
@@ -169,6 +175,8 @@ class EvaluateFlags:
         Literal["default", "official"] | None, TASK("official: as GSM8K's and MATH's graders, instead of by value.")
     ] = None
     seed: Annotated[Int, TASK("Seed of sampling.")] = 0
+    deterministic: Annotated[bool, TASK(DETERMINISTIC)] = False
+    no_verify: Annotated[bool, CHECKPOINTS(NO_VERIFY, name="--no-verify")] = False
     set: Annotated[
         tuple[str, ...],
         TASK("Any key of a recipe; decode.x is short for evaluate.decode.x. Repeatable.", metavar="KEY=VALUE"),
@@ -203,6 +211,8 @@ class CalibrateFlags:
         str | None, CHECKPOINTS("Model whose signals it was trained on. Without it: only the discarded predictions.")
     ] = None
 
+    no_verify: Annotated[bool, CHECKPOINTS(NO_VERIFY, name="--no-verify")] = False
+
     task: Annotated[str, DATA("gsm8k, math, sudoku, qa, ...; a wrong name lists all.")]
     data: Annotated[str, DATA(".jsonl or .parquet, as data.train of a recipe; or synthetic.", metavar="FILE")]
     field: Annotated[tuple[str, ...], DATA("As data.fields of a recipe; repeatable.", metavar="OURS=COLUMN")] = ()
@@ -216,6 +226,7 @@ class CalibrateFlags:
 
     report: Annotated[str | None, CALIBRATION("Also write an HTML page with all curves.", metavar="FILE")] = None
     json: Annotated[bool, CALIBRATION("Print all numbers as one JSON object.")] = False
+    deterministic: Annotated[bool, CALIBRATION(DETERMINISTIC)] = False
     dry_run: Annotated[bool, CALIBRATION("Write nothing into the checkpoint.")] = False
 
     decode: DecodeFlags = dataclasses.field(default_factory=dict)
