@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Literal
 
-from pipelines.cli.flags import CHECKPOINTS, FLAG, NO_VERIFY, Int
+from pipelines.cli.flags import CHECKPOINTS, FLAG, NO_VERIFY, Device, Int
 from rcd_core.decode_settings import ConvertAttention
 
 
@@ -75,7 +75,7 @@ class FitFlags:
     checkpoint: Annotated[str, FLAG("Directory, URI or hub id.")]
     _: KW_ONLY
     device: Annotated[
-        Literal["A100", "H100", "H200", "B200", "L40S", "L4"] | None, FLAG("GPU. Default: this machine's device.")
+        Device | None, FLAG("GPU. Default: this machine's device.")
     ] = None
     gpus: Annotated[Int, FLAG("Number of GPUs of a training.")] = 1
     length: Annotated[Int, FLAG("Tokens of a training row.")] = 4096

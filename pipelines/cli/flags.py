@@ -24,6 +24,7 @@ def _whole(_: Any, tokens: Sequence[Token]) -> int:
 
 Int = Annotated[int, Parameter(converter=_whole)]  # cyclopts would round 2.5
 Flags = Parameter(name="*")  # the fields of a class become flags of their own
+Device = Literal["A100", "H100", "H200", "B200", "L40S", "L4"]
 FEW = {"consume_multiple": (1, 1 << 16)}  # several values after one flag
 
 
@@ -236,6 +237,8 @@ FLAG = _section("Flags")
 RECIPE = FLAG("Name of a shipped recipe, or a YAML file.")
 SET = FLAG("Change a key of the recipe; repeatable.", metavar="KEY=VALUE")
 STATE = FLAG("File that remembers the running head.", metavar="FILE")
+EXAMPLES = FLAG("Training examples, if the stage prepare has not run.")
+TOKENS = FLAG("Mean tokens of an example. Default: data.max_length.")
 MFU = FLAG("Model FLOPs utilisation: achieved share of the peak.")
 
 
@@ -294,6 +297,25 @@ class ServeCheckFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanFlags:
+    """Time, GPU hours, memory and disk of a recipe's stages, before any work.
+
+    rcd plan --recipe sdar-4b-b32 --examples 100000 --example_tokens 3000 --device H100
+
+    Nothing is downloaded: sizes of known checkpoints ship with the package.
+    """
+
+    recipe: Annotated[str, RECIPE]
+    set: Annotated[tuple[str, ...], SET] = ()
+    device: Annotated[Device, FLAG("GPU.")] = "H100"
+    gpus: Annotated[Int | None, FLAG("Number of GPUs. Default: resources.num_workers.")] = None
+    mfu: Annotated[float, MFU] = 0.4
+    examples: Annotated[Int | None, EXAMPLES] = None
+    example_tokens: Annotated[float | None, TOKENS] = None
+    vocab_size: Annotated[Int | None, FLAG("Vocabulary, if the tokenizer is not on this machine.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class SignalsPlanFlags:
     """Estimate rows, bytes, device hours and break-even of a signal cache.
 
@@ -304,6 +326,8 @@ class SignalsPlanFlags:
     set: Annotated[tuple[str, ...], SET] = ()
     peak_tflops: Annotated[float, FLAG("Peak of the device; 989 is an H100 in dense bf16.")] = 989.0
     mfu: Annotated[float, MFU] = 0.4
+    examples: Annotated[Int | None, EXAMPLES] = None
+    example_tokens: Annotated[float | None, TOKENS] = None
     reference_params: Annotated[float | None, FLAG("Parameters of a reference that is not on this machine.")] = None
     target_params: Annotated[float | None, FLAG("Parameters of a target that is not on this machine.")] = None
     storage_hours: Annotated[float, FLAG("Cost of keeping the cache, in device hours.")] = 0.0
@@ -319,9 +343,9 @@ class TrainPlanFlags:
 
     recipe: Annotated[str, RECIPE]
     set: Annotated[tuple[str, ...], SET] = ()
-    device: Annotated[Literal["A100", "H100", "H200", "B200", "L40S", "L4"], FLAG("GPU.")] = "H100"
+    device: Annotated[Device, FLAG("GPU.")] = "H100"
     gpus: Annotated[Int | None, FLAG("Number of GPUs. Default: resources.num_workers.")] = None
     mfu: Annotated[float, MFU] = 0.4
-    examples: Annotated[Int | None, FLAG("Training examples, if the stage prepare has not run.")] = None
-    example_tokens: Annotated[float | None, FLAG("Mean tokens of an example. Default: data.max_length.")] = None
+    examples: Annotated[Int | None, EXAMPLES] = None
+    example_tokens: Annotated[float | None, TOKENS] = None
     vocab_size: Annotated[Int | None, FLAG("Vocabulary, if the tokenizer is not on this machine.")] = None
