@@ -17,7 +17,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipelines.evaluation.answers import PieceWriter
 from pipelines.evaluation.results import MethodInfo, judge
@@ -34,6 +33,7 @@ from rcd_core.io.retries import be_patient
 from rcd_core.noise import hash_key
 from rcd_core.process import ProcessSettings
 from rcd_core.tasks import check_gradable, get_task
+from rcd_core.training.data.examples import open_parquet
 
 ROWS = pa.schema(
     {
@@ -293,5 +293,5 @@ def _reference_weights(decoder: Decoder, request: Any, output: Any) -> dict[str,
 
 
 def _read(file: str, columns: list[str]) -> pa.Table:
-    with storage.open_input(file) as stream:
-        return pq.read_table(stream, columns=columns)
+    with open_parquet(file) as opened:
+        return opened.read(columns=columns)
