@@ -134,6 +134,7 @@ def make_plan(ctx: StageContext, methods: Sequence[Method], done: Set[Answer]) -
         parts=storage.join(ctx.directory, "parts"),
         name=uuid.uuid4().hex[:8],
         flush_s=FLUSH_S,
+        process=recipe.process,
     )
 
 

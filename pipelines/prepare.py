@@ -192,7 +192,8 @@ def _write(
 def _write_file(ctx: StageContext, directory: str, number: int, table: pa.Table) -> str:
     name = f"part-{number:05d}.parquet"
     with storage.open_output(storage.join(ctx.directory, directory, name)) as stream:
-        pq.write_table(table, stream, compression="zstd", row_group_size=ROWS_PER_GROUP)
+        options: Any = {"compression": "zstd", "row_group_size": ROWS_PER_GROUP, "write_page_checksum": True}
+        pq.write_table(table, stream, **options)
     return name
 
 

@@ -20,7 +20,6 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # not pipelines/, whose file names are too common
 
 import httpx
-import pyarrow.parquet as pq
 from ray import serve
 from ray.serve.context import _get_global_client  # the only way to get the address of a running Serve
 from ray.serve.schema import ApplicationStatus
@@ -34,6 +33,7 @@ from pipelines.serving.graph import api_limits, application
 from rcd_core.errors import UserError
 from rcd_core.io import storage
 from rcd_core.tasks import get_task
+from rcd_core.training.data.examples import open_parquet
 
 READY_TIMEOUT_S = 60.0
 
@@ -106,8 +106,8 @@ def endpoint(recipe: Recipe) -> str:
 def _example(ctx: StageContext) -> dict[str, Any]:
     """A request to try: the first problem of the test set."""
     first = storage.join(ctx.input_dir("prepare"), "test", ctx.input("prepare")["summary"]["test"][0])
-    with storage.open_input(first) as stream:
-        prompt = next(pq.ParquetFile(stream).iter_batches(batch_size=1, columns=["prompt"]))["prompt"][0].as_py()
+    with open_parquet(first) as file:
+        prompt = next(file.iter_batches(batch_size=1, columns=["prompt"]))["prompt"][0].as_py()
     model = ctx.recipe.deploy.model_id
     if get_task(ctx.recipe.data.task_of("test")).infill:
         return {"path": "/v1/completions", "body": {"model": model, "prompt": prompt, "infill": True}}

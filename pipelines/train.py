@@ -10,7 +10,6 @@ not know Ray; training/worker.py runs it on every rank, training/checkpoints.py 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from pathlib import Path
@@ -31,7 +30,7 @@ from pipelines.training.metrics import join_parts, read_metrics
 from pipelines.training.progress import Progress, write_events
 from pipelines.training.worker import EXPORTED, train_worker
 from rcd_core.errors import UserError
-from rcd_core.io import storage
+from rcd_core.io import checksums, storage
 
 RESIZE_INTERVAL_S = 60.0  # how often an elastic run checks for room for more workers
 
@@ -51,8 +50,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     exported = storage.read_json(mark)
     _finish_metrics(ctx, exported["metrics_problem"])
     model = storage.join(ctx.directory, "model")
-    digests = [storage.sha256(file) for file in storage.list_files(model, ".safetensors")]
-    digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    digest = checksums.joined([storage.sha256(file) for file in storage.list_files(model, ".safetensors")])
     config = storage.read_json(storage.join(model, "config.json"))
     if not ctx.recipe.target.keep_rounds:
         _remove_used(ctx, job)

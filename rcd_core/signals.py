@@ -23,6 +23,7 @@ from rcd_core.errors import UserError
 from rcd_core.ops.encode import encode
 from rcd_core.ops.residual_embedding import SparseResidual
 from rcd_core.ops.tiles import tile_rows
+from rcd_core.precision import running_sum
 from rcd_core.signal_arrow import from_table, to_table
 
 
@@ -106,7 +107,7 @@ class ReferenceSignals(AnySignals):
             raise UserError(f"row {row} of the logits has NaN or +inf; the model's weights or inputs are broken")
         if mass is not None:
             p = logprobs.exp()
-            dropped = (p.cumsum(1) - p) >= mass  # the entries before it reach the mass already
+            dropped = (running_sum(p) - p) >= mass  # the entries before it reach the mass already
             dropped[:, 0] = False
             tail = tail + p.masked_fill(~dropped, 0.0).sum(1)
             logprobs = logprobs.masked_fill(dropped, -math.inf)

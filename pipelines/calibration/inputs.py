@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 
-import pyarrow.parquet as pq
-
 from pipelines.calibration.job import CalibrationJob, synthetic_problems
 from pipelines.data.sources import rows_of, source_files
 from pipelines.run.directory import StageContext
@@ -16,6 +14,7 @@ from rcd_core.io import storage
 from rcd_core.tasks import Problem, get_task
 from rcd_core.tasks.files import BadRow
 from rcd_core.text.encoding import content_id, example_of
+from rcd_core.training.data.examples import open_parquet
 
 
 def make_jobs(ctx: StageContext) -> list[CalibrationJob]:
@@ -53,6 +52,7 @@ def make_jobs(ctx: StageContext) -> list[CalibrationJob]:
                 run_code=recipe.evaluate.run_code,
                 threads=max(1, int(recipe.resources.cpus_per_worker)),
                 gpus=recipe.resources.gpus_per_worker,
+                process=recipe.process,
             )
         )
     return jobs
@@ -90,5 +90,5 @@ def held_out_problems(ctx: StageContext, limit: int) -> list[Problem]:
 
 def _validation_ids(ctx: StageContext) -> Iterator[str]:
     for name in ctx.input("prepare")["summary"]["validation"]:
-        with storage.open_input(storage.join(ctx.input_dir("prepare"), "validation", name)) as stream:
-            yield from pq.read_table(stream, columns=["example_id"])["example_id"].to_pylist()
+        with open_parquet(storage.join(ctx.input_dir("prepare"), "validation", name)) as file:
+            yield from file.read(columns=["example_id"])["example_id"].to_pylist()

@@ -16,6 +16,7 @@ from rcd_core.errors import UserError
 from rcd_core.families.files import CALIBRATION_FILE
 from rcd_core.io import storage
 from rcd_core.noise import NoiseSettings
+from rcd_core.process import ProcessSettings
 from rcd_core.tasks import Problem, check_gradable, get_task
 from rcd_core.training.settings import SignalRule
 
@@ -48,6 +49,7 @@ class CalibrationJob:
     run_code: bool = False
     threads: int | None = None
     gpus: float | None = None
+    process: ProcessSettings = ProcessSettings()
 
 
 def calibrate_model(
@@ -64,6 +66,7 @@ def calibrate_model(
 
     if job.run_code:
         os.environ["RCD_RUN_CODE"] = "1"  # in this process only
+    job.process.apply()
     device, dtype = device_of(job.gpus, job.threads)
     model = load_model(job.checkpoint, dtype=dtype, device=device)
     reference = load_model(job.reference, dtype=dtype, device=device) if job.reference else None

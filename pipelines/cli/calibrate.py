@@ -19,6 +19,7 @@ from rcd_core.errors import UserError
 from rcd_core.families.loading import checkpoint_directory
 from rcd_core.io import storage
 from rcd_core.noise import NoiseSettings
+from rcd_core.process import ProcessSettings
 from rcd_core.tasks import Problem, get_task
 from rcd_core.tasks.rows import check_columns, read_rows
 from rcd_core.training.settings import SignalRule
@@ -73,6 +74,7 @@ def _job(flags: CalibrateFlags) -> CalibrationJob:
         noise=NoiseSettings(seed=flags.noise_seed),
         signal_rule=SignalRule(alpha_temperature=flags.alpha_temperature),
         match=flags.match,
+        process=ProcessSettings(verify_weights=not flags.no_verify, deterministic=flags.deterministic),
     )
 
 

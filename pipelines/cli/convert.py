@@ -10,6 +10,7 @@ from pipelines.cli.terminal import writable
 from rcd_core.errors import UserError
 from rcd_core.families.convert import converted, convertible
 from rcd_core.io.gguf import package_file
+from rcd_core.process import ProcessSettings
 from rcd_core.text.tokenizer import add_mask_token, load_tokenizer
 
 
@@ -20,6 +21,7 @@ def convert(flags: ConvertFlags) -> int:
     if flags.block_length < 1:
         raise UserError(f"--block_length is {flags.block_length}; it must be at least 1")
     writable("--output", flags.output)
+    ProcessSettings(verify_weights=not flags.no_verify).apply()
     start = package_file(os.path.expanduser(flags.start))
     kind = convertible(start, flags.shift, flags.attention)
     tokenizer = load_tokenizer(start)

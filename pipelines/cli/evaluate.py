@@ -142,6 +142,8 @@ def recipe_of(flags: EvaluateFlags) -> dict[str, Any]:
         "target": {"start": portable_path(target), "train": None, **plain},
         "baseline": portable_path(flags.baseline) if flags.target and flags.baseline else False,
         "reference": {"start": portable_path(flags.reference)} if flags.reference else None,
+        "deterministic": flags.deterministic,
+        "verify_weights": not flags.no_verify,
         "evaluate": given(flags, starts) | ({"arms": RESIDUAL_OFF} if flags.residual_off else {}),
         "deploy": {"start": "zero"},  # not a stage of this run
     }

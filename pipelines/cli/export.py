@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from pipelines.report.model_card import model_card
 from pipelines.run.directory import RunDirectory
 from rcd_core.errors import UserError
 from rcd_core.families.files import CALIBRATION_FILE
-from rcd_core.io import storage
+from rcd_core.io import checksums, storage
 from rcd_core.io.node_copy import node_copy
 
 
@@ -40,7 +40,13 @@ def export(flags: ExportFlags) -> int:
                 "--redo calibrate"
             )
         chosen = storage.read_json(storage.join(run.stage_directory("calibrate"), "calibration.json"))[flags.stage]
-    storage.upload_dir(Path(node_copy(model)), output)
+    source = Path(node_copy(model))
+    weights = sorted(source.glob("*.safetensors"))
+    if not flags.no_verify:
+        checksums.verify(source, weights)
+        _check_old(run, flags, manifest["summary"].get("weights_sha256"), weights)
+    storage.upload_dir(source, output)
+    storage.write_bytes(storage.join(output, checksums.FILE), checksums.listing(weights).encode())
     storage.remove(storage.join(output, CALIBRATION_FILE))  # older releases stored T_res in the run's model
     if chosen:
         store(output, chosen)
@@ -48,6 +54,18 @@ def export(flags: ExportFlags) -> int:
     storage.write_bytes(storage.join(output, "README.md"), card.encode())
     print(f"{output}: " + (f"T_res {chosen['residual_temperature']:g}" if chosen else "no T_res, the run chose none"))
     return 0
+
+
+def _check_old(run: RunDirectory, flags: ExportFlags, stored: str | None, weights: Sequence[Path]) -> None:
+    """Older releases stored one digest of the weights in the manifest, and no SHA256SUMS next to them."""
+    if stored is None or flags.adapter or (weights[0].parent / checksums.FILE).exists():
+        return
+    if checksums.joined([storage.sha256(str(file)) for file in weights]) != stored:
+        raise UserError(
+            f"{weights[0].parent}: the weights have changed since stage {flags.stage} of {run.path} wrote them (their "
+            f"sha256 is not the manifest's, {stored[:12]}...); train it again with --redo {flags.stage}, or export "
+            "them as they are with --no-verify"
+        )
 
 
 def _card(run: RunDirectory, stage: str, manifest: Mapping[str, Any], name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Literal
 
-from pipelines.cli.flags import CHECKPOINTS, FLAG, Int
+from pipelines.cli.flags import CHECKPOINTS, FLAG, NO_VERIFY, Device, Int
 from rcd_core.decode_settings import ConvertAttention
 
 
@@ -25,6 +25,7 @@ class ConvertFlags:
     block_length: Annotated[Int, FLAG("Tokens that are decoded together.")] = 32
     shift: Annotated[bool, FLAG("Keep the logits one position behind; only Qwen2 (Fast-dLLM v2, Dream).")] = False
     attention: Annotated[ConvertAttention, FLAG("Block-causal, or over the whole canvas.")] = "blocks"
+    no_verify: Annotated[bool, FLAG(NO_VERIFY, name="--no-verify")] = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class ExportFlags:
     output: Annotated[str, FLAG("New directory or URI.", metavar="DIR")]
     stage: Annotated[str, FLAG("Stage that trained the model.")] = "target"
     adapter: Annotated[bool, FLAG("Only the adapter of a training with train.lora, in PEFT's format.")] = False
+    no_verify: Annotated[bool, FLAG(NO_VERIFY, name="--no-verify")] = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class FitFlags:
     checkpoint: Annotated[str, FLAG("Directory, URI or hub id.")]
     _: KW_ONLY
     device: Annotated[
-        Literal["A100", "H100", "H200", "B200", "L40S", "L4"] | None, FLAG("GPU. Default: this machine's device.")
+        Device | None, FLAG("GPU. Default: this machine's device.")
     ] = None
     gpus: Annotated[Int, FLAG("Number of GPUs of a training.")] = 1
     length: Annotated[Int, FLAG("Tokens of a training row.")] = 4096
@@ -107,3 +109,4 @@ class SignalsInspectFlags:
     target: Annotated[str | None, FLAG("To measure fidelity: a checkpoint trained on them.")] = None
     sample: Annotated[Int, FLAG("Masked positions to measure fidelity on.")] = 4096
     output: Annotated[str | None, FLAG("PNG to write. Default: DIRECTORY.png.", metavar="FILE")] = None
+    no_verify: Annotated[bool, FLAG(NO_VERIFY, name="--no-verify")] = False

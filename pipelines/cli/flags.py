@@ -24,7 +24,12 @@ def _whole(_: Any, tokens: Sequence[Token]) -> int:
 
 Int = Annotated[int, Parameter(converter=_whole)]  # cyclopts would round 2.5
 Flags = Parameter(name="*")  # the fields of a class become flags of their own
+Device = Literal["A100", "H100", "H200", "B200", "L40S", "L4"]
 FEW = {"consume_multiple": (1, 1 << 16)}  # several values after one flag
+
+
+DETERMINISTIC = "Repeat results bit for bit, one request at a time; pipelines/README.md says where that holds."
+NO_VERIFY = "Load weights whose bytes are not those of their stored digests."
 
 
 def _section(title: str, about: str = "", sort_key: int = 0) -> Callable[..., Parameter]:
@@ -92,6 +97,8 @@ class GenerateFlags:
     attention: Annotated[DecodeAttention, MODEL("auto: the fastest that runs here.")] = "auto"
     weights: Annotated[Weights, MODEL("Keep the layers' weights quantised, to save memory.")] = "full"
     tensor_parallel: Annotated[Int, MODEL("Processes that hold the model together; start them with torchrun.")] = 1
+    deterministic: Annotated[bool, MODEL(DETERMINISTIC)] = False
+    no_verify: Annotated[bool, MODEL(NO_VERIFY, name="--no-verify")] = False
     mask_id: Annotated[Int | None, MODEL("Must equal the checkpoint's mask token id, which is used.")] = None
     trust_remote_code: Annotated[bool, MODEL("Accepted and ignored: a checkpoint's code is never run.")] = False
 
@@ -169,6 +176,8 @@ class EvaluateFlags:
         Literal["default", "official"] | None, TASK("official: as GSM8K's and MATH's graders, instead of by value.")
     ] = None
     seed: Annotated[Int, TASK("Seed of sampling.")] = 0
+    deterministic: Annotated[bool, TASK(DETERMINISTIC)] = False
+    no_verify: Annotated[bool, CHECKPOINTS(NO_VERIFY, name="--no-verify")] = False
     set: Annotated[
         tuple[str, ...],
         TASK("Any key of a recipe; decode.x is short for evaluate.decode.x. Repeatable.", metavar="KEY=VALUE"),
@@ -203,6 +212,8 @@ class CalibrateFlags:
         str | None, CHECKPOINTS("Model whose signals it was trained on. Without it: only the discarded predictions.")
     ] = None
 
+    no_verify: Annotated[bool, CHECKPOINTS(NO_VERIFY, name="--no-verify")] = False
+
     task: Annotated[str, DATA("gsm8k, math, sudoku, qa, ...; a wrong name lists all.")]
     data: Annotated[str, DATA(".jsonl or .parquet, as data.train of a recipe; or synthetic.", metavar="FILE")]
     field: Annotated[tuple[str, ...], DATA("As data.fields of a recipe; repeatable.", metavar="OURS=COLUMN")] = ()
@@ -216,6 +227,7 @@ class CalibrateFlags:
 
     report: Annotated[str | None, CALIBRATION("Also write an HTML page with all curves.", metavar="FILE")] = None
     json: Annotated[bool, CALIBRATION("Print all numbers as one JSON object.")] = False
+    deterministic: Annotated[bool, CALIBRATION(DETERMINISTIC)] = False
     dry_run: Annotated[bool, CALIBRATION("Write nothing into the checkpoint.")] = False
 
     decode: DecodeFlags = dataclasses.field(default_factory=dict)
@@ -225,6 +237,8 @@ FLAG = _section("Flags")
 RECIPE = FLAG("Name of a shipped recipe, or a YAML file.")
 SET = FLAG("Change a key of the recipe; repeatable.", metavar="KEY=VALUE")
 STATE = FLAG("File that remembers the running head.", metavar="FILE")
+EXAMPLES = FLAG("Training examples, if the stage prepare has not run.")
+TOKENS = FLAG("Mean tokens of an example. Default: data.max_length.")
 MFU = FLAG("Model FLOPs utilisation: achieved share of the peak.")
 
 
@@ -283,6 +297,25 @@ class ServeCheckFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanFlags:
+    """Time, GPU hours, memory and disk of a recipe's stages, before any work.
+
+    rcd plan --recipe sdar-4b-b32 --examples 100000 --example_tokens 3000 --device H100
+
+    Nothing is downloaded: sizes of known checkpoints ship with the package.
+    """
+
+    recipe: Annotated[str, RECIPE]
+    set: Annotated[tuple[str, ...], SET] = ()
+    device: Annotated[Device, FLAG("GPU.")] = "H100"
+    gpus: Annotated[Int | None, FLAG("Number of GPUs. Default: resources.num_workers.")] = None
+    mfu: Annotated[float, MFU] = 0.4
+    examples: Annotated[Int | None, EXAMPLES] = None
+    example_tokens: Annotated[float | None, TOKENS] = None
+    vocab_size: Annotated[Int | None, FLAG("Vocabulary, if the tokenizer is not on this machine.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class SignalsPlanFlags:
     """Estimate rows, bytes, device hours and break-even of a signal cache.
 
@@ -293,6 +326,8 @@ class SignalsPlanFlags:
     set: Annotated[tuple[str, ...], SET] = ()
     peak_tflops: Annotated[float, FLAG("Peak of the device; 989 is an H100 in dense bf16.")] = 989.0
     mfu: Annotated[float, MFU] = 0.4
+    examples: Annotated[Int | None, EXAMPLES] = None
+    example_tokens: Annotated[float | None, TOKENS] = None
     reference_params: Annotated[float | None, FLAG("Parameters of a reference that is not on this machine.")] = None
     target_params: Annotated[float | None, FLAG("Parameters of a target that is not on this machine.")] = None
     storage_hours: Annotated[float, FLAG("Cost of keeping the cache, in device hours.")] = 0.0
@@ -308,9 +343,9 @@ class TrainPlanFlags:
 
     recipe: Annotated[str, RECIPE]
     set: Annotated[tuple[str, ...], SET] = ()
-    device: Annotated[Literal["A100", "H100", "H200", "B200", "L40S", "L4"], FLAG("GPU.")] = "H100"
+    device: Annotated[Device, FLAG("GPU.")] = "H100"
     gpus: Annotated[Int | None, FLAG("Number of GPUs. Default: resources.num_workers.")] = None
     mfu: Annotated[float, MFU] = 0.4
-    examples: Annotated[Int | None, FLAG("Training examples, if the stage prepare has not run.")] = None
-    example_tokens: Annotated[float | None, FLAG("Mean tokens of an example. Default: data.max_length.")] = None
+    examples: Annotated[Int | None, EXAMPLES] = None
+    example_tokens: Annotated[float | None, TOKENS] = None
     vocab_size: Annotated[Int | None, FLAG("Vocabulary, if the tokenizer is not on this machine.")] = None

@@ -25,6 +25,7 @@ from rcd_core.decoding.sequence import Sequence
 from rcd_core.decoding.tensor_parallel import follow, make_engine, release
 from rcd_core.errors import UserError
 from rcd_core.ops.ranks import torchrun_ranks
+from rcd_core.process import ProcessSettings
 from rcd_core.tasks.base import MASK_TEXT
 
 MAX_BATCH = 64
@@ -34,6 +35,7 @@ def generate(flags: GenerateFlags) -> int:
     settings = decode_settings(flags.decode)
     DecodeSettings(**settings)  # raises before the minutes that loading may take
     _check(flags)
+    ProcessSettings(verify_weights=not flags.no_verify, deterministic=flags.deterministic).apply()
     ranks = torchrun_ranks(flags.tensor_parallel, flags.device or device_of(None)[0])
     generator = load_generator(
         flags.model_dir,

@@ -1,4 +1,5 @@
-"""`rcd train plan` and `rcd signals plan`: what a recipe's training or signal cache needs, before any GPU is used."""
+"""`rcd train plan`: what the trainings of a recipe need under every strategy, before any GPU is used. The parts that
+`rcd plan` and `rcd fit` need as well."""
 
 from __future__ import annotations
 
@@ -13,19 +14,28 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.cli.flags import SignalsPlanFlags, TrainPlanFlags
+from pipelines.cli.flags import PlanFlags, SignalsPlanFlags, TrainPlanFlags
 from pipelines.recipe.load import load_recipe
 from pipelines.recipe.model import Recipe
 from pipelines.run.directory import RunDirectory
 from pipelines.run.messages import make_console
-from pipelines.signals.costs import PASSES, Volume, column_bytes, costs, volume
 from rcd_core.errors import UserError
 from rcd_core.families.config import ModelConfig
 from rcd_core.families.convert import convertible
 from rcd_core.families.files import read_json
 from rcd_core.families.loading import checkpoint_directory, family_of
 from rcd_core.io.hub import is_hub_id, split_hub_id
-from rcd_core.training.plan import MEMORY, USABLE, Memory, ModelShape, fits, memory, step_shape, training_cost
+from rcd_core.training.plan import (
+    MEMORY,
+    USABLE,
+    Memory,
+    ModelShape,
+    TrainingCost,
+    fits,
+    memory,
+    step_shape,
+    training_cost,
+)
 from rcd_core.training.settings import ResidualSettings, TrainSettings
 
 MAX_GPUS = 1024
@@ -71,19 +81,28 @@ STRATEGIES = (
 
 
 def plan_training(flags: TrainPlanFlags) -> int:
+    check_flags(flags)
+    recipe = load_recipe(flags.recipe, flags.set)
+    console = make_console()
+    gpus = flags.gpus or recipe.resources.worker_counts[-1]
+    rows = rows_of(recipe, flags)
+    jobs = list(jobs_of(recipe, flags.vocab_size))
+    if not jobs:
+        raise UserError(f"recipe {recipe.name} trains nothing, so there is nothing to plan")
+    for job in jobs:
+        if job.name.startswith(("target-", "baseline")):  # as the target
+            continue
+        _show(job, recipe, rows, gpus, flags, console)
+    return 0
+
+
+def check_flags(flags: TrainPlanFlags | PlanFlags) -> None:
     if not 0 < flags.mfu <= 1:
         raise UserError(f"--mfu is {flags.mfu}; it must be in (0, 1]")
     for name in ("gpus", "examples", "example_tokens", "vocab_size"):
         value = getattr(flags, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}; it must be at least 1")
-    recipe = load_recipe(flags.recipe, flags.set)
-    console = make_console()
-    gpus = flags.gpus or recipe.resources.worker_counts[-1]
-    rows = _rows(recipe, flags)
-    for job in _jobs(recipe, flags.vocab_size):
-        _show(job, recipe, rows, gpus, flags, console)
-    return 0
 
 
 @dataclass(frozen=True)
@@ -107,34 +126,43 @@ class Rows:
     source: str
 
 
-def _jobs(recipe: Recipe, vocab_size: int | None) -> Iterator[Job]:
+def jobs_of(recipe: Recipe, vocab_size: int | None) -> Iterator[Job]:
+    """Every training of the recipe, in running order."""
     reference = recipe.reference
     if recipe.base:
-        shape = _shape("base.start", recipe.base.start, recipe, vocab_size)
+        shape = shape_of("base.start", recipe.base.start, recipe, vocab_size)
         yield Job("base", shape, recipe.base.train, None, 0.0)
     smaller = None
-    online = recipe.target.residual.source == "online" or bool(recipe.target.train and recipe.target.train.distill)
+    online = any(r.source == "online" for r in recipe.residuals().values())
+    online = online or bool(recipe.target.train and recipe.target.train.distill)
     if reference is not None and (reference.train or online):
         first = reference.start or (recipe.base.start if recipe.base else None)
         assert first is not None  # a rule of the recipe
-        smaller = _shape("reference.start", first, recipe, vocab_size)
+        smaller = shape_of("reference.start", first, recipe, vocab_size)
         if reference.train:
             yield Job("reference", smaller, reference.train, None, 0.0)
+    if recipe.target.train is None:
+        return
     start = recipe.target.start or (recipe.base.start if recipe.base else None)
     assert start is not None  # a rule of the recipe
-    shape = _shape("target.start", start, recipe, vocab_size)
-    residual = recipe.target.residual
-    forwards = SELF_FORWARDS if residual.needs_noisier else float(residual.runs_model)
-    forwards += SELF_FORWARDS * residual.self_share
-    if online and smaller is not None:
-        forwards += (1.0 - residual.self_share) * smaller.parameters / shape.parameters
-    yield Job("target", shape, recipe.training("target").train, residual, forwards)
+    shape = shape_of("target.start", start, recipe, vocab_size)
+    for stage in ("target", *(f"target-{name}" for name in recipe.variants)):
+        training = recipe.training(stage)
+        residual = training.residual
+        assert residual is not None  # of a target
+        forwards = SELF_FORWARDS if residual.needs_noisier else float(residual.runs_model)
+        forwards += SELF_FORWARDS * residual.self_share
+        if (residual.source == "online" or training.train.distill) and smaller is not None:
+            forwards += (1.0 - residual.self_share) * smaller.parameters / shape.parameters
+        yield Job(stage, shape, training.train, residual, forwards)
+    for stage in (*(["baseline"] if recipe.baseline is True else []), *(f"baseline-{n}" for n in recipe.baselines)):
+        yield Job(stage, shape, recipe.training(stage).train, None, 0.0)
 
 
-def _shape(key: str, start: str | ModelConfig, recipe: Recipe, vocab_size: int | None) -> ModelShape:
+def shape_of(key: str, start: str | ModelConfig, recipe: Recipe, vocab_size: int | None) -> ModelShape:
     """From sizes in the recipe, or from a checkpoint's config.json; nothing is downloaded. key: names it in errors."""
     if isinstance(start, ModelConfig):
-        return ModelShape.of(start, vocab_size or _vocab_size(recipe))
+        return ModelShape.of(start, vocab_size or vocabulary_of(recipe))
     if "://" not in start and not Path(start).is_dir() and is_hub_id(start):
         from huggingface_hub import try_to_load_from_cache
 
@@ -174,7 +202,7 @@ def known_config(name: str) -> dict[str, Any] | None:
     return None if config is None else dict(config)
 
 
-def _vocab_size(recipe: Recipe) -> int:
+def vocabulary_of(recipe: Recipe) -> int:
     if manifest := RunDirectory(recipe.run_directory).manifest("prepare"):
         return int(manifest["summary"]["vocab_size"])
     if recipe.tokenizer.path is not None:
@@ -185,7 +213,7 @@ def _vocab_size(recipe: Recipe) -> int:
     return recipe.tokenizer.vocab_size
 
 
-def _rows(recipe: Recipe, flags: TrainPlanFlags) -> Rows:
+def rows_of(recipe: Recipe, flags: TrainPlanFlags | PlanFlags | SignalsPlanFlags) -> Rows:
     manifest = RunDirectory(recipe.run_directory).manifest("prepare")
     if manifest and (chunks := manifest["summary"].get("chunks")):
         rows, tokens, labelled = (sum(chunks[name]) for name in ("rows", "tokens", "labelled"))
@@ -205,7 +233,7 @@ def _show(job: Job, recipe: Recipe, rows: Rows, gpus: int, flags: TrainPlanFlags
     own, *others = _strategies(settings)
     most = USABLE * MEMORY[flags.device]
     recompute = _checkpointing(settings.activation_checkpointing)
-    needed = _memory(job, recipe, rows, own.apply(settings), gpus, flags.device).peak
+    needed = memory_of(job, recipe, rows, own.apply(settings), gpus, flags.device).peak
     unit, name = (1e9, "GB") if needed > 1e9 else (1e6, "MB")
     table.title = (
         f"{name} per GPU on {gpus} x {flags.device} ({most / unit:,.0f} usable), {settings.dtype}, activation "
@@ -213,16 +241,16 @@ def _show(job: Job, recipe: Recipe, rows: Rows, gpus: int, flags: TrainPlanFlags
     )
     for strategy in (own, *others):
         changed = strategy.apply(settings)
-        need = _memory(job, recipe, rows, changed, gpus, flags.device)
+        need = memory_of(job, recipe, rows, changed, gpus, flags.device)
         numbers = [f"{value / unit:,.1f}" for value in (*(getattr(need, part) for part in PARTS), need.peak)]
         host = f"{need.host / unit:,.1f}" if need.host else ""
-        fewest = _fewest(job, recipe, rows, changed, flags.device)
+        fewest = fewest_gpus(job, recipe, rows, changed, flags.device)
         table.add_row(strategy.name, *numbers, "yes" if fits(need, flags.device) else "no", host, fewest)
     console.print(table)
     for mode in CHECKPOINTING:
         if mode != settings.activation_checkpointing:
             changed = replace(settings, activation_checkpointing=mode)
-            need = _memory(job, recipe, rows, changed, gpus, flags.device)
+            need = memory_of(job, recipe, rows, changed, gpus, flags.device)
             words = f"with activation checkpointing {_checkpointing(mode)}"
             console.print(f"{words}: activations {need.activations / unit:,.1f} {name}")
     for line in _cost(job, rows, gpus, flags):
@@ -241,17 +269,17 @@ def _strategies(settings: TrainSettings) -> Iterator[Strategy]:
     yield from (s for s in STRATEGIES if not (settings.lora and s.settings["strategy"] == "deepspeed"))
 
 
-def _memory(job: Job, recipe: Recipe, rows: Rows, settings: TrainSettings, gpus: int, device: str) -> Memory:
+def memory_of(job: Job, recipe: Recipe, rows: Rows, settings: TrainSettings, gpus: int, device: str) -> Memory:
     residual = job.residual.feeds_back if job.residual else False
     kept = recipe.signals.top_k if residual else 0
     step = step_shape(job.shape, settings, recipe.data.max_length, gpus, rows.labelled_share, kept)
     return memory(job.shape, settings, step, gpus, card=MEMORY[device])
 
 
-def _fewest(job: Job, recipe: Recipe, rows: Rows, settings: TrainSettings, device: str) -> str:
+def fewest_gpus(job: Job, recipe: Recipe, rows: Rows, settings: TrainSettings, device: str) -> str:
     """The smallest number of GPUs that divides the batch size and on which the training fits."""
     counts = (n for n in range(1, min(MAX_GPUS, settings.batch_size) + 1) if settings.batch_size % n == 0)
-    return next((str(n) for n in counts if fits(_memory(job, recipe, rows, settings, n, device), device)), "none")
+    return next((str(n) for n in counts if fits(memory_of(job, recipe, rows, settings, n, device), device)), "none")
 
 
 def _cost(job: Job, rows: Rows, gpus: int, flags: TrainPlanFlags) -> Iterator[str]:
@@ -263,66 +291,20 @@ def _cost(job: Job, rows: Rows, gpus: int, flags: TrainPlanFlags) -> Iterator[st
         )
         return
     settings = settings.resolved(rows.examples or 0)
-    total = training_cost(
-        job.shape,
-        settings.steps * settings.batch_size,
-        rows.mean_tokens,
-        rows.labelled_share,
-        gpus,
-        flags.device,
-        flags.mfu,
-        job.forwards,
-    )
+    total = cost_of(job, rows, gpus, flags.device, flags.mfu)
     yield (
         f"{settings.steps:,} steps of {settings.batch_size}: {total.tokens:,.0f} tokens ({rows.source}), "
         f"{total.flops:.3g} FLOPs, {device_time(total.hours)} on {gpus} x {flags.device} at MFU {flags.mfu:g}"
     )
 
 
-# -- signals ---
-
-
-def plan_signals(flags: SignalsPlanFlags) -> int:
-    for name in ("peak_tflops", "mfu"):
-        if not getattr(flags, name) > 0:
-            raise UserError(f"--{name} is {getattr(flags, name)}; it must be above 0")
-    recipe = load_recipe(flags.recipe, flags.set)
-    if recipe.reference is None:
-        raise UserError(f"recipe {recipe.name} has no reference, so there are no signals to plan; add the section")
-    size = volume(recipe)
-    base = recipe.base.start if recipe.base else None
-    reference, target = recipe.reference.start or base, recipe.target.start or base
-    assert reference is not None and target is not None  # rules of the recipe
-    models = (("reference", reference, flags.reference_params), ("target", target, flags.target_params))
-    shapes = {k: _shape(f"{k}.start", start, recipe, size.vocab_size) for k, start, given in models if not given}
-    num_reference, num_target = (given or shapes[key].parameters for key, _, given in models)
-    families = [
-        *(shape.family for shape in shapes.values()),
-        *(s.family for _, s, _ in models if isinstance(s, ModelConfig)),
-    ]
-    passes = PASSES[families[0] if families else "sdar"]
-    speed = flags.peak_tflops * 1e12 * flags.mfu
-    cost = costs(size, passes, num_reference, num_target, speed, flags.storage_hours)
-    exact = "counted from the prepared examples" if size.exact else "at most, by the recipe's limits"
-    per_second = f"({flags.peak_tflops:g} TFLOP/s x {flags.mfu:g})"
-    num_targets = sum(r.source == "signals" for r in recipe.residuals().values())
-    lines = [
-        f"rows {size.rows:,} of {size.examples:,} examples x {recipe.noise.draws} draws; tokens {size.tokens:,}; "
-        f"masked tokens {size.masked:,} ({exact})",
-        *_byte_lines(size, recipe.signals.top_k, recipe.signals.keep_mass),
-        f"reference: 2 x {num_reference:.3g} parameters x {passes} x {size.tokens:,} tokens / {per_second} "
-        f"= {device_time(cost.reference_hours)} on one device",
-        f"online, for every target: 2 x {num_reference:.3g} parameters x {passes} x {size.trained_tokens:,} tokens "
-        f"/ {per_second} = {device_time(cost.online_hours)}, {cost.online_hours / cost.target_hours:.1%} of its "
-        f"training (6 x {num_target:.3g} parameters, the same tokens: {device_time(cost.target_hours)})",
-        f"break-even: (cached {device_time(cost.reference_hours)} + storage {device_time(flags.storage_hours)}) / "
-        f"online {device_time(cost.online_hours)} = {cost.break_even:.2f} targets; this recipe trains {num_targets} "
-        "from signals",
-    ]
-    console = Console(soft_wrap=True)
-    for line in lines:
-        console.print(line, markup=False, highlight=False)
-    return 0
+def cost_of(job: Job, rows: Rows, gpus: int, device: str, mfu: float) -> TrainingCost:
+    """Of a job whose number of steps is known."""
+    settings = job.settings.resolved(rows.examples or 0)
+    num_rows = settings.steps * settings.batch_size
+    return training_cost(
+        job.shape, num_rows, rows.mean_tokens, rows.labelled_share, gpus, device, mfu, job.forwards
+    )
 
 
 def device_time(hours: float) -> str:
@@ -332,12 +314,3 @@ def device_time(hours: float) -> str:
             return f"{hours / size:,.1f} {unit}"
     seconds = hours * 3600
     return f"{seconds:.0f} s" if seconds >= 10 or not seconds else f"{seconds:.2g} s"
-
-
-def _byte_lines(size: Volume, top_k: int, keep_mass: float | None) -> list[str]:
-    columns = column_bytes(size, top_k)
-    total = sum(columns.values())
-    parts = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in columns.items())
-    most = "at most, as k is adaptive, " if keep_mass is not None else ""
-    per_token = total / max(1, size.masked)
-    return [f"bytes, predicted: {most}{total / 1e6:,.1f} MB, {per_token:.1f} per masked token; in MB: {parts}"]

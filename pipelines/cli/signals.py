@@ -21,6 +21,7 @@ from pipelines.signals.inspect import (
 from rcd_core.calibration.entropy_histogram import entropy_quantile
 from rcd_core.errors import UserError
 from rcd_core.io import storage
+from rcd_core.process import ProcessSettings
 
 QUANTILES = (0.1, 0.5, 0.9, 0.99, 0.999)
 
@@ -32,6 +33,7 @@ def inspect(flags: SignalsInspectFlags) -> int:
         raise UserError("fidelity needs both --reference and --target; give both or neither")
     if flags.sample < 1:
         raise UserError(f"--sample is {flags.sample}; it must be at least 1 masked position")
+    ProcessSettings(verify_weights=not flags.no_verify).apply()
     manifest = read_manifest(directory)
     output = writable("--output", flags.output or directory + ".png")
     sizes = measure_sizes(directory, manifest["shards"], int(manifest["masked_tokens"]))

@@ -17,7 +17,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipelines.evaluation.answers import PieceWriter
 from pipelines.evaluation.results import MethodInfo, judge
@@ -32,7 +31,9 @@ from rcd_core.decoding.tensor_parallel import release
 from rcd_core.io import storage
 from rcd_core.io.retries import be_patient
 from rcd_core.noise import hash_key
+from rcd_core.process import ProcessSettings
 from rcd_core.tasks import check_gradable, get_task
+from rcd_core.training.data.examples import open_parquet
 
 ROWS = pa.schema(
     {
@@ -99,6 +100,7 @@ class Plan:
     flush_s: float
     bundles: tuple[dict[str, float], ...] = ()  # of RankGroup
     weights: Weights = "full"
+    process: ProcessSettings = ProcessSettings()
 
     @property
     def pieces_at_once(self) -> int:
@@ -132,7 +134,7 @@ class DecodeActor:
         self.tokenizer = load_tokenizer(plan.tokenizer)
         columns = ["example_id", "prompt_ids", "prompt", "answer"]
         self.examples = pa.concat_tables([_read(file, columns) for file in plan.files])
-        self.group = RankGroup(plan.bundles, plan.threads)
+        self.group = RankGroup(plan.bundles, plan.threads, plan.process)
         self.paths: tuple[str | None, ...] = ()  # of the models in memory
         self.model: Any = None
         self.reference: LocalReference | None = None
@@ -291,5 +293,5 @@ def _reference_weights(decoder: Decoder, request: Any, output: Any) -> dict[str,
 
 
 def _read(file: str, columns: list[str]) -> pa.Table:
-    with storage.open_input(file) as stream:
-        return pq.read_table(stream, columns=columns)
+    with open_parquet(file) as opened:
+        return opened.read(columns=columns)

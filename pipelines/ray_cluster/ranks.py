@@ -25,6 +25,7 @@ from rcd_core.decoding.tensor_parallel import follow
 from rcd_core.families.base import DiffusionModel
 from rcd_core.families.loading import load_model
 from rcd_core.ops.ranks import ALONE, ProcessRanks, Ranks
+from rcd_core.process import ProcessSettings
 
 logger = logging.getLogger(__name__)
 # (ranks) -> the rank's part of the target and, if each rank has one, its reference.
@@ -46,9 +47,16 @@ def load_ranks(
 
 class RankGroup:
     """All ranks, of which this process is rank 0. bundles: resources of each rank, in Ray's terms; at most one: this
-    process is alone. threads: of torch on a CPU, per rank."""
+    process is alone. threads: of torch on a CPU, per rank. process: of all ranks."""
 
-    def __init__(self, bundles: Sequence[Mapping[str, float]], threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundles: Sequence[Mapping[str, float]],
+        threads: int | None = None,
+        process: ProcessSettings | None = None,
+    ) -> None:
+        process = process or ProcessSettings()
+        process.apply()
         self.ranks: Ranks = ALONE
         self._actors: list[Any] = []
         if len(bundles) <= 1:
@@ -60,7 +68,9 @@ class RankGroup:
         options = {"num_cpus": bundle.get("CPU", 0.0), "num_gpus": gpus, "resources": others}
         prefix, actor = uuid.uuid4().hex[:8], ray.remote(_Rank)
         self._actors = [
-            actor.options(name=f"{prefix}-rank-{rank}", **options).remote(rank, size, host, store.port, gpus, threads)
+            actor.options(name=f"{prefix}-rank-{rank}", **options).remote(
+                rank, size, host, store.port, gpus, threads, process
+            )
             for rank in range(1, size)
         ]
         self._watch([one.ready.remote() for one in self._actors])
@@ -86,7 +96,10 @@ def _end_with(calls: list[Any]) -> None:
 
 
 class _Rank:
-    def __init__(self, rank: int, size: int, host: str, port: int, gpus: float, threads: int | None) -> None:
+    def __init__(
+        self, rank: int, size: int, host: str, port: int, gpus: float, threads: int | None, process: ProcessSettings
+    ) -> None:
+        process.apply()
         self.ranks = ProcessRanks(rank, size, device_of(gpus, threads)[0], TCPStore(host, port))
 
     def ready(self) -> None:

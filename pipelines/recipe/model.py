@@ -26,6 +26,7 @@ from rcd_core.errors import UserError
 from rcd_core.families.config import ModelConfig
 from rcd_core.io import storage
 from rcd_core.noise import NoiseSettings
+from rcd_core.process import ProcessSettings
 from rcd_core.training.settings import ResidualSettings, SignalRule, TrainSettings
 
 
@@ -255,6 +256,10 @@ class Recipe(Section):
     evaluate: EvaluateSettings = EvaluateSettings()
     deploy: DeploySettings = DeploySettings()
     resources: Resources = Resources()
+    deterministic: bool = False
+    """Repeat results bit for bit, slower, on one device of the same kind: [where](../README.md#the-same-bits-again)."""
+    verify_weights: bool = True
+    """Compare the weights of checkpoints with their stored digests, where they have some, before they are loaded."""
     trackers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
     """Experiment trackers that get the metrics of trainings, beside TensorBoard; each is an extra to install."""
     tracker_project: str | None = None
@@ -263,6 +268,11 @@ class Recipe(Section):
     @property
     def run_directory(self) -> str:
         return storage.join(self.storage, self.name)
+
+    @property
+    def process(self) -> ProcessSettings:
+        """Of every process that loads a model."""
+        return ProcessSettings(verify_weights=self.verify_weights, deterministic=self.deterministic)
 
     @property
     def convert(self) -> ConvertSettings | None:

@@ -66,6 +66,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
         yield "base is given but target.start does not use it; set one of them to null"
     yield from _training_problems(recipe)
     yield from _attention_problems(recipe)
+    yield from _deterministic_problems(recipe)
     if reference is None:
         for key in reference_keys(recipe):
             yield f"{key} needs the reference but reference is null; give one, or change {key}"
@@ -338,3 +339,11 @@ def _attention_problems(recipe: Recipe) -> Iterator[str]:
     for key, name in chosen:
         if name in ("flex", "flash", "varlen") and not gpus:
             yield f"{key}.attention is {name!r}, which needs a GPU, but resources.gpus_per_worker is 0; use 'sdpa'"
+
+
+def _deterministic_problems(recipe: Recipe) -> Iterator[str]:
+    """Settings under which nothing is known about the bits of a training."""
+    for key, train in trainings(recipe).items() if recipe.deterministic else ():
+        for name, value in (("compile", True), ("attention", "flex"), ("strategy", "deepspeed")):
+            if getattr(train, name) == value:
+                yield f"deterministic is true but {key}.{name} is {value!r}, which may choose other kernels; change one"

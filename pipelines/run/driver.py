@@ -24,6 +24,7 @@ from pipelines.run.keys import key_of
 from pipelines.run.lease import Lease
 from pipelines.run.messages import make_console, user_message
 from pipelines.run.plan import Decision, decide, make_plan, require_runnable, select_stages, with_dependents
+from pipelines.run.readable import require_readable
 from pipelines.run.stages import stages_of
 from pipelines.run.stopping import Stopper
 from rcd_core.errors import UserError
@@ -178,6 +179,7 @@ class _Job:
         self._say(f"run {self.run.path}: {len(to_run)} of {len(self.chosen)} stages to run")
         for stage in to_run:  # before anything is removed or computed
             self._wait(stage)
+        require_readable(self.run, self.stages, self.redo, self._say)
         for name in reversed(self.redo):  # dependents first, so that a kill leaves no stale results
             self.run.remove_stage(name)
         self.run.write_recipe(self.recipe)

@@ -39,6 +39,7 @@ _NEUTRAL = (
 )
 # Left out where they have this value, as in runs made before there were these keys.
 _LATER: dict[str, Any] = {
+    "deterministic": False,
     "evaluate.weights": "full",
     "deploy.weights": "full",
     "*.train.lora": None,

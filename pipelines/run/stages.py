@@ -203,7 +203,7 @@ def _deploy(recipe: Recipe, using_reference: set[str]) -> Stage:
         name="deploy",
         function="pipelines.serve:run",
         inputs=("prepare", "target", *_calibrated(recipe), *reference, *baseline),
-        sections=("deploy", "block_length", "data.task", "data.test_task", "signals.top_k"),
+        sections=("deploy", "block_length", "data.task", "data.test_task", "signals.top_k", "deterministic"),
         outside={
             key: checkpoint
             for model_id, model in recipe.deploy.models.items()

@@ -19,6 +19,7 @@ from pipelines.recipe.sources import checkpoint_problems
 from pipelines.recipe.types import Count, Positive, Section
 from pipelines.run.commits import ask_commit, at_commit, hub_names
 from rcd_core.decode_settings import DecodeAttention, DecodeSettings, Weights
+from rcd_core.process import ProcessSettings
 from rcd_core.tasks import TASKS
 
 REFERENCE, INGRESS = "Reference", "Ingress"  # deployments
@@ -98,7 +99,7 @@ class DescribedReference(Section):
 
 class Description(Section):
     """models: by the id in the field `model` of requests. allow_without_keys, open_state, cors_origins, ingress: as
-    `deploy.*` of a recipe."""
+    `deploy.*` of a recipe. deterministic, verify_weights: as the recipe's."""
 
     models: Annotated[dict[str, DescribedModel], Field(min_length=1)]
     reference: DescribedReference | None = None
@@ -106,6 +107,13 @@ class Description(Section):
     open_state: bool = False
     cors_origins: tuple[Origin, ...] = ()
     ingress: IngressSettings = IngressSettings()
+    deterministic: bool = False
+    verify_weights: bool = True
+
+    @property
+    def process(self) -> ProcessSettings:
+        """Of every replica."""
+        return ProcessSettings(verify_weights=self.verify_weights, deterministic=self.deterministic)
 
     @property
     def deployments(self) -> list[str]:
@@ -180,7 +188,8 @@ def describe(recipe: Recipe, checkpoint: Callable[[str], str], t_res: float | No
             replicas=replicas,
         )
     doors = {name: getattr(deploy, name) for name in ("allow_without_keys", "open_state", "cors_origins", "ingress")}
-    return Description(models=models, reference=reference, **doors)
+    process = {name: getattr(recipe, name) for name in ("deterministic", "verify_weights")}
+    return Description(models=models, reference=reference, **doors, **process)
 
 
 def at_commits(description: Description) -> Description:

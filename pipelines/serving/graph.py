@@ -129,6 +129,7 @@ def application(
             described.attention,
             described.bundles,
             described.weights,
+            description.process,
         )
     targets = {}
     for model_id, model in description.models.items():
@@ -150,6 +151,7 @@ def application(
             max_queue=model.max_queue,
             max_length=model.max_length,
             bundles=model.bundles,
+            process=description.process,
             attention=model.attention,
             weights=model.weights,
             has_t_res=model.decode.residual_temperature is not None,

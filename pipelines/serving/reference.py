@@ -27,6 +27,7 @@ from rcd_core import ReferenceSignals, WarmStart
 from rcd_core.decode_settings import Weights
 from rcd_core.decoding.memory import fit
 from rcd_core.decoding.tensor_parallel import make_reference
+from rcd_core.process import ProcessSettings
 from rcd_core.signals import Signals
 
 logger = logging.getLogger("ray.serve")
@@ -107,7 +108,7 @@ class Reference:
     """The deployment: holds the reference model and answers with signals as Arrow bytes.
 
     contexts: prompts whose KV stays cached, one per concurrent request, fewer if memory does not suffice. max_length:
-    positions of a context. gpus: what the replica has asked Ray for. bundles: of RankGroup.
+    positions of a context. gpus: what the replica has asked Ray for. bundles, process: of RankGroup.
     """
 
     def __init__(
@@ -119,8 +120,9 @@ class Reference:
         attention: str = "auto",
         bundles: Sequence[Mapping[str, float]] = (),
         weights: Weights = "full",
+        process: ProcessSettings | None = None,
     ) -> None:
-        self.group = RankGroup(bundles)
+        self.group = RankGroup(bundles, process=process)
         device, dtype = device_of(gpus)
         self.group.follow(partial(load_ranks, checkpoint, dtype, device, attention, weights=weights))
         model, _ = load_ranks(checkpoint, dtype, device, attention, self.group.ranks, weights)

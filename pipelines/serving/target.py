@@ -27,6 +27,7 @@ from rcd_core.decoding.request import uncalibrated
 from rcd_core.families.base import DiffusionModel
 from rcd_core.families.quantise import stored_tensors
 from rcd_core.io.node_copy import node_copy
+from rcd_core.process import ProcessSettings
 from rcd_core.text.tokenizer import load_tokenizer
 
 logger = logging.getLogger("ray.serve")
@@ -60,8 +61,8 @@ class Refusal:
 class Target:
     """The deployment. max_batch: requests decoded at once, fewer if memory does not suffice. max_queue: requests that
     may wait. max_length: positions of a request; None: the model's, at most MAX_LENGTH. gpus: what the replica has
-    asked Ray for. bundles: of RankGroup. reference_top_k, reference_sessions: of RemoteReference. has_t_res: requests
-    have a default residual_temperature."""
+    asked Ray for. bundles, process: of RankGroup. reference_top_k, reference_sessions: of RemoteReference. has_t_res:
+    requests have a default residual_temperature."""
 
     def __init__(
         self,
@@ -75,11 +76,12 @@ class Target:
         max_queue: int,
         max_length: int | None,
         bundles: Sequence[Mapping[str, float]] = (),
+        process: ProcessSettings | None = None,
         attention: str = "auto",
         weights: Weights = "full",
         has_t_res: bool = False,
     ) -> None:
-        self.group = RankGroup(bundles)
+        self.group = RankGroup(bundles, process=process)
         device, dtype = device_of(gpus)
         self.group.follow(partial(load_ranks, checkpoint, dtype, device, attention, weights=weights))
         checkpoint = node_copy(checkpoint)  # once, so that model and tokenizer are of the same version

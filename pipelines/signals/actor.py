@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from pipelines.signals import files
 from pipelines.signals.plan import SignalJob, groups, plan_batches
 from rcd_core.calibration.entropy_histogram import entropy_histogram
 from rcd_core.families.loading import checkpoint_directory, load_model
-from rcd_core.io import storage
+from rcd_core.io import checksums, storage
 from rcd_core.io.retries import be_patient
 from rcd_core.signals import ReferenceSignals
 from rcd_core.training.data.batches import collate
@@ -34,6 +33,7 @@ class SignalActor:
 
     def __init__(self, job: SignalJob) -> None:
         be_patient()
+        job.process.apply()
         self.job = job
         device, dtype = device_of(job.gpus, job.threads)
         self.model = load_model(job.reference, device=device, dtype=dtype)
@@ -118,5 +118,5 @@ class SignalActor:
 def _identity(directory: Path) -> dict[str, Any]:
     """The hash of the reference's weights, and the revision of a hub snapshot."""
     digests = [storage.sha256(str(file)) for file in sorted(directory.glob("*.safetensors"))]
-    joined = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    return {"weights_sha256": joined, "revision": directory.name if directory.parent.name == "snapshots" else None}
+    revision = directory.name if directory.parent.name == "snapshots" else None
+    return {"weights_sha256": checksums.joined(digests), "revision": revision}

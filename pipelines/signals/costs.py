@@ -67,8 +67,8 @@ def volume(recipe: Recipe) -> Volume:
     else:
         if recipe.data.num_train is None:
             raise UserError(
-                "data.num_train is null and the examples are not prepared, so their number is unknown; "
-                "run `full.py --recipe ... --stages prepare` first, or set data.num_train"
+                "data.num_train is null and the examples are not prepared, so their number is unknown; give "
+                "--examples, or run `full.py --recipe ... --stages prepare` first"
             )
         if recipe.tokenizer.path is not None:
             raise UserError(

@@ -19,6 +19,7 @@ from pipelines.recipe.model import Recipe
 from pipelines.run.directory import StageContext
 from rcd_core.io import storage
 from rcd_core.noise import NoiseSettings, hash_key
+from rcd_core.process import ProcessSettings
 from rcd_core.training.data.examples import Chunks
 from rcd_core.training.data.rows import Integers, RowOrder, TrainingRow
 from rcd_core.training.data.signal_format import SCHEMA_VERSION
@@ -51,6 +52,7 @@ class SignalJob:
     own: ResidualSettings | None = None
     on_policy: float = 0.0
     seed: int = 0  # of the noisier versions
+    process: ProcessSettings = ProcessSettings()
 
     @property
     def num_shards(self) -> int:
@@ -103,6 +105,7 @@ def make_job(ctx: StageContext) -> SignalJob:
         own=own,
         on_policy=recipe.signals.on_policy,
         seed=hash_key(recipe.seed, ctx.stage) & SEED_BITS,
+        process=recipe.process,
     )
 
 

@@ -12,6 +12,7 @@ from rcd_core.decode_settings import SCALED_RULES
 from rcd_core.families.config import ModelConfig
 from rcd_core.io import storage
 from rcd_core.noise import NoiseSettings, hash_key
+from rcd_core.process import ProcessSettings
 from rcd_core.training.data.examples import Chunks
 from rcd_core.training.data.signal_cache import noise_record, require_match
 from rcd_core.training.data.signal_format import SCHEMA_VERSION
@@ -44,6 +45,7 @@ class TrainJob:
     gpus: float
     last_step: int  # of this stage; settings.steps but for the rounds before the last
     resume_from: str | None = None  # the state that the round before left
+    process: ProcessSettings = ProcessSettings()
 
 
 def make_job(ctx: StageContext) -> TrainJob:
@@ -95,6 +97,7 @@ def make_job(ctx: StageContext) -> TrainJob:
         gpus=recipe.resources.gpus_per_worker,
         last_step=ends[number - 1] if recipe.round_of(ctx.stage) else settings.steps,
         resume_from=resume_from,
+        process=recipe.process,
     )
 
 

@@ -59,6 +59,7 @@ def train_worker(config: dict[str, Any]) -> None:
 
 
 def _train(job: TrainJob) -> None:
+    job.process.apply()
     context = ray_train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     # dtype: the one in which the stage `signals` would have run the reference.

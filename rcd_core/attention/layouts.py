@@ -149,9 +149,9 @@ def block_diffusion(
     clean_end = earliest if num_clean is None else start + num_clean  # of the clean blocks that the noisy copy sees
     # A noisy block is needed if it has a masked token, or if a later one that has sees it: +1 at the first block that a
     # masked one sees, -1 behind itself.
-    deltas = torch.zeros(num_rows, num_blocks + 1, device=device)
-    deltas.scatter_add_(1, earliest, masked.float()).scatter_add_(1, block + 1, -masked.float())
-    keep_noisy = (deltas.cumsum(1) > 0.5).gather(1, block) & (sample_ids >= 0)
+    deltas = torch.zeros(num_rows, num_blocks + 1, dtype=torch.int64, device=device)
+    deltas.scatter_add_(1, earliest, masked.long()).scatter_add_(1, block + 1, -masked.long())
+    keep_noisy = (deltas.cumsum(1) > 0).gather(1, block) & (sample_ids >= 0)
     # Of each sample, only the clean blocks that a kept noisy one sees are needed.
     num_samples = int(sample_ids.max()) + 2
     end = torch.full((num_rows, num_samples), -1, device=device, dtype=torch.long)

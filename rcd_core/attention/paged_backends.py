@@ -123,11 +123,11 @@ class FlashBackend(PagedBackend):
 
 
 def paged_backend(
-    name: str, config: Any, dtype: torch.dtype, device: torch.device, page_size: int, deterministic: bool = False
+    name: str, config: Any, dtype: torch.dtype, device: torch.device, page_size: int
 ) -> PagedBackend:
     """The backend of this name for a model's config. Raises UserError if it is unknown or cannot run here.
 
-    deterministic: a row's result does not depend on its batch, bit for bit.
+    Where deterministic algorithms are asked for, a row's attention does not depend on its batch, bit for bit.
     """
     if name not in NAMES:
         raise UserError(f"attention is {name!r}, which does not decode; allowed: {', '.join(NAMES)}")
@@ -145,8 +145,9 @@ def paged_backend(
             )
         return FlashBackend(*sizes)
     if kernels and name in ("auto", "varlen"):
+        num_splits = 1 if torch.are_deterministic_algorithms_enabled() else None
         for follows_tables in (True, False):
-            backend = VarlenBackend(*sizes, follows_tables=follows_tables, num_splits=1 if deterministic else None)
+            backend = VarlenBackend(*sizes, follows_tables=follows_tables, num_splits=num_splits)
             if (reason := _refusal(backend, config.head_dim, dtype, device)) is None:
                 log.info("decoding attention: varlen, %s", "page tables" if follows_tables else "neighbouring pages")
                 return backend

@@ -61,6 +61,8 @@ class Engine:
     fixed_shapes: passes over blocks are padded to a small set of shapes and captured as CUDA graphs (None: on GPUs,
     where the attention backend can be captured).
     observer: called after every denoising step.
+    Where deterministic algorithms are asked for (process.py), one request is decoded at a time, without captured passes
+    and reused prefixes, so that its result is the same bit for bit whatever else runs.
     """
 
     def __init__(
@@ -78,6 +80,9 @@ class Engine:
         fixed_shapes: bool | None = None,
         observer: Observer | None = None,
     ) -> None:
+        if torch.are_deterministic_algorithms_enabled():
+            # The rounding of a row depends on the shape of its pass, and so on what else runs and what ran before.
+            max_batch, reuse_prefixes, fixed_shapes = 1, False, False
         self.model, self.reference, self.observer = model, reference, observer
         self.max_batch, self.max_length, self.max_queue = max_batch, max_length, max_queue
         self.prefill_chunk, self.reuse_prefixes = prefill_chunk, reuse_prefixes

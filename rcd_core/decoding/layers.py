@@ -44,10 +44,11 @@ class Layers:
     """The transformer layers and the last norm of a backbone of transformers."""
 
     def __init__(self, body: Any, config: Any, compiled: bool | None = None) -> None:
-        """compiled None: on CUDA."""
+        """compiled None: on CUDA, unless deterministic algorithms are asked for: how a compiled function sums depends
+        on the shapes that it was first called with."""
         self.body, self.config = body, config
         if compiled is None:
-            compiled = body.norm.weight.is_cuda
+            compiled = body.norm.weight.is_cuda and not torch.are_deterministic_algorithms_enabled()
         self.layers = [Layer(layer, config, compiled) for layer in body.layers]
         self.norm, self.eps = body.norm.weight, config.rms_norm_eps
 

@@ -27,7 +27,7 @@ from rcd_core.families.base import DiffusionModel
 from rcd_core.ops.random import position_keys, uniforms
 from rcd_core.ops.reduce import Feedback
 from rcd_core.ops.tiles import tile_rows
-from rcd_core.precision import reduction_dtype
+from rcd_core.precision import reduction_dtype, running_sum
 
 NUM_RESULTS = 4  # token, confidence, entropy, margin
 _RANDOM, _INDEPENDENT = (list(POLICIES).index(name) for name in ("random", "independent"))
@@ -294,7 +294,7 @@ def filtered_probabilities(logits: Tensor, temperature: Tensor, top_k: Tensor, t
     kth = ordered.gather(1, top_k.long().clamp(max=logits.shape[1])[:, None] - 1)
     ordered = ordered.masked_fill(ordered < kth, float("-inf"))
     probs = torch.softmax(ordered, dim=-1)
-    drop = (probs.cumsum(-1) - probs > top_p[:, None]) & (top_p < 1.0)[:, None]
+    drop = (running_sum(probs) - probs > top_p[:, None]) & (top_p < 1.0)[:, None]
     probs = torch.softmax(ordered.masked_fill(drop, float("-inf")), dim=-1)
     return torch.zeros_like(probs).scatter(1, order, probs)
 
@@ -331,7 +331,7 @@ def choose_tokens(
         probs = filtered_probabilities(allowed, temperature, draws.top_k, draws.top_p.to(logits.dtype))
     else:
         probs = torch.softmax(allowed / temperature[:, None], dim=-1)
-    cdf = probs.double().cumsum(-1)
+    cdf = running_sum(probs.double())
     target = draws.uniform * cdf[:, -1]
     # right=True: the first index whose running sum exceeds the target, so never a token of probability 0.
     tokens = torch.searchsorted(cdf, target[:, None], right=True)[:, 0].clamp(max=logits.shape[1] - 1)

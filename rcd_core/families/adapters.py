@@ -23,6 +23,7 @@ from rcd_core.errors import UserError
 from rcd_core.families.added import load_added, save_added
 from rcd_core.families.files import CALIBRATION_FILE, read_json
 from rcd_core.families.weights import write_json
+from rcd_core.io import checksums
 from rcd_core.io.hub import is_hub_id
 from rcd_core.io.node_copy import cache_directory, digest, locked
 from rcd_core.io.storage import is_uri
@@ -79,6 +80,7 @@ def merged_copy(directory: Path, load: Callable[[str], DiffusionModel]) -> Path:
         copy, partial = root / name, root / f"{name}.partial"
         if not copy.exists():
             shutil.rmtree(partial, ignore_errors=True)
+            checksums.verify(directory, directory.glob("*.safetensors"))
             try:
                 model = load(str(base))
             except UserError as error:
@@ -132,4 +134,5 @@ def save_adapter(
     save_file({_PREFIX + name: tensor.contiguous() for name, tensor in weights.items()}, directory / WEIGHTS)
     save_file({"mask_shift": mask_shift.contiguous()}, directory / MASK_SHIFT)
     save_added(model, directory)
+    checksums.write(directory, directory.glob("*.safetensors"))
     write_json(directory / SETTINGS, {"rcd": model.info.rcd, "block_length": model.info.block_length})

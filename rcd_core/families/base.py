@@ -25,6 +25,7 @@ from rcd_core.families.config import ModelConfig
 from rcd_core.families.experts import each_expert, unstacked
 from rcd_core.families.files import CALIBRATION_FILE, CheckpointFiles
 from rcd_core.families.weights import MAX_SHARD_BYTES, StoredTensor, write_json, write_weights
+from rcd_core.io import checksums
 from rcd_core.loopholing import Loophole
 from rcd_core.ops.checkpointing import Mode, checkpointed
 from rcd_core.ops.ranks import ALONE, Ranks
@@ -300,9 +301,9 @@ class DiffusionModel(nn.Module):
     ) -> None:
         """Write a checkpoint in the authors' format, in shards of at most max_shard_bytes.
 
-        config.json contains the RCD settings as `rcd`; added networks get files of their own. config.json is
-        removed first and written last, so that an unfinished checkpoint does not load. The T_res of weights that were
-        there before is removed as well.
+        config.json contains the RCD settings as `rcd`; added networks get files of their own. SHA256SUMS has the
+        digests of the weights, which `load_model` checks. config.json is removed first and written last, so that an
+        unfinished checkpoint does not load. The T_res of weights that were there before is removed as well.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -313,6 +314,7 @@ class DiffusionModel(nn.Module):
             tokenizer.save_pretrained(directory)
         write_weights(directory, weights, max_shard_bytes)
         save_added(self, directory)
+        checksums.write(directory, directory.glob("*.safetensors"))
         eos = self.info.eos_token_ids
         ids = {"eos_token_id": eos[0] if len(eos) == 1 else list(eos), "pad_token_id": self.info.pad_token_id}
         write_json(directory / "generation_config.json", ids)

@@ -19,7 +19,7 @@ from rcd_core.decode_settings import Weights
 from rcd_core.errors import UserError
 from rcd_core.families.a2d import A2D_FAMILIES
 from rcd_core.families.adapters import is_adapter, merged_copy
-from rcd_core.families.added import load_added
+from rcd_core.families.added import FILES, load_added
 from rcd_core.families.base import CheckpointInfo, DiffusionModel
 from rcd_core.families.config import ModelConfig
 from rcd_core.families.dream import DreamModel
@@ -35,6 +35,7 @@ from rcd_core.families.sdar_moe import SDARMoEModel
 from rcd_core.families.split import check_split, part_of, split_backbone
 from rcd_core.families.unsupported import check_vocabulary, refuse_adapter, refuse_quantised
 from rcd_core.families.weights import StoredTensor, list_weights, read_weights
+from rcd_core.io import checksums
 from rcd_core.io.gguf import is_gguf, unpacked
 from rcd_core.io.hub import CHECKPOINT_FILES, is_hub_id, snapshot
 from rcd_core.io.node_copy import node_copy
@@ -67,8 +68,8 @@ def load_model(
     attention: of training (attention/backends.py) and of the engines that decode the model (paged_backends.py).
     ranks: load one rank's part of the weights (families/split.py), and read nothing else of the files. weights: how
     the layers are kept, for decoding only (quantise.py).
-    Raises UserError for an unsupported architecture, and for weights that are missing, pickled, damaged or do not fit
-    config.json.
+    Raises UserError for an unsupported architecture, and for weights that are missing, pickled, damaged (see
+    io/checksums.py) or do not fit config.json.
     """
     directory = checkpoint_directory(path)
     files = CheckpointFiles.read(directory, str(path))
@@ -90,6 +91,9 @@ def load_model(
     if config.tie_word_embeddings and _HEAD not in stored:
         del expected[_HEAD]
     _check_fit(expected, stored, directory)
+    if ranks.rank == 0:  # the other ranks read the same files
+        added = (directory / name for name in FILES.values())
+        checksums.verify(directory, {*(tensor.file for tensor in stored.values()), *filter(Path.exists, added)})
     if dtype is None:
         dtype = stored[_EMBEDDING].dtype
     whole = config

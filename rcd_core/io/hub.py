@@ -9,7 +9,7 @@ from typing import Literal
 
 from rcd_core.errors import UserError
 
-CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
+CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "SHA256SUMS")
 TOKENIZER_FILES = ("*.json", "*.txt", "*.jinja", "*.model")
 _ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")

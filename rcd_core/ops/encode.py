@@ -52,7 +52,8 @@ def encode(
     """(N, V) logits of any float dtype, N >= 1; they are not changed. k <= V. `tail_sums` overrides the choice by
     device. Rows without a finite peak give NaN, which the caller detects by `peak`."""
     rows = logits.shape[0] if logits.is_cuda else max(1, _PIECE_BYTES // (4 * logits.shape[1]))
-    chosen = tail_sums or (_compiled() if logits.is_cuda else tail_sums_plain)
+    fused = logits.is_cuda and not torch.are_deterministic_algorithms_enabled()
+    chosen = tail_sums or (_compiled() if fused else tail_sums_plain)
     parts = [encode_tile(z, k, alpha_temperature, delta_temperature, chosen) for z in torch.split(logits, rows)]
     return parts[0] if len(parts) == 1 else Encoded(*(torch.cat(column) for column in zip(*parts, strict=True)))
 

@@ -55,7 +55,7 @@ class Chunks:
         """From the files' footers."""
         chunks = []
         for number, path in enumerate(files):
-            with _parquet(path) as parquet:
+            with open_parquet(path) as parquet:
                 metadata = parquet.metadata
                 chunks += [(number, g, metadata.row_group(g).num_rows) for g in range(metadata.num_row_groups)]
         file, group, rows = zip(*chunks, strict=True) if chunks else ((), (), ())
@@ -94,12 +94,12 @@ class ExampleSource:
     @patiently
     def _read_chunk(self, number: int) -> _Chunk:
         path, group = self.files[self.chunks.file[number]], self.chunks.group[number]
-        with _parquet(path) as parquet:
+        with open_parquet(path) as parquet:
             table = parquet.read_row_group(group, columns=COLUMNS)
         if len(table) != self.chunks.rows[number]:
             raise UserError(
                 f"examples {path}: row group {group} has {len(table)} rows, prepare's manifest says "
-                f"{self.chunks.rows[number]}; run full.py --redo prepare"
+                f"{self.chunks.rows[number]}; repeat the stage: --redo prepare"
             )
         return _Chunk(table, self.limits)
 
@@ -184,16 +184,16 @@ def _integers(column: Any) -> FlatLists | None:
 
 
 @contextmanager
-def _parquet(path: str) -> Iterator[Any]:
+def open_parquet(path: str) -> Iterator[Any]:
     """An open ParquetFile; what fails while it is open becomes a UserError that names the file."""
     import pyarrow.parquet as pq
 
     try:
         with storage.open_input(path) as stream:
-            yield pq.ParquetFile(stream)
+            yield pq.ParquetFile(stream, page_checksum_verification=True)
     except UserError:
         raise
     except (OSError, ValueError, LookupError) as error:
         if may_pass(error):
             raise
-        raise UserError(f"examples {path} cannot be read ({error}); run full.py --redo prepare") from error
+        raise UserError(f"examples {path} cannot be read ({error}); repeat the stage: --redo prepare") from error

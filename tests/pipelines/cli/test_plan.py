@@ -1,4 +1,4 @@
-"""`rcd train plan`, with the recipes of published sizes, and `rcd signals plan`."""
+"""`rcd plan`, `rcd train plan` and `rcd signals plan`, with the recipes of published sizes."""
 
 from __future__ import annotations
 
@@ -47,6 +47,51 @@ def test_a_plan_of_a_published_size(capsys: pytest.CaptureFixture[str], monkeypa
     assert float(rows["deepspeed 3"].split("│")[8]) < float(rows["deepspeed 1"].split("│")[8])
     unknown = plan(capsys, "--recipe", "sdar-8b-b64", *sizes)
     assert "5 epochs" in unknown and "--examples" in unknown
+
+
+def overview(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, list[str]]:
+    """Stage -> the cells of its row."""
+    assert main(["plan", *arguments]) == 0
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in capsys.readouterr().out.splitlines()]
+    return {row[0]: row[1:] for row in rows if len(row) > 5}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_one_table_plans_every_published_recipe(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the sizes in the package: without a cache of the hub, and without a recipe's run."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
+    rows = overview(capsys, "--recipe", name, "--examples", "100000", "--example-tokens", "3000", "--gpus", "16")
+    assert list(rows) == ["reference", "signals", "target", "baseline", "all"]
+    hours = {stage: float(cells[2].replace(",", "")) for stage, cells in rows.items()}
+    assert hours["all"] == pytest.approx(sum(hours.values()) - hours["all"], rel=0.02)
+    assert hours["target"] == hours["baseline"] > hours["signals"] > 0
+    assert rows["target"][1].endswith(("minutes", "hours", "days")) and "GB checkpoints" in rows["target"][-1]
+
+
+def test_the_table_and_the_single_plans_agree(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    counted = ["--recipe", "sdar-4b-b32", "--examples", "100000", "--example_tokens", "3008"]
+    rows = overview(capsys, *counted)
+    single = plan(capsys, *counted)
+    assert f"{rows['target'][1]} on 8 x H100" in single[single.index("target:") :]
+    assert plan_signals(*counted) == 0
+    hours = float(rows["signals"][2])
+    assert f"= {hours:.1f} hours on one device" in capsys.readouterr().out
+
+
+def test_a_small_recipe_with_variants(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    rows = overview(capsys, "--recipe", "demo", "--set", f"storage={tmp_path}")
+    assert {"base", "target-paper_alpha", "baseline"} <= set(rows) and rows["target"][1] == "under 1 s"
+    assert main(["plan", "--recipe", "sdar-4b-b32"]) == 2
+    assert "--examples" in capsys.readouterr().err
 
 
 def test_sizes_come_from_a_checkpoint_on_this_machine(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
