@@ -25,13 +25,22 @@ from rcd_core.families.convert import convertible
 from rcd_core.families.files import read_json
 from rcd_core.families.loading import checkpoint_directory, family_of
 from rcd_core.io.hub import is_hub_id, split_hub_id
-from rcd_core.training.plan import MEMORY, USABLE, Memory, ModelShape, fits, memory, step_shape, training_cost
+from rcd_core.training.plan import (
+    MEMORY,
+    USABLE,
+    Memory,
+    ModelShape,
+    extra_forwards,
+    fits,
+    memory,
+    step_shape,
+    training_cost,
+)
 from rcd_core.training.settings import ResidualSettings, TrainSettings
 
 MAX_GPUS = 1024
 CHECKPOINTING: tuple[bool | Literal["selective"], ...] = (False, "selective", True)
 PARTS = ("weights", "gradients", "optimizer", "activations", "loss", "signals")
-SELF_FORWARDS = 1.5  # residual source self: one or two more passes over each row
 
 
 @dataclass(frozen=True)
@@ -123,12 +132,10 @@ def _jobs(recipe: Recipe, vocab_size: int | None) -> Iterator[Job]:
     start = recipe.target.start or (recipe.base.start if recipe.base else None)
     assert start is not None  # a rule of the recipe
     shape = _shape("target.start", start, recipe, vocab_size)
-    residual = recipe.target.residual
-    forwards = SELF_FORWARDS if residual.needs_noisier else float(residual.runs_model)
-    forwards += SELF_FORWARDS * residual.self_share
-    if online and smaller is not None:
-        forwards += (1.0 - residual.self_share) * smaller.parameters / shape.parameters
-    yield Job("target", shape, recipe.training("target").train, residual, forwards)
+    residual, settings = recipe.target.residual, recipe.training("target").train
+    share = smaller.parameters / shape.parameters if smaller is not None else 0.0
+    forwards = extra_forwards(residual, settings.distill, share)
+    yield Job("target", shape, settings, residual, forwards)
 
 
 def _shape(key: str, start: str | ModelConfig, recipe: Recipe, vocab_size: int | None) -> ModelShape:
