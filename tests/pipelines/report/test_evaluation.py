@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import shutil
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from pipelines.report.evaluation import html_report, plot, plots_of, print_tables
-from pipelines.report.plots import Plot
+from pipelines.report.plots import Look, Plot
 from pipelines.report.text import hardware, headlines
 from tests.pipelines.report.made_results import made
 
@@ -20,7 +21,7 @@ PLOTS = {"pareto": Plot(b"light", b"dark")}
 
 
 def page_of(results: dict[str, Any]) -> str:
-    return html_report(results, PLOTS | {"throughput": PLOTS["pareto"]})
+    return html_report(results, [PLOTS | {"throughput": PLOTS["pareto"]}])
 
 
 def terminal(results: dict[str, Any]) -> str:
@@ -50,12 +51,12 @@ def test_a_level_that_is_not_reached_has_a_reason_instead_of_a_ratio() -> None:
 def test_the_page_without_measured_times_has_no_throughput_plot() -> None:
     untimed = made(timed=False)
     assert set(plots_of(untimed)) == {"pareto"} and set(plots_of(made())) == {"pareto", "throughput"}
-    assert "not measured" in html_report(untimed, PLOTS)
+    assert "not measured" in html_report(untimed, [PLOTS])
 
 
 def test_the_page_needs_no_other_file_and_has_all_settings() -> None:
     results = made()
-    page = html_report(results, plots_of(results))
+    page = html_report(results, [plots_of(results)])
     assert "http://" not in page and "https://" not in page and page.count('src="data:image/png') == 2
     for name in results["arms"][0]["decode"]:
         assert (f">{name}<" in page) == (name != "trace"), name
@@ -86,7 +87,8 @@ def test_the_terminal_has_settings_and_hardware() -> None:
 
 def test_equal_results_give_equal_plots() -> None:
     assert plot(made(), "pareto") == plot(made(), "pareto")
-    assert len({plot(made(), name, dark) for name in ("pareto", "throughput") for dark in (False, True)}) == 4
+    looks = [Look(dark, narrow) for dark in (False, True) for narrow in (False, True)]
+    assert len({plot(made(), name, look) for name in ("pareto", "throughput") for look in looks}) == 8
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +106,7 @@ def browser() -> Iterator[Any]:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_shows_the_whole_page_in_both_schemes(browser: Any, scheme: str, tmp_path: Path) -> None:
     results = made()
-    (tmp_path / "report.html").write_text(html_report(results, plots_of(results)))
+    (tmp_path / "report.html").write_text(html_report(results, [plots_of(results)]))
     tab = browser.new_page(color_scheme=scheme, viewport={"width": 390, "height": 800})
     urls: list[str] = []
     tab.on("request", lambda request: urls.append(request.url))
@@ -112,9 +114,10 @@ def test_a_phone_shows_the_whole_page_in_both_schemes(browser: Any, scheme: str,
     assert all(url.startswith(("file:", "data:")) for url in urls)
     assert tab.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     sizes = tab.evaluate("[...document.images].map(image => image.naturalWidth)")
-    assert sizes == [1200, 1200]
+    assert sizes == [800, 800]
     shown = tab.evaluate("[...document.images].map(image => image.currentSrc)")
-    assert (shown[0] == tab.evaluate("document.images[0].src")) == (scheme == "light")
+    look = Look(dark=scheme == "dark", narrow=True)
+    assert base64.b64decode(shown[0].partition(",")[2]) == plot(results, "pareto", look)
     tab.close()
 
 
