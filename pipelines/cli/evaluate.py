@@ -26,7 +26,7 @@ from pipelines.run.messages import make_console
 from rcd_core.errors import UserError
 from rcd_core.families.loading import describe_checkpoint
 
-STAGES = ("prepare", "reference", "target", "baseline", "evaluate")
+STAGES = ("prepare", "prepare-*", "reference", "target", "baseline", "evaluate")
 RESIDUAL_OFF = {
     "residual_off": {"model": "target", "title": "RCD model, residual off", "decode": {"residual": False}},
 }

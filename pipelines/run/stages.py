@@ -3,6 +3,8 @@
     prepare -> base -> reference -> signals -> target, target-<variant>, baseline, baseline-<name> -> calibrate
         -> evaluate -> deploy
 
+A stage prepare-<task> per entry of evaluate.tasks makes its problems before evaluate.
+
 With target.rounds: signals -> round-1 -> signals-2 -> round-2 -> ... -> target.
 
 Stage files are named, not imported, so that a skipped stage costs nothing.
@@ -36,6 +38,7 @@ def stages_of(recipe: Recipe) -> dict[str, Stage]:
         *(_target(recipe, f"target-{name}", f"variants.{name}", r) for name, r in recipe.variants.items()),
         *([_target(recipe, "baseline")] if recipe.baseline else []),
         *(_target(recipe, f"baseline-{name}", train=f"baselines.{name}") for name in recipe.baselines),
+        *(_prepare_task(recipe, name) for name in recipe.evaluate.tasks),
     ]
     models = tuple(stage.name for stage in stages if stage.name.startswith(("target", "baseline")))
     stages += [_calibrate(recipe, models)] if recipe.calibrate else []
@@ -60,6 +63,23 @@ def _prepare(recipe: Recipe) -> Stage:
         sections=("data", "tokenizer", "block_length", "seed", *converted),
         outside={**{key: paths for key, paths in files.items() if paths}, **tokenizer},
         check="pipelines.data.sources:check_early",
+        bundles=({"CPU": 1.0},),
+    )
+
+
+def _prepare_task(recipe: Recipe, name: str) -> Stage:
+    """The problems of one of evaluate.tasks: a stage of its own, so that a new task changes no other stage's key."""
+    key, task = f"evaluate.tasks.{name}", recipe.evaluate.tasks[name]
+    files = tuple(source for source in source_list(task.test) if source != SYNTHETIC)
+    length = f"{key}.max_length" if task.max_length else "data.max_length"
+    own = tuple(f"{key}.{field}" for field in ("task", "test", "num_test", "fields"))
+    return Stage(
+        name=f"prepare-{name}",
+        function="pipelines.prepare:run_task",
+        inputs=("prepare",),
+        sections=(*own, length, "data.reasoning", "seed"),
+        outside={f"{key}.test": files} if files else {},
+        check="pipelines.data.sources:check_tasks",
         bundles=({"CPU": 1.0},),
     )
 
@@ -182,9 +202,10 @@ def _evaluate(recipe: Recipe, models: tuple[str, ...], using_reference: set[str]
     return Stage(
         name="evaluate",
         function="pipelines.evaluate:run",
-        temporary=("parts",),
+        temporary=("parts", *(f"parts-{name}" for name in recipe.evaluate.tasks)),
         inputs=(
             "prepare",
+            *(f"prepare-{name}" for name in recipe.evaluate.tasks),
             *base,
             *models,
             *_calibrated(recipe),

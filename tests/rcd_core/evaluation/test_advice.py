@@ -47,7 +47,7 @@ def test_a_method_that_never_reaches_the_baseline_is_shown_at_its_best() -> None
 
 
 def test_choosing_among_equal_thresholds_by_luck_does_not_look_like_a_gain() -> None:
-    """Twenty thresholds of the same true accuracy: the best one on its own problems is above it, on others it is not."""
+    """Of equally good thresholds, the best one on some problems is too good there, and not on others."""
     random = np.random.default_rng(0)
     chosen, reported = [], []
     for _ in range(30):
