@@ -7,7 +7,7 @@ from typing import Any
 
 from pipelines.report.costs import as_flops, beyond_base
 from pipelines.report.text import Cells, Results, accuracy, title, titles
-from pipelines.report.verdict import subject, verdict
+from pipelines.report.verdict import solved, subject, verdict
 from rcd_core.tasks import layout
 
 # results["examples"]["counts"]["correct"] -> who was right
@@ -32,8 +32,9 @@ def page_title(results: Results) -> str:
 
 
 def names(results: Results) -> list[str]:
-    """A name for every task; of two with the same one, what evaluate.tasks calls the second."""
-    return list(dict.fromkeys([results["task"], *results.get("tasks", {})]))
+    """A name for every task: that of the test examples' task, then those of the entries of evaluate.tasks."""
+    first = results["task"]
+    return [first, *(f"{n} (evaluate.tasks)" if n == first else n for n in results.get("tasks", {}))]
 
 
 def verdicts(results: Results) -> list[tuple[str, str]]:
@@ -58,7 +59,7 @@ def at_a_glance(results: Results) -> Cells | None:
     """The verdict's method beside its baseline: what it gains, and what it costs. None if nothing is compared."""
     comparison = subject(results)
     advice = comparison and comparison.get("advice")
-    if not comparison or not advice:
+    if not comparison or not advice or not solved(results):
         return None
     names, sides = titles(results), {comparison["arm"]: "arm", comparison["baseline"]: "baseline"}
     points = [advice[side] for side in sides.values()]
@@ -77,13 +78,12 @@ def at_a_glance(results: Results) -> Cells | None:
 
 
 def glance_note(results: Results) -> str:
-    comparison = subject(results)
-    advice = comparison and comparison.get("advice")
-    if not advice:
-        return ""
+    """What the figures of `at_a_glance` are of."""
+    advice = (subject(results) or {})["advice"]
+    which = "fastest one that is as accurate" if advice["reaches"] else "most accurate one, as none is as accurate"
     return (
         f"Both thresholds were chosen on half of the problems ({advice['chosen_on']}): the baseline's most accurate "
-        "one and the method's fastest one that is as accurate. The figures are of the other half "
+        f"one and the method's {which}. The figures are of the other half "
         f"({advice['measured_on']}), so the choice does not flatter them."
     )
 

@@ -15,7 +15,7 @@ def verdict(results: Results) -> str:
     best = max(((p["accuracy"], method["title"]) for method in results["arms"] for p in method["curve"]), default=None)
     if best is None:
         return "No method was evaluated."
-    if best[0] < SOLVED:
+    if not solved(results):
         return (
             f"No model solves this task: the best accuracy is {percent(best[0])} ({best[1]}). "
             "Train the base longer, or make the task easier, before you compare methods."
@@ -39,6 +39,11 @@ def verdict(results: Results) -> str:
         return f"No method is faster than {f.baseline} at its best accuracy. The best of them, {f.method}: {f.at_best}."
     best_accuracy = f"{f.baseline}'s best accuracy of {percent(f.accuracy)}"
     return f"No difference could be shown at {best_accuracy}. {f.method}: {f.at_best}."
+
+
+def solved(results: Results) -> bool:
+    """Whether some method solves enough problems that a comparison says something about the methods."""
+    return any(p["accuracy"] >= SOLVED for method in results["arms"] for p in method["curve"])
 
 
 def subject(results: Results) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
     prepare -> base -> reference -> signals -> target, target-<variant>, baseline, baseline-<name> -> calibrate
         -> evaluate -> deploy
 
-A stage prepare-<task> per entry of evaluate.tasks makes its problems before evaluate.
+After prepare, a stage prepare-<name> per entry of evaluate.tasks makes its problems.
 
 With target.rounds: signals -> round-1 -> signals-2 -> round-2 -> ... -> target.
 
@@ -30,6 +30,8 @@ def stages_of(recipe: Recipe) -> dict[str, Stage]:
     using_reference = set(reference_keys(recipe).values())
     stages = [
         _prepare(recipe),
+        # Long before evaluate, which reads them: bad data should not be found after days of training.
+        *(_prepare_task(recipe, name) for name in recipe.evaluate.tasks),
         *([_base(recipe)] if recipe.base else []),
         *([_reference(recipe, recipe.reference)] if recipe.reference and using_reference else []),
         *([_signals(recipe)] if any(r.source == "signals" for r in recipe.residuals().values()) else []),
@@ -38,7 +40,6 @@ def stages_of(recipe: Recipe) -> dict[str, Stage]:
         *(_target(recipe, f"target-{name}", f"variants.{name}", r) for name, r in recipe.variants.items()),
         *([_target(recipe, "baseline")] if recipe.baseline else []),
         *(_target(recipe, f"baseline-{name}", train=f"baselines.{name}") for name in recipe.baselines),
-        *(_prepare_task(recipe, name) for name in recipe.evaluate.tasks),
     ]
     models = tuple(stage.name for stage in stages if stage.name.startswith(("target", "baseline")))
     stages += [_calibrate(recipe, models)] if recipe.calibrate else []

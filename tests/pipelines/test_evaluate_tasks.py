@@ -67,9 +67,10 @@ def test_every_task_has_its_own_problems_settings_and_verdict(
     assert stages_of(recipe)["evaluate"].temporary == ("parts", "parts-sums")
 
 
-def test_too_short_a_limit_names_the_key_of_the_task(make_run: Callable[[Recipe], StageContext], tmp_path: Path) -> None:
+def test_too_short_a_limit_names_the_key_of_the_task(ray_cluster: str, tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, evaluate={"thresholds": [0.9], "tasks": {"sums": {**SUMS, "max_length": 8}}})
     ctx = stage_context(recipe, "prepare")
     ctx.run.finish("prepare", {}, prepare.run(ctx), datetime.now().astimezone(), 0.0)
-    with pytest.raises(UserError, match=r"evaluate\.tasks\.sums\.test: 4 of 4 rows .* evaluate\.tasks\.sums\.max_length"):
+    key = r"evaluate\.tasks\.sums"
+    with pytest.raises(UserError, match=rf"{key}\.test: 4 of 4 rows .* {key}\.max_length"):
         prepare.run_task(stage_context(recipe, "prepare-sums", ("prepare",)))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +14,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from pipelines.report import plots
 from pipelines.report.evaluation import html_report, plot, plots_of, print_tables
+from pipelines.report.markdown import markdown
 from pipelines.report.plots import Look, Plot
 from pipelines.report.text import hardware, headlines
+from pipelines.report.verdict import verdict
 from tests.pipelines.report.made_results import made
 
 PLOTS = {"pareto": Plot(b"light", b"dark")}
@@ -89,6 +94,34 @@ def test_equal_results_give_equal_plots() -> None:
     assert plot(made(), "pareto") == plot(made(), "pareto")
     looks = [Look(dark, narrow) for dark in (False, True) for narrow in (False, True)]
     assert len({plot(made(), name, look) for name in ("pareto", "throughput") for look in looks}) == 8
+
+
+def test_the_axis_of_accuracy_ends_at_0_and_100_percent() -> None:
+    _, axes = plots.figure()
+    plots.curve(axes, [1, 2], [1, 99.9], 0, False, "RCD", [[1, 2], [3, 0.1]])
+    assert axes.get_ylim()[1] > 102 or max(axes.get_yticks()) > 100
+    plots.percent_axis(axes)
+    low, high = axes.get_ylim()
+    assert -2 <= low < 0 and 100 < high <= 102
+    assert 0 <= min(axes.get_yticks()) and max(axes.get_yticks()) == 100
+
+
+def test_several_tasks_are_on_one_page_each_with_its_verdict() -> None:
+    """One of them may be called like the task of the test examples."""
+    results = made(speed=1.5) | {"tasks": {"chain": made(skill=0.2) | {"task": "chain"}, "sudoku": made(speed=0.75)}}
+    page, text = html_report(results, 3 * [PLOTS | {"throughput": PLOTS["pareto"]}]), markdown(results)
+    for shown in (page, text, terminal(results)):
+        for one in (results, *results["tasks"].values()):
+            assert verdict(one).split(". ")[0] in plain(shown)
+    best = max(p["accuracy"] for p in results["tasks"]["chain"]["arms"][1]["curve"])
+    assert f"{100 * best:.1f} (" in text.split("| chain |")[1].split("\n")[0]
+    assert "Task sudoku (evaluate.tasks)" in page and page.count("<picture>") == 6
+
+
+def plain(page: str) -> str:
+    """Without tags and definitions."""
+    shown = re.sub(r"<span class=\"meaning\".*?</span>", "", page)
+    return html.unescape(re.sub(r"<[^>]*>", "", shown))
 
 
 @pytest.fixture(scope="module")
