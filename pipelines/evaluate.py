@@ -5,8 +5,9 @@
 Methods: SeqD (the baseline, block decoding without residuals) and RCD (every target, once per start), each once per
 block length. All methods solve the same problems at the same thresholds, so comparisons are paired. Writes
 results.parquet (a row per method, threshold, problem and sample), results.json (curves, comparisons, settings), two
-plots, report.html and report.md. While it runs, parts/ has the answers decoded so far, from which a killed evaluation
-resumes.
+plots, report.html and report.md. The entries of evaluate.tasks come after the test examples, each with its own
+results-NAME.parquet; results.json and the reports have all of them. While it runs, parts/ and parts-NAME/ have the
+answers decoded so far, from which a killed evaluation resumes.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import itertools
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +33,19 @@ import pyarrow.parquet as pq
 
 from pipelines.evaluation.actor import DECODED, ROWS, DecodeActor, Method, Piece, Plan
 from pipelines.evaluation.answers import KEY, read_answers
-from pipelines.evaluation.results import MethodInfo, analyse
+from pipelines.evaluation.methods import make_methods, uses_t_res, with_t_res
+from pipelines.evaluation.results import analyse
 from pipelines.ray_cluster.placement import placement_groups
 from pipelines.ray_cluster.resources import describe_bundles
 from pipelines.ray_cluster.waiting import WaitReporter
 from pipelines.recipe.settings_files import provenance
+from pipelines.report.calibration import summary_lines
+from pipelines.report.costs import training_costs
 from pipelines.report.evaluation import print_tables, write_evaluation
+from pipelines.report.examples import examples_of
 from pipelines.run.directory import StageContext
 from rcd_core.io import storage
 
-BASELINE = "seqd"
 PIECE_SIZE = (
     32  # most answers of a piece: bounds the files of an evaluation, and the work between two lines of progress
 )
@@ -50,19 +55,35 @@ Answer = tuple[str, float, int]  # method, threshold, item
 
 def run(ctx: StageContext) -> dict[str, Any]:
     """Decode, compare, write. The summary repeats accuracies and rates, so that the manifest has them."""
-    methods = tuple(make_methods(ctx))
-    if ctx.recipe.calibrate is None and any(_uses_t_res(method) for method in methods):
+    if ctx.recipe.calibrate is None and any(uses_t_res(method) for method in make_methods(ctx)):
         ctx.console.print("  evaluate: T_res is not calibrated in this run (recipe section `calibrate`)")
-    methods = tuple(with_t_res(ctx, methods))
-    parts = storage.join(ctx.directory, "parts")
+    results = _evaluate(ctx)
+    tasks = {name: _evaluate(ctx, name) for name in ctx.recipe.evaluate.tasks}
+    results |= {"tasks": tasks} if tasks else {}
+    results["costs"] = training_costs(ctx.recipe, ctx.run, {m.info.name: _used(ctx, m) for m in make_methods(ctx)})
+    if "calibrate" in ctx.inputs:
+        calibration = storage.read_json(storage.join(ctx.input_dir("calibrate"), "calibration.json"))
+        results["calibration"] = summary_lines(calibration)
+    write_evaluation(ctx.directory, results)
+    extra = {"tasks": {name: _summary(one) for name, one in tasks.items()}} if tasks else {}
+    return _summary(results) | extra
+
+
+def _evaluate(ctx: StageContext, task: str | None = None) -> dict[str, Any]:
+    """The entry of results.json for the test examples, or for an entry of evaluate.tasks."""
+    suffix, problems = (f"-{task}", f"prepare-{task}") if task else ("", "prepare")
+    ctx = replace(ctx, recipe=ctx.recipe.for_task(task)) if task else ctx
+    what = f"evaluate, task {task}" if task else "evaluate"
+    methods = tuple(with_t_res(ctx, make_methods(ctx)))
+    parts = storage.join(ctx.directory, f"parts{suffix}")
     done = set(_distinct(read_answers(parts, DECODED, list(KEY)), "arm", "threshold", "item"))
     if done:
-        ctx.console.print(f"  evaluate: resuming, {len(done)} answers are already decoded")
-    plan = make_plan(ctx, methods, done)
+        ctx.console.print(f"  {what}: resuming, {len(done)} answers are already decoded")
+    plan = make_plan(ctx, methods, done, problems, parts)
     _decode(ctx, plan)
     decoded = _in_order(read_answers(parts, DECODED, list(KEY)), methods)
     table = decoded.select(ROWS.names)
-    with storage.open_output(storage.join(ctx.directory, "results.parquet")) as stream:
+    with storage.open_output(storage.join(ctx.directory, f"results{suffix}.parquet")) as stream:
         pq.write_table(table, stream, compression="zstd")
     results = analyse(
         recipe=ctx.recipe.name,
@@ -74,14 +95,38 @@ def run(ctx: StageContext) -> dict[str, Any]:
         accuracy_levels=ctx.recipe.evaluate.accuracy_levels,
         hardware=_hardware(ctx, decoded),
         grader=ctx.recipe.evaluate.grader,
-    ) | {"settings_file": provenance(ctx.recipe)}
-    calibration = None
-    if "calibrate" in ctx.inputs:
-        calibration = storage.read_json(storage.join(ctx.input_dir("calibrate"), "calibration.json"))
-    write_evaluation(ctx.directory, results, calibration)
+    )
+    return results | {
+        "settings_file": provenance(ctx.recipe),
+        "examples": examples_of(results, table, partial(_problems, plan.files)),
+    }
+
+
+def _summary(results: Mapping[str, Any]) -> dict[str, Any]:
     names = ("threshold", "accuracy", "tokens_per_pass", "tokens_per_forward")
     curves = {arm["name"]: [{name: point[name] for name in names} for point in arm["curve"]] for arm in results["arms"]}
     return {"num_problems": results["num_problems"], "num_samples": results["num_samples"], "curves": curves}
+
+
+def _problems(files: Sequence[str], ids: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Prompt and right answer of test problems by their ids."""
+    found: dict[str, dict[str, str]] = {}
+    for file in files:
+        with storage.open_input(file) as stream:
+            table = pq.read_table(stream, columns=["example_id", "prompt", "answer"])
+        rows = table.filter(pc.is_in(table["example_id"], value_set=pa.array(ids, pa.string())))
+        found |= {row["example_id"]: row for row in rows.to_pylist()}
+    return found
+
+
+def _used(ctx: StageContext, method: Method) -> list[str]:
+    """The stages whose results a method is decoded with."""
+    calibrated = "calibrate" in ctx.inputs and uses_t_res(method)
+    return [
+        method.info.model,
+        *(["reference"] if method.reference else []),
+        *(["calibrate"] if calibrated else []),
+    ]
 
 
 def report(ctx: StageContext) -> None:
@@ -96,10 +141,15 @@ def report(ctx: StageContext) -> None:
         ctx.console.print(f"{what}: {storage.join(ctx.directory, name)}", soft_wrap=True, markup=False)
 
 
-def make_plan(ctx: StageContext, methods: Sequence[Method], done: Set[Answer]) -> Plan:
-    """The answers left to decode, method by method and threshold by threshold, in pieces that keep every actor busy."""
+def make_plan(
+    ctx: StageContext, methods: Sequence[Method], done: Set[Answer], problems: str = "prepare", parts: str | None = None
+) -> Plan:
+    """The answers left to decode, method by method and threshold by threshold, in pieces that keep every actor busy.
+
+    problems: the stage that made them. parts: directory of the answers.
+    """
     recipe, evaluate = ctx.recipe, ctx.recipe.evaluate
-    summary = ctx.input("prepare")["summary"]
+    summary = ctx.input(problems)["summary"]
     num_items = min(evaluate.num_examples or sys.maxsize, summary["counts"]["test"]["examples"]) * evaluate.samples
     left = {
         # Highest thresholds take the most passes: first, so that no actor ends much later than the others.
@@ -115,15 +165,14 @@ def make_plan(ctx: StageContext, methods: Sequence[Method], done: Set[Answer]) -
         pieces += [
             Piece(method=number, threshold=threshold, items=tuple(items[a:b])) for a, b in itertools.pairwise(cuts)
         ]
-    directory = ctx.input_dir("prepare")
     return Plan(
         task=recipe.data.task_of("test"),
         grader=evaluate.grader,
         attention=evaluate.attention,
         weights=evaluate.weights,
         run_code=evaluate.run_code,
-        tokenizer=storage.join(directory, "tokenizer"),
-        files=tuple(storage.join(directory, "test", name) for name in summary["test"]),
+        tokenizer=storage.join(ctx.input_dir("prepare"), "tokenizer"),
+        files=tuple(storage.join(ctx.input_dir(problems), "test", name) for name in summary["test"]),
         methods=tuple(methods),
         pieces=tuple(pieces),
         samples=evaluate.samples,
@@ -131,94 +180,16 @@ def make_plan(ctx: StageContext, methods: Sequence[Method], done: Set[Answer]) -
         threads=max(1, int(recipe.resources.cpus_per_worker)),
         gpus=recipe.resources.gpus_per_worker,
         bundles=(recipe.resources.worker_bundle("evaluate"),) * recipe.resources.tensor_parallel,
-        parts=storage.join(ctx.directory, "parts"),
+        parts=parts or storage.join(ctx.directory, "parts"),
         name=uuid.uuid4().hex[:8],
         flush_s=FLUSH_S,
         process=recipe.process,
     )
 
 
-def _uses_t_res(method: Method) -> bool:
-    """Whether the method depends on a T_res that the recipe does not give."""
-    settings = method.settings
-    return settings.residual and settings.residual_source == "self" and settings.residual_temperature is None
-
-
-def with_t_res(ctx: StageContext, methods: Iterable[Method]) -> Iterator[Method]:
-    """The methods with the T_res of this run where the recipe gives none."""
-    for method in methods:
-        t_res = ctx.residual_temperature(method.info.model) if _uses_t_res(method) else None
-        yield replace(method, settings=replace(method.settings, residual_temperature=t_res)) if t_res else method
-
-
 def _distinct(decoded: pa.Table, *names: str) -> list[tuple[Any, ...]]:
     groups = decoded.group_by(list(names)).aggregate([])
     return list(zip(*(groups[name].to_pylist() for name in names), strict=True))
-
-
-# -- methods
-
-
-def make_methods(ctx: StageContext) -> Iterator[Method]:
-    """Every model in every way it is decoded; the baseline comes first for each block length."""
-    evaluate = ctx.recipe.evaluate
-    lengths = evaluate.block_lengths or (evaluate.decode.block_length or ctx.recipe.block_length,)
-    for length in lengths:
-        suffix, words = (f"/b{length}", f", block {length}") if len(lengths) > 1 else ("", "")
-        for method in _methods_of_length(ctx, length):
-            info = method.info
-            baseline = info.baseline and info.baseline + suffix
-            info = replace(info, name=info.name + suffix, title=info.title + words, baseline=baseline)
-            yield replace(method, info=info)
-
-
-def _methods_of_length(ctx: StageContext, block_length: int) -> Iterator[Method]:
-    recipe, decode = ctx.recipe, ctx.recipe.evaluate.decode
-    # A fixed seed: an unset one would be drawn at random.
-    decode = replace(decode, block_length=block_length, seed=recipe.seed if decode.seed is None else decode.seed)
-    plain = replace(decode, residual=False, residual_source="self", start=None)
-    if recipe.baseline:
-        yield _method(ctx, BASELINE, "SeqD", "baseline", plain)
-    for name in recipe.baselines:
-        yield _method(ctx, f"{BASELINE}-{name}", f"SeqD {name}", f"baseline-{name}", plain)
-    for stage in ("target", *(f"target-{name}" for name in recipe.variants)):
-        variant = stage.removeprefix("target").replace("-", " ")
-        trained = recipe.residual(stage)
-        if trained is not None and not trained.feeds_back:
-            yield _method(ctx, stage, f"No residual{variant}", stage, plain)
-            continue
-        loopholing = trained is not None and trained.source == "loopholing"
-        name = f"RCD{variant}"
-        if loopholing:
-            name = f"Loopholing{variant.removeprefix(' loopholing')}"
-        for start in dict.fromkeys(recipe.evaluate.starts):
-            if loopholing and start not in ("zero", "self"):
-                continue
-            settings = replace(decode, residual=True, start=start)
-            yield _method(ctx, f"{stage}/{start}", f"{name}, {start} start", stage, settings)
-    for name, extra in recipe.evaluate.arms.items():
-        seed = decode.seed if extra.decode.seed is None else extra.decode.seed
-        settings = replace(extra.decode, block_length=block_length, seed=seed)
-        yield _method(ctx, name, extra.title or name.replace("_", " "), extra.model, settings)
-
-
-def _method(ctx: StageContext, name: str, title: str, stage: str, settings: Any) -> Method:
-    trained = ctx.recipe.residual(stage)
-    uses_reference = settings.residual and "reference" in (settings.start, settings.residual_source)
-    return Method(
-        info=MethodInfo(
-            name=name,
-            title=title,
-            model=stage,
-            baseline=BASELINE if ctx.recipe.baseline and name != BASELINE else None,
-            start=settings.start,
-            block_length=settings.block_length,
-            trained_with=asdict(trained) if trained else None,
-        ),
-        checkpoint=ctx.checkpoint(stage),
-        reference=ctx.checkpoint("reference") if uses_reference else None,
-        settings=settings,
-    )
 
 
 # -- decoding

@@ -14,6 +14,7 @@ import hashlib
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from pipelines.data.ordering import collect, in_order
 from pipelines.data.sources import (
     Source,
     check_sources,
+    keys_of_task,
     source_files,
     splits_of,
     training_texts,
@@ -61,7 +63,8 @@ def run(ctx: StageContext) -> dict[str, Any]:
     encoded = {}
     for split in sources:
         with ctx.console.status(f"prepare: tokenising the {split} rows"):
-            encoded[split] = encode(ctx, split, sources[split]).materialize()
+            directory = storage.join(ctx.directory, "tokenizer")
+            encoded[split] = encode(ctx, split, sources[split], directory).materialize()
     counts = _write_bad_rows(ctx, encoded)
     files: dict[str, list[str]] = {split: [] for split in SPLITS}
     held_out: list[str] = []
@@ -82,6 +85,25 @@ def run(ctx: StageContext) -> dict[str, Any]:
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
         "fingerprint": fingerprint.hexdigest(),
     }
+
+
+def run_task(ctx: StageContext) -> dict[str, Any]:
+    """Stage prepare-NAME: the test problems of an entry of evaluate.tasks, with the run's tokenizer. Writes test/ and
+    bad.parquet, and returns the same as `run` for the split test."""
+    name = ctx.stage.removeprefix("prepare-")
+    recipe = ctx.recipe.for_task(name)
+    ctx = replace(ctx, recipe=recipe)
+    with keys_of_task(name):
+        check_sources(recipe)
+        storage.remove(storage.join(ctx.directory, "test"))
+        directory = storage.join(ctx.input_dir("prepare"), "tokenizer")
+        Encoder(get_task(recipe.data.task_of("test")), load_tokenizer(directory), 1, 1)
+        with ctx.console.status(f"{ctx.stage}: tokenising the rows"):
+            encoded = {"test": encode(ctx, "test", source_files(recipe, "test"), directory).materialize()}
+        counts, fingerprint = _write_bad_rows(ctx, encoded), hashlib.sha256()
+        files, counted = _write(ctx, "test", encoded["test"], fingerprint, {}, [])
+    counts["test"] |= counted
+    return {"test": files, "counts": counts, "fingerprint": fingerprint.hexdigest()}
 
 
 # -- tokenizer

@@ -20,13 +20,14 @@ from pipelines.ray_cluster.resources import can_grow
 from pipelines.recipe.files import apply_overrides
 from pipelines.recipe.load import parse_recipe
 from pipelines.recipe.settings_files import read_settings, settings_names
+from pipelines.recipe.sources import SYNTHETIC
 from pipelines.report.endpoint import write_report
 from pipelines.run.driver import run_recipe
 from pipelines.run.messages import make_console
 from rcd_core.errors import UserError
 from rcd_core.families.loading import describe_checkpoint
 
-STAGES = ("prepare", "reference", "target", "baseline", "evaluate")
+STAGES = ("prepare", "prepare-*", "reference", "target", "baseline", "evaluate")
 RESIDUAL_OFF = {
     "residual_off": {"model": "target", "title": "RCD model, residual off", "decode": {"residual": False}},
 }
@@ -59,7 +60,7 @@ def _list_settings() -> int:
 
 
 def _evaluate_endpoint(url: str, model: str, flags: EvaluateFlags) -> int:
-    for name in ("target", "baseline", "reference", "address", "actors", "gpus", "redo"):
+    for name in ("target", "baseline", "reference", "also", "address", "actors", "gpus", "redo"):
         if getattr(flags, name):
             raise UserError(f"--{name} goes with checkpoints, not with --url; models of an endpoint are --model ID")
     raw: dict[str, Any] = {
@@ -67,7 +68,7 @@ def _evaluate_endpoint(url: str, model: str, flags: EvaluateFlags) -> int:
         "seed": flags.seed,
         "data": {
             "task": flags.task,
-            "test": [portable_path(name) if name != "synthetic" else name for name in flags.test],
+            "test": [portable_path(name) for name in flags.test],
             "num_test": flags.num_examples,
         },
         "evaluate": given(flags, flags.starts),
@@ -112,6 +113,7 @@ def _evaluate_checkpoints(flags: EvaluateFlags) -> int:
 
 def recipe_of(flags: EvaluateFlags) -> dict[str, Any]:
     """A recipe that trains nothing."""
+    tasks = further_tasks(flags)
     target = flags.target or flags.baseline
     if not target:
         raise UserError("neither --target nor --baseline is given; name a checkpoint, or the --url of an endpoint")
@@ -134,7 +136,7 @@ def recipe_of(flags: EvaluateFlags) -> dict[str, Any]:
         "data": {
             "task": flags.task,
             "train": None,
-            "test": [portable_path(name) if name != "synthetic" else name for name in flags.test],
+            "test": [portable_path(name) for name in flags.test],
             "num_test": flags.num_examples,
             "max_length": min(positions, MAX_PROMPT),
         },
@@ -144,7 +146,9 @@ def recipe_of(flags: EvaluateFlags) -> dict[str, Any]:
         "reference": {"start": portable_path(flags.reference)} if flags.reference else None,
         "deterministic": flags.deterministic,
         "verify_weights": not flags.no_verify,
-        "evaluate": given(flags, starts) | ({"arms": RESIDUAL_OFF} if flags.residual_off else {}),
+        "evaluate": given(flags, starts)
+        | ({"arms": RESIDUAL_OFF} if flags.residual_off else {})
+        | ({"tasks": tasks} if tasks else {}),
         "deploy": {"start": "zero"},  # not a stage of this run
     }
     apply_overrides(raw, overrides(flags.set))
@@ -158,6 +162,17 @@ def given(flags: EvaluateFlags, starts: Sequence[str] | None) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
 
 
+def further_tasks(flags: EvaluateFlags) -> dict[str, Any]:
+    """--also as entries of evaluate.tasks; one task may have several files."""
+    tasks: dict[str, Any] = {}
+    for text in flags.also:
+        name, equals, file = text.partition("=")
+        if not equals or not file:
+            raise UserError(f"--also is {text!r}; write TASK=FILE, for example math500=/data/math500.jsonl")
+        tasks.setdefault(name, {"test": [], "num_test": flags.num_examples})["test"].append(portable_path(file))
+    return tasks
+
+
 def output_of(flags: EvaluateFlags) -> dict[str, str]:
     """--output as storage and name of a run."""
     parent, _, name = absolute_path(flags.output or "").rstrip("/").rpartition("/")
@@ -169,7 +184,9 @@ def overrides(texts: Sequence[str]) -> list[str]:
 
 
 def portable_path(name: str) -> str:
-    """An absolute path, which is valid in every process of a cluster. URIs and hub ids are unchanged."""
+    """An absolute path, which is valid in every process of a cluster. URIs, hub ids and `synthetic` are unchanged."""
+    if name == SYNTHETIC:
+        return name
     expanded = os.path.expanduser(name)
     return os.path.abspath(expanded) if os.path.exists(expanded) else name
 

@@ -164,6 +164,9 @@ class EvaluateFlags:
 
     task: Annotated[str | None, TASK("gsm8k, math500, aime24, sudoku, qa, ...; a wrong name lists all.")] = None
     test: Annotated[tuple[str, ...], TASK(".jsonl, .parquet, hf://..., or synthetic; repeatable.", metavar="FILE")] = ()
+    also: Annotated[
+        tuple[str, ...], TASK("A further task of the same evaluation, as NAME=FILE; repeatable.", metavar="TASK=FILE")
+    ] = ()
     output: Annotated[str | None, TASK("Directory or URI of the results; the same command resumes there.")] = None
     settings: Annotated[str | None, TASK("Shipped settings file, for example paper-sdar-b64.")] = None
     list_settings: Annotated[bool, TASK("List the shipped settings files and exit.")] = False

@@ -31,6 +31,7 @@ from rcd_core.training.plan import (
     Memory,
     ModelShape,
     TrainingCost,
+    extra_forwards,
     fits,
     memory,
     step_shape,
@@ -41,7 +42,6 @@ from rcd_core.training.settings import ResidualSettings, TrainSettings
 MAX_GPUS = 1024
 CHECKPOINTING: tuple[bool | Literal["selective"], ...] = (False, "selective", True)
 PARTS = ("weights", "gradients", "optimizer", "activations", "loss", "signals")
-SELF_FORWARDS = 1.5  # residual source self: one or two more passes over each row
 
 
 @dataclass(frozen=True)
@@ -150,10 +150,8 @@ def jobs_of(recipe: Recipe, vocab_size: int | None) -> Iterator[Job]:
         training = recipe.training(stage)
         residual = training.residual
         assert residual is not None  # of a target
-        forwards = SELF_FORWARDS if residual.needs_noisier else float(residual.runs_model)
-        forwards += SELF_FORWARDS * residual.self_share
-        if (residual.source == "online" or training.train.distill) and smaller is not None:
-            forwards += (1.0 - residual.self_share) * smaller.parameters / shape.parameters
+        share = smaller.parameters / shape.parameters if smaller is not None else 0.0
+        forwards = extra_forwards(residual, training.train.distill, share)
         yield Job(stage, shape, training.train, residual, forwards)
     for stage in (*(["baseline"] if recipe.baseline is True else []), *(f"baseline-{n}" for n in recipe.baselines)):
         yield Job(stage, shape, recipe.training(stage).train, None, 0.0)

@@ -58,8 +58,8 @@ class Encoding:
         return pa.unify_schemas([SCHEMAS[self.split], ORIGIN])
 
 
-def encode(ctx: StageContext, split: str, sources: list[Source]) -> ray.data.Dataset:
-    """Rows that are an example, or have a `reason` why not."""
+def encode(ctx: StageContext, split: str, sources: list[Source], tokenizer: str) -> ray.data.Dataset:
+    """Rows that are an example, or have a `reason` why not. tokenizer: its directory."""
     recipe, limit = ctx.recipe, row_limit(ctx.recipe, split)
     read: Any
     if not sources:
@@ -77,7 +77,7 @@ def encode(ctx: StageContext, split: str, sources: list[Source]) -> ray.data.Dat
     encoding = Encoding(
         task=recipe.data.task_of(split),
         split=split,
-        tokenizer=storage.join(ctx.directory, "tokenizer"),
+        tokenizer=tokenizer,
         pad_multiple=recipe.data.pad_multiple or recipe.block_length,
         max_length=recipe.data.max_length,
         min_length=recipe.data.min_length,

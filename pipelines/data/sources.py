@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 
@@ -37,6 +37,30 @@ def check_early(recipe: Recipe) -> list[str]:
     if recipe.convert and isinstance(start, str) and storage.is_absolute(start):
         check_convert(recipe.convert, start, recipe.tokenizer_source or start)
     return notes
+
+
+def check_tasks(recipe: Recipe) -> list[str]:
+    """`check_sources` for every entry of evaluate.tasks."""
+    notes = []
+    for name in recipe.evaluate.tasks:
+        with keys_of_task(name):
+            notes += [_renamed(line, name) for line in check_sources(recipe.for_task(name), needs_hub=False)]
+    return list(dict.fromkeys(notes))
+
+
+@contextmanager
+def keys_of_task(name: str) -> Iterator[None]:
+    """An entry of evaluate.tasks is read as the test examples of a recipe: errors name its keys instead of theirs."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(_renamed(str(error), name)) from error
+
+
+def _renamed(message: str, task: str) -> str:
+    for key, own in (("test_fields", "fields"), ("num_test", "num_test"), ("test_task", "task"), ("test", "test")):
+        message = message.replace(f"data.{key}", f"evaluate.tasks.{task}.{own}")
+    return message.replace("data.max_length", f"evaluate.tasks.{task}.max_length")
 
 
 def check_convert(convert: ConvertSettings, start: str, tokenizer: str) -> None:

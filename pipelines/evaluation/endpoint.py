@@ -84,6 +84,8 @@ def collect_answers(raw: Mapping[str, Any], options: EndpointOptions, console: C
     """
     raw = _complete(raw, options.url)
     recipe = parse_recipe(raw, "of rcd evaluate")
+    if recipe.evaluate.tasks:
+        raise UserError("--set evaluate.tasks goes with checkpoints; with --url, give each task an --output of its own")
     check_gradable(recipe.data.task_of("test"))
     endpoint = Endpoint(options.url, api_key())
     is_rcd = _is_rcd(endpoint, options)

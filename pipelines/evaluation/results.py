@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rcd_core.evaluation.advice import advise
 from rcd_core.evaluation.outcomes import Measure, Outcomes, collect, curve
 from rcd_core.evaluation.statistics import (
     AUP_ALPHA,
@@ -77,7 +78,8 @@ def analyse(
     def comparison(name: str, baseline: str) -> dict[str, Any]:
         options: Any = {"accuracy_levels": accuracy_levels, "best_accuracy": best}
         compared = {str(m): asdict(compare(curves[baseline], curves[name], **options, measure=m)) for m in MEASURES}
-        return {"arm": name, "baseline": baseline, **compared}
+        advice = advise(outcomes[baseline], outcomes[name])
+        return {"arm": name, "baseline": baseline, **compared, "advice": advice and asdict(advice)}
 
     return {
         "schema_version": SCHEMA_VERSION,

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from pipelines.recipe.model import Recipe
-from pipelines.recipe.rules import trainings
 from pipelines.recipe.sources import checkpoints, data_files
+from pipelines.recipe.worker_rules import trainings
 from rcd_core.errors import UserError
 from rcd_core.io import storage
 from rcd_core.io.gguf import is_gguf, package_file
@@ -16,7 +16,8 @@ from rcd_core.io.gguf import is_gguf, package_file
 
 def check_inputs(recipe: Recipe) -> None:
     """Raise UserError, with key, file and remedy, unless every file and checkpoint of the recipe exists and fits."""
-    for key, source in (("data.train", recipe.data.train), ("data.test", recipe.data.test)):
+    tasks = {f"evaluate.tasks.{name}.test": task.test for name, task in recipe.evaluate.tasks.items()}
+    for key, source in {"data.train": recipe.data.train, "data.test": recipe.data.test, **tasks}.items():
         for path in data_files(source):
             if not _exists(key, path):
                 raise UserError(f"{key}: {path} does not exist; correct the path or copy the file there")

@@ -69,24 +69,30 @@ def _find_packages(raw: dict[str, Any]) -> None:
 
 
 def _complete_entries(raw: dict[str, Any]) -> None:
-    """Fill up entries that give only what they change: variants, baselines and evaluate.arms.
+    """Fill up entries that give only what they change: variants, baselines, evaluate.arms and evaluate.tasks.
 
     A null entry is removed, so that a recipe can drop what it inherits. Wrong types stay for validation to report.
     """
     target, evaluate = _mapping(raw.get("target")), _mapping(raw.get("evaluate"))
     raw["variants"] = _completed(raw.get("variants", {}), _mapping(target.get("residual")))
     raw["baselines"] = _completed(raw.get("baselines", {}), _mapping(target.get("train")))
-    arms = _completed(evaluate.get("arms", {}), {})
-    if isinstance(arms, dict) and arms:
-        decode = _mapping(evaluate.get("decode"))
-        full = {
-            name: {**arm, "decode": {**decode, **_mapping(arm.get("decode"))}}
-            for name, arm in arms.items()
-            if isinstance(arm, dict) and isinstance(arm.get("decode", {}), dict)
-        }
-        arms = {**arms, **full}
     if evaluate:
-        raw["evaluate"] = {**evaluate, "arms": arms}
+        decode = _mapping(evaluate.get("decode"))
+        entries = {key: _with_decode(evaluate.get(key, {}), decode) for key in ("arms", "tasks")}
+        raw["evaluate"] = {**evaluate, **entries}
+
+
+def _with_decode(entries: Any, decode: dict[str, Any]) -> Any:
+    """Entries whose `decode` gives only what differs from another one."""
+    present = _completed(entries, {})
+    if not isinstance(present, dict):
+        return present
+    full = {
+        name: {**entry, "decode": {**decode, **_mapping(entry.get("decode"))}}
+        for name, entry in present.items()
+        if isinstance(entry, dict) and isinstance(entry.get("decode", {}), dict)
+    }
+    return {**present, **full}
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pipelines.recipe.deploy import DeploySettings
+from pipelines.recipe.evaluation import EvaluateSettings
 from pipelines.recipe.resources import Resources
 from pipelines.recipe.types import (
     Baseline,
@@ -21,7 +22,7 @@ from pipelines.recipe.types import (
     Share,
 )
 from rcd_core.calibration.distance import Match
-from rcd_core.decode_settings import ConvertAttention, DecodeAttention, DecodeSettings, Start, Weights
+from rcd_core.decode_settings import ConvertAttention, DecodeSettings
 from rcd_core.errors import UserError
 from rcd_core.families.config import ModelConfig
 from rcd_core.io import storage
@@ -163,50 +164,6 @@ class TargetStage(Section):
         return [steps * (number + 1) // self.rounds for number in range(self.rounds)]
 
 
-class ExtraArm(Section):
-    """One more decoding method for a model of the run. The threshold is swept as everywhere."""
-
-    model: str
-    """`target`, `target-<variant>`, `baseline`, `baseline-<name>` or `base`."""
-    title: str | None = None
-    """Name in reports."""
-    decode: DecodeSettings = DecodeSettings()
-    """What differs from `evaluate.decode`."""
-
-
-class EvaluateSettings(Section):
-    """Accuracy against tokens per forward pass."""
-
-    settings: str | None = None
-    """A shipped file that fills in this section, for example `paper-sdar-b64`."""
-    num_examples: Count | None = None
-    """Test examples to use; null uses all."""
-    samples: Count = 1
-    """Answers per problem, for pass@1 at a temperature above 0."""
-    batch_size: Count = 256
-    """Requests decoded at once."""
-    decode: DecodeSettings = DecodeSettings()
-    """Decoding settings of all methods."""
-    thresholds: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
-    """Confidence thresholds to sweep; 1.0 commits one token per pass."""
-    block_lengths: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
-    """Block lengths to sweep; null uses the recipe's."""
-    accuracy_levels: tuple[Share, ...] = (0.9,)
-    """Accuracies at which speeds are compared, in addition to the baseline's best."""
-    starts: Annotated[tuple[Start, ...], Field(min_length=1)] = ("zero", "reference")
-    """How the first residual of a block is made; each start is one method."""
-    arms: dict[EntryName, ExtraArm] = {}
-    """Further decoding methods by name."""
-    grader: Literal["default", "official"] = "default"
-    """`default` compares values; `official` judges as GSM8K's and MATH's graders do. Results say where they differ."""
-    attention: DecodeAttention = "auto"
-    """Attention of decoding; `auto` takes the fastest that runs where the stage runs, and its log says which."""
-    weights: Weights = "full"
-    """Keep the layers' weights as they are, or quantised (torchao) to save memory; residual embeddings stay exact."""
-    run_code: bool = False
-    """Let `humaneval` run generated code, in limited processes that are no sandbox."""
-
-
 class CalibrateSettings(Section):
     """The choice of T_res, the temperature that matches the target's alpha to the reference's; null: T_res is 1."""
 
@@ -284,6 +241,21 @@ class Recipe(Section):
         if self.tokenizer.path is None and self.base and self.base.convert and isinstance(self.base.start, str):
             return self.base.start
         return self.tokenizer.path
+
+    def for_task(self, name: str) -> Recipe:
+        """This recipe with an entry of evaluate.tasks in place of its test examples. Trains nothing."""
+        task = self.evaluate.tasks[name]
+        data = {
+            "train": None,
+            "test_task": task.task or name,
+            "test": task.test,
+            "num_test": task.num_test,
+            "test_fields": task.fields,
+            "max_length": task.max_length or self.data.max_length,
+        }
+        return self.model_copy(
+            update={"data": self.data.model_copy(update=data), "evaluate": self.evaluate.for_task(name)}
+        )
 
     def residuals(self) -> dict[str, ResidualSettings]:
         """Recipe key -> residual settings of every target that is trained."""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from fnmatch import fnmatch
 
 from pipelines.recipe.model import Recipe
 from pipelines.recipe.sources import ABSOLUTE, SYNTHETIC, checkpoint_problems, checkpoints, source_list, source_problems
+from pipelines.recipe.worker_rules import trainings, worker_problems
 from rcd_core.decode_settings import CONFIDENCE_RULES, DecodeSettings
 from rcd_core.families.config import ModelConfig
 from rcd_core.io import storage
 from rcd_core.tasks import TASKS
-from rcd_core.training.settings import TrainSettings
 
 DEPLOYMENTS = ("Target", "Baseline", "Reference", "Ingress")  # names of Serve deployments in stage deploy
 
@@ -26,11 +25,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
         if task is not None and task not in TASKS:
             yield f"data.{key} is {task!r}; known tasks: {', '.join(sorted(TASKS))}"
     if data.task_of("test") == "humaneval" and not recipe.evaluate.run_code:
-        key = "data.task" if data.test_task is None else "data.test_task"
-        yield (
-            f"{key} is 'humaneval', which runs code that a model wrote, but evaluate.run_code is false; "
-            "set it to true where that is safe"
-        )
+        yield _runs_code("data.task" if data.test_task is None else "data.test_task")
     for key, weights in (("evaluate", recipe.evaluate.weights), ("deploy", recipe.deploy.weights)):
         if weights != "full" and recipe.resources.tensor_parallel > 1:
             yield f"{key}.weights is {weights!r} but resources.tensor_parallel is above 1; set one to its default"
@@ -65,8 +60,6 @@ def problems(recipe: Recipe) -> Iterator[str]:
     if target.start is not None and recipe.base is not None:
         yield "base is given but target.start does not use it; set one of them to null"
     yield from _training_problems(recipe)
-    yield from _attention_problems(recipe)
-    yield from _deterministic_problems(recipe)
     if reference is None:
         for key in reference_keys(recipe):
             yield f"{key} needs the reference but reference is null; give one, or change {key}"
@@ -84,11 +77,11 @@ def problems(recipe: Recipe) -> Iterator[str]:
                 "give a number of nats"
             )
     yield from _signal_problems(recipe)
-    yield from _worker_problems(recipe)
-    yield from _placement_problems(recipe)
+    yield from worker_problems(recipe)
     yield from _calibrate_problems(recipe)
     yield from _evaluate_problems(recipe)
     yield from _arm_problems(recipe)
+    yield from _task_problems(recipe)
     yield from _deploy_problems(recipe)
 
 
@@ -196,6 +189,30 @@ def _evaluate_problems(recipe: Recipe) -> Iterator[str]:
         )
 
 
+def _runs_code(key: str) -> str:
+    return (
+        f"{key} is 'humaneval', which runs code that a model wrote, but evaluate.run_code is false; set it to true "
+        "where that is safe"
+    )
+
+
+def _task_problems(recipe: Recipe) -> Iterator[str]:
+    """Each of evaluate.tasks, by the rules of the test examples and of the section evaluate."""
+    for name, task in recipe.evaluate.tasks.items():
+        key = f"evaluate.tasks.{name}"
+        if (task.task or name) not in TASKS:
+            known = ", ".join(sorted(TASKS))
+            yield f"{key}.task is {task.task or name!r}; known tasks: {known}"
+            continue
+        if (task.task or name) == "humaneval" and not recipe.evaluate.run_code:
+            yield _runs_code(f"{key}.task")
+        for message in source_problems("test", task.test, task.num_test):
+            yield message.replace("data.num_test", f"{key}.num_test").replace("data.test", f"{key}.test")
+        own = [message.replace("evaluate.", f"{key}.") for message in _evaluate_problems(recipe.for_task(name))]
+        shared = [message.replace("evaluate.", f"{key}.") for message in _evaluate_problems(recipe)]
+        yield from (message for message in own if message not in shared)
+
+
 def _arm_problems(recipe: Recipe) -> Iterator[str]:
     """evaluate.arms against the models of the recipe and their training."""
     models = ["target", *(f"target-{name}" for name in recipe.variants)]
@@ -243,65 +260,6 @@ def _deploy_problems(recipe: Recipe) -> Iterator[str]:
         yield f"deploy.max_replicas is {high} but deploy.min_replicas is {low}; it must be at least as large"
 
 
-def trainings(recipe: Recipe) -> dict[str, TrainSettings]:
-    """Recipe key -> settings of every training."""
-    settings = {
-        "base.train": recipe.base.train if recipe.base else None,
-        "reference.train": recipe.reference.train if recipe.reference else None,
-        "target.train": recipe.target.train,
-    }
-    settings |= {f"baselines.{name}": train for name, train in recipe.baselines.items()}
-    return {key: train for key, train in settings.items() if train}
-
-
-def _placement_problems(recipe: Recipe) -> Iterator[str]:
-    """resources.custom: its patterns must match stages, its resources must be custom ones."""
-    stages = ["base", "reference", "signals", "target", *(f"target-{name}" for name in recipe.variants)]
-    for number in range(1, recipe.target.rounds):
-        stages += [f"round-{number}", f"signals-{number + 1}"]
-    stages += ["baseline", *(f"baseline-{name}" for name in recipe.baselines)]
-    stages += ["calibrate", "evaluate", "deploy", "deploy-reference"]
-    for pattern, amounts in recipe.resources.custom.items():
-        if not any(fnmatch(stage, pattern) for stage in stages):
-            yield f"resources.custom.{pattern} matches no stage with workers; those are {', '.join(stages)}"
-        for name in {"CPU", "GPU", "memory", "object_store_memory"} & set(amounts):
-            yield f"resources.custom.{pattern}.{name} is no custom resource; use keys like resources.cpus_per_worker"
-
-
-def _worker_problems(recipe: Recipe) -> Iterator[str]:
-    """The trainings against the number of workers and the held-out examples."""
-    resources = recipe.resources
-    counts, workers = resources.worker_counts, resources.num_workers
-    if resources.tensor_parallel > 1 and resources.gpus_per_worker % 1:
-        yield (
-            f"resources.tensor_parallel is {resources.tensor_parallel} and resources.gpus_per_worker "
-            f"{resources.gpus_per_worker:g}; each of these workers needs a GPU of its own, so set it to 1"
-        )
-    if resources.elastic and not counts:
-        yield f"resources.num_workers is {list(workers)}; give the smaller number first, as in [2, 8]"  # type: ignore[arg-type]
-    if resources.elastic and not resources.max_failures:
-        yield "resources.max_failures is 0 but resources.num_workers is a range, which needs restarts; raise it"
-    for key, train in trainings(recipe).items():
-        unfit = [str(count) for count in counts if train.batch_size % count]
-        if unfit:
-            count = f"{list(workers)}, which can be {', '.join(unfit)}" if isinstance(workers, tuple) else workers
-            yield f"{key}.batch_size is {train.batch_size}, no multiple of resources.num_workers {count}; change one"
-        if train.shard_size and (uneven := [n for n in counts if n > train.shard_size and n % train.shard_size]):
-            yield (
-                f"{key}.shard_size is {train.shard_size}, which does not divide resources.num_workers {uneven[0]}; "
-                "change one"
-            )
-        if resources.elastic and train.strategy == "deepspeed":
-            yield (
-                f"{key}.strategy is deepspeed, whose checkpoints fit one number of workers only; set "
-                "resources.num_workers to one number, or use fsdp2"
-            )
-        if train.deepspeed and train.strategy != "deepspeed":
-            yield f"{key}.deepspeed is given but {key}.strategy is {train.strategy}; set it to deepspeed"
-        if train.validate_every and not recipe.data.num_validation:
-            yield (f"{key}.validate_every is {train.validate_every} but data.num_validation is 0; hold out examples")
-
-
 def reference_keys(recipe: Recipe) -> dict[str, str]:
     """Recipe key that needs the reference -> the stage that uses it."""
     stages = {"signals": "signals", "online": "target"}
@@ -328,22 +286,3 @@ def reference_keys(recipe: Recipe) -> dict[str, str]:
 def needs_reference(decode: DecodeSettings) -> bool:
     """Whether requests with these settings use the reference."""
     return decode.residual and "reference" in (decode.start, decode.residual_source)
-
-
-def _attention_problems(recipe: Recipe) -> Iterator[str]:
-    gpus = recipe.resources.gpus_per_worker
-    chosen: list[tuple[str, str]] = [("evaluate", recipe.evaluate.attention), ("deploy", recipe.deploy.attention)]
-    for key, section in (("base", recipe.base), ("reference", recipe.reference), ("target", recipe.target)):
-        if section is not None and section.train is not None:
-            chosen.append((f"{key}.train", section.train.attention))
-    for key, name in chosen:
-        if name in ("flex", "flash", "varlen") and not gpus:
-            yield f"{key}.attention is {name!r}, which needs a GPU, but resources.gpus_per_worker is 0; use 'sdpa'"
-
-
-def _deterministic_problems(recipe: Recipe) -> Iterator[str]:
-    """Settings under which nothing is known about the bits of a training."""
-    for key, train in trainings(recipe).items() if recipe.deterministic else ():
-        for name, value in (("compile", True), ("attention", "flex"), ("strategy", "deepspeed")):
-            if getattr(train, name) == value:
-                yield f"deterministic is true but {key}.{name} is {value!r}, which may choose other kernels; change one"

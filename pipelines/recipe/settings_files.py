@@ -78,6 +78,18 @@ def apply_settings(raw: dict[str, Any]) -> None:
     if isinstance(evaluate, dict) and isinstance(evaluate.get("settings"), str) and isinstance(data, dict):
         settings = read_settings(evaluate["settings"])
         raw["evaluate"] = merged(settings.of(str(data.get("test_task") or data.get("task"))), evaluate)
+        tasks = evaluate.get("tasks")
+        if isinstance(tasks, dict) and tasks:
+            filled = {name: _task(settings, name, task, evaluate) for name, task in tasks.items()}
+            raw["evaluate"] = {**raw["evaluate"], "tasks": filled}
+
+
+def _task(settings: EvaluationSettings, name: str, task: Any, evaluate: dict[str, Any]) -> Any:
+    """An entry of evaluate.tasks, filled up as the section itself is: the recipe's own keys win over the file's."""
+    if not isinstance(task, dict):
+        return task
+    section = merged(settings.of(str(task.get("task") or name)), evaluate)
+    return merged({key: section[key] for key in ("thresholds", "samples", "decode") if key in section}, task)
 
 
 def provenance(recipe: Recipe) -> dict[str, Any] | None:

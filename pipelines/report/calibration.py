@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pipelines.report.plots import Plot, both, colour, curve, figure, legend, marker, png
+from pipelines.report.plots import Look, Plot, all_looks, colour, curve, figure, legend, marker, percent_axis, png
 from pipelines.report.render import render
 from pipelines.report.text import Cells
 from rcd_core.calibration.distance import MIN_POSITIONS
@@ -43,12 +43,17 @@ def summary_line(result: Result) -> str:
     )
 
 
+def summary_lines(calibration: Calibration) -> list[str]:
+    """T_res of every target in words, for the report of an evaluation."""
+    return [f"{_title(n)}: {summary_line(r)}" for n, r in calibration.items() if "residual_temperature" in r]
+
+
 # -- T_res
 
 
 def _temperatures(calibrated: Calibration) -> dict[str, Any]:
     searched = {name: result for name, result in calibrated.items() if not result["nothing_to_match"]}
-    summaries = [f"{_title(name)}: {summary_line(result)}" for name, result in calibrated.items()]
+    summaries = summary_lines(calibrated)
     if not searched:
         return {"summaries": summaries, "distance": None}
     first = next(iter(searched.values()))
@@ -93,15 +98,15 @@ def _accuracy(trial: Result) -> tuple[float, float, float] | None:
 def _curves(searched: Calibration, label: str, point: Callable[[Result], tuple[float, float, float] | None]) -> Plot:
     """A line per target over T_res, a ring around the chosen one. point: a trial -> value, bar below, bar above."""
 
-    def draw(dark: bool) -> bytes:
-        chart, axes = figure(dark, height=3.6)
+    def draw(look: Look) -> bytes:
+        chart, axes = figure(look, height=3.6)
         for i, (name, result) in enumerate(searched.items(), start=1):  # colour 0 is the baseline's
             points = {t["residual_temperature"]: p for t in result["trials"] if (p := point(t)) is not None}
             values, below, above = zip(*points.values(), strict=True) if points else ((), (), ())
             bars = (below, above) if any(below) or any(above) else None
-            curve(axes, list(points), values, i, dark, _title(name), bars)
+            curve(axes, list(points), values, i, look.dark, _title(name), bars)
             if (chosen := points.get(result["residual_temperature"])) is not None:
-                ring = {"markersize": 12, "fillstyle": "none", "color": colour(i, dark)}
+                ring = {"markersize": 12, "fillstyle": "none", "color": colour(i, look.dark)}
                 axes.plot(result["residual_temperature"], chosen[0], "o", **ring)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -109,10 +114,12 @@ def _curves(searched: Calibration, label: str, point: Callable[[Result], tuple[f
         axes.set_ylabel(label)
         if label.startswith("distance"):
             axes.set_ylim(bottom=0)
-        legend(axes, dark)
+        else:
+            percent_axis(axes)
+        legend(axes, look)
         return png(chart)
 
-    return both(draw)
+    return all_looks(draw)
 
 
 # -- alpha
@@ -131,14 +138,14 @@ def _alphas(result: Result) -> tuple[Plot, Cells]:
         del labels["after"]
     shown = {side: label for side, label in labels.items() if side in alphas["histograms"]}
 
-    def histogram(dark: bool) -> bytes:
-        chart, axes = figure(dark, height=3.4)
+    def histogram(look: Look) -> bytes:
+        chart, axes = figure(look, height=3.4)
         for i, (side, label) in enumerate(shown.items()):
             fill = {"fill": True, "alpha": 0.35} if side == "reference" else {"linewidth": 1.8}
-            axes.stairs(alphas["histograms"][side], alphas["edges"], color=colour(i, dark), label=label, **fill)
+            axes.stairs(alphas["histograms"][side], alphas["edges"], color=colour(i, look.dark), label=label, **fill)
         axes.set_xlabel("alpha")
         axes.set_ylabel("share of residuals")
-        legend(axes, dark)
+        legend(axes, look)
         return png(chart)
 
     rows = [
@@ -148,7 +155,7 @@ def _alphas(result: Result) -> tuple[Plot, Cells]:
         for i, label in enumerate(_percents(alphas["masked_share_edges"]))
     ]
     head = ["still masked", *(f"{what}: {label}" for what in ("mean alpha", "residuals") for label in shown.values())]
-    return both(histogram), (head, rows)
+    return all_looks(histogram), (head, rows)
 
 
 # -- agreement and staleness
@@ -197,17 +204,17 @@ def _by_progress(means: Calibration, names: Mapping[str, str]) -> Plot:
 def _progress_plot(lines: Sequence[Any], label: str, limits: Mapping[str, float], height: float, **place: Any) -> Plot:
     """lines: (colour index, line style, (x, y), label)."""
 
-    def draw(dark: bool) -> bytes:
-        chart, axes = figure(dark, height=height)
+    def draw(look: Look) -> bytes:
+        chart, axes = figure(look, height=height)
         for i, style, (x, y), name in lines:
-            axes.plot(x, y, style, color=colour(i, dark), marker=marker(i), markersize=4, label=name)
+            axes.plot(x, y, style, color=colour(i, look.dark), marker=marker(i), markersize=4, label=name)
         axes.set_xlabel("tokens committed, %")
         axes.set_ylabel(label)
         axes.set_ylim(**limits)
-        legend(axes, dark, **place)
+        legend(axes, look, **place)
         return png(chart)
 
-    return both(draw)
+    return all_looks(draw)
 
 
 # -- discarded predictions

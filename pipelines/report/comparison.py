@@ -214,7 +214,8 @@ def _plus_minus(mean_and_sd: tuple[float, float], form: str) -> str:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """rate: tokens per pass. accuracy: in %. bar: lengths of the error bar below and above it."""
+    """rate: tokens per pass. accuracy: in %. bar: lengths of the error bar below and above it, which ends at 0 and
+    100 %."""
 
     rate: float
     accuracy: float
@@ -230,5 +231,6 @@ def mean_curve(runs: Sequence[Run], name: str) -> list[CurvePoint]:
         here = [point for point in points if point["threshold"] == threshold]
         rate, (accuracy, sd) = fmean(p[MEASURE] for p in here), mean_sd([100 * p["accuracy"] for p in here])
         low, high = (abs(accuracy - 100 * here[0][end]) for end in ("accuracy_low", "accuracy_high"))
-        curve.append(CurvePoint(rate, accuracy, (low, high) if len(here) == 1 else (sd, sd)))
+        spread = min(sd, accuracy), min(sd, 100 - accuracy)
+        curve.append(CurvePoint(rate, accuracy, (low, high) if len(here) == 1 else spread))
     return curve

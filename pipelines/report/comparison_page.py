@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from pipelines.report import plots
 from pipelines.report.comparison import Group, differences, graders, mean_curve, method_table
-from pipelines.report.plots import Plot
+from pipelines.report.plots import Look, Plot
 from pipelines.report.render import render
 
 NOTE = (
@@ -60,21 +60,22 @@ def pareto(groups: Sequence[Group], methods: Mapping[str, str]) -> Plot:
         (g, name, title) for name, title in methods.items() for g in groups if any(r.method(name) for r in g.runs)
     ]
 
-    def draw(dark: bool) -> bytes:
-        chart, axes = plots.figure(dark, width=9, height=5.6)
+    def draw(look: Look) -> bytes:
+        chart, axes = plots.figure(look, width=9, height=5.6)
         for i, (group, name, title) in enumerate(curves):
             if len(group.runs) > 1:
-                thin = {"color": plots.colour(i, dark), "linestyle": plots.line(i), "alpha": 0.3, "linewidth": 0.8}
+                thin = {"color": plots.colour(i, look.dark), "linestyle": plots.line(i), "alpha": 0.3, "linewidth": 0.8}
                 for run in group.runs:
                     points = mean_curve([run], name)
                     axes.plot([p.rate for p in points], [p.accuracy for p in points], **thin)
             points = mean_curve(group.runs, name)
             bars = [[p.bar[side] for p in points] for side in (0, 1)]
             x, y = [p.rate for p in points], [p.accuracy for p in points]
-            plots.curve(axes, x, y, i, dark, f"{group.label}: {title}", bars)
+            plots.curve(axes, x, y, i, look.dark, f"{group.label}: {title}", bars)
         axes.set_xlabel("tokens per pass (reference passes counted by their FLOPs)")
         axes.set_ylabel("accuracy, %")
-        plots.legend(axes, dark)
+        plots.percent_axis(axes)
+        plots.legend(axes, look)
         return plots.png(chart)
 
-    return plots.both(draw)
+    return plots.all_looks(draw)

@@ -20,6 +20,7 @@ from pipelines.evaluation.results import SCHEMA_VERSION, MethodInfo, analyse, gr
 from pipelines.recipe.settings_files import provenance
 from pipelines.report import text
 from pipelines.report.evaluation import print_tables, write_evaluation
+from pipelines.report.examples import examples_of
 from pipelines.report.render import print_table, render
 from pipelines.report.text import Cells, Results
 from rcd_core.evaluation.outcomes import collect, curve
@@ -71,8 +72,9 @@ def write_report(collected: EndpointAnswers, command: str, console: Console) -> 
             grader=recipe.evaluate.grader,
             **about,
         )
-        results |= notes
-        write_evaluation(recipe.run_directory, results, reference_failures=_reference_failures(answers))
+        problems = {p.example_id: {"prompt": p.prompt, "answer": p.answer} for p in collected.problems}
+        results |= notes | {"examples": examples_of(results, table, lambda ids: problems)}
+        write_evaluation(recipe.run_directory, results, _reference_failures(answers))
         print_tables(results, console)
     else:
         requested = {method.info.name: method.settings for method in collected.methods}

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 from rich.console import Console
 
-from pipelines.report import plots, text
-from pipelines.report.calibration import view
+from pipelines.report import costs, plots, summary, text
 from pipelines.report.markdown import markdown
-from pipelines.report.plots import Plot
+from pipelines.report.plots import Look, Plot
 from pipelines.report.render import print_table, render
 from pipelines.report.text import Results
-from pipelines.report.verdict import verdict
 from rcd_core.io import storage
 
 # Plot -> key and label of its x axis.
@@ -24,25 +21,32 @@ _SPEEDS = {
 }
 
 
-def write_evaluation(
-    directory: str,
-    results: Results,
-    calibration: Mapping[str, Any] | None = None,
-    reference_failures: int | None = None,
-) -> None:
-    """Write results.json, the plots, report.html and report.md. The other arguments are those of `html_report`."""
-    figures = plots_of(results)
-    page = html_report(results, figures, calibration, reference_failures)
+def write_evaluation(directory: str, results: Results, reference_failures: int | None = None) -> None:
+    """Write results.json, the plots, report.html and report.md. reference_failures: as in `html_report`. The plots of a
+    further task have its name."""
+    figures = [plots_of(one) for one in summary.evaluations(results)]
+    page = html_report(results, figures, reference_failures)
     storage.write_json(storage.join(directory, "results.json"), results)
-    for name, figure in figures.items():
-        storage.write_bytes(storage.join(directory, f"{name}.png"), figure.light)
+    for suffix, shown in zip(["", *(f"-{name}" for name in results.get("tasks", {}))], figures, strict=True):
+        for name, figure in shown.items():
+            storage.write_bytes(storage.join(directory, f"{name}{suffix}.png"), figure.light)
     storage.write_bytes(storage.join(directory, "report.html"), page.encode())
     storage.write_bytes(storage.join(directory, "report.md"), markdown(results).encode())
 
 
 def print_tables(results: Results, console: Console) -> None:
-    """Print accuracy @ tokens per pass by method and threshold, the comparisons, the settings in effect, and the
-    verdict."""
+    """Print, of every task, accuracy @ tokens per pass by method and threshold, the comparisons and the settings in
+    effect; at the end what training cost, and the verdicts."""
+    for one in summary.evaluations(results):
+        _print_task(one, console)
+    if results.get("costs"):
+        print_table(console, costs.by_method(results), "training")
+    for name, sentence in summary.verdicts(results):
+        line = f"{name}: {sentence}" if name else sentence
+        console.print(line, style="bold", soft_wrap=True, markup=False, highlight=False)
+
+
+def _print_task(results: Results, console: Console) -> None:
     title = f"{text.title(results)}: accuracy in % @ tokens per pass"
     print_table(console, text.curve_table(results), title)
     console.print(text.costs(results), markup=False, highlight=False)
@@ -56,52 +60,46 @@ def print_tables(results: Results, console: Console) -> None:
     shared = ", ".join(f"{name} {value}" for name, value in text.common_settings(results))
     console.print(f"all methods: {shared}", markup=False, highlight=False)
     console.print(f"hardware: {text.hardware(results)}", markup=False, highlight=False)
-    if line := text.grader(results):
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
-    if line := text.settings_file_line(results):
-        console.print(line, soft_wrap=True, markup=False)
-    console.print(verdict(results), style="bold", soft_wrap=True, markup=False, highlight=False)
+    for line in (text.grader(results), text.settings_file_line(results)):
+        if line:
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def plots_of(results: Results) -> dict[str, Plot]:
     """Plots by name: pareto, and throughput if the time was measured."""
     timed = any(p["tokens_per_second"] is not None for method in results["arms"] for p in method["curve"])
-    return {name: plots.both(partial(plot, results, name)) for name in _SPEEDS if timed or name != "throughput"}
+    return {name: plots.all_looks(partial(plot, results, name)) for name in _SPEEDS if timed or name != "throughput"}
 
 
-def plot(results: Results, name: str, dark: bool = False) -> bytes:
+def plot(results: Results, name: str, look: Look = plots.SCREEN) -> bytes:
     """PNG: accuracy with its 95 % interval against a speed, a line per method along the thresholds."""
     speed, label = _SPEEDS[name]
-    figure, axes = plots.figure(dark)
+    figure, axes = plots.figure(look)
     for i, method in enumerate(results["arms"]):
         points = sorted((p for p in method["curve"] if p[speed] is not None), key=lambda point: point["threshold"])
         y = [100 * p["accuracy"] for p in points]
         bars = [
             [abs(100 * p[end] - v) for p, v in zip(points, y, strict=True)] for end in ("accuracy_low", "accuracy_high")
         ]
-        plots.curve(axes, [p[speed] for p in points], y, i, dark, method["title"], bars)
+        plots.curve(axes, [p[speed] for p in points], y, i, look.dark, method["title"], bars)
     axes.set_xlabel(label)
     axes.set_ylabel("accuracy, %")
     axes.set_title(text.title(results), fontsize=11)
-    plots.legend(axes, dark)
+    plots.percent_axis(axes)
+    plots.legend(axes, look)
     return plots.png(figure)
 
 
-def html_report(
-    results: Results,
-    figures: Mapping[str, Plot],
-    calibration: Mapping[str, Any] | None = None,
-    reference_failures: int | None = None,
-) -> str:
-    """The page. figures: from `plots_of`. calibration: content of calibration.json, if the run has one.
-    reference_failures: blocks for which an endpoint's reference did not answer; None if it made no reference pass."""
+def html_report(results: Results, figures: Sequence[Mapping[str, Plot]], reference_failures: int | None = None) -> str:
+    """The page. figures: from `plots_of`, for every task. reference_failures: blocks for which an endpoint's reference
+    did not answer; None if it made no reference pass."""
     return render(
         "evaluation.html.j2",
-        title=text.title(results),
-        verdict=verdict(results),
+        title=summary.page_title(results),
         results=results,
         text=text,
+        summary=summary,
+        costs=costs,
         plots=figures,
-        calibration=view(calibration) if calibration else None,
         reference_failures=reference_failures,
     )

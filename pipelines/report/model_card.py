@@ -9,6 +9,7 @@ import yaml
 
 from pipelines.report import text
 from pipelines.report.markdown import table
+from pipelines.report.summary import evaluations
 from pipelines.report.text import Results
 from pipelines.report.verdict import verdict
 from rcd_core.errors import UserError
@@ -56,9 +57,11 @@ def _parts(
     yield "## Data\n\n" + _data(recipe)
     yield "## Training\n\n" + table((["setting", "value"], list(_settings(recipe, stage))))
     if results is not None:
-        yield f"## What was measured\n\n{verdict(results)}\n\n{text.measured(results)} {text.grader(results)}"
-        yield "Accuracy in % @ tokens per pass, by confidence threshold:\n\n" + table(text.curve_table(results))
-        yield text.costs(results) + " " + text.scope(results)
+        yield "## What was measured"
+        for one in evaluations(results):
+            yield f"{verdict(one)}\n\n{text.measured(one)} {text.grader(one)}"
+            yield "Accuracy in % @ tokens per pass, by confidence threshold:\n\n" + table(text.curve_table(one))
+            yield text.costs(one) + " " + text.scope(one)
     else:
         yield "## What was measured\n\nNothing: the run has no evaluation of this model."
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pipelines.report.glossary import Page
 from pipelines.report.plots import INK, PAPER
 from pipelines.report.text import Cells
 
@@ -26,7 +27,7 @@ _ENVIRONMENT.filters["data_uri"] = lambda png: f"data:image/png;base64,{base64.b
 
 def render(template: str, **values: Any) -> str:
     """A file of templates/ with these values, which are escaped."""
-    return _ENVIRONMENT.get_template(template).render(values)
+    return _ENVIRONMENT.get_template(template).render(values, page=Page())
 
 
 def print_table(console: Console, cells: Cells, title: str, caption: str | None = None) -> None:

@@ -15,43 +15,64 @@ def verdict(results: Results) -> str:
     best = max(((p["accuracy"], method["title"]) for method in results["arms"] for p in method["curve"]), default=None)
     if best is None:
         return "No method was evaluated."
-    if best[0] < SOLVED:
+    if not solved(results):
         return (
             f"No model solves this task: the best accuracy is {percent(best[0])} ({best[1]}). "
             "Train the base longer, or make the task easier, before you compare methods."
         )
-    if not results["comparisons"]:
+    case, f, level = _subject(results)
+    if f is None:
         return f"The best accuracy is {percent(best[0])} ({best[1]}). There is no baseline to compare with."
-    found = [_Finding(results, comparison) for comparison in results["comparisons"]]
-    among = f" (the best of {len(found)} methods)" if len(found) > 1 else ""
-    faster = [f for f in found if f.low is not None and f.low > 1.0]
-    if faster:
-        f = max(faster, key=lambda f: f.ratio or 0.0)
+    among = f" (the best of {len(results['comparisons'])} methods)" if len(results["comparisons"]) > 1 else ""
+    if case == "faster":
         return (
             f"{f.method} needs {_fewer(f.ratio)} fewer passes than {f.baseline} at {f.baseline}'s best accuracy of "
             f"{percent(f.accuracy)} (95 % interval: {_fewer(f.low)} to {_fewer(f.high)}){among}. {_advice(f)}"
         )
-    partly = [(f, level) for f in found for level in f.levels if (level["ratio"]["low"] or 0.0) > 1.0]
-    if partly:
-        f, level = max(partly, key=lambda pair: pair[1]["ratio"]["value"])
+    if level is not None:
         return (
             f"{f.method} needs {_fewer(level['ratio']['value'])} fewer passes than {f.baseline} at "
             f"{percent(level['accuracy'])} accuracy{among}, but is not shown to be faster at {f.baseline}'s best "
             f"accuracy of {percent(f.accuracy)}: {f.at_best}."
         )
-    slower = [f for f in found if f.never or (f.high is not None and f.high < 1.0)]
-    if len(slower) == len(found):
-        f = max(found, key=lambda f: f.ratio or 0.0)
+    if case == "slower":
         return f"No method is faster than {f.baseline} at its best accuracy. The best of them, {f.method}: {f.at_best}."
-    f = max((f for f in found if f not in slower), key=lambda f: f.ratio or 0.0)
     best_accuracy = f"{f.baseline}'s best accuracy of {percent(f.accuracy)}"
     return f"No difference could be shown at {best_accuracy}. {f.method}: {f.at_best}."
+
+
+def solved(results: Results) -> bool:
+    """Whether some method solves enough problems that a comparison says something about the methods."""
+    return any(p["accuracy"] >= SOLVED for method in results["arms"] for p in method["curve"])
+
+
+def subject(results: Results) -> dict[str, Any] | None:
+    """The comparison that the verdict is about; None without any."""
+    finding = _subject(results)[1]
+    return finding.comparison if finding else None
+
+
+def _subject(results: Results) -> tuple[str, _Finding | None, dict[str, Any] | None]:
+    """(faster, partly, slower or unclear; the method; for `partly` the level at which it is faster)."""
+    found = [_Finding(results, comparison) for comparison in results["comparisons"]]
+    if not found:
+        return "", None, None
+    if faster := [f for f in found if f.low is not None and f.low > 1.0]:
+        return "faster", max(faster, key=_by_ratio), None
+    partly = [(f, level) for f in found for level in f.levels if (level["ratio"]["low"] or 0.0) > 1.0]
+    if partly:
+        return "partly", *max(partly, key=lambda pair: pair[1]["ratio"]["value"])
+    slower = [f for f in found if f.never or (f.high is not None and f.high < 1.0)]
+    if len(slower) == len(found):
+        return "slower", max(found, key=_by_ratio), None
+    return "unclear", max((f for f in found if f not in slower), key=_by_ratio), None
 
 
 class _Finding:
     """A method against its baseline, at the baseline's best accuracy."""
 
     def __init__(self, results: Results, comparison: dict[str, Any]) -> None:
+        self.comparison = comparison
         names, measured = titles(results), comparison["tokens_per_pass"]
         self.method, self.baseline = names[comparison["arm"]], names[comparison["baseline"]]
         self.accuracy: float = measured["best"]["accuracy"]
@@ -70,17 +91,43 @@ class _Finding:
         return f"{self.ratio:.2f} times the tokens per pass there ({self.low:.2f} to {self.high:.2f})"
 
 
+def _by_ratio(f: _Finding) -> float:
+    return f.ratio or 0.0
+
+
 def _fewer(ratio: float | None) -> str:
     """Passes that are saved at so many times the tokens per pass."""
     return f"{100 * (1 - 1 / ratio):.0f} %" if ratio else "an unknown share"
 
 
 def _advice(f: _Finding) -> str:
+    """A threshold, with what it gives on problems that its choice did not use."""
+    advice = f.comparison.get("advice")
+    if advice is None:  # of an older release, or of a single problem
+        return _advice_on_the_same_problems(f)
+    if not advice["reaches"]:
+        return (
+            f"No threshold is advised: on the {advice['chosen_on']} problems that thresholds are chosen on, none of "
+            f"those measured is as accurate as {f.baseline}."
+        )
+    own, base = advice["arm"], advice["baseline"]
+    return (
+        f"Use it with a confidence threshold of {own['threshold']:g}, chosen on half of the problems. On the other "
+        f"{advice['measured_on']} it gives {_at(own)}, and {f.baseline} at {base['threshold']:g}, chosen likewise, "
+        f"{_at(base)}."
+    )
+
+
+def _at(point: dict[str, Any]) -> str:
+    return f"{percent(point['accuracy'])} at {point['tokens_per_pass']:.2f} tokens per pass"
+
+
+def _advice_on_the_same_problems(f: _Finding) -> str:
     enough = [p for p in f.curve if p["accuracy"] >= f.accuracy]
     if not enough:
         return "Its accuracy there lies between two of the measured thresholds."
     p = max(enough, key=lambda p: p["tokens_per_pass"])
     return (
-        f"Use it with a confidence threshold of {p['threshold']:g}: {percent(p['accuracy'])} at "
-        f"{p['tokens_per_pass']:.2f} tokens per pass."
+        f"Use it with a confidence threshold of {p['threshold']:g}: {_at(p)}, which may be a little too good, as the "
+        "threshold was chosen on the same problems."
     )

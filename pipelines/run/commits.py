@@ -75,6 +75,7 @@ def pinned(recipe: Recipe, commits: Mapping[str, str | None]) -> Recipe:
     raw = recipe.model_dump(mode="json")
     places: list[tuple[dict[str, Any] | None, str]] = [(raw[name], "start") for name in ("base", "reference", "target")]
     places += [(raw["data"], "train"), (raw["data"], "test"), (raw["tokenizer"], "path"), (raw, "baseline")]
+    places += [(task, "test") for task in raw["evaluate"]["tasks"].values()]
     places += [(model, "checkpoint") for model in raw["deploy"]["models"].values()]
     for section, key in places:
         if section and isinstance(section[key], str):

@@ -40,6 +40,7 @@ _NEUTRAL = (
 # Left out where they have this value, as in runs made before there were these keys.
 _LATER: dict[str, Any] = {
     "deterministic": False,
+    "evaluate.tasks": {},
     "evaluate.weights": "full",
     "deploy.weights": "full",
     "*.train.lora": None,
@@ -80,7 +81,9 @@ def recipe_values(recipe: Recipe, sections: Sequence[str]) -> dict[str, Any]:
     """Dotted key -> value for the recipe's keys in `sections`, without those that do not change a result."""
     flat = flatten(recipe.model_dump(mode="json"))
     chosen = {k: v for k, v in flat.items() if any(k == s or k.startswith(f"{s}.") for s in sections)}
-    if recipe.evaluate.grader == "default" or not has_official_grader(recipe.data.task_of("test")):
+    inheriting = [task.task or name for name, task in recipe.evaluate.tasks.items() if task.grader is None]
+    graded = any(map(has_official_grader, [recipe.data.task_of("test"), *inheriting]))
+    if recipe.evaluate.grader == "default" or not graded:
         chosen.pop("evaluate.grader", None)  # as in runs made before there was this key
     kept = {k: v for k, v in chosen.items() if not any(fnmatch(k, pattern) for pattern in _NEUTRAL)}
     return {k: v for k, v in kept.items() if not any(fnmatch(k, p) and v == new for p, new in _LATER.items())}

@@ -3,6 +3,8 @@
     prepare -> base -> reference -> signals -> target, target-<variant>, baseline, baseline-<name> -> calibrate
         -> evaluate -> deploy
 
+After prepare, a stage prepare-<name> per entry of evaluate.tasks makes its problems.
+
 With target.rounds: signals -> round-1 -> signals-2 -> round-2 -> ... -> target.
 
 Stage files are named, not imported, so that a skipped stage costs nothing.
@@ -28,6 +30,8 @@ def stages_of(recipe: Recipe) -> dict[str, Stage]:
     using_reference = set(reference_keys(recipe).values())
     stages = [
         _prepare(recipe),
+        # Long before evaluate, which reads them: bad data should not be found after days of training.
+        *(_prepare_task(recipe, name) for name in recipe.evaluate.tasks),
         *([_base(recipe)] if recipe.base else []),
         *([_reference(recipe, recipe.reference)] if recipe.reference and using_reference else []),
         *([_signals(recipe)] if any(r.source == "signals" for r in recipe.residuals().values()) else []),
@@ -60,6 +64,23 @@ def _prepare(recipe: Recipe) -> Stage:
         sections=("data", "tokenizer", "block_length", "seed", *converted),
         outside={**{key: paths for key, paths in files.items() if paths}, **tokenizer},
         check="pipelines.data.sources:check_early",
+        bundles=({"CPU": 1.0},),
+    )
+
+
+def _prepare_task(recipe: Recipe, name: str) -> Stage:
+    """The problems of one of evaluate.tasks: a stage of its own, so that a new task changes no other stage's key."""
+    key, task = f"evaluate.tasks.{name}", recipe.evaluate.tasks[name]
+    files = tuple(source for source in source_list(task.test) if source != SYNTHETIC)
+    length = f"{key}.max_length" if task.max_length else "data.max_length"
+    own = tuple(f"{key}.{field}" for field in ("task", "test", "num_test", "fields"))
+    return Stage(
+        name=f"prepare-{name}",
+        function="pipelines.prepare:run_task",
+        inputs=("prepare",),
+        sections=(*own, length, "data.reasoning", "seed"),
+        outside={f"{key}.test": files} if files else {},
+        check="pipelines.data.sources:check_tasks",
         bundles=({"CPU": 1.0},),
     )
 
@@ -182,9 +203,10 @@ def _evaluate(recipe: Recipe, models: tuple[str, ...], using_reference: set[str]
     return Stage(
         name="evaluate",
         function="pipelines.evaluate:run",
-        temporary=("parts",),
+        temporary=("parts", *(f"parts-{name}" for name in recipe.evaluate.tasks)),
         inputs=(
             "prepare",
+            *(f"prepare-{name}" for name in recipe.evaluate.tasks),
             *base,
             *models,
             *_calibrated(recipe),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -49,6 +49,12 @@ class Outcomes:
     def rates(self) -> Array:
         """(T, N) share of correct samples."""
         return np.asarray(self.correct.mean(axis=2))
+
+    def of(self, problems: NDArray[np.int64]) -> Outcomes:
+        """The same method on some problems. problems: their numbers."""
+        ids = tuple(self.example_ids[i] for i in problems)
+        arrays = {f.name: getattr(self, f.name)[:, problems] for f in fields(self)[2:]}
+        return Outcomes(thresholds=self.thresholds, example_ids=ids, **arrays)
 
     def passes(self, measure: Measure) -> Array:
         """(T, N) passes that produce tokens. Reference passes count by FLOPs, or not at all (tokens_per_forward)."""

@@ -55,6 +55,12 @@ def check(task: str, prompt: str, completion: str) -> bool | None:
         return None
 
 
+def layout(task: str, text: str) -> str:
+    """A prompt, answer or completion of a task as people read it; unchanged for an unknown task."""
+    show = getattr(TASKS.get(task), "layout", None)
+    return str(show(text)) if show else text
+
+
 def example_of_task(task: str) -> str | None:
     """A prompt of a task with a generator; None for the others."""
     chosen = get_task(task)
@@ -88,4 +94,5 @@ __all__ = [
     "get_task",
     "grade",
     "has_official_grader",
+    "layout",
 ]

@@ -34,7 +34,7 @@ class Sudoku:
         self.name, self.size, self.num_givens = name, size, givens
         self.cells = size * size
         self.digits = "123456789"[:size]
-        box_columns = size // box_rows
+        self.box_rows, self.box_columns = box_rows, (box_columns := size // box_rows)
         cells = ((cell // size, cell % size) for cell in range(self.cells))
         # Units are rows, columns and boxes; every cell is in three of them.
         self._units_of = [(r, size + c, 2 * size + r // box_rows * box_rows + c // box_columns) for r, c in cells]
@@ -70,6 +70,19 @@ class Sudoku:
 
     def check(self, prompt: str, completion: str) -> bool:
         return self.grade(prompt, completion, "")
+
+    def layout(self, text: str) -> str:
+        """A canvas or a board as a grid for people, with space between the boxes; "." is unknown."""
+        cells = text.strip().replace(MASK_TEXT, ".").removeprefix(ANCHOR)
+        if len(cells) != self.cells:
+            return text
+        lines = []
+        for row in range(self.size):
+            parts = cells[row * self.size : (row + 1) * self.size]
+            boxes = (parts[i : i + self.box_columns] for i in range(0, self.size, self.box_columns))
+            lines += [""] if row and row % self.box_rows == 0 else []
+            lines.append("  ".join(" ".join(box) for box in boxes))
+        return "\n".join(lines)
 
     def is_valid(self, board: str) -> bool:
         """Whether `board` has a digit in every cell and none twice in a row, column or box."""

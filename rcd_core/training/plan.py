@@ -18,7 +18,7 @@ from rcd_core.families.config import ModelConfig
 from rcd_core.families.experts import Experts
 from rcd_core.ops.tiles import logits_bytes
 from rcd_core.training.meter import PEAK_FLOPS
-from rcd_core.training.settings import LoraSettings, TrainSettings
+from rcd_core.training.settings import LoraSettings, ResidualSettings, TrainSettings
 
 FP32 = 4
 ADAM = 2 * FP32  # two moments, in fp32 whatever the passes' dtype
@@ -28,6 +28,8 @@ MEMORY = {"A100": 80e9, "H100": 80e9, "H200": 141e9, "B200": 192e9, "L40S": 48e9
 USABLE = 0.9
 # DeepSpeed's defaults, in parameters: reduced at a time, gathered at a time, and live at once (stage 3).
 REDUCE_BUCKET, GATHER_BUCKET, LIVE = 500_000_000, 500_000_000, 1_000_000_000
+
+SELF_FORWARDS = 1.5  # residual source self: one or two more passes over each row
 
 Family = Literal["sdar", "llada"]
 
@@ -332,10 +334,31 @@ def training_cost(
     forward (online reference, self-residual); they take time but do not count as useful FLOPs."""
     tokens = rows * tokens_per_row
     masked = tokens * labelled_share / 2
-    entered = tokens * (2 if shape.family == "sdar" else 1)
-    flops = 6.0 * (shape.active_layers * entered + shape.head_parameters * masked)
+    flops = 3 * forward_flops(shape, tokens, masked)
     seconds = flops * (1 + extra_forwards / 3) / (peak(device) * mfu * gpus)
     return TrainingCost(tokens, masked, flops, seconds / 3600)
+
+
+def forward_flops(shape: ModelShape, tokens: float, masked: float) -> float:
+    """Of forward passes in training, which read a row of SDAR twice; a backward pass takes twice as many."""
+    entered = tokens * (2 if shape.family == "sdar" else 1)
+    return 2.0 * (shape.active_layers * entered + shape.head_parameters * masked)
+
+
+def extra_forwards(residual: ResidualSettings | None, distill: bool, reference_share: float) -> float:
+    """Forward passes per row in addition to the trained one, in units of the trained model's.
+
+    reference_share: parameters of the reference / of the trained model.
+    """
+    online = distill
+    forwards = 0.0
+    if residual is not None:
+        forwards = SELF_FORWARDS if residual.needs_noisier else float(residual.runs_model)
+        forwards += SELF_FORWARDS * residual.self_share
+        online = online or residual.source == "online"
+    if online:
+        forwards += (1.0 - (residual.self_share if residual else 0.0)) * reference_share
+    return forwards
 
 
 def peak(device: str) -> float:

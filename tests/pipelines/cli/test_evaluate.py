@@ -112,9 +112,23 @@ def test_the_command_line_as_a_recipe(
     assert "data:" in capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
+def test_further_tasks(checkpoints: Path, tmp_path: Path) -> None:
+    files = [tmp_path / f"{name}.jsonl" for name in "abc"]
+    for file in files:
+        file.write_text('{"question": "1 + 1?", "answer": "2"}')
+    flags = [f"--target={checkpoints / 'target'}", f"--output={tmp_path / 'out'}", "--task=qa", f"--test={files[0]}"]
+    also = [f"--also=math500={files[1]}", f"--also=math500={files[2]}", "--also=chain=synthetic", "--num_examples=3"]
+    recipe = parse_recipe(recipe_of(options(*flags, *also)))
+    assert recipe.evaluate.tasks["math500"].test == (str(files[1]), str(files[2]))
+    assert recipe.for_task("chain").data.test == ("synthetic",) and recipe.for_task("chain").data.num_test == 3
+    assert recipe.for_task("chain").data.max_length == recipe.data.max_length
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (["--task=qa", "--test=/t.jsonl", "--output=/tmp/x", "--target=/x", "--also=math500"], "--also is 'math500'"),
+        (["--task=qa", "--test=/t", "--output=/tmp/x", "--url=http://x", "--model=m", "--also=qa=/q"], "--also goes"),
         (["--task=qa"], "--test, --output"),
         (["--task=qa", "--test=/t.jsonl", "--output=/tmp/x"], "--target nor --baseline"),
         (["--task=qa", "--test=/t.jsonl", "--output=/tmp/x", "--target=/none"], "'/none'"),

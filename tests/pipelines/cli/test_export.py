@@ -56,7 +56,7 @@ def test_the_copy_has_a_model_card(run: RunDirectory, tmp_path: Path) -> None:
     base.mkdir()
     recipe = {"name": "mine", "target": {"start": str(base), "train": {"steps": 7}}, "data": {"task": "gsm8k"}}
     storage.write_bytes(storage.join(run.path, "recipe.yaml"), yaml.safe_dump(recipe).encode())
-    storage.write_json(storage.join(run.stage_directory("evaluate"), "results.json"), results := made())
+    storage.write_json(storage.join(run.stage_directory("evaluate"), "results.json"), results := made() | {"tasks": {"chain": made(skill=0.2) | {"task": "chain"}}})
     cards = []
     for number, of in enumerate((fingerprint(run), "other weights")):
         material = {"stage": "evaluate", "inputs": {"target": of}}
@@ -65,6 +65,7 @@ def test_the_copy_has_a_model_card(run: RunDirectory, tmp_path: Path) -> None:
         cards.append((tmp_path / f"copy{number}" / "README.md").read_text())
         (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# base")
     assert all("`qwen`" in card and "| steps | 7 |" in card and str(tmp_path) not in card for card in cards)
+    assert verdict(results["tasks"]["chain"]) in cards[0] and "of the task chain" in cards[0]
     assert verdict(results) in cards[0] and "no evaluation" in cards[1] and verdict(results) not in cards[1]
     (_, before, _), (_, after, _) = (card.split("---\n", 2) for card in cards)
     assert "license" not in yaml.safe_load(before) and yaml.safe_load(after)["license"] == "apache-2.0"

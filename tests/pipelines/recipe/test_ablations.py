@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.evaluate import make_methods
+from pipelines.evaluation.methods import make_methods
 from pipelines.recipe.files import read_recipe, recipe_names
 from pipelines.recipe.load import load_recipe
 from pipelines.recipe.model import Recipe

@@ -153,9 +153,20 @@ def test_the_command_prints_and_writes_one_page(
     printed = capsys.readouterr().out
     assert "32.5 ± 2.5" in printed and "signals.top_k" in printed and "SeqD" not in printed
     content = page.read_text()
-    assert content.count("data:image/png;base64,") == 2 and "demo (3 seeds), sparse" in content
-    assert "<h2>RCD, zero start</h2>" in content and "signals.top_k" in content
+    assert content.count("data:image/png;base64,") == 4 and "demo (3 seeds), sparse" in content
+    assert ">RCD, zero start</h2>" in content and "signals.top_k" in content
     assert "http://" not in content and "https://" not in content
+
+
+def test_error_bars_end_at_0_and_100_percent() -> None:
+    made = [results(seed=seed) for seed in (0, 1)]
+    for run, accuracy in zip(made, (1.0, 0.9), strict=True):
+        run["arms"][0]["curve"][0]["accuracy"] = accuracy
+    threshold = made[0]["arms"][0]["curve"][0]["threshold"]
+    runs = [Run(f"r{i}", one, {}) for i, one in enumerate(made)]
+    points = {p["threshold"]: i for i, p in enumerate(made[0]["arms"][0]["curve"])}
+    point = mean_curve(runs, made[0]["arms"][0]["name"])[sorted(points).index(threshold)]
+    assert point.accuracy == pytest.approx(95) and point.bar == pytest.approx((7.071, 5.0), abs=0.01)
 
 
 def test_names_on_the_page_are_escaped() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import html
 import io
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,16 +14,19 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from pipelines.report import plots
 from pipelines.report.evaluation import html_report, plot, plots_of, print_tables
-from pipelines.report.plots import Plot
+from pipelines.report.markdown import markdown
+from pipelines.report.plots import Look, Plot
 from pipelines.report.text import hardware, headlines
+from pipelines.report.verdict import verdict
 from tests.pipelines.report.made_results import made
 
 PLOTS = {"pareto": Plot(b"light", b"dark")}
 
 
 def page_of(results: dict[str, Any]) -> str:
-    return html_report(results, PLOTS | {"throughput": PLOTS["pareto"]})
+    return html_report(results, [PLOTS | {"throughput": PLOTS["pareto"]}])
 
 
 def terminal(results: dict[str, Any]) -> str:
@@ -50,12 +56,12 @@ def test_a_level_that_is_not_reached_has_a_reason_instead_of_a_ratio() -> None:
 def test_the_page_without_measured_times_has_no_throughput_plot() -> None:
     untimed = made(timed=False)
     assert set(plots_of(untimed)) == {"pareto"} and set(plots_of(made())) == {"pareto", "throughput"}
-    assert "not measured" in html_report(untimed, PLOTS)
+    assert "not measured" in html_report(untimed, [PLOTS])
 
 
 def test_the_page_needs_no_other_file_and_has_all_settings() -> None:
     results = made()
-    page = html_report(results, plots_of(results))
+    page = html_report(results, [plots_of(results)])
     assert "http://" not in page and "https://" not in page and page.count('src="data:image/png') == 2
     for name in results["arms"][0]["decode"]:
         assert (f">{name}<" in page) == (name != "trace"), name
@@ -86,7 +92,36 @@ def test_the_terminal_has_settings_and_hardware() -> None:
 
 def test_equal_results_give_equal_plots() -> None:
     assert plot(made(), "pareto") == plot(made(), "pareto")
-    assert len({plot(made(), name, dark) for name in ("pareto", "throughput") for dark in (False, True)}) == 4
+    looks = [Look(dark, narrow) for dark in (False, True) for narrow in (False, True)]
+    assert len({plot(made(), name, look) for name in ("pareto", "throughput") for look in looks}) == 8
+
+
+def test_the_axis_of_accuracy_ends_at_0_and_100_percent() -> None:
+    _, axes = plots.figure()
+    plots.curve(axes, [1, 2], [1, 99.9], 0, False, "RCD", [[1, 2], [3, 0.1]])
+    assert axes.get_ylim()[1] > 102 or max(axes.get_yticks()) > 100
+    plots.percent_axis(axes)
+    low, high = axes.get_ylim()
+    assert -2 <= low < 0 and 100 < high <= 102
+    assert 0 <= min(axes.get_yticks()) and max(axes.get_yticks()) == 100
+
+
+def test_several_tasks_are_on_one_page_each_with_its_verdict() -> None:
+    """One of them may be called like the task of the test examples."""
+    results = made(speed=1.5) | {"tasks": {"chain": made(skill=0.2) | {"task": "chain"}, "sudoku": made(speed=0.75)}}
+    page, text = html_report(results, 3 * [PLOTS | {"throughput": PLOTS["pareto"]}]), markdown(results)
+    for shown in (page, text, terminal(results)):
+        for one in (results, *results["tasks"].values()):
+            assert verdict(one).split(". ")[0] in plain(shown)
+    best = max(p["accuracy"] for p in results["tasks"]["chain"]["arms"][1]["curve"])
+    assert f"{100 * best:.1f} (" in text.split("| chain |")[1].split("\n")[0]
+    assert "Task sudoku (evaluate.tasks)" in page and page.count("<picture>") == 6
+
+
+def plain(page: str) -> str:
+    """Without tags and definitions."""
+    shown = re.sub(r"<span class=\"meaning\".*?</span>", "", page)
+    return html.unescape(re.sub(r"<[^>]*>", "", shown))
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +139,7 @@ def browser() -> Iterator[Any]:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_shows_the_whole_page_in_both_schemes(browser: Any, scheme: str, tmp_path: Path) -> None:
     results = made()
-    (tmp_path / "report.html").write_text(html_report(results, plots_of(results)))
+    (tmp_path / "report.html").write_text(html_report(results, [plots_of(results)]))
     tab = browser.new_page(color_scheme=scheme, viewport={"width": 390, "height": 800})
     urls: list[str] = []
     tab.on("request", lambda request: urls.append(request.url))
@@ -112,9 +147,10 @@ def test_a_phone_shows_the_whole_page_in_both_schemes(browser: Any, scheme: str,
     assert all(url.startswith(("file:", "data:")) for url in urls)
     assert tab.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     sizes = tab.evaluate("[...document.images].map(image => image.naturalWidth)")
-    assert sizes == [1200, 1200]
+    assert sizes == [800, 800]
     shown = tab.evaluate("[...document.images].map(image => image.currentSrc)")
-    assert (shown[0] == tab.evaluate("document.images[0].src")) == (scheme == "light")
+    look = Look(dark=scheme == "dark", narrow=True)
+    assert base64.b64decode(shown[0].partition(",")[2]) == plot(results, "pareto", look)
     tab.close()
 
 

@@ -21,9 +21,16 @@ def test_a_faster_method_with_its_interval_and_how_to_use_it() -> None:
         (str(shares[0]), "", ""),
         ("", str(shares[1]), str(shares[2])),
     ]
-    threshold = float(re.findall(r"confidence threshold of ([\d.]+)", said)[0].rstrip("."))
-    point = next(p for p in results["arms"][1]["curve"] if p["threshold"] == threshold)
-    assert point["accuracy"] >= results["comparisons"][0]["tokens_per_pass"]["best"]["accuracy"]
+    advice = results["comparisons"][0]["advice"]
+    threshold = float(re.findall(r"confidence threshold of ([\d.]+),", said)[0])
+    assert threshold == advice["arm"]["threshold"] and f"On the other {advice['measured_on']} it gives" in said
+    assert f"{100 * advice['arm']['accuracy']:.1f}".removesuffix(".0") in said
+
+
+def test_results_of_older_releases_say_that_the_threshold_was_chosen_on_the_same_problems() -> None:
+    results = made(speed=1.5)
+    del results["comparisons"][0]["advice"]
+    assert "chosen on the same problems" in verdict(results)
 
 
 @pytest.mark.parametrize(
