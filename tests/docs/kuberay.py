@@ -30,7 +30,7 @@ def file_of(template: Path) -> Path:
 
 
 def rendered(template: Path) -> str:
-    """The file's text. Templates call cluster(served) for the part that they share, and alerts() for the alert rules."""
+    """The file's text. Templates call cluster(served) for what they share, and alerts() for the alert rules."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
