@@ -37,8 +37,8 @@ def connect(verbose: bool = False) -> None:
         return
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        options = {"logging_level": _log_level(verbose), "log_to_driver": verbose}
-        ray.init(address="auto", runtime_env=hub_token.runtime_env(), **options)
+        token = hub_token.runtime_env()
+        ray.init(address="auto", logging_level=_log_level(verbose), log_to_driver=verbose, runtime_env=token)
         hub_token.give()
     except (ConnectionError, ValueError, RuntimeError) as error:
         address = os.environ.get("RAY_ADDRESS")

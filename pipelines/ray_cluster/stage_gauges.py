@@ -36,7 +36,8 @@ def _export(run: str, stage: str, started: float, stop: threading.Event) -> None
     import ray
     from ray.util.metrics import Gauge
 
-    tags, gauges = {"run": run, "stage": stage}, {}
+    tags = {"run": run, "stage": stage}
+    gauges: dict[str, Gauge] = {}
     while not stop.wait(INTERVAL_S):
         if not ray.is_initialized():
             continue
