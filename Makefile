@@ -66,6 +66,7 @@ lint: $(VENV)/.dev
 docs: $(VENV)/.dev
 	@$(BIN)/python -m tests.docs.recipes
 	@$(BIN)/python -m tests.docs.http_api
+	@$(BIN)/python -m tests.docs.kuberay
 
 clean: down
 	rm -rf $(VENV) .rcd build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

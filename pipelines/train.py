@@ -23,7 +23,6 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipelines.ray_cluster.resources import describe_bundles
 from pipelines.run.directory import StageContext
-from pipelines.training.checkpoints import NUM_TO_KEEP
 from pipelines.training.faults import Deadline, EndHopelessRuns, attempt_s, user_error
 from pipelines.training.job import TrainJob, make_job
 from pipelines.training.metrics import join_parts, read_metrics
@@ -126,7 +125,7 @@ def _fit(ctx: StageContext, job: TrainJob) -> None:
             storage_path=path,
             storage_filesystem=files,
             failure_config=FailureConfig(max_failures=resources.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=NUM_TO_KEEP),
+            checkpoint_config=CheckpointConfig(num_to_keep=job.settings.keep_checkpoints),
             callbacks=callbacks,
         ),
     )

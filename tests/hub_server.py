@@ -18,10 +18,11 @@ from urllib.parse import unquote, urlsplit
 @dataclass
 class Hub:
     """repositories: data sets and models by owner/name, with all their commits. read: (repository, revision, path) of
-    every file that was read."""
+    every file that was read. tokens: which a request for a gated repository must bring, by owner/name."""
 
     repositories: dict[str, dict[str, tuple[dict[str, bytes], dict[str, Any]]]] = field(default_factory=dict)
     read: list[tuple[str, str, str]] = field(default_factory=list)
+    tokens: dict[str, str] = field(default_factory=dict)
 
     def add(self, name: str, files: dict[str, bytes], **card: Any) -> str:
         """Add a repository with the metadata of its card, or another commit of it. Returns the commit."""
@@ -64,6 +65,9 @@ class _Handler(BaseHTTPRequestHandler):
         api = re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(?:/(.*))?)?", path)
         file = re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         name, revision = (api[1], api[3]) if api else (file[1], file[2]) if file else ("", None)
+        token = self.hub.tokens.get(name)
+        if token is not None and self.headers.get("Authorization") != f"Bearer {token}":
+            return self._send(401, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": f"{name} is restricted"})
         commits = self.hub.repositories.get(name, {})
         commit = self.hub.commit(name) if commits and revision in (None, "main") else str(revision)
         if commit not in commits:

@@ -25,7 +25,9 @@ from rcd_core.families.convert import convertible
 from rcd_core.families.files import read_json
 from rcd_core.families.loading import checkpoint_directory, family_of
 from rcd_core.io.hub import is_hub_id, split_hub_id
+from rcd_core.training.disk import most_bytes
 from rcd_core.training.plan import (
+    FP32,
     MEMORY,
     USABLE,
     Memory,
@@ -251,6 +253,11 @@ def _show(job: Job, recipe: Recipe, rows: Rows, gpus: int, flags: TrainPlanFlags
             need = memory_of(job, recipe, rows, changed, gpus, flags.device)
             words = f"with activation checkpointing {_checkpointing(mode)}"
             console.print(f"{words}: activations {need.activations / unit:,.1f} {name}")
+    stored, scratch = (size / 1e9 for size in most_bytes(shape, settings))
+    console.print(
+        f"checkpoints, at most: {stored:,.1f} GB on the storage until the stage is done (keep_checkpoints "
+        f"{settings.keep_checkpoints}), {scratch:,.1f} GB in TMPDIR; model: {FP32 * shape.parameters / 1e9:,.1f} GB"
+    )
     for line in _cost(job, rows, gpus, flags):
         console.print(line)
     console.print()

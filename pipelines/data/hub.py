@@ -8,7 +8,7 @@ from typing import Any
 
 from pipelines.recipe.sources import HUB_DATA
 from rcd_core.errors import UserError
-from rcd_core.io.hub import cached_snapshot
+from rcd_core.io.hub import cached_snapshot, remedy
 from rcd_core.tasks.files import SUFFIXES
 
 HUB = "hf://"
@@ -55,7 +55,7 @@ def _listing(name: str, revision: str | None, where: str) -> tuple[str, list[str
         snapshot = cached_snapshot(name, revision, "dataset")
         if snapshot is None:
             at = f" at {revision}" if revision else ""
-            raise UserError(f"{where}{at} cannot be read from the hub: {error}") from error
+            raise UserError(f"{where}{at} cannot be read from the hub: {error}; {remedy(error)}") from error
         readme = snapshot / "README.md"
         card = DatasetCard.load(readme).data.to_dict() if readme.exists() else {}
         files = (path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file())

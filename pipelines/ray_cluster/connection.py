@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pipelines.ray_cluster import hub_token
 from rcd_core.errors import UserError
 
 # Read when Ray is imported. The last one, despite its name, makes Ray keep 127.0.0.1 instead of the outward address.
@@ -36,7 +37,9 @@ def connect(verbose: bool = False) -> None:
         return
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        ray.init(address="auto", logging_level=_log_level(verbose), log_to_driver=verbose)
+        token = hub_token.runtime_env()
+        ray.init(address="auto", logging_level=_log_level(verbose), log_to_driver=verbose, runtime_env=token)
+        hub_token.give()
     except (ConnectionError, ValueError, RuntimeError) as error:
         address = os.environ.get("RAY_ADDRESS")
         where = f"at RAY_ADDRESS={address}" if address else "on this machine"

@@ -8,6 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
+from pipelines.ray_cluster.stage_gauges import progressed
+
 EVERY_S = 30.0
 
 
@@ -31,6 +33,7 @@ class WaitReporter:
     def progress(self) -> None:
         self._done += 1
         self._since = self._reported = time.monotonic()
+        progressed()
 
     def _watch(self) -> None:
         while not self._stop.wait(min(1.0, EVERY_S)):

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from pipelines.ray_cluster.connection import connect
 from pipelines.ray_cluster.resources import describe_bundles, wait_for_resources
+from pipelines.ray_cluster.stage_gauges import stage_gauges
 from pipelines.recipe.inputs import check_inputs
 from pipelines.recipe.load import dump_recipe, load_recipe
 from pipelines.recipe.model import Recipe
@@ -207,7 +208,8 @@ class _Job:
         self._wait(stage, free=True)
         self._say(f"{stage.name}: starts, {decision.why}", style="bold")
         stopper.install()  # Ray Train replaces the SIGINT handler
-        manifest = run_stage(stage, self._context(stage, decision.material), decision.material)
+        with stage_gauges(self.recipe.name, stage.name):
+            manifest = run_stage(stage, self._context(stage, decision.material), decision.material)
         self._say(f"{stage.name}: done in {manifest['seconds']:.1f} s", style="bold")
         return "done", manifest
 

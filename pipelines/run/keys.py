@@ -20,6 +20,7 @@ from rcd_core.tasks import has_official_grader
 _NEUTRAL = (
     "*.train.micro_batch_size",
     "*.train.checkpoint_every",
+    "*.train.keep_checkpoints",
     "*.train.log_every",
     "*.train.validate_every",
     "*.train.activation_checkpointing",
@@ -54,6 +55,7 @@ _LATER: dict[str, Any] = {
     "baselines.*.muon_learning_rate": 0.02,
     "*.train.distill": False,
     "baselines.*.distill": False,
+    "baselines.*.keep_checkpoints": 2,
     "baselines.*.lora": None,
     "*.decode.schedule": None,
     "*.decode.sub_block_length": None,

@@ -30,8 +30,6 @@ from rcd_core.io.retries import patiently
 from rcd_core.noise import hash_key
 from rcd_core.training.strategies import PROGRESS
 
-NUM_TO_KEEP = 2  # the last one, and the one before in case the last is damaged
-
 
 class Checkpoints:
     """This rank's part of the checkpoints of one stage. A context manager, which removes its scratch directory."""
@@ -59,7 +57,7 @@ class Checkpoints:
     def resume(self) -> tuple[Path | None, int]:
         """(local directory of the last complete checkpoint or None, its finished steps). The same on all ranks.
 
-        A checkpoint at a URI is downloaded once per node.
+        A checkpoint at a URI is downloaded once per node, until `loaded`.
         """
         for checkpoint in _newest_first():
             step = finished_steps(checkpoint)
@@ -77,6 +75,10 @@ class Checkpoints:
         if step is None:
             raise UserError(f"{self.stage}: the checkpoint {path} is damaged; run the round before again (--redo)")
         return Path(self._stack.enter_context(checkpoint.as_directory())), step
+
+    def loaded(self) -> None:
+        """What was downloaded is in memory: free the node's disk. The last rank of the node deletes it."""
+        self._stack.close()
 
     def write(self, step: int, save: Callable[[Path], None]) -> None:
         """Save on all ranks, then upload in the background. One upload at a time, so that the local disk holds at most

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from pipelines.ray_cluster.stage_gauges import progressed
 from pipelines.run.directory import StageContext
 from pipelines.run.keys import recipe_values
 from pipelines.training.metrics import read_metrics
@@ -62,6 +63,7 @@ class Progress:
                 tracker.update(lines)
             if step == last["step"]:
                 continue
+            progressed()
             now, step = time.monotonic(), int(last["step"])
             first = first or (now, step)
             rate = (step - first[1]) / (now - first[0]) if now > first[0] else 0.0

@@ -93,7 +93,7 @@ def _train(job: TrainJob) -> None:
             job.settings,
             job.residual,
             job.block_length,
-            Callbacks(log=metrics.log, checkpoint=checkpoint),
+            Callbacks(log=metrics.log, checkpoint=checkpoint, loaded=checkpoints.loaded),
             reference=reference,
             own_reference=own_reference,
             signal_rule=job.signal_rule,

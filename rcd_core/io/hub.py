@@ -44,7 +44,7 @@ def commit_of(name: str, revision: str | None, kind: Literal["model", "dataset"]
         if cached := cached_snapshot(name, revision, kind):
             return cached.name
         at = f"{name}@{revision}" if revision else name
-        raise UserError(f"{at} is not {_where()}: {error}; correct the name, or download it first") from error
+        raise UserError(f"{at} is not {_where()}: {error}; {remedy(error)}") from error
 
 
 def cached_snapshot(name: str, revision: str | None, kind: Literal["model", "dataset"] = "model") -> Path | None:
@@ -65,7 +65,15 @@ def snapshot(hub_id: str, patterns: tuple[str, ...]) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:
-        raise UserError(f"{hub_id!r} is neither a local directory nor {_where()}: {error}") from error
+        raise UserError(f"{hub_id!r} is neither a local directory nor {_where()}: {error}; {remedy(error)}") from error
+
+
+def remedy(error: BaseException) -> str:
+    """What to do about an error of the hub's client. The hub answers 401 for names that do not exist, too."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return "correct the name, or for a gated or private one accept its terms and set HF_TOKEN on every node"
+    return "correct the name, or download it first"
 
 
 def _where() -> str:

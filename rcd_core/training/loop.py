@@ -40,10 +40,11 @@ STEP_NOTE = "optimiser steps done before this error: "  # begins a note on excep
 @dataclass(frozen=True)
 class Callbacks:
     """Called on every rank. log(metrics) gets means over all ranks. checkpoint(step, save) decides where to save;
-    save(directory) writes this rank's part and is collective."""
+    save(directory) writes this rank's part and is collective. loaded(): the checkpoint to resume is not needed now."""
 
     log: Callable[[dict[str, float]], None]
     checkpoint: Callable[[int, Callable[[Path], None]], None]
+    loaded: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,7 @@ def train(
     if resume is not None:
         first = read_progress(resume, settings.strategy)
         strategy.load(resume)
+        callbacks.loaded()
     end = settings.steps if stop_at is None else stop_at
     meter.last_step = last_checkpoint = first
     skipped = 0

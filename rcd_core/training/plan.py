@@ -253,7 +253,7 @@ def _states(
     if settings.strategy == "ddp":
         copies = 2.0 * total if numbers == 2 else 0.0  # autocast's, kept until the end of the pass
         copies += FP32 * trained if workers > 1 else 0.0  # DDP's gradient buckets, allocated all the time
-        return FP32 * total + copies, FP32 * trained, _moments(shape, settings, trained), 0.0
+        return FP32 * total + copies, FP32 * trained, moments(shape, settings, trained), 0.0
     if settings.strategy == "fsdp2":
         # The head stays gathered (or the embedding, in the backward pass), and two layers: the one in use and the next.
         # Gradients are whole before they are summed in fp32 and sharded.
@@ -261,14 +261,14 @@ def _states(
         gathered = numbers * (head + 2 * shape.layer_parameters)
         whole = (numbers + FP32) * max(head, shape.layer_parameters) * trained / total
         part, own = (count / settings.shards(workers) for count in (total, trained))
-        shards = [FP32 * part, FP32 * own, _moments(shape, settings, trained) / settings.shards(workers)]
+        shards = [FP32 * part, FP32 * own, moments(shape, settings, trained) / settings.shards(workers)]
         if settings.cpu_offload:
             return gathered, whole, 0.0, sum(shards)
         return shards[0] + gathered, shards[1] + whole, shards[2], 0.0
     return _zero(shape, settings.deepspeed if strategy is None else strategy, numbers, workers)
 
 
-def _moments(shape: ModelShape, settings: TrainSettings, trained: float) -> float:
+def moments(shape: ModelShape, settings: TrainSettings, trained: float) -> float:
     """Bytes of the optimiser: Muon has one moment for each matrix of a layer (but for experts), AdamW two for each."""
     if settings.optimizer == "adamw":
         return ADAM * trained

@@ -61,7 +61,8 @@ class TrainSettings:
     compile: compile the layers one by one; for GPUs.
     lora: train adapters instead of the weights; ddp and fsdp2 only.
     max_skipped_steps: steps whose loss or gradient is not finite that may be skipped before training fails.
-    checkpoint_every, log_every, validate_every (None: never): in steps.
+    checkpoint_every, log_every, validate_every (None: never): in steps. keep_checkpoints: the last ones, of which the
+    others replace a damaged one.
     UserError: a value out of range.
     """
 
@@ -94,6 +95,7 @@ class TrainSettings:
     max_skipped_steps: int = 0
     validate_every: int | None = None
     checkpoint_every: int = 500
+    keep_checkpoints: int = 2
     log_every: int = 50
     seed: int = 0
 
@@ -105,7 +107,7 @@ class TrainSettings:
         if self.epochs is None and self.steps < 1:
             raise UserError(f"train.steps is {self.steps}; it must be at least 1, or set train.epochs")
         optional = ("micro_batch_size", "pack_length", "validate_every", "shard_size")
-        for name in ("batch_size", "checkpoint_every", "log_every", *optional):
+        for name in ("batch_size", "checkpoint_every", "keep_checkpoints", "log_every", *optional):
             value = getattr(self, name)
             if value is not None and value < 1:
                 allowed = "at least 1, or null" if name in optional else "at least 1"

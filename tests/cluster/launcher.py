@@ -14,27 +14,11 @@ import jsonschema
 import ray.autoscaler
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from tests.cluster.cloud_schemas import machine, node_config_problems
 from tests.cluster.files import commands
 from tests.cluster.parsers import problem
 
 SCHEMA = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
-# Ray accepts any keys here; the cloud refuses an unknown one only when a node starts.
-NODE_CONFIG = {
-    "aws": {"InstanceType", "ImageId", "IamInstanceProfile", "BlockDeviceMappings", "MetadataOptions"}
-    | {"InstanceMarketOptions", "SecurityGroupIds", "SubnetIds", "KeyName", "NetworkInterfaces"},
-    "gcp": {"machineType", "disks", "serviceAccounts", "scheduling", "networkInterfaces", "metadata"},
-}
-# CPUs and GPUs of the machine types in the files.
-MACHINES = {
-    "m7i.2xlarge": (8, 0),
-    "m7i.4xlarge": (16, 0),
-    "g6e.4xlarge": (16, 1),
-    "p5.48xlarge": (192, 8),
-    "n2-standard-8": (8, 0),
-    "n2-standard-16": (16, 0),
-    "g2-standard-16": (16, 1),
-    "a3-highgpu-8g": (208, 8),
-}
 TOKEN = "~/.ray/auth_token"
 
 
@@ -60,15 +44,14 @@ def problems(raw: dict[str, Any]) -> Iterator[str]:
 def _groups(raw: dict[str, Any], prepared: dict[str, Any], kind: str) -> Iterator[str]:
     for name, group in prepared["available_node_types"].items():
         config, offered = group["node_config"], group["resources"]
-        for key in set(config) - NODE_CONFIG[kind]:
-            yield f"{name}.node_config.{key}: unknown key"
+        yield from (f"{name}.node_config.{wrong}" for wrong in node_config_problems(kind, config))
         if name == raw["head_node_type"]:
             if offered.get("CPU") != 0 or set(offered) != {"CPU"}:
                 yield f"{name}.resources: a head offers {{CPU: 0}}, not {offered}"
             continue
-        machine = config["InstanceType" if kind == "aws" else "machineType"]
-        if (offered.get("CPU"), offered.get("GPU", 0)) != MACHINES[machine]:
-            yield f"{name}.resources: {offered}, but {machine} has {MACHINES[machine]}"
+        cpus, gpus = machine(kind, config)
+        if (cpus is not None and offered.get("CPU") != cpus) or offered.get("GPU", 0) != gpus:
+            yield f"{name}.resources: {offered}, but the machine has {cpus} CPUs and {gpus} GPUs"
         if group["min_workers"] != 0:
             yield f"{name}.min_workers: nodes that nobody asked for"
         if not 1 <= group["max_workers"] <= raw["max_workers"]:

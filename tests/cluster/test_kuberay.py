@@ -7,14 +7,20 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from ray._private import ray_constants
 
 from pipelines.full import main as full
 from pipelines.run.driver import _parser
 from pipelines.serving.config_file import config_problems
+from pipelines.serving.graph import DRAIN_SPARE_S
+from pipelines.serving.http.guard import ApiLimits
 from tests.cluster.files import CLUSTER, KUBERAY, changed, kuberay, leaves, ray_cluster_spec
 from tests.conftest import ROOT
+from tests.docs import kuberay as generated
+from tests.docs.recipes import write_or_check
 
 CRDS = ROOT.parent / "shared" / "data" / "kuberay-crds"
+RAY_DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 RUNTIME_ENV = yaml.safe_load((CLUSTER / "runtime_env.yaml").read_text())
 
 
@@ -115,8 +121,78 @@ def test_what_the_pods_name_is_in_storage_yaml() -> None:
     assert claims and {("PersistentVolumeClaim", name) for name in claims} <= there
     assert accounts and {("ServiceAccount", name) for name in accounts} <= there
     secrets = {value for path, value in named.items() if path.endswith(("secretName", "secretKeyRef/name"))}
+    secrets |= {there for path, there in named.items() if path.endswith("secretKeyRef/name") and there}
     told = "".join((CLUSTER / "kuberay" / f"{name}.yaml").read_text() for name in ("storage", "rayservice"))
     assert secrets and all(f"kubectl create secret generic {name} " in told for name in secrets)
+    fault_tolerance = ray_cluster_spec(kuberay("raycluster"))["gcsFaultToleranceOptions"]
+    host, _, port = fault_tolerance["redisAddress"].partition(":")
+    (redis,) = [raw for raw in documents() if raw["kind"] == "StatefulSet"]
+    assert {("Service", host), ("StatefulSet", host)} <= there and redis["spec"]["serviceName"] == host
+    (container,) = redis["spec"]["template"]["spec"]["containers"]
+    assert container["ports"] == [{"name": "redis", "containerPort": int(port)}]
+    (password,) = container["env"]
+    assert password["valueFrom"] == fault_tolerance["redisPassword"]["valueFrom"]
+
+
+@pytest.mark.parametrize("template", generated.templates(), ids=lambda path: path.name)
+def test_files_are_current(template: Any) -> None:
+    assert write_or_check(generated.file_of(template), generated.rendered(template), ["--check"]) == 0, "`make docs`"
+
+
+def test_a_stale_file_is_seen(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "raycluster.yaml"
+    page.write_text((CLUSTER / "kuberay" / "raycluster.yaml").read_text().replace("maxReplicas: 4", "maxReplicas: 5"))
+    assert write_or_check(page, generated.rendered(generated.TEMPLATES / "raycluster.yaml.j2"), ["--check"]) == 1
+    assert "raycluster.yaml" in capsys.readouterr().err
+
+
+def test_other_objects_match_kubernetes_schemas() -> None:
+    schemas = pytest.importorskip("kubernetes_validate")
+    raw = list(yaml.safe_load_all((CLUSTER / "kuberay" / "storage.yaml").read_text()))
+    for one in raw:
+        schemas.validate(one, schemas.latest_version(), strict=True)
+    for path in ("spec/template/spec/containers/0/readinessProb", "spec/replicas"):
+        with pytest.raises(schemas.ValidationError):
+            schemas.validate(changed(raw[-1], path, "x"), schemas.latest_version(), strict=True)
+
+
+def test_monitoring_matches_the_operator_s_schemas() -> None:
+    models = pytest.importorskip("cloudcoil.models.prometheus_operator.v1")
+    raw = list(yaml.safe_load_all((CLUSTER / "kuberay" / "monitoring.yaml").read_text()))
+    assert [one["kind"] for one in raw] == ["PodMonitor", "PodMonitor", "PrometheusRule"]
+    for one in raw:  # unknown fields are dropped
+        parsed = getattr(models, one["kind"]).model_validate(one)
+        assert parsed.model_dump(mode="json", by_alias=True, exclude_unset=True) == one
+    with pytest.raises(ValueError, match="podMetricsEndpoints"):
+        models.PodMonitor.model_validate(changed(raw[0], "spec/podMetricsEndpoints", "metrics"))
+
+
+def test_monitored_ports_and_alerts_are_those_of_the_pods() -> None:
+    nodes, ingress, rules = yaml.safe_load_all((CLUSTER / "kuberay" / "monitoring.yaml").read_text())
+    for name in KUBERAY:
+        spec = ray_cluster_spec(kuberay(name))
+        groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+        ports = [{port["name"] for port in g["template"]["spec"]["containers"][0]["ports"]} for g in groups]
+        assert all({e["port"] for e in nodes["spec"]["podMetricsEndpoints"]} <= names for names in ports)
+        assert {e["port"] for e in ingress["spec"]["podMetricsEndpoints"]} <= ports[0]
+    assert rules["spec"] == yaml.safe_load((CLUSTER / "grafana" / "alerts.yaml").read_text())
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_pods_have_time_to_drain(name: str) -> None:
+    """Requests may take their deadline and a spare (graph.py), Ray waits as long, and Kubernetes a little longer."""
+    requests = ApiLimits().timeout_s + DRAIN_SPARE_S
+    spec = ray_cluster_spec(kuberay(name))
+    for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+        pod = group["template"]["spec"]
+        (ray_s,) = [float(v["value"]) for v in pod["containers"][0]["env"] if v["name"] == RAY_DRAIN]
+        assert requests <= ray_s < pod["terminationGracePeriodSeconds"]
+    assert hasattr(ray_constants, RAY_DRAIN), "Ray has renamed it"
+    if name == "rayservice":
+        service = kuberay(name)["spec"]
+        assert service["rayClusterDeletionDelaySeconds"] >= requests
+        (application,) = yaml.safe_load(service["serveConfigV2"])["applications"]
+        assert application["args"]["ingress"] == {"replicas": 2, "resources": None, "drain_s": requests}
 
 
 def test_the_job_runs_on_the_same_cluster() -> None:

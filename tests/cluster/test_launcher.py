@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from typing import Any
 
 import pytest
 
-from tests.cluster.files import LAUNCHED, changed, launcher
+from rcd_core.io.node_copy import CACHE
+from tests.cluster.cloud_schemas import GOOGLE
+from tests.cluster.files import LAUNCHED, changed, commands, launcher
 from tests.cluster.launcher import problems
 
 
@@ -26,7 +30,10 @@ def test_nothing_is_wrong(name: str) -> None:
         ("onprem", "available_node_types", {"a": {"resources": {}, "node_config": {}}}, "not supported for on-premise"),
         ("onprem", "max_workers", 5, "max_workers: not as many as worker_ips"),
         ("aws", "provider/avail_zone", "x", "provider.avail_zone: unknown key"),
-        ("gcp", "available_node_types/cpu/node_config/InstanceType", "x", "cpu.node_config.InstanceType: unknown key"),
+        ("aws", "available_node_types/cpu/node_config/machineType", "x", 'Unknown parameter in input: "machineType"'),
+        ("aws", "available_node_types/cpu/node_config/InstanceType", "m7i.5xlarge", "'m7i.5xlarge' is none of EC2's"),
+        ("aws", "available_node_types/cpu/node_config/BlockDeviceMappings/0/Ebs/Throughput", "500", "Invalid type for"),
+        ("aws", "available_node_types/cpu/node_config/BlockDeviceMappings/0/Ebs/VolumeType", "gp4", "'gp4' is none of"),
         ("aws", "available_node_types/head/resources/CPU", 8, "head.resources: a head offers {CPU: 0}"),
         ("aws", "available_node_types/target/resources/GPU", 4, "target.resources: {'CPU': 192, 'GPU': 4"),
         ("gcp", "available_node_types/reference/min_workers", 1, "reference.min_workers: nodes that nobody"),
@@ -44,6 +51,51 @@ def test_nothing_is_wrong(name: str) -> None:
 def test_mistakes_are_seen(name: str, path: str, value: Any, says: str) -> None:
     found = list(problems(changed(launcher(name), path, value)))
     assert any(says in line for line in found), found
+
+
+@pytest.mark.skipif(not GOOGLE, reason="needs google-api-python-client")
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("InstanceType", "x", "cpu.node_config.InstanceType: unknown key"),
+        ("disks/0/initializeParams/diskSizeGB", 300, "disks.initializeParams.diskSizeGB: unknown key"),
+        ("disks/0/autoDelete", "yes", "disks.autoDelete: 'yes' is no boolean"),
+        ("disks/0/type", "LOCAL", "disks.type: 'LOCAL' is none of PERSISTENT, SCRATCH"),
+    ],
+)
+def test_mistakes_are_seen_by_google_s_description(path: str, value: Any, says: str) -> None:
+    found = list(problems(changed(launcher("gcp"), f"available_node_types/cpu/node_config/{path}", value)))
+    assert any(says in line for line in found), found
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_shell_commands(name: str) -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("needs shellcheck")
+    raw = launcher(name)
+    for key in ("initialization_commands", "head_start_ray_commands", "worker_start_ray_commands"):
+        for command in raw[key]:
+            script = command.replace("$RAY_HEAD_IP", "HEAD")  # Ray sets it
+            assert _shellcheck(script) == "", command
+    assert "SC" in _shellcheck('for x in $(ls *.txt); do echo $x; done; if [ "$a" = 1 ]')
+
+
+def _shellcheck(script: str) -> str:
+    return subprocess.run(["shellcheck", "-s", "bash", "-"], input=script, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("name", ["aws", "gcp"])
+def test_scratch_is_a_directory_that_exists(name: str) -> None:
+    """On the machine before the container starts, owned by its user, and the variables point into it."""
+    raw = launcher(name)
+    (volume,) = [option.split()[1] for option in raw["docker"]["run_options"] if option.startswith("--volume")]
+    outside, inside = volume.split(":")
+    made = [words for line in raw["initialization_commands"] for words in commands(line) if "install" in words]
+    assert len(made) == 1 and made[0][:7] == ["sudo", "install", "-d", "-o", "1000", "-g", "1000"]
+    assert made[0][7:] == [outside, f"{outside}/tmp"]
+    variables = dict(o.split()[1].split("=") for o in raw["docker"]["run_options"] if o.startswith("--env"))
+    assert variables["TMPDIR"] == f"{inside}/tmp"
+    assert all(variables[name].startswith(f"{inside}/") for name in (CACHE, "HF_HUB_CACHE"))
 
 
 @pytest.mark.parametrize("name", ["aws", "gcp"])

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,6 @@ from typing import Any
 import pytest
 
 from pipelines.run.directory import RunDirectory
-from pipelines.training.checkpoints import NUM_TO_KEEP
 from pipelines.training.metrics import read_metrics
 from rcd_core import load_model
 from rcd_core.io import storage
@@ -85,6 +85,8 @@ class Watcher(Killer):
         self.before: list[dict[str, float]] = []  # metrics up to the last checkpoint registered at the kill
         self.kept: list[int] = []  # checkpoints registered by Ray
         self.directories: list[int] = []  # directories of checkpoints; one may be incomplete
+        self.started = time.time()
+        self.downloads: list[list[Path]] = []  # checkpoints on this machine, while the training runs after the kill
 
     def _watch(self) -> None:
         while not self.over.wait(0.05):
@@ -97,6 +99,9 @@ class Watcher(Killer):
             self.kept.append(len(snapshot["checkpoint_results"]))
             names = [storage.basename(path) for path in storage.list_directories(ray)]
             self.directories.append(len([name for name in names if name.startswith("step-")]))
+            if self.before and lines[-1]["step"] > self.step + 10:
+                found = Path(tempfile.gettempdir()).glob("checkpoint_tmp_*")
+                self.downloads.append([path for path in found if path.stat().st_ctime > self.started])
             if not self.before and lines[-1]["step"] >= self.step:
                 os.kill(training_workers()[-1].pid, signal.SIGKILL)
                 whole = max(int(one["checkpoint_dir_name"].split("-")[1]) for one in snapshot["checkpoint_results"])
@@ -106,7 +111,7 @@ class Watcher(Killer):
 def test_a_run_in_a_bucket_with_a_killed_worker_gives_the_results_of_a_local_run(
     ray_cluster: str, tmp_path: Path, bucket: dict[str, str]
 ) -> None:
-    often = ("base.train.strategy=fsdp2", "base.train.checkpoint_every=5")
+    often = ("base.train.strategy=fsdp2", "base.train.checkpoint_every=5", "base.train.keep_checkpoints=3")
     finish(start("full.py", str(tmp_path), STAGES, *often))
     local, remote = RunDirectory(str(tmp_path / "demo")), RunDirectory("s3://bucket/rcd/demo")
     base = remote.stage_directory("base")
@@ -120,8 +125,9 @@ def test_a_run_in_a_bucket_with_a_killed_worker_gives_the_results_of_a_local_run
     assert [line["step"] for line in lines] == list(range(1, 61)), "no step is logged twice"
     assert lines[: len(watcher.before)] == watcher.before, "same speeds: these steps did not run again"
 
-    assert max(watcher.kept) == NUM_TO_KEEP
-    assert max(watcher.directories) <= NUM_TO_KEEP + 1, "those kept and the one being uploaded"
+    assert max(watcher.kept) == 3
+    assert max(watcher.directories) <= 3 + 1, "those kept and the one being uploaded"
+    assert watcher.downloads and not watcher.downloads[-1], "the resumed checkpoint is deleted once it is loaded"
     assert not storage.exists(storage.join(base, "ray"))
     assert storage.list_files(storage.join(base, "tensorboard"))
     model, same = load_model(storage.join(base, "model")), load_model(str(tmp_path / "demo" / "base" / "model"))

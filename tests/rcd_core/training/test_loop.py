@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from rcd_core.noise import NoiseSettings
 from rcd_core.training.data.batches import collate
 from rcd_core.training.data.examples import ExampleSource
 from rcd_core.training.data.rows import TrainingRow
+from rcd_core.training.disk import checkpoint_bytes
 from rcd_core.training.loop import Callbacks, learning_rate, train
 from rcd_core.training.objective import reference_signals
+from rcd_core.training.plan import ModelShape
 from rcd_core.training.settings import ResidualSettings, SignalRule, TrainSettings
 from tests.rcd_core.training.helpers import BLOCK, GOLDEN, spawn, write_examples
 
@@ -38,8 +41,8 @@ def run(
     logged: list[Any] = []
     source = options.pop("source", None) or ExampleSource([examples], NoiseSettings(draws=2))
     settings = options.pop("settings", SETTINGS)
-    checkpoint = options.pop("checkpoint", lambda step, save: None)
-    train(model, source, settings, residual, BLOCK, Callbacks(logged.append, checkpoint), **options)
+    checkpoint, loaded = options.pop("checkpoint", lambda step, save: None), options.pop("loaded", lambda: None)
+    train(model, source, settings, residual, BLOCK, Callbacks(logged.append, checkpoint, loaded), **options)
     return model, logged
 
 
@@ -55,7 +58,8 @@ def test_training_lowers_the_loss_and_logs(examples: str) -> None:
 
 
 def test_a_training_in_two_parts_is_the_whole_one(examples: str, tmp_path: Path) -> None:
-    """With rates of the whole schedule, and a checkpoint at the end of the first part."""
+    """With rates of the whole schedule, and a checkpoint at the end of the first part, which may go once it is
+    loaded, and is as large as planned."""
     saved: list[int] = []
 
     def checkpoint(step: int, save: Any) -> None:
@@ -65,7 +69,12 @@ def test_a_training_in_two_parts_is_the_whole_one(examples: str, tmp_path: Path)
     whole, _ = run(examples)
     run(examples, stop_at=4, checkpoint=checkpoint)
     assert saved == [3, 4]
-    rest, logged = run(examples, resume=tmp_path / "4")
+    shape = ModelShape.of_backbone("sdar", load_model(GOLDEN / "sdar_tiny").config)
+    planned = checkpoint_bytes(shape, SETTINGS)
+    written = sum(path.stat().st_size for path in (tmp_path / "4").rglob("*"))
+    assert planned < written < planned + 300_000, "with names and indices"
+    rest, logged = run(examples, resume=tmp_path / "4", loaded=lambda: shutil.rmtree(tmp_path / "4"))
+    assert not (tmp_path / "4").exists()
     assert equal(whole, rest) and [line["step"] for line in logged] == [8]
 
 
