@@ -82,6 +82,7 @@ class RequestText:
             has_reference=self.has_reference,
             committed=committed,
             num_logprobs=request.logprobs,
+            num_candidates=request.candidates,
         )
 
     def _limit_length(
@@ -171,9 +172,7 @@ class AnswerText:
         reason: Literal["stop", "length"] | None = None
         for event in engine_events:
             if isinstance(event, PassDone):
-                # For viewers, which have no tokenizer. A single token may be half a character.
-                texts = [str(self.tokenizer.decode([i])) for i in event.step.argmax]
-                self._steps.append({**vars(event.step), "argmax_text": texts})
+                self._steps.append(event.step.readable(lambda ids: str(self.tokenizer.decode(ids))))
                 events.append(TraceStep(step=self._steps[-1]))
             elif isinstance(event, BlockDone):
                 self._ids += event.token_ids
