@@ -1,8 +1,8 @@
 """Log-probabilities of new tokens, for requests that ask for them (Sequence.num_logprobs), and the candidates of every
 predicted position for the trace (Sequence.num_candidates).
 
-They are of the model's own softmax at temperature 1: before guidance and every filter. Log-probabilities are those of the
-pass that committed the token. A position that is committed again keeps the last ones.
+They are of the model's own softmax at temperature 1: before guidance and every filter. Log-probabilities are those of
+the pass that committed the token. A position that is committed again keeps the last ones.
 
 Shapes: N masked positions that a step predicts, D width.
 """

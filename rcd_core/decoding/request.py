@@ -220,8 +220,9 @@ def make_sequence(
     elif resolved.editing_threshold is not None:
         kind = EditingSequence
     num_prompt = len(canvas) if infill else len(given)
-    options = {"num_logprobs": num_logprobs, "num_candidates": num_candidates}
-    return kind(model, resolved, canvas, num_prompt, infill, blocks, **options)
+    made = kind(model, resolved, canvas, num_prompt, infill, blocks, num_logprobs=num_logprobs)
+    made.num_candidates = num_candidates
+    return made
 
 
 def check_failures(sequences: Iterable[Sequence]) -> None:

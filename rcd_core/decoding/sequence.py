@@ -100,7 +100,7 @@ class LiveBlock:
 
 @dataclass(eq=False)
 class Sequence:
-    """The state of one request. A step calls `next_pass`, `pass_done` and, after denoising, `apply_commits` per block."""
+    """The state of one request. A step calls `next_pass`, `pass_done` and, if it denoised, `apply_commits` a block."""
 
     model: DiffusionModel
     settings: ResolvedSettings
