@@ -72,7 +72,8 @@ class TraceStep:
 @dataclass(frozen=True, kw_only=True)
 class DecodeResult:
     """forwards: passes by kind (prefill, denoise, store, reference). steps: the trace, if requested.
-    reference_failures: blocks that started from zero because the reference could not answer. tokens: of TextDelta."""
+    reference_failures: blocks that started from zero because the reference could not answer. tokens: of TextDelta.
+    reference_weight: FLOPs of a reference pass over those of a denoising pass; None: not known."""
 
     text: str
     finish_reason: Literal["stop", "length"]
@@ -83,6 +84,7 @@ class DecodeResult:
     steps: list[dict[str, Any]]
     reference_failures: int = 0
     tokens: list[NewToken] = field(default_factory=list)
+    reference_weight: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,8 +126,7 @@ class Request(_BodyFields):  # type: ignore[misc]
     )
     trace_candidates: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), _NullIsDefault()] = Field(
         0,
-        description="With `return_trace: \"steps\"`: report this many most probable tokens of each position that a pass "
-        "predicts.",
+        description='With `return_trace: "steps"`: most probable tokens to report of each predicted position.',
     )
     timeout_s: Annotated[float, Field(ge=0.1)] | None = Field(
         None, description="Deadline in seconds; at most, and by default, the server's."
