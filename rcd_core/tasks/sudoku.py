@@ -34,6 +34,10 @@ class Sudoku:
         self.name, self.size, self.num_givens = name, size, givens
         self.cells = size * size
         self.digits = "123456789"[:size]
+        self.about = (
+            f"Sudoku of {size} x {size} cells: it writes a digit for each {MASK_TEXT}. A prompt is {ANCHOR}, which "
+            "marks the start of the board, and then the cells row by row."
+        )
         box_columns = size // box_rows
         cells = ((cell // size, cell % size) for cell in range(self.cells))
         # Units are rows, columns and boxes; every cell is in three of them.
