@@ -95,6 +95,20 @@ class PushFlags:
 
 
 @dataclass(frozen=True)
+class TraceFlags:
+    """Show a trace in a browser: each pass, with the candidates of each token. Needs no model.
+
+    rcd generate --model_dir MODEL --prompt "..." --trace_file trace.json
+    rcd trace trace.json
+    """
+
+    file: Annotated[str, FLAG("What `rcd generate --trace_file` or the playground has saved: a path or URI.")]
+    _: KW_ONLY
+    port: Annotated[Int, FLAG("Port on this machine; 0 takes a free one.")] = 0
+    idle_minutes: Annotated[float, FLAG("Minutes without a request after which it ends.")] = 10.0
+
+
+@dataclass(frozen=True)
 class SignalsInspectFlags:
     """Show what a directory of signals holds, and how faithful it is.
 
