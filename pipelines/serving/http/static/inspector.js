@@ -98,7 +98,7 @@ function describe(token, index, columns) {
 
 function item({ text, probability }) {
   const entry = document.createElement("li");
-  const percent = probability < 0.001 ? "< 0.1" : probability < 0.0995 ? (100 * probability).toFixed(1) : Math.round(100 * probability);
+  const percent = probability < 0.001 ? "<0.1" : probability < 0.0995 ? (100 * probability).toFixed(1) : Math.round(100 * probability);
   for (const [name, value] of [["text", visible(text)], ["share", `${percent} %`]]) {
     entry.append(Object.assign(document.createElement("span"), { className: name, textContent: value }), " ");
   }

@@ -49,7 +49,7 @@ def guess_in(steps: list[dict[str, Any]]) -> tuple[int, dict[str, Any], int]:
 def shown(page: Page) -> list[tuple[str, float]]:
     """(text, probability) of the candidates on display."""
     pairs = zip(page.texts(f"{ITEMS} .text"), page.texts(f"{ITEMS} .share"), strict=True)
-    return [(text, float(share.removeprefix("< ").removesuffix(" %")) / 100) for text, share in pairs]
+    return [(text, float(share.removeprefix("<").removesuffix(" %")) / 100) for text, share in pairs]
 
 
 def visible(text: str) -> str:
