@@ -70,7 +70,11 @@ def report(ctx: StageContext) -> None:
         return
     example = summary["summary"]["example"]
     body = shlex.quote(json.dumps(example["body"], ensure_ascii=False))
-    ctx.console.print(f"\nserving at {endpoint(ctx.recipe)}; try it on a problem of the test set:", markup=False)
+    ctx.console.print(
+        f"\nserving at {endpoint(ctx.recipe)}: open it in a browser to watch each pass, or try it on a problem of the "
+        "test set:",
+        markup=False,
+    )
     headers = "-H 'Content-Type: application/json'"
     if api_keys():
         headers += ' -H "Authorization: Bearer $KEY"'

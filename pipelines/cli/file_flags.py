@@ -74,9 +74,7 @@ class FitFlags:
 
     checkpoint: Annotated[str, FLAG("Directory, URI or hub id.")]
     _: KW_ONLY
-    device: Annotated[
-        Device | None, FLAG("GPU. Default: this machine's device.")
-    ] = None
+    device: Annotated[Device | None, FLAG("GPU. Default: this machine's device.")] = None
     gpus: Annotated[Int, FLAG("Number of GPUs of a training.")] = 1
     length: Annotated[Int, FLAG("Tokens of a training row.")] = 4096
     block_length: Annotated[Int, FLAG("Tokens that are decoded together.")] = 32
@@ -94,6 +92,20 @@ class PushFlags:
     repo: Annotated[str, FLAG("Repository; made if it does not exist.", metavar="OWNER/NAME")]
     private: Annotated[bool, FLAG("Make a new repository private.")] = False
     message: Annotated[str, FLAG("Of the commit.")] = "Upload with rcd push"
+
+
+@dataclass(frozen=True)
+class TraceFlags:
+    """Show a trace in a browser: each pass, with the candidates of each token. Needs no model.
+
+    rcd generate --model_dir MODEL --prompt "..." --trace_file trace.json
+    rcd trace trace.json
+    """
+
+    file: Annotated[str, FLAG("What `rcd generate --trace_file` or the playground has saved: a path or URI.")]
+    _: KW_ONLY
+    port: Annotated[Int, FLAG("Port on this machine; 0 takes a free one.")] = 0
+    idle_minutes: Annotated[float, FLAG("Minutes without a request after which it ends.")] = 10.0
 
 
 @dataclass(frozen=True)

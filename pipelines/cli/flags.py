@@ -111,6 +111,9 @@ class GenerateFlags:
     show: Annotated[bool, OUTPUT("Draw the denoising in the terminal.")] = False
     delay: Annotated[float, OUTPUT("Seconds to wait after each pass drawn.")] = 0.0
     json: Annotated[bool, OUTPUT("Print text, ids, settings and statistics as one JSON object.")] = False
+    trace_file: Annotated[
+        str | None, OUTPUT("Also write every pass, for `rcd trace` and the playground.", metavar="FILE")
+    ] = None
     verbose: Annotated[bool, OUTPUT("Print models and settings on stderr.")] = False
 
     decode: DecodeFlags = dataclasses.field(default_factory=dict)

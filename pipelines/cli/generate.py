@@ -8,14 +8,24 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from rich.console import Console
 
 from pipelines.cli.flags import GenerateFlags, decode_settings
 from pipelines.cli.live_view import SequenceCanvas, live_view
-from pipelines.cli.terminal import INTERRUPTED, can_draw, converse, print_text, read_stdin, statistics_line, turn
+from pipelines.cli.terminal import (
+    INTERRUPTED,
+    can_draw,
+    converse,
+    print_text,
+    read_stdin,
+    statistics_line,
+    turn,
+    writable,
+)
+from pipelines.cli.trace import CANDIDATES, save_trace
 from pipelines.evaluation.generator import Generator, load_generator
 from pipelines.ray_cluster.hardware import device_of
 from rcd_core.decode_settings import DecodeSettings
@@ -36,6 +46,8 @@ def generate(flags: GenerateFlags) -> int:
     DecodeSettings(**settings)  # raises before the minutes that loading may take
     _check(flags)
     ProcessSettings(verify_weights=not flags.no_verify, deterministic=flags.deterministic).apply()
+    if flags.trace_file is not None:
+        flags = replace(flags, trace_file=writable("--trace_file", flags.trace_file))
     ranks = torchrun_ranks(flags.tensor_parallel, flags.device or device_of(None)[0])
     generator = load_generator(
         flags.model_dir,
@@ -114,7 +126,10 @@ def _request(generator: Generator, flags: GenerateFlags, ids: list[int]) -> Sequ
     limit = flags.prompt_length
     if limit is not None and len(ids) > limit:
         raise UserError(f"--prompt_length is {limit}, but the prompt has {len(ids)} tokens; shorten it")
-    return generator.sequence(ids, flags.infill, trace=flags.show)
+    sequence = generator.sequence(ids, flags.infill, trace=flags.show or flags.trace_file is not None)
+    if flags.trace_file is not None:
+        sequence.num_candidates = CANDIDATES
+    return sequence
 
 
 def _answer(generator: Generator, flags: GenerateFlags, sequences: list[Sequence]) -> int:
@@ -131,7 +146,10 @@ def _answer(generator: Generator, flags: GenerateFlags, sequences: list[Sequence
                 print_text(generator.text(sequence))
         if not complete:
             break
-    report = _report(generator, sequences, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    report = _report(generator, sequences, seconds)
+    if flags.trace_file is not None:
+        save_trace(flags.trace_file, generator, flags.model_dir, sequences, seconds)
     if flags.json:
         print(json.dumps(report, ensure_ascii=False))
     else:

@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "serve check": (flags.ServeCheckFlags, "serve:check"),
     "signals inspect": (file_flags.SignalsInspectFlags, "signals:inspect"),
     "signals plan": (flags.SignalsPlanFlags, "plan_signals:plan_signals"),
+    "trace": (file_flags.TraceFlags, "trace:trace"),
     "train plan": (flags.TrainPlanFlags, "plan:plan_training"),
     "up": (flags.UpFlags, "local:up"),
 }

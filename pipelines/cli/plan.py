@@ -307,9 +307,7 @@ def cost_of(job: Job, rows: Rows, gpus: int, device: str, mfu: float) -> Trainin
     """Of a job whose number of steps is known."""
     settings = job.settings.resolved(rows.examples or 0)
     num_rows = settings.steps * settings.batch_size
-    return training_cost(
-        job.shape, num_rows, rows.mean_tokens, rows.labelled_share, gpus, device, mfu, job.forwards
-    )
+    return training_cost(job.shape, num_rows, rows.mean_tokens, rows.labelled_share, gpus, device, mfu, job.forwards)
 
 
 def device_time(hours: float) -> str:

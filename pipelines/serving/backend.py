@@ -16,6 +16,7 @@ class DecodeRequest:
     fixed_length: the client chose max_new_tokens. Otherwise it is the server's default, and shrinks to the positions
     that are left. streamed: the client receives text as it becomes final; otherwise only the whole answer, so that
     decoding may restart from the beginning. logprobs: most probable tokens to report with each new token's logprob.
+    candidates: most probable tokens of each predicted position to report in the trace.
 
     A request that resumes after its replica was lost also has: committed, the new token ids of finished blocks;
     num_sent, the characters of text that the client has received; checkpoint, the weights_id of their model.
@@ -29,6 +30,7 @@ class DecodeRequest:
     stop: tuple[str, ...]
     streamed: bool = True
     logprobs: int | None = None
+    candidates: int = 0
     committed: tuple[int, ...] = ()
     num_sent: int = 0
     checkpoint: str = ""
@@ -62,8 +64,7 @@ class TextDelta:
 
 @dataclass(frozen=True, kw_only=True)
 class TraceStep:
-    """One denoising pass, if settings.trace is set: a decoding.Step as a mapping, plus argmax_text, the text of each
-    token of argmax."""
+    """One denoising pass, if settings.trace is set: decoding.Step.readable."""
 
     step: dict[str, Any]
 
@@ -71,7 +72,8 @@ class TraceStep:
 @dataclass(frozen=True, kw_only=True)
 class DecodeResult:
     """forwards: passes by kind (prefill, denoise, store, reference). steps: the trace, if requested.
-    reference_failures: blocks that started from zero because the reference could not answer. tokens: of TextDelta."""
+    reference_failures: blocks that started from zero because the reference could not answer. tokens: of TextDelta.
+    reference_weight: FLOPs of a reference pass over those of a denoising pass; None: not known."""
 
     text: str
     finish_reason: Literal["stop", "length"]
@@ -82,6 +84,7 @@ class DecodeResult:
     steps: list[dict[str, Any]]
     reference_failures: int = 0
     tokens: list[NewToken] = field(default_factory=list)
+    reference_weight: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

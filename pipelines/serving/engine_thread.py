@@ -20,11 +20,13 @@ from typing import Any
 from pipelines.serving.backend import DecodeEvent, DecodeRequest, Overloaded
 from pipelines.serving.request_text import AnswerText, RequestText
 from rcd_core.decoding.engine import Engine
-from rcd_core.decoding.reference import AsyncReference, Reference
+from rcd_core.decoding.reference import AsyncReference, LocalReference, Reference
 from rcd_core.decoding.sequence import Sequence
 from rcd_core.decoding.stream import Event, Progress
 from rcd_core.decoding.tensor_parallel import make_engine
+from rcd_core.evaluation.flops import shape_of
 from rcd_core.families.base import DiffusionModel
+from rcd_core.training.plan import ModelShape
 
 MAX_FAILURES = 3  # failed steps in a row after which the thread gives up: the cause is not a single request
 RECENT_PROMPTS = 16  # whose token ids are kept, because the choices of a prompt arrive one by one
@@ -80,6 +82,13 @@ class _Client:
 
 
 _Updates = list[tuple[_Client, _Update | EngineFailed]]
+
+
+def shape_of_reference(reference: Reference | AsyncReference | None) -> ModelShape | None:
+    """The size of a reference; None: another process has it, and has not said it yet."""
+    if isinstance(reference, LocalReference):
+        return shape_of(reference.model)
+    return getattr(reference, "shape", None)
 
 
 def _send(updates: _Updates) -> None:
@@ -153,7 +162,7 @@ class EngineThread:
         finally:
             self._num_tokenizing -= 1
         client = _Client(self.text.sequence(request, ids), asyncio.get_running_loop())
-        answer = AnswerText(self.tokenizer, request, client.sequence)
+        answer = AnswerText(self.tokenizer, request, client.sequence, lambda: shape_of_reference(self.reference))
         restarted = bool(request.committed) and client.sequence.block[0] <= client.sequence.num_prompt
         self._clients[client.sequence] = client
         self._commands.put(("add", client))

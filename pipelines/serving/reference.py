@@ -27,8 +27,10 @@ from rcd_core import ReferenceSignals, WarmStart
 from rcd_core.decode_settings import Weights
 from rcd_core.decoding.memory import fit
 from rcd_core.decoding.tensor_parallel import make_reference
+from rcd_core.evaluation.flops import shape_of
 from rcd_core.process import ProcessSettings
 from rcd_core.signals import Signals
+from rcd_core.training.plan import ModelShape
 
 logger = logging.getLogger("ray.serve")
 TIMEOUT_S = 20.0
@@ -43,11 +45,14 @@ class RemoteReference:
     After two failures no call is made until a replica is ready again; meanwhile requests start from zero instead of
     waiting for timeouts one after the other. top_k: ids per position for requests that want the whole distribution,
     which is too large to send. sessions: number of groups of requests; Serve's router (graph.py) sends the blocks of a
-    request to the replica that caches its context, as long as the set of replicas does not change.
+    request to the replica that caches its context, as long as the set of replicas does not change. shape: size of the
+    model, from the first answer on.
     """
 
     def __init__(self, handle: DeploymentHandle, top_k: int, sessions: int = 1) -> None:
         self.top_k = top_k
+        self.shape: ModelShape | None = None
+        self._asked_shape = False
         prefix = uuid.uuid4().hex
         self._sessions = [handle.options(session_id=f"{prefix}/{number}") for number in range(sessions)]
         self._fallback = handle.options(session_id=prefix)  # most likely another replica, for second tries
@@ -83,6 +88,10 @@ class RemoteReference:
             replies = self._call(handle, "signals", TIMEOUT_S, batch)
         except Exception:  # most likely the replica died
             replies = self._call(self._fallback, "signals", RETRY_TIMEOUT_S, batch)
+        if not self._asked_shape:
+            self._asked_shape = True
+            with contextlib.suppress(Exception):  # only statistics need it
+                self.shape = self._call(self._fallback, "shape", RETRY_TIMEOUT_S)
         return [ReferenceSignals.from_bytes(reply) for reply in replies]
 
     def _wait_until_ready(self) -> None:
@@ -139,6 +148,10 @@ class Reference:
         if any(request.top_k is None for request in requests):  # checked here, so that it fails no other call
             raise ValueError("a whole distribution is too large to send: top_k is None")
         return await self._batched(requests)
+
+    async def shape(self) -> ModelShape:
+        """The size of the model."""
+        return shape_of(self.model.model)
 
     async def ready(self) -> None:
         """Returns once the constructor has finished."""

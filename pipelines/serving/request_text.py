@@ -5,7 +5,7 @@ Prompts and conversations are tokenized only here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
@@ -24,9 +24,11 @@ from rcd_core.decoding.request import make_sequence
 from rcd_core.decoding.sequence import Sequence
 from rcd_core.decoding.stream import BlockDone, Event, PassDone, TextStream
 from rcd_core.errors import UserError
+from rcd_core.evaluation.flops import reference_weight
 from rcd_core.families.base import DiffusionModel
 from rcd_core.tasks import MASK_TEXT
 from rcd_core.text.tokenizer import render_chat, stop_token_ids
+from rcd_core.training.plan import ModelShape
 
 # Beyond these bounds the scaled logits overflow float32, and no token is ever committed.
 _BOUNDS = {"temperature": (1e-4, 1e4), "residual_temperature": (1e-4, 1e4), "cfg_scale": (0.0, 1e4)}
@@ -82,6 +84,7 @@ class RequestText:
             has_reference=self.has_reference,
             committed=committed,
             num_logprobs=request.logprobs,
+            num_candidates=request.candidates,
         )
 
     def _limit_length(
@@ -153,11 +156,19 @@ class RequestText:
 class AnswerText:
     """Turns the engine's events of one request into DecodeEvents. `finished` is set by a stop string or the last event.
 
-    Text that the client of a resumed request already has is not sent again.
+    Text that the client of a resumed request already has is not sent again. reference: size of the reference model, if
+    it is known by the end.
     """
 
-    def __init__(self, tokenizer: Any, request: DecodeRequest, sequence: Sequence) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        request: DecodeRequest,
+        sequence: Sequence,
+        reference: Callable[[], ModelShape | None] = lambda: None,
+    ) -> None:
         self.tokenizer, self.request, self.sequence = tokenizer, request, sequence
+        self.reference = reference
         self.finished = False
         self._stream = TextStream(self._decode, request.stop)
         self._unstopped, self._unstopped_length = TextStream(self._decode), 0  # where each token starts
@@ -171,9 +182,7 @@ class AnswerText:
         reason: Literal["stop", "length"] | None = None
         for event in engine_events:
             if isinstance(event, PassDone):
-                # For viewers, which have no tokenizer. A single token may be half a character.
-                texts = [str(self.tokenizer.decode([i])) for i in event.step.argmax]
-                self._steps.append({**vars(event.step), "argmax_text": texts})
+                self._steps.append(event.step.readable(lambda ids: str(self.tokenizer.decode(ids))))
                 events.append(TraceStep(step=self._steps[-1]))
             elif isinstance(event, BlockDone):
                 self._ids += event.token_ids
@@ -204,6 +213,7 @@ class AnswerText:
 
     def _result(self, reason: Literal["stop", "length"], forwards: dict[str, int]) -> DecodeResult:
         num_prompt = len(self.sequence.canvas) if self.request.infill else self.sequence.num_prompt
+        shape = self.reference() if forwards["reference"] else None
         return DecodeResult(
             text=self._text,
             finish_reason=reason,
@@ -214,6 +224,7 @@ class AnswerText:
             steps=self._steps,
             reference_failures=self.sequence.reference_failures,
             tokens=_known(self._tokens),
+            reference_weight=reference_weight(self.sequence, self.sequence.output(), shape) if shape else None,
         )
 
     def _decode(self, ids: list[int]) -> str:

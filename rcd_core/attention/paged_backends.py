@@ -122,9 +122,7 @@ class FlashBackend(PagedBackend):
         return FlashAttention(starts, ends, tables, self.page_size, max_queries, max_keys)
 
 
-def paged_backend(
-    name: str, config: Any, dtype: torch.dtype, device: torch.device, page_size: int
-) -> PagedBackend:
+def paged_backend(name: str, config: Any, dtype: torch.dtype, device: torch.device, page_size: int) -> PagedBackend:
     """The backend of this name for a model's config. Raises UserError if it is unknown or cannot run here.
 
     Where deterministic algorithms are asked for, a row's attention does not depend on its batch, bit for bit.

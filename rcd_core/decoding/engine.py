@@ -23,7 +23,7 @@ from rcd_core.attention.paged_backends import paged_backend
 from rcd_core.decoding.chunk import Positions
 from rcd_core.decoding.editing import choose_edits
 from rcd_core.decoding.generation import Step
-from rcd_core.decoding.logprobs import keep_logprobs
+from rcd_core.decoding.logprobs import candidates_of, keep_logprobs
 from rcd_core.decoding.masked_positions import MaskedPositions
 from rcd_core.decoding.model_runner import Forward, ModelRunner, RequestPass, group_requests
 from rcd_core.decoding.not_finite import describe_not_finite
@@ -140,7 +140,8 @@ class Engine:
         masked = MaskedPositions.of([b for r in requests if r.kind == "denoise" for b in r.sequence.live])
         observed = self.observer is not None
         alpha = self._state.input_alpha(masked, observed)
-        needs_hidden = observed or any(b.sequence.num_logprobs is not None for b in masked.blocks)
+        asked = (b.sequence.num_candidates or b.sequence.num_logprobs is not None for b in masked.blocks)
+        needs_hidden = observed or any(asked)
         predictions, hidden = self._runner.run(passes, masked, needs_hidden)
         self._passes_done(requests)
         if masked.blocks:
@@ -281,8 +282,10 @@ class Engine:
             has_residual = masked.per_block(lambda b: b.has_residual) > 0
             commits = masked.per_block(lambda b: not b.is_start_pass) > 0
             self.observer(Observed(masked, hidden, alpha, has_residual, commit & commits))
+        candidates: list[list[tuple[int, float]]] = []
         if hidden is not None:
             keep_logprobs(masked, commit, tokens, hidden)
+            candidates = candidates_of(masked, hidden)
         committed, new_tokens, still_masked = masked.positions[commit], tokens[commit], masked.positions[~commit]
         finite = np.isfinite(confidence)
         all_finite = bool(finite.all())
@@ -299,7 +302,8 @@ class Engine:
                 continue
             step = None
             if s.settings.trace:
-                step = _trace(block, tokens[part], confidence[part], entropy[part], commit[part], alpha[part])
+                several = candidates[part] if s.num_candidates else []
+                step = _trace(block, tokens[part], confidence[part], entropy[part], commit[part], alpha[part], several)
             s.apply_commits(block, committed[new], new_tokens[new], still_masked[left], step)
 
     def _retire(self) -> list[Sequence]:
@@ -315,9 +319,16 @@ class Engine:
 
 
 def _trace(
-    block: LiveBlock, tokens: Positions, confidence: Floats, entropy: Floats, commit: Bools, alpha: Floats
+    block: LiveBlock,
+    tokens: Positions,
+    confidence: Floats,
+    entropy: Floats,
+    commit: Bools,
+    alpha: Floats,
+    candidates: list[list[tuple[int, float]]],
 ) -> Step:
-    """The step's trace, of the block's positions only. All arrays are (n,), aligned with block.predicted."""
+    """The step's trace, of the block's positions only. All arrays are (n,), aligned with block.predicted; candidates
+    too, unless the request has not asked for them."""
     positions, s = block.predicted, block.sequence
     inside, held = positions < block.end, s.canvas[positions] != s.mask_token_id
     return Step(
@@ -328,4 +339,5 @@ def _trace(
         committed=positions[commit].tolist(),
         alpha=alpha[inside].tolist(),
         edited=positions[commit & held].tolist(),
+        candidates=[top for top, kept in zip(candidates, inside, strict=bool(candidates)) if kept],
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from rcd_core.decode_settings import ResolvedSettings
 
@@ -27,7 +28,8 @@ class Forwards:
 class Step:
     """One denoising pass, in absolute positions. argmax, confidence, entropy (nats) and alpha align with masked, the
     positions that it predicts; alpha is the weight of the residual in the pass's input. edited: those of `committed`
-    that held another token."""
+    that held another token. candidates: the most probable (token id, probability) of each position of masked, largest
+    first, if requested (Sequence.num_candidates)."""
 
     masked: list[int]
     argmax: list[int]
@@ -36,6 +38,19 @@ class Step:
     committed: list[int]
     alpha: list[float]
     edited: list[int] = field(default_factory=list)
+    candidates: list[list[tuple[int, float]]] = field(default_factory=list)
+
+    def readable(self, decode: Callable[[list[int]], str]) -> dict[str, Any]:
+        """For viewers, which have no tokenizer: the fields, argmax_text, and candidates, if there are any, as mappings
+        of text, id and probability. decode: token ids -> text. A single token may be half a character."""
+        fields = {name: value for name, value in vars(self).items() if name != "candidates"}
+        fields["argmax_text"] = [decode([token]) for token in self.argmax]
+        if self.candidates:
+            fields["candidates"] = [
+                [{"text": decode([i]), "id": i, "probability": float(f"{p:.4g}")} for i, p in top]
+                for top in self.candidates
+            ]
+        return fields
 
 
 @dataclass(frozen=True)

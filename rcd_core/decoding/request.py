@@ -165,12 +165,13 @@ def make_sequence(
     has_reference: bool,
     committed: list[int] | None = None,
     num_logprobs: int | None = None,
+    num_candidates: int = 0,
 ) -> Sequence:
     """Check one request and lay out its canvas and blocks. Raises UserError naming the field.
 
     committed: new tokens of finished blocks, to resume a request that another engine began. With the same seed it ends
     with the same tokens. Ignored for infill and with several live blocks, which start again. num_logprobs: of Sequence;
-    not for infill.
+    not for infill. num_candidates: of Sequence.
     """
     name = "canvas" if infill else "prompt"
     resolved = resolve_settings(settings, model, has_reference)
@@ -219,7 +220,9 @@ def make_sequence(
     elif resolved.editing_threshold is not None:
         kind = EditingSequence
     num_prompt = len(canvas) if infill else len(given)
-    return kind(model, resolved, canvas, num_prompt, infill, blocks, num_logprobs=num_logprobs)
+    made = kind(model, resolved, canvas, num_prompt, infill, blocks, num_logprobs=num_logprobs)
+    made.num_candidates = num_candidates
+    return made
 
 
 def check_failures(sequences: Iterable[Sequence]) -> None:

@@ -100,8 +100,7 @@ class LiveBlock:
 
 @dataclass(eq=False)
 class Sequence:
-    """The state of one request. Each step of the engine calls `next_pass`, then `pass_done`, and `apply_commits` for
-    each live block if it was a denoising pass."""
+    """The state of one request. A step calls `next_pass`, `pass_done` and, if it denoised, `apply_commits` a block."""
 
     model: DiffusionModel
     settings: ResolvedSettings
@@ -121,6 +120,7 @@ class Sequence:
     steps: list[Step] = field(default_factory=list)
     num_logprobs: int | None = None  # most probable tokens to report with each new token's logprob; None: no logprobs
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by position in the canvas
+    num_candidates: int = 0  # most probable tokens of each predicted position in the trace
     live: list[LiveBlock] = field(init=False)  # in order; the last one is kept when the request is finished
     mask_token_id: int = field(init=False)
     initially_masked: NDArray[np.bool_] = field(init=False)  # (T,)

@@ -41,6 +41,7 @@ Step = tuple[str, int]  # operator and operand
 
 class Arithmetic(NumberTask):
     name = "arithmetic"
+    about = "worded arithmetic. A prompt is a question about amounts; the answer ends with #### and a number."
 
     def synthetic(self, index: int, split: str, seed: int) -> dict[str, str]:
         return draw_row(self.name, index, split, seed, 4 + 3 * _MAX_STEPS, _make)

@@ -34,7 +34,8 @@ class Problem:
 class Task(Protocol):
     """A row maps `fields` to text. `infill` tasks fill a canvas; the others continue a prompt. A task that can tell
     from the prompt alone whether a completion is right also has `check(prompt, completion) -> bool | None`; one whose
-    text is hard to read as it is has `layout(text) -> str`."""
+    text is hard to read as it is has `layout(text) -> str`. about: what a model of the task does and what its prompts
+    look like, for those who try it; not every task has it."""
 
     name: str
     infill: bool

@@ -34,6 +34,7 @@ _PAIRS = ((0, 1), (0, 2), (1, 2))
 
 class Chain:
     name = "chain"
+    about = "following things that are moved. A prompt asks where one is; the answer ends with #### and a place."
     infill = False
     fields: tuple[str, ...] = ("question", "answer")
 

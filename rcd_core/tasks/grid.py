@@ -37,6 +37,7 @@ _STATEMENT = re.compile(r"(\w+) has the (\w+) in the (\w+)")
 
 class Grid:
     name = "grid"
+    about = "logic grids. A prompt has people, things, places and clues; the answer says who has what where."
     infill = False
     fields: tuple[str, ...] = ("question", "answer")
 

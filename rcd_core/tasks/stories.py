@@ -55,6 +55,7 @@ Step = tuple[int, int]  # sign (+1 or -1) and operand
 
 class Stories(NumberTask):
     name = "stories"
+    about = "word problems. A prompt is a short story with a question; the answer ends with #### and a number."
 
     def synthetic(self, index: int, split: str, seed: int) -> dict[str, str]:
         return draw_row(self.name, index, split, seed, 6 + _DRAWS_PER_STEP * _MAX_STEPS, _make)

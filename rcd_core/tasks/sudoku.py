@@ -35,6 +35,10 @@ class Sudoku:
         self.cells = size * size
         self.digits = "123456789"[:size]
         self.box_rows, self.box_columns = box_rows, (box_columns := size // box_rows)
+        self.about = (
+            f"Sudoku of {size} x {size} cells: it writes a digit for each {MASK_TEXT}. A prompt is {ANCHOR}, which "
+            "marks the start of the board, and then the cells row by row."
+        )
         cells = ((cell // size, cell % size) for cell in range(self.cells))
         # Units are rows, columns and boxes; every cell is in three of them.
         self._units_of = [(r, size + c, 2 * size + r // box_rows * box_rows + c // box_columns) for r, c in cells]

@@ -43,6 +43,7 @@ FEW = [
 ]
 SUDOKU = [*FEW, "data.num_train=256", "data.num_test=6", "evaluate.thresholds=[0.5, 0.9]", "variants={}"]
 SUDOKU += ["calibrate=null"]  # test_calibrate.py has it
+SUDOKU += ["deploy.start=reference"]  # so that answers go through all deployments
 
 
 def free_port() -> int:
@@ -209,7 +210,11 @@ def check_endpoint(job: Job, out: str) -> None:
     answer = json.loads(subprocess.run(words, check=True, capture_output=True, text=True, timeout=60).stdout)
     text = answer["choices"][0]["text"]
     assert re.fullmatch(re.escape(prompt).replace(re.escape("<|MASK|>"), "(?s:.+?)"), text), (prompt, text)
-    assert answer["rcd"]["forwards"]["reference"] == 1, "deployed with a warm start"
+    rcd = answer["rcd"]
+    assert rcd["forwards"]["reference"] == 1, "deployed with a warm start"
+    assert rcd["tokens_per_pass"] < rcd["tokens_per_forward"], "the reference says its size"
+    body = {"model": "rcd-demo-baseline", "prompt": prompt, "infill": True}
+    assert ask(job, "/v1/completions", body)["rcd"]["forwards"]["reference"] == 0, "SeqD is served beside"
     messages = [{"role": "user", "content": "héllo"}]
     chat = ask(job, "/v1/chat/completions", {"model": "rcd-demo", "messages": messages, "max_tokens": 8})
     assert chat["object"] == "chat.completion" and chat["usage"]["prompt_tokens"] > 0

@@ -60,14 +60,19 @@ def test_the_client_lists_completes_and_chats(client: openai.OpenAI) -> None:
     completion = client.completions.create(model="tiny-rcd", prompt="words", max_tokens=10, seed=1)
     assert completion.choices[0].finish_reason in ("stop", "length")
     assert completion.usage is not None and completion.usage.completion_tokens <= 10
-    forwards = completion.model_extra["rcd"]["forwards"]
-    assert forwards["denoise"] > 0 and forwards["reference"] > 0
+    rcd = completion.model_extra["rcd"]
+    assert rcd["forwards"]["denoise"] > 0 and rcd["forwards"]["reference"] > 0
+    assert rcd["tokens_per_pass"] < rcd["tokens_per_forward"], "the reference has said its size"
     chat = client.chat.completions.create(model="tiny-rcd", messages=[{"role": "user", "content": "words"}])
     assert chat.choices[0].message.role == "assistant"
     assert chat.model_extra["rcd"]["settings"]["max_new_tokens"] == 16
-    plain = client.completions.create(model="tiny-rcd-baseline", prompt="words")
-    assert plain.model_extra["rcd"]["settings"]["residual"] is False
-    assert plain.model_extra["rcd"]["forwards"]["reference"] == 0
+    traced = {"return_trace": "steps", "trace_candidates": 3}
+    plain = client.completions.create(model="tiny-rcd-baseline", prompt="words", extra_body=traced)
+    rcd = plain.model_extra["rcd"]
+    assert rcd["settings"]["residual"] is False and rcd["forwards"]["reference"] == 0
+    assert rcd["tokens_per_pass"] == rcd["tokens_per_forward"]
+    step = plain.choices[0].model_extra["rcd"]["steps"][0]
+    assert [len(top) for top in step["candidates"]] == [3] * len(step["masked"])
 
 
 def test_served_equals_local(client: openai.OpenAI, deployed: StageContext) -> None:

@@ -28,6 +28,9 @@ class RcdAnswer(BaseModel):
     settings: dict[str, Any] = Field(description="Effective DecodeSettings of the first choice.")
     forwards: dict[str, int] = Field(description="Passes by kind, summed over the choices.")
     tokens_per_forward: float = Field(description="New tokens per denoising pass.")
+    tokens_per_pass: float | None = Field(
+        description="The same with reference passes, counted by their FLOPs; null: the reference's size is not known."
+    )
     reference_failures: int = Field(description="Blocks that started from zero because the reference could not answer.")
     seconds: float = Field(description="From request to answer, as the server measures it.")
 
@@ -114,6 +117,7 @@ class ModelFacts(BaseModel):
     """`rcd` of a model."""
 
     task: str = Field(description="What it was trained for.")
+    about: str | None = Field(description="What it does and what its prompts look like; null where the task is silent.")
     infill: bool = Field(description="Prompts are texts with `<|MASK|>` to fill, sent with `infill: true`.")
     example: str | None = Field(description="A prompt, or a user's message; null where the task has no generator.")
 
@@ -213,6 +217,7 @@ class Answer:
             "settings": results[0].settings,
             "forwards": forwards,
             "tokens_per_forward": round(sum(r.num_tokens for r in results) / max(1, forwards["denoise"]), 3),
+            "tokens_per_pass": _tokens_per_pass(results),
             "reference_failures": sum(r.reference_failures for r in results),
             "seconds": round(time.monotonic() - self._started, 4),
         }
@@ -270,6 +275,14 @@ class Answer:
         }
 
 
+def _tokens_per_pass(results: list[DecodeResult]) -> float | None:
+    """As the report counts: denoising passes, and reference passes by their FLOPs."""
+    if any(r.forwards["reference"] and r.reference_weight is None for r in results):
+        return None
+    passes = sum(r.forwards["denoise"] + r.forwards["reference"] * (r.reference_weight or 0.0) for r in results)
+    return round(sum(r.num_tokens for r in results) / max(1.0, passes), 3)
+
+
 def _within(tokens: list[NewToken], text: str) -> list[NewToken]:
     """The tokens that begin in the text. A stop string cuts it, or it lags behind the tokens."""
     return [t for t in tokens if t.start < len(text)]
@@ -285,7 +298,9 @@ def _top(t: NewToken) -> dict[str, Any]:
 
 def model_facts(task: str) -> dict[str, Any]:
     """ModelFacts of a model of this task."""
-    return {"task": task, "infill": get_task(task).infill, "example": example_of_task(task)}
+    chosen = get_task(task)
+    about = getattr(chosen, "about", None)
+    return {"task": task, "about": about, "infill": chosen.infill, "example": example_of_task(task)}
 
 
 def trace_step(step: dict[str, Any], detail: TraceDetail) -> dict[str, Any]:

@@ -124,6 +124,10 @@ class Request(_BodyFields):  # type: ignore[misc]
     return_trace: Annotated[TraceDetail, _NullIsDefault()] = Field(
         "none", description="Report every denoising pass, as counts and means or in full."
     )
+    trace_candidates: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), _NullIsDefault()] = Field(
+        0,
+        description='With `return_trace: "steps"`: most probable tokens to report of each predicted position.',
+    )
     timeout_s: Annotated[float, Field(ge=0.1)] | None = Field(
         None, description="Deadline in seconds; at most, and by default, the server's."
     )
@@ -279,6 +283,11 @@ def _choices(
         raise UserError("stream_options needs stream: true; remove it")
     if request.best_of not in (None, 1, request.n):
         raise UserError(f"best_of is {request.best_of}; every choice is returned, so it must be 1 or n: leave it out")
+    if request.trace_candidates and request.return_trace != "steps":
+        raise UserError(
+            f'trace_candidates is {request.trace_candidates}, which needs return_trace: "steps"; set it, or leave '
+            "trace_candidates out"
+        )
     settings = request.settings(defaults)
     for i in range(request.n):
         yield DecodeRequest(
@@ -290,4 +299,5 @@ def _choices(
             stop=request.stops(),
             streamed=request.stream,
             logprobs=request.num_logprobs(),
+            candidates=request.trace_candidates,
         )

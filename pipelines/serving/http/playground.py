@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -13,17 +12,9 @@ from starlette.staticfiles import StaticFiles
 
 from pipelines.serving.backend import ServedModel
 from pipelines.serving.http.answers import model_facts
+from pipelines.serving.http.page_files import FILES, HEADERS
 
-FILES = Path(__file__).with_name("static")
 BASELINE = "-baseline"  # suffix of the id of the model to compare with
-# The page inserts model output as text only. If that ever failed, the policy would block scripts and requests.
-POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'"
-HEADERS = {
-    "Content-Security-Policy": f"{POLICY}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # revalidate, so that a new release is visible at once
-}
 
 
 class _Files(StaticFiles):

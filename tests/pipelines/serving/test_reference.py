@@ -14,6 +14,7 @@ from ray.exceptions import ActorDiedError
 
 from pipelines.serving.reference import RemoteReference
 from rcd_core import Decoder, DecodeSettings, LocalReference, WarmStart, load_model
+from rcd_core.evaluation.flops import shape_of
 from tests.pipelines.serving.serve_run import until
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -35,6 +36,7 @@ class Handle:
         self.calls: list[list[WarmStart]] = []
         self.sessions: list[str] = []
         self.signals, self.ready = Method(self._signals), Method(self._ready)
+        self.shape = Method(lambda: shape_of(self.local.model))
 
     def options(self, session_id: str) -> Handle:
         self.sessions.append(session_id)
@@ -77,6 +79,7 @@ def test_remote_is_local_at_equal_k(family: str) -> None:
     sparse = replace(settings, residual_top_k=16)
     local = Decoder(target, reference).generate([[3, 4, 5], [9]], sparse)
     assert Decoder(target, remote).generate([[3, 4, 5], [9]], sparse) == local  # type: ignore[arg-type]
+    assert remote.shape == shape_of(reference.model)
     [signals] = remote.submit([replace(REQUEST, top_k=None)])
     assert signals.result(timeout=20).topk_ids.shape[-1] == 16  # type: ignore[union-attr]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,51 @@ def test_a_stream_has_the_logprobs_of_its_tokens(family: str) -> None:
     assert len(events) > 1
     assert all(len(e.logprobs) == len(e.token_ids) for e in events)
     assert [one for e in events for one in e.logprobs] == s.logprobs_of(0, 14)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_trace_has_the_candidates_of_each_position_if_asked(family: str, residual: bool) -> None:
+    """Beside requests that want none or others, and with the same tokens as without. Infill has them too."""
+    settings = replace(SAMPLED, residual=residual, start="zero" if residual else None)
+    make = partial(make_sequence, model(family), settings=settings, has_reference=True)
+    mask = model(family).mask_token_id
+    prompts: list[tuple[list[int], bool, int]] = [
+        ([3, 4, 5], False, 4),
+        ([3, 4, 5], False, 0),
+        ([7, mask, mask, 9, mask], True, 2),
+    ]
+    batch = [make(ids=ids, infill=infill, num_candidates=k) for ids, infill, k in prompts]
+    outputs = run(engine(family, max_batch=3, fixed_shapes=True), *batch)
+    assert outputs[0].token_ids == outputs[1].token_ids
+    assert all(step.candidates == [] for step in batch[1].steps)
+    for s, (_, _, k) in zip(batch[::2], prompts[::2], strict=True):
+        for step in s.steps:
+            assert [len(top) for top in step.candidates] == [k] * len(step.masked)
+            for top, entropy in zip(step.candidates, step.entropy, strict=True):
+                values = [p for _, p in top]
+                assert values == sorted(values, reverse=True) and 0 < sum(values) < 1.001
+                assert -sum(p * np.log(p) for p in values) < entropy + 1e-3  # a part of its sum
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_candidates_are_those_of_a_plain_forward(family: str) -> None:
+    settings = replace(SAMPLED, temperature=0.0)
+    s = make_sequence(model(family), [3, 4, 5], settings, infill=False, has_reference=True, num_candidates=3)
+    run(engine(family), s)
+    expected = direct(s)
+    for step in s.steps:
+        for position, token, confidence, top in zip(
+            step.masked, step.argmax, step.confidence, step.candidates, strict=True
+        ):
+            own = dict(top).get(token)  # the mask token may come before it
+            assert own is None or own == pytest.approx(confidence, abs=1e-4)
+            if position in step.committed:
+                np.testing.assert_allclose([p for _, p in top], expected[position].topk(3).values.exp(), atol=1e-4)
+    read = s.steps[0].readable(lambda ids: f"<{ids[0]}>")
+    assert read["argmax_text"] == [f"<{i}>" for i in s.steps[0].argmax]
+    assert [one["id"] for one in read["candidates"][0]] == [i for i, _ in s.steps[0].candidates[0]]
+    assert read["candidates"][0][0]["text"] == f"<{read['candidates'][0][0]['id']}>"
 
 
 def test_infill_has_no_logprobs() -> None:

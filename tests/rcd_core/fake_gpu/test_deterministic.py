@@ -78,8 +78,6 @@ def test_llada(gpu: FakeGpu, float_sums: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("source", ["none", "signals", "online", "self", "loopholing"])
-def test_a_training_step(
-    source: str, gpu: FakeGpu, float_sums: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_training_step(source: str, gpu: FakeGpu, float_sums: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     [line] = train_on(gpu, monkeypatch, "sdar", source)
     assert line["step"] == 1 and not float_sums and not RAISES & set(gpu.calls)

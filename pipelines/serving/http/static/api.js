@@ -8,9 +8,12 @@ export class ApiError extends Error {
   }
 }
 
+const CANDIDATES = 5; // of a token, unless the form says otherwise
+
 /** Path and body of a request. settings: values of the form, without empty ones. */
 export function request(mode, model, text, settings) {
-  const body = { model, stream: true, return_trace: "steps", stream_options: { include_usage: true }, ...settings };
+  const trace = { return_trace: "steps", trace_candidates: CANDIDATES };
+  const body = { model, stream: true, ...trace, stream_options: { include_usage: true }, ...settings };
   if (mode === "chat") return ["v1/chat/completions", { ...body, messages: [{ role: "user", content: text }] }];
   if (mode === "infill") {
     delete body.max_tokens; // an infill adds nothing

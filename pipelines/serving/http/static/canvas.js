@@ -14,6 +14,13 @@ export function boardColumns(template) {
   return side >= 2 && Number.isInteger(side) && /^[0-9.]+$/.test(cells) ? side : 0;
 }
 
+/** Rows of a box of a board with so many columns; its columns are the rest of the side. 1: the side has no divisor. */
+export function boxRows(side) {
+  let rows = Math.floor(Math.sqrt(side));
+  while (side % rows) rows--;
+  return rows;
+}
+
 /** The steps of one request. template: the text with masks of an infill, else null. */
 export class Trace {
   constructor(template = null) {
@@ -30,7 +37,7 @@ export class Trace {
   }
 
   /** The tokens after `count` passes, in order, each with its state: given, unseen, guess or committed. fresh:
-   *  committed in the last of these passes. block: number of its block, from 0. */
+   *  committed in the last of these passes. candidates: the most probable ones, if the trace has them. block: number of its block, from 0. */
   at(count) {
     const byPosition = new Map();
     let block = -1;
@@ -50,6 +57,7 @@ export class Trace {
           confidence: step.confidence[n],
           entropy: step.entropy[n],
           alpha: step.alpha[n],
+          candidates: step.candidates?.[n] ?? [],
         });
       });
     }

@@ -2,7 +2,9 @@
 
 import { ApiError, decode, getJson, request } from "./api.js";
 import { MASK } from "./canvas.js";
-import { Panel, shade } from "./panel.js";
+import { setupFiles } from "./files.js";
+import { Panel, count1, shade } from "./panel.js";
+import { parseTrace, traceText } from "./trace_file.js";
 
 const $ = (id) => document.getElementById(id);
 const form = $("form");
@@ -16,6 +18,7 @@ let running = null; // AbortController of the running requests
 let playing = false; // the display follows the passes
 let last = 0; // time of the last display, ms
 let masked = ""; // the text with masks that another mode put away
+let remark = ""; // what the status says besides the totals
 
 // -- the requests
 
@@ -63,30 +66,26 @@ function residualNote(model, values) {
 async function run() {
   running?.abort();
   const controller = (running = new AbortController());
-  $("alert").textContent = "";
-  $("status").textContent = "Running";
+  $("alert").textContent = remark = "";
   $("run").disabled = true;
   $("stop").disabled = false;
   const template = mode() === "infill" ? $("prompt").value : null;
   const requests = sides();
-  panels = requests.map((side) => new Panel(side.title, side.note, template));
-  $("panels").replaceChildren(...panels.map((panel) => panel.root));
-  updateRange();
-  show(0);
-  play(true);
+  display(requests.map((side) => new Panel(side.title, side.note, template, $("prompt").value)));
   if (narrow.matches) $("outputs").scrollIntoView();
   try {
     await Promise.all(requests.map((side, i) => follow(side, panels[i], controller.signal)));
     if (playing && $("pace").value === "0") show(Number($("pass").max));
-    $("status").textContent = panels.map(sentence).join(" ");
   } catch (error) {
     controller.abort(); // the other side too
     if (error instanceof ApiError && error.message.includes(NO_TEMPLATE) && mode() === "chat") {
       setMode($("prompt").value.includes(MASK) ? "infill" : "completion");
-      return run().then(() => $("status").prepend("This model has no chat template, so it does not chat: the prompt was continued. "));
+      const again = run();
+      remark = "This model has no chat template, so it does not chat: the prompt was continued.";
+      return again;
     }
     const stopped = error.name === "AbortError";
-    $("status").textContent = stopped ? "Stopped" : "";
+    if (running === controller) remark = stopped ? "Stopped" : "";
     $("alert").textContent = stopped ? "" : `Error: ${error.message}`;
     if (error.status === 401) askForKey();
   } finally {
@@ -94,6 +93,7 @@ async function run() {
       running = null;
       $("run").disabled = false;
       $("stop").disabled = true;
+      status();
     }
   }
 }
@@ -111,9 +111,46 @@ async function follow(side, panel, signal) {
 }
 
 function sentence(panel) {
-  const title = panel.root.querySelector("h2").textContent;
-  const { forwards, tokens_per_forward: rate } = panel.result;
-  return `${title}: ${forwards.denoise} passes, ${rate.toFixed(2)} tokens per forward.`;
+  return `${panel.title}: ${count1(panel.passes)} passes, ${panel.rate.toFixed(2)} tokens per pass.`;
+}
+
+/** The totals, once the replay has got there. */
+function status() {
+  const ended = panels.length > 0 && panels.every((panel) => panel.ended);
+  const text = [running ? "Running" : "", remark, ...(ended && !running ? panels.map(sentence) : [])];
+  const line = text.filter(Boolean).join(" ");
+  if ($("status").textContent !== line) $("status").textContent = line; // a screen reader reads each change
+}
+
+/** Show panels from their beginning. */
+function display(shown) {
+  panels = shown;
+  $("panels").replaceChildren(...panels.map((panel) => panel.root));
+  updateRange();
+  show(0);
+  play(true);
+}
+
+/** Show the trace of a file. Throws an Error if it is none. */
+function openTrace(text, name) {
+  const answers = parseTrace(text, name);
+  const opened = answers.map((answer) => {
+    const panel = new Panel(answer.title, answer.note, answer.template, answer.prompt);
+    for (const step of answer.steps) panel.trace.add(step);
+    panel.append(answer.text);
+    panel.valid = answer.valid ?? null;
+    panel.tokens = answer.num_tokens ?? null;
+    panel.finish(answer.rcd);
+    return panel;
+  });
+  running?.abort();
+  running = null;
+  $("run").disabled = false;
+  $("stop").disabled = true;
+  $("alert").textContent = "";
+  remark = `Opened ${name}.`;
+  display(opened);
+  if (narrow.matches) $("outputs").scrollIntoView();
 }
 
 // -- the pass on display
@@ -122,6 +159,7 @@ function updateRange() {
   const most = Math.max(0, ...panels.map((panel) => panel.trace.length));
   $("pass").max = most;
   $("pass").disabled = $("play").disabled = most === 0;
+  $("save").disabled = !panels.length || panels.some((panel) => panel.result === null);
   updateNumber();
 }
 
@@ -134,11 +172,13 @@ function show(pass) {
   $("pass").value = pass;
   updateNumber();
   for (const panel of panels) panel.show(pass);
+  status();
   play(playing);
 }
 
 function play(on) {
   playing = on;
+  for (const panel of panels) panel.inspector.quiet = on;
   $("play").textContent = on ? "Pause" : $("pass").value === $("pass").max ? "Replay" : "Play";
 }
 
@@ -173,13 +213,15 @@ function useExample(prompt, infill, chat) {
 function describe() {
   const model = chosen();
   const trained = model?.trained;
-  $("trained").textContent = trained ? `This model was trained for the task ${trained.task}${trained.infill ? ", which fills masks in" : ""}.` : "";
+  const about = trained && (trained.about ?? `the task ${trained.task}${trained.infill ? ", which fills masks in" : ""}.`);
+  $("trained").textContent = trained ? `This model was trained for ${about}` : "";
   $("example").hidden = !trained?.example;
   const defaults = model?.settings ?? {};
   $("compare-field").hidden = !model?.baseline && !defaults.residual; // nothing to compare with
   $("compare-label").textContent = `Compare with ${model?.baseline ?? "residual off"}`;
   for (const field of document.querySelectorAll(".settings [name]")) {
     const value = defaults[field.name === "max_tokens" ? "max_new_tokens" : field.name] ?? null;
+    if (field.name === "trace_candidates") continue; // the page's, not the model's
     const text = typeof value === "boolean" ? (value ? "on" : "off") : String(value ?? "default");
     if (field.tagName === "SELECT") field.options[0].textContent = value === null ? "default" : `(${text})`;
     else field.placeholder = text;
@@ -197,10 +239,18 @@ function askForKey() {
   $("key").focus();
 }
 
+/** `rcd trace`: the page has a trace and no model. */
+async function openServed({ path, name }) {
+  document.body.classList.add("viewer");
+  openTrace(await (await fetch(path)).text(), name);
+}
+
 async function load() {
   let first = false;
   try {
-    ({ models } = await getJson("playground/models.json", $("key").value));
+    const served = await getJson("playground/models.json", $("key").value);
+    if (served.trace) return await openServed(served.trace);
+    models = served.models;
     const about = await getJson("version", $("key").value);
     $("release").textContent = about.version ? `Version ${about.version}` : "";
     if (about.example && !$("prompt").value) {
@@ -262,6 +312,11 @@ $("mask").addEventListener("click", () => {
   $("prompt").focus();
 });
 $("stop").addEventListener("click", () => running?.abort());
+setupFiles({
+  save: () => traceText(panels),
+  open: openTrace,
+  failed: (message) => ($("alert").textContent = `Error: ${message}`),
+});
 $("model").addEventListener("change", describe);
 form.elements.policy.addEventListener("change", entropyBound);
 $("key").addEventListener("change", () => models.length || load());

@@ -1,13 +1,18 @@
 // One model's side of the page: its tokens at a pass, statistics and text.
 
-import { Trace, boardColumns, summary, uncertainty } from "./canvas.js";
+import { Trace, boardColumns, boxRows, summary, uncertainty } from "./canvas.js";
+import { Inspector, visible } from "./inspector.js";
 
 const FLIP = 0.59; // where black and white both have a contrast of at least 4.5 to the background
 
 export class Panel {
-  constructor(title, note, template) {
+  /** template: the text with masks of an infill, else null. prompt: what a text continues, where the form does not say. */
+  constructor(title, note, template, prompt = null) {
     const root = document.getElementById("panel").content.cloneNode(true).firstElementChild;
     this.root = root;
+    this.title = title;
+    this.note = note;
+    this.prompt = prompt;
     this.trace = new Trace(template);
     this.columns = template === null ? 0 : boardColumns(template);
     this.canvas = root.querySelector(".canvas");
@@ -23,6 +28,8 @@ export class Panel {
     root.querySelector("h2").textContent = title;
     root.querySelector(".note").textContent = note;
     root.setAttribute("aria-label", title);
+    root.querySelector(".prompt").textContent = template === null ? prompt ?? "" : "";
+    this.inspector = new Inspector(this.canvas, root.querySelector(".inspector"), this.columns);
     this.canvas.classList.toggle("board", this.columns > 0);
     this.canvas.style.setProperty("--columns", this.columns);
     this.table.addEventListener("toggle", () => this.#numbers());
@@ -36,36 +43,64 @@ export class Panel {
 
   finish(result) {
     this.result = result;
-    const { forwards: f, seconds, reference_failures: failures } = result;
-    const rest = ["prefill", "store", "reference"].filter((kind) => f[kind]).map((kind) => `${f[kind]} ${kind}`);
-    const parts = [`${seconds.toFixed(2)} s`, `seed ${result.settings?.seed}`];
-    if (rest.length) parts.unshift(`passes of other kinds: ${rest.join(", ")}`);
+  }
+
+  /** What else is known at the end. */
+  #rest() {
+    const { forwards: f, seconds, settings, reference_failures: failures } = this.result;
+    const rest = ["prefill", "store"].filter((kind) => f[kind]).map((kind) => `${f[kind]} ${kind}`);
+    const parts = [`${seconds.toFixed(2)} s`];
+    if (settings?.seed !== undefined) parts.push(`seed ${settings.seed}`);
+    if (rest.length) parts.unshift(`passes that fill the cache, not counted: ${rest.join(", ")}`);
+    if (f.reference) {
+      const how = this.result.tokens_per_pass == null ? "not counted: its size is not known" : "counted by their FLOPs";
+      parts.unshift(`${f.denoise} passes and ${f.reference} of the reference, ${how}`);
+    }
     if (failures) parts.push(`reference failed ${failures} times: those blocks started from zero`);
-    this.root.querySelector(".rest").textContent = parts.join(" · ");
+    return parts.join(" · ");
+  }
+
+  /** Tokens per pass of the complete answer, with reference passes by their FLOPs, where the server knows their size. */
+  get rate() {
+    return this.result.tokens_per_pass ?? this.result.tokens_per_forward;
+  }
+
+  /** The passes that `rate` counts. */
+  get passes() {
+    const { forwards, tokens_per_pass: known } = this.result;
+    return forwards.reference && known && this.tokens ? this.tokens / known : forwards.denoise;
+  }
+
+  /** Whether the display is at the end of a complete answer. */
+  get ended() {
+    return this.result !== null && this.shown === this.trace.length;
   }
 
   /** Draw the state after `count` passes, at most all of them. */
   show(count) {
     this.shown = Math.min(count, this.trace.length);
     const tokens = this.trace.at(this.shown);
+    if (count > this.shown) for (const token of tokens) token.fresh = false; // another panel's pass is on display
     const counts = summary(tokens, this.shown);
-    const ended = this.result !== null && this.shown === this.trace.length;
+    const { ended } = this;
     // At the end the server's counts, which include passes without a trace and exclude tokens after the stop.
-    const passes = ended ? this.result.forwards.denoise : counts.passes;
-    const rate = ended ? this.result.tokens_per_forward : counts.committed / Math.max(1, counts.passes);
-    this.#figure("passes", passes);
+    const passes = ended ? this.passes : counts.passes;
+    const rate = ended ? this.rate : counts.committed / Math.max(1, counts.passes);
+    this.#figure("passes", count1(passes));
     this.#figure("tokens", ended ? this.tokens ?? counts.committed : counts.committed);
     this.#figure("rate", passes ? rate.toFixed(2) : "–");
     this.#text(ended);
     this.canvas.setAttribute("aria-label", label(counts));
     this.canvas.replaceChildren(...this.#draw(tokens));
+    this.inspector.update(tokens);
     this.#numbers();
   }
 
   #draw(tokens) {
     const current = Math.max(-1, ...tokens.map((t) => t.block ?? -1));
     const groups = [];
-    for (const token of tokens) {
+    for (const [index, token] of tokens.entries()) {
+      token.index = index;
       const last = groups.at(-1);
       if (last && last.block === token.block) last.tokens.push(token);
       else groups.push({ block: token.block, tokens: [token] });
@@ -74,9 +109,20 @@ export class Panel {
       const group = document.createElement("span");
       group.className = "block";
       group.classList.toggle("current", block === current && tokens.some((t) => t.state === "guess"));
-      group.append(...tokens.map(drawToken));
+      group.append(...tokens.map((token) => this.#box(drawToken(token), token.index)));
       return group;
     });
+  }
+
+  /** Mark the edges of a board's boxes. */
+  #box(span, index) {
+    span.dataset.index = index;
+    const [row, column, rows] = [Math.floor(index / this.columns), index % this.columns, boxRows(this.columns || 1)];
+    if (rows > 1) {
+      span.classList.toggle("box-top", row > 0 && row % rows === 0);
+      span.classList.toggle("box-left", column > 0 && column % (this.columns / rows) === 0);
+    }
+    return span;
   }
 
   #text(ended) {
@@ -87,6 +133,7 @@ export class Panel {
     else this.answer.textContent = final;
     const valid = ended ? this.valid : null;
     this.verdict.textContent = valid === null ? "" : valid ? "✓ right: it solves the problem" : "✗ wrong: it does not solve the problem";
+    this.root.querySelector(".rest").textContent = ended ? this.#rest() : "";
     this.verdict.classList.toggle("right", valid === true);
     this.verdict.classList.toggle("wrong", valid === false);
   }
@@ -101,7 +148,7 @@ export class Panel {
     const rows = !step ? [] : step.masked.map((position, n) => {
       const row = document.createElement("tr");
       const cells = [position, step.argmax_text?.[n] ?? step.argmax[n], step.confidence[n].toFixed(3),
-        step.entropy[n].toFixed(3), step.alpha[n].toFixed(3), committed.has(position) ? "yes" : "no"];
+        step.entropy[n].toFixed(3), step.alpha[n].toFixed(3), committed.has(position) ? "✓" : "–"];
       row.append(...cells.map((value) => Object.assign(document.createElement("td"), { textContent: value })));
       return row;
     });
@@ -114,14 +161,8 @@ function drawToken(token) {
   span.className = `token ${token.state}`;
   span.classList.toggle("fresh", Boolean(token.fresh));
   const masked = token.state === "guess" || token.state === "unseen";
-  span.textContent = masked ? token.text.replaceAll("\n", "↵") || "·" : token.text;
+  span.textContent = masked ? visible(token.text) : token.text;
   if (masked) shade(span, token.state === "unseen" ? 1 : uncertainty(token.entropy), token.confidence);
-  if (token.pass) {
-    const candidates = Math.exp(token.entropy).toFixed(1);
-    span.title = masked
-      ? `masked; confidence ${token.confidence.toFixed(2)}, ${candidates} candidates, alpha ${token.alpha.toFixed(2)}`
-      : `committed in pass ${token.pass} with confidence ${token.confidence.toFixed(2)}`;
-  }
   return span;
 }
 
@@ -130,6 +171,11 @@ export function shade(span, u, confidence) {
   span.style.setProperty("--u", u.toFixed(3));
   span.style.setProperty("--confidence", confidence);
   span.classList.toggle("dark", u > FLIP);
+}
+
+/** Whole numbers as they are, others with one decimal. */
+export function count1(number) {
+  return Number.isInteger(number) ? String(number) : number.toFixed(1);
 }
 
 function label({ passes, committed, fresh, masked }) {

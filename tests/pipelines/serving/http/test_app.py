@@ -46,6 +46,7 @@ def test_completion_has_openai_shape_and_passes(client: TestClient) -> None:
     assert body["system_fingerprint"] == "k"
     assert body["rcd"]["forwards"] == {"prefill": 1, "denoise": 4, "store": 0, "reference": 1}
     assert body["rcd"]["tokens_per_forward"] == 2.0
+    assert body["rcd"]["tokens_per_pass"] is None, "this backend does not know the reference's size"
     assert body["rcd"]["settings"]["confidence_threshold"] == 0.9 and body["rcd"]["settings"]["seed"] == 5
     assert body["rcd"]["reference_failures"] == 2 and body["rcd"]["seconds"] >= 0
     assert "steps" not in choice["rcd"]
