@@ -49,7 +49,7 @@ PALE = """() => {
   return pale;
 }"""
 CUT = """() => [...document.querySelectorAll(
-    "th, td, .token, .inspector .share, button, label, dd, dt, h2, .facts, .verdict"
+    "th, td:not(:nth-child(2)), .token, .inspector .share, button, label, dd, dt, h2, .facts, .verdict"
   )].filter((e) => e.checkVisibility() && (e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).display !== "inline"
     || e.getBoundingClientRect().right > innerWidth + 0.5))
   .map((e) => `${e.className} ${e.textContent.trim()}`)"""
@@ -92,11 +92,11 @@ def test_what_has_the_focus_is_marked_and_said(browser: Any, app: Served) -> Non
             """() => {
               const e = document.activeElement, style = getComputedStyle(e);
               const name = e.ariaLabel || e.labels?.[0]?.textContent || e.textContent;
-              return [e.id || e.name || e.className, style.outlineStyle, name.trim()];
+              return [e.id || e.name || e.className || e.tagName, style.outlineStyle, name.trim()];
             }"""
         )
         seen.append(what)
-        if what == "":  # past the last one
+        if what == "BODY":  # past the last one
             break
         assert ring != "none" or what == "outputs", what
         assert name, what
