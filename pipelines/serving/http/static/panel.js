@@ -150,6 +150,7 @@ export class Panel {
       const cells = [position, step.argmax_text?.[n] ?? step.argmax[n], step.confidence[n].toFixed(3),
         step.entropy[n].toFixed(3), step.alpha[n].toFixed(3), committed.has(position) ? "✓" : "–"];
       row.append(...cells.map((value) => Object.assign(document.createElement("td"), { textContent: value })));
+      row.cells[1].title = cells[1]; // a long one is cut
       return row;
     });
     this.rows.replaceChildren(...rows);
