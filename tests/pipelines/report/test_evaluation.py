@@ -103,7 +103,7 @@ def test_the_axis_of_accuracy_ends_at_0_and_100_percent() -> None:
     plots.percent_axis(axes)
     low, high = axes.get_ylim()
     assert -2 <= low < 0 and 100 < high <= 102
-    assert 0 <= min(axes.get_yticks()) and max(axes.get_yticks()) == 100
+    assert min(axes.get_yticks()) >= 0 and max(axes.get_yticks()) == 100
 
 
 def test_several_tasks_are_on_one_page_each_with_its_verdict() -> None:
