@@ -61,7 +61,7 @@ def at_a_glance(results: Results) -> Cells | None:
     advice = comparison and comparison.get("advice")
     if not comparison or not advice or not solved(results):
         return None
-    names, sides = titles(results), {comparison["arm"]: "arm", comparison["baseline"]: "baseline"}
+    titled, sides = titles(results), {comparison["arm"]: "arm", comparison["baseline"]: "baseline"}
     points = [advice[side] for side in sides.values()]
     rows = [
         ["confidence threshold", *(f"{p['threshold']:g}" for p in points)],
@@ -74,7 +74,7 @@ def at_a_glance(results: Results) -> Cells | None:
         rows.append(["training beyond the base, s", *(f"{c[0]:,.0f}" if c else "not known" for c in costs)])
         flops = [as_flops(c[1]) if c else "not known" for c in costs]
         rows.append(["training beyond the base, FLOPs", *flops])
-    return ["", *(names[name] for name in sides)], rows
+    return [results["task"] if results.get("tasks") else "", *(titled[name] for name in sides)], rows
 
 
 def glance_note(results: Results) -> str:

@@ -3,6 +3,7 @@ that no model solves the task."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from pipelines.report.text import Results, percent, titles
@@ -78,12 +79,14 @@ class _Finding:
         self.accuracy: float = measured["best"]["accuracy"]
         ratio = measured["best"]["ratio"]
         self.ratio, self.low, self.high = ratio["value"], ratio["low"], ratio["high"]
-        self.never = measured["best"]["arm"] == "below"
+        self.never, self.always = (measured["best"]["arm"] == side for side in ("below", "above"))
         self.levels: list[dict[str, Any]] = measured["levels"]
         self.curve = next(method["curve"] for method in results["arms"] if method["name"] == comparison["arm"])
 
     @property
     def at_best(self) -> str:
+        if self.always:
+            return "its accuracy is above that at every threshold, so evaluate.thresholds needs lower ones to tell"
         if self.ratio is None:
             return "its accuracy is below that at every threshold" if self.never else "the curves do not meet there"
         if self.low is None:
@@ -92,7 +95,7 @@ class _Finding:
 
 
 def _by_ratio(f: _Finding) -> float:
-    return f.ratio or 0.0
+    return f.ratio or (math.inf if f.always else 0.0)
 
 
 def _fewer(ratio: float | None) -> str:

@@ -56,10 +56,8 @@ def test_the_copy_has_a_model_card(run: RunDirectory, tmp_path: Path) -> None:
     base.mkdir()
     recipe = {"name": "mine", "target": {"start": str(base), "train": {"steps": 7}}, "data": {"task": "gsm8k"}}
     storage.write_bytes(storage.join(run.path, "recipe.yaml"), yaml.safe_dump(recipe).encode())
-    storage.write_json(
-        storage.join(run.stage_directory("evaluate"), "results.json"),
-        results := made() | {"tasks": {"chain": made(skill=0.2) | {"task": "chain"}}},
-    )
+    results = made() | {"tasks": {"chain": made(skill=0.2) | {"task": "chain"}}}
+    storage.write_json(storage.join(run.stage_directory("evaluate"), "results.json"), results)
     cards = []
     for number, of in enumerate((fingerprint(run), "other weights")):
         material = {"stage": "evaluate", "inputs": {"target": of}}

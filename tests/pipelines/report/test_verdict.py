@@ -57,6 +57,15 @@ def test_a_gain_below_the_best_accuracy_is_no_gain_at_it() -> None:
     assert "not shown to be faster at SeqD's best accuracy" in said
 
 
+def test_a_method_that_is_always_better_is_told_to_be_measured_at_lower_thresholds() -> None:
+    """Its curve does not come down to the baseline's best accuracy, so that there is no ratio."""
+    results = made(speed=1.5)
+    best = results["comparisons"][0]["tokens_per_pass"]["best"]
+    best["ratio"], best["arm"] = {"value": None, "low": None, "high": None}, "above"
+    results["comparisons"][0]["tokens_per_pass"]["levels"] = []
+    assert verdict(results).endswith("evaluate.thresholds needs lower ones to tell.")
+
+
 def test_a_task_that_nobody_solves_is_not_compared() -> None:
     results = made()
     for method in results["arms"]:
