@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 
-from pipelines.cli import file_flags, flags
+from pipelines.cli import file_flags, flags, plan_flags
 from pipelines.run.messages import user_message
 
 # Flags -> function in pipelines.cli that takes them and returns the exit code.
@@ -26,15 +26,15 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "export": (file_flags.ExportFlags, "export:export"),
     "fit": (file_flags.FitFlags, "fit:fit"),
     "generate": (flags.GenerateFlags, "generate:generate"),
-    "plan": (flags.PlanFlags, "overview:plan"),
+    "plan": (plan_flags.PlanFlags, "overview:plan"),
     "push": (file_flags.PushFlags, "push:push"),
     "report": (flags.ReportFlags, "report:report"),
     "runs": (flags.RunsFlags, "runs:runs"),
     "serve check": (flags.ServeCheckFlags, "serve:check"),
     "signals inspect": (file_flags.SignalsInspectFlags, "signals:inspect"),
-    "signals plan": (flags.SignalsPlanFlags, "plan_signals:plan_signals"),
+    "signals plan": (plan_flags.SignalsPlanFlags, "plan_signals:plan_signals"),
     "trace": (file_flags.TraceFlags, "trace:trace"),
-    "train plan": (flags.TrainPlanFlags, "plan:plan_training"),
+    "train plan": (plan_flags.TrainPlanFlags, "plan:plan_training"),
     "up": (flags.UpFlags, "local:up"),
 }
 GROUPS = {

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from pipelines.cli.flags import PlanFlags
 from pipelines.cli.plan import (
     Job,
     Rows,
@@ -20,13 +19,15 @@ from pipelines.cli.plan import (
     rows_of,
     shape_of,
 )
+from pipelines.cli.plan_flags import PlanFlags
 from pipelines.cli.plan_signals import amounts
 from pipelines.recipe.load import load_recipe
 from pipelines.recipe.model import Recipe
 from pipelines.run.messages import make_console
 from pipelines.signals.costs import PASSES, column_bytes, costs
 from rcd_core.errors import UserError
-from rcd_core.training.plan import ADAM, FP32, MEMORY, USABLE, fits, peak
+from rcd_core.training.costs import peak
+from rcd_core.training.plan import ADAM, FP32, MEMORY, USABLE, fits
 
 CHECKPOINTS = 3  # that a training keeps at most: two, and the one that it writes
 

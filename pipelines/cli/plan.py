@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.cli.flags import PlanFlags, SignalsPlanFlags, TrainPlanFlags
+from pipelines.cli.plan_flags import PlanFlags, SignalsPlanFlags, TrainPlanFlags
 from pipelines.recipe.load import load_recipe
 from pipelines.recipe.model import Recipe
 from pipelines.run.directory import RunDirectory
@@ -25,20 +25,9 @@ from rcd_core.families.convert import convertible
 from rcd_core.families.files import read_json
 from rcd_core.families.loading import checkpoint_directory, family_of
 from rcd_core.io.hub import is_hub_id, split_hub_id
+from rcd_core.training.costs import TrainingCost, extra_forwards, training_cost
 from rcd_core.training.disk import most_bytes
-from rcd_core.training.plan import (
-    FP32,
-    MEMORY,
-    USABLE,
-    Memory,
-    ModelShape,
-    TrainingCost,
-    extra_forwards,
-    fits,
-    memory,
-    step_shape,
-    training_cost,
-)
+from rcd_core.training.plan import FP32, MEMORY, USABLE, Memory, ModelShape, fits, memory, step_shape
 from rcd_core.training.settings import ResidualSettings, TrainSettings
 
 MAX_GPUS = 1024

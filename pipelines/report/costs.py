@@ -18,7 +18,8 @@ from pipelines.run.stages import stages_of
 from rcd_core.errors import UserError
 from rcd_core.families.loading import family_of
 from rcd_core.io import storage
-from rcd_core.training.plan import ModelShape, extra_forwards, forward_flops
+from rcd_core.training.costs import extra_forwards, forward_flops
+from rcd_core.training.plan import ModelShape
 
 Costs = dict[str, Any]
 NOTE = (

@@ -20,7 +20,8 @@ from pipelines.recipe.model import Recipe
 from pipelines.signals.costs import Volume, column_bytes
 from pipelines.signals.plan import GROUP_BATCHES, plan_shards, planned_rows
 from rcd_core.io import storage
-from rcd_core.training.plan import ModelShape, training_cost
+from rcd_core.training.costs import training_cost
+from rcd_core.training.plan import ModelShape
 
 PREPARED_BYTES = 8  # per token in Ray's object store: id and label, int32
 PROBLEMS = 500  # MATH-500

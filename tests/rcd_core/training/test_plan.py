@@ -14,6 +14,7 @@ from rcd_core.errors import UserError
 from rcd_core.families.base import CheckpointInfo
 from rcd_core.families.config import ModelConfig
 from rcd_core.families.loading import load_model, new_model
+from rcd_core.training.costs import training_cost
 from rcd_core.training.lora import add_adapters
 from rcd_core.training.meter import Meter
 from rcd_core.training.plan import (
@@ -26,7 +27,6 @@ from rcd_core.training.plan import (
     layer_activations,
     memory,
     step_shape,
-    training_cost,
 )
 from rcd_core.training.settings import LoraSettings, TrainSettings
 from tests.rcd_core.training import peak_memory
