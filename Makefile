@@ -46,11 +46,12 @@ test: $(VENV)/.dev
 	@$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
 
 test-extras: $(VENV)/.dev
-	@$(BIN)/pip install -q -c constraints.txt -e ".[gguf,lora,quantise,wandb,mlflow,trackio]"
+	@$(BIN)/pip install -q -c constraints.txt -e ".[gguf,lora,quantise,wandb,mlflow,trackio,checks]"
 	@$(PYTEST) -m "" tests/rcd_core/training/test_lora.py tests/rcd_core/families/test_quantise.py \
 		tests/rcd_core/families/test_convert.py tests/pipelines/test_train.py tests/pipelines/test_smollm2.py \
 		tests/pipelines/training/test_trackers.py \
 		-k "lora or adapter or quantise or convert or smollm2 or wandb or mlflow or trackio"
+	@$(PYTEST) tests/cluster/test_kuberay.py tests/cluster/test_launcher.py
 
 test-faults: $(VENV)/.dev
 	@$(PYTEST) -m faults -s

@@ -95,7 +95,8 @@ def test_scratch_is_a_directory_that_exists(name: str) -> None:
     assert made[0][7:] == [outside, f"{outside}/tmp"]
     variables = dict(o.split()[1].split("=") for o in raw["docker"]["run_options"] if o.startswith("--env"))
     assert variables["TMPDIR"] == f"{inside}/tmp"
-    assert all(variables[name].startswith(f"{inside}/") for name in (CACHE, "HF_HUB_CACHE"))
+    assert all(variables[name].startswith(f"{inside}/") for name in (CACHE, "HF_HOME"))
+    assert variables["HF_TOKEN_PATH"] == "/home/ray/.hub_token", "the container's ~/.hub_token, as in file_mounts"
 
 
 @pytest.mark.parametrize("name", ["aws", "gcp"])
