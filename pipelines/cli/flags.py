@@ -49,15 +49,16 @@ ALIASES = {
 }
 
 
-def _decode_flags() -> dict[str, Any]:
-    """A flag for every field of DecodeSettings."""
-    section = _section("Decoding", "Without a default here: the checkpoint's, else off.", sort_key=9)
+def _decode_flags(served: bool = False) -> dict[str, Any]:
+    """A flag for every field of DecodeSettings. served: a server has defaults of its own."""
+    about = "Without a value: the served model's." if served else "Without a default here: the checkpoint's, else off."
+    section = _section("Decoding", about, sort_key=9)
     integers = {int: Int, int | None: Int | None, tuple[int, ...] | None: tuple[Int, ...] | None}
     hints, flags = get_type_hints(DecodeSettings), {}
     for setting in dataclasses.fields(DecodeSettings):
         name, default = setting.name, setting.default
         text = DESCRIPTIONS["DecodeSettings"][name].replace("null:", "default:")
-        if default is not None and default is not False:
+        if default is not None and default is not False and not served:
             text += f" Default: {default}."
         options = {"negative_bool": "no-", "consume_multiple": name == "stop_token_ids", "alias": ALIASES.get(name)}
         flags[name] = Annotated[integers.get(hints[name], hints[name]), section(text, **options)]
@@ -66,11 +67,13 @@ def _decode_flags() -> dict[str, Any]:
 
 if TYPE_CHECKING:
     DecodeFlags = dict[str, Any]
+    ServedFlags = dict[str, Any]
 else:  # a dictionary of the flags that were given: which ones is needed where defaults depend on the checkpoint
     DecodeFlags = Annotated[TypedDict("DecodeFlags", _decode_flags(), total=False), Flags]
+    ServedFlags = Annotated[TypedDict("ServedFlags", _decode_flags(served=True), total=False), Flags]
 
 
-def decode_settings(flags: DecodeFlags) -> dict[str, Any]:
+def decode_settings(flags: dict[str, Any]) -> dict[str, Any]:
     """The settings given as flags, for DecodeSettings(**...), which checks them."""
     return flags | {"top_k": None} if flags.get("top_k") == 0 else dict(flags)  # the authors' scripts write 0 for off
 
@@ -134,7 +137,7 @@ class ChatFlags:
     raw: Annotated[bool, TURN("Continue the text without a chat template (/v1/completions).")] = False
     infill: Annotated[bool, TURN("Fill the <|MASK|> tokens of the text, and add nothing.")] = False
     no_show: Annotated[bool, OUTPUT("Do not draw the denoising in a terminal.", name="--no-show")] = False
-    decode: DecodeFlags = dataclasses.field(default_factory=dict)
+    decode: ServedFlags = dataclasses.field(default_factory=dict)
 
 
 CHECKPOINTS = _section("Checkpoints", "Directories, URIs or hub ids.", sort_key=1)
@@ -234,12 +237,7 @@ class CalibrateFlags:
 
 
 FLAG = _section("Flags")
-RECIPE = FLAG("Name of a shipped recipe, or a YAML file.")
-SET = FLAG("Change a key of the recipe; repeatable.", metavar="KEY=VALUE")
 STATE = FLAG("File that remembers the running head.", metavar="FILE")
-EXAMPLES = FLAG("Training examples, if the stage prepare has not run.")
-TOKENS = FLAG("Mean tokens of an example. Default: data.max_length.")
-MFU = FLAG("Model FLOPs utilisation: achieved share of the peak.")
 
 
 @dataclass(frozen=True)
@@ -259,7 +257,7 @@ class ReportFlags:
 class RunsFlags:
     """List runs and the state of their stages."""
 
-    storage: Annotated[str, FLAG("Absolute directory or URI of the runs.", metavar="DIR")] = "~/rcd-runs"
+    storage: Annotated[str, FLAG("Directory or URI of the runs.", metavar="DIR")] = "~/rcd-runs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,58 +292,3 @@ class ServeCheckFlags:
     """
 
     config: Annotated[str, FLAG("YAML file for `serve deploy`.")]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanFlags:
-    """Time, GPU hours, memory and disk of a recipe's stages, before any work.
-
-    rcd plan --recipe sdar-4b-b32 --examples 100000 --example_tokens 3000 --device H100
-
-    Nothing is downloaded: sizes of known checkpoints ship with the package.
-    """
-
-    recipe: Annotated[str, RECIPE]
-    set: Annotated[tuple[str, ...], SET] = ()
-    device: Annotated[Device, FLAG("GPU.")] = "H100"
-    gpus: Annotated[Int | None, FLAG("Number of GPUs. Default: resources.num_workers.")] = None
-    mfu: Annotated[float, MFU] = 0.4
-    examples: Annotated[Int | None, EXAMPLES] = None
-    example_tokens: Annotated[float | None, TOKENS] = None
-    vocab_size: Annotated[Int | None, FLAG("Vocabulary, if the tokenizer is not on this machine.")] = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class SignalsPlanFlags:
-    """Estimate rows, bytes, device hours and break-even of a signal cache.
-
-    rcd signals plan --recipe demo
-    """
-
-    recipe: Annotated[str, RECIPE]
-    set: Annotated[tuple[str, ...], SET] = ()
-    peak_tflops: Annotated[float, FLAG("Peak of the device; 989 is an H100 in dense bf16.")] = 989.0
-    mfu: Annotated[float, MFU] = 0.4
-    examples: Annotated[Int | None, EXAMPLES] = None
-    example_tokens: Annotated[float | None, TOKENS] = None
-    reference_params: Annotated[float | None, FLAG("Parameters of a reference that is not on this machine.")] = None
-    target_params: Annotated[float | None, FLAG("Parameters of a target that is not on this machine.")] = None
-    storage_hours: Annotated[float, FLAG("Cost of keeping the cache, in device hours.")] = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainPlanFlags:
-    """Estimate bytes per GPU by strategy, the fewest GPUs, FLOPs and hours of a training.
-
-    rcd train plan --recipe sdar-8b-b64 --device H100 --mfu 0.4
-    rcd train plan --recipe demo --gpus 4 --set target.train.strategy=fsdp2
-    """
-
-    recipe: Annotated[str, RECIPE]
-    set: Annotated[tuple[str, ...], SET] = ()
-    device: Annotated[Device, FLAG("GPU.")] = "H100"
-    gpus: Annotated[Int | None, FLAG("Number of GPUs. Default: resources.num_workers.")] = None
-    mfu: Annotated[float, MFU] = 0.4
-    examples: Annotated[Int | None, EXAMPLES] = None
-    example_tokens: Annotated[float | None, TOKENS] = None
-    vocab_size: Annotated[Int | None, FLAG("Vocabulary, if the tokenizer is not on this machine.")] = None

@@ -1,4 +1,5 @@
-"""The `rcd` command. Flags are declared in flags.py and file_flags.py; modules are imported when their command runs."""
+"""The `rcd` command. Flags are declared in flags.py, file_flags.py and plan_flags.py; other modules are imported when
+their command runs."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 
-from pipelines.cli import file_flags, flags
+from pipelines.cli import file_flags, flags, plan_flags
 from pipelines.run.messages import user_message
 
 # Flags -> function in pipelines.cli that takes them and returns the exit code.
@@ -26,14 +27,14 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "export": (file_flags.ExportFlags, "export:export"),
     "fit": (file_flags.FitFlags, "fit:fit"),
     "generate": (flags.GenerateFlags, "generate:generate"),
-    "plan": (flags.PlanFlags, "overview:plan"),
+    "plan": (plan_flags.PlanFlags, "overview:plan"),
     "push": (file_flags.PushFlags, "push:push"),
     "report": (flags.ReportFlags, "report:report"),
     "runs": (flags.RunsFlags, "runs:runs"),
     "serve check": (flags.ServeCheckFlags, "serve:check"),
     "signals inspect": (file_flags.SignalsInspectFlags, "signals:inspect"),
-    "signals plan": (flags.SignalsPlanFlags, "plan_signals:plan_signals"),
-    "train plan": (flags.TrainPlanFlags, "plan:plan_training"),
+    "signals plan": (plan_flags.SignalsPlanFlags, "plan_signals:plan_signals"),
+    "train plan": (plan_flags.TrainPlanFlags, "plan:plan_training"),
     "up": (flags.UpFlags, "local:up"),
 }
 GROUPS = {

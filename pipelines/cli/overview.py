@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from pipelines.cli.flags import PlanFlags
 from pipelines.cli.plan import (
     Job,
     Rows,
@@ -20,6 +19,7 @@ from pipelines.cli.plan import (
     rows_of,
     shape_of,
 )
+from pipelines.cli.plan_flags import PlanFlags
 from pipelines.cli.plan_signals import amounts
 from pipelines.recipe.load import load_recipe
 from pipelines.recipe.model import Recipe

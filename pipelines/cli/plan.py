@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.cli.flags import PlanFlags, SignalsPlanFlags, TrainPlanFlags
+from pipelines.cli.plan_flags import PlanFlags, SignalsPlanFlags, TrainPlanFlags
 from pipelines.recipe.load import load_recipe
 from pipelines.recipe.model import Recipe
 from pipelines.run.directory import RunDirectory

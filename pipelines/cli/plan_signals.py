@@ -6,8 +6,8 @@ from typing import Any
 
 from rich.console import Console
 
-from pipelines.cli.flags import SignalsPlanFlags
 from pipelines.cli.plan import Rows, device_time, rows_of, shape_of
+from pipelines.cli.plan_flags import SignalsPlanFlags
 from pipelines.recipe.load import load_recipe
 from pipelines.recipe.model import Recipe
 from pipelines.signals.costs import PASSES, Volume, column_bytes, costs, volume

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pipelines.recipe.deploy import DeploySettings
+from pipelines.recipe.files import RUN_NAME
 from pipelines.recipe.resources import Resources
 from pipelines.recipe.types import (
     Baseline,
@@ -230,7 +231,7 @@ class Training:
 class Recipe(Section):
     """Top-level keys."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=RUN_NAME)]
     """Name of the run; its directory is `<storage>/<name>`."""
     storage: str = "~/rcd-runs"  # load.parse_recipe expands the user's home
     """Absolute directory or URI (`s3://`, `gs://`) that every node can access."""

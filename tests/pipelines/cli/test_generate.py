@@ -16,8 +16,9 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from pipelines.cli import main as cli
-from pipelines.cli.flags import CalibrateFlags, GenerateFlags, TrainPlanFlags, decode_settings
+from pipelines.cli.flags import CalibrateFlags, GenerateFlags, decode_settings
 from pipelines.cli.live_view import printable
+from pipelines.cli.plan_flags import TrainPlanFlags
 from rcd_core import Decoder, DecodeSettings, load_model
 from rcd_core.calibration.distance import Match
 from rcd_core.decode_settings import DecodeAttention
