@@ -24,6 +24,7 @@ from pipelines.calibration.inputs import held_out_problems, make_jobs
 from pipelines.calibration.job import CalibrationJob, calibrate_model
 from pipelines.report.calibration import html_page, summary_line
 from pipelines.run.directory import StageContext
+from pipelines.run.progress import Countdown, StillWorking
 from rcd_core.io import storage
 from rcd_core.io.retries import be_patient
 from rcd_core.tasks import Problem
@@ -66,15 +67,18 @@ def _compute(ctx: StageContext, jobs: list[CalibrationJob], problems: list[Probl
     )(_patient)
     shared, waiting = ray.put(problems), list(jobs)
     running: dict[Any, CalibrationJob] = {}
+    countdown = Countdown(ctx.console, ctx.stage, len(jobs), "models")
     while waiting or running:
         while waiting and len(running) < resources.evaluate_actors:
             job = waiting.pop(0)
             running[task.options(name=f"calibrate {job.stage}").remote(job, shared)] = job
-        (done,), _ = ray.wait(list(running))
+        with StillWorking(ctx.console, f"calibrate: {', '.join(job.stage for job in running.values())}"):
+            (done,), _ = ray.wait(list(running))
         job = running.pop(done)
         result = ray.get(done)
         line = summary_line(result) if job.calibrated else "discarded predictions measured"
         ctx.console.print(f"  calibrate: {job.stage}: {line}", markup=False, soft_wrap=True)
+        countdown.add()
         yield job.stage, result
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import asdict, replace
@@ -38,6 +37,7 @@ from pipelines.ray_cluster.waiting import WaitReporter
 from pipelines.recipe.settings_files import provenance
 from pipelines.report.evaluation import print_tables, write_evaluation
 from pipelines.run.directory import StageContext
+from pipelines.run.progress import Countdown
 from rcd_core.io import storage
 
 BASELINE = "seqd"
@@ -255,18 +255,13 @@ def _run_actors(ctx: StageContext, plan: Plan, place: Callable[[], dict[str, Any
     data.context.execution_no_progress_timeout_s = -1
     batches: Any = data.iter_batches(batch_size=None, batch_format="pyarrow")
     total = sum(len(piece.items) for piece in plan.pieces)
-    done, tenths, started = 0, 0, time.monotonic()
+    countdown = Countdown(ctx.console, ctx.stage, total, "answers decoded")
     pool = describe_bundles(list(plan.bundles) * actors)
     what = f"evaluate: waiting for {len(plan.pieces[0].items)} answers, of up to {pool},"
     with WaitReporter(ctx.console, what, len(plan.pieces)) as waiting:
         for batch in batches:
             waiting.progress()
-            done += pc.sum(batch["answers"]).as_py()
-            if done * 10 // total > tenths:
-                tenths = done * 10 // total
-                rate = done / (time.monotonic() - started)
-                left = f", {rate:.0f} a second, {(total - done) / rate:.0f} s left" if done < total else ""
-                ctx.console.print(f"  evaluate: {done} of {total} answers decoded{left}")
+            countdown.add(pc.sum(batch["answers"]).as_py())
 
 
 def _in_order(decoded: pa.Table, methods: Sequence[Method]) -> pa.Table:

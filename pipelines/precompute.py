@@ -28,6 +28,7 @@ from ray.data.exceptions import ExecutionTimeoutError
 from pipelines.ray_cluster.resources import describe_bundles
 from pipelines.ray_cluster.waiting import WaitReporter
 from pipelines.run.directory import StageContext
+from pipelines.run.progress import Countdown
 from pipelines.signals.actor import SignalActor
 from pipelines.signals.files import remove_leftovers, remove_shard
 from pipelines.signals.plan import SignalJob, make_job
@@ -51,11 +52,11 @@ def run(ctx: StageContext) -> dict[str, Any]:
     num_done = job.num_shards - len(missing)
     if num_done:
         ctx.console.print(f"  signals: {num_done} of {job.num_shards} shards exist already")
-    for count, (shard, sidecar) in enumerate(_compute(ctx, job, missing), start=1):
+    countdown = Countdown(ctx.console, ctx.stage, job.num_shards, "shards", num_done)
+    for shard, sidecar in _compute(ctx, job, missing):
         summary.add(shard, sidecar)
         sidecars.add(shard, sidecar)
-        if count % max(1, len(missing) // 10) == 0:
-            ctx.console.print(f"  signals: {num_done + count} of {job.num_shards} shards")
+        countdown.add()
     sidecars.save()
     if not storage.is_object_store(job.directory):
         remove_leftovers(job.directory, storage.listing(job.directory))

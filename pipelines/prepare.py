@@ -37,6 +37,7 @@ from pipelines.data.sources import (
 )
 from pipelines.recipe.model import Recipe
 from pipelines.run.directory import StageContext
+from pipelines.run.progress import Countdown, StillWorking
 from rcd_core.errors import UserError
 from rcd_core.io import storage
 from rcd_core.tasks import SPLITS, get_task
@@ -60,7 +61,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
         Encoder(get_task(ctx.recipe.data.task_of(split)), tokenizer, 1, 1)
     encoded = {}
     for split in sources:
-        with ctx.console.status(f"prepare: tokenising the {split} rows"):
+        with StillWorking(ctx.console, f"prepare: tokenising the {split} rows"):
             encoded[split] = encode(ctx, split, sources[split]).materialize()
     counts = _write_bad_rows(ctx, encoded)
     files: dict[str, list[str]] = {split: [] for split in SPLITS}
@@ -68,8 +69,8 @@ def run(ctx: StageContext) -> dict[str, Any]:
     chunks: dict[str, list[int]] = {name: [] for name in ("file", "rows", "tokens", "labelled")}
     fingerprint = hashlib.sha256(tokenizer_sha256(tokenizer).encode())
     for split in sources:
-        with ctx.console.status(f"prepare: writing the {split} examples"):
-            files[split], counted = _write(ctx, split, encoded[split], fingerprint, chunks, held_out)
+        countdown = Countdown(ctx.console, f"prepare: writing the {split} examples", counts[split]["rows"], "rows")
+        files[split], counted = _write(ctx, split, encoded[split], fingerprint, chunks, held_out, countdown)
         counts[split] |= counted
     fingerprint.update(str(chunks["rows"]).encode())  # the order of training rows depends on them
     return {
@@ -95,7 +96,7 @@ def _save_tokenizer(ctx: StageContext, sources: list[Source]) -> Any:
         if convert:
             add_mask_token(tokenizer, convert.mask_token)
     else:
-        with ctx.console.status("prepare: training the tokenizer"):
+        with StillWorking(ctx.console, "prepare: training the tokenizer"):
             tokenizer = train_tokenizer(training_texts(ctx.recipe, sources, TOKENIZER_ROWS), settings.vocab_size)
     with tempfile.TemporaryDirectory() as directory:
         tokenizer.save_pretrained(directory)
@@ -147,6 +148,7 @@ def _write(
     fingerprint: Any,
     chunks: dict[str, list[int]],
     held_out: list[str],
+    countdown: Countdown,
 ) -> tuple[list[str], dict[str, int]]:
     """Write files of ROWS_PER_FILE rows in the order of example ids. Returns file names and counts.
 
@@ -158,6 +160,7 @@ def _write(
     previous, copies, num_examples, num_duplicates = "", 0, 0, 0
     remaining = ctx.recipe.data.num_validation if split == "train" else 0
     for table in in_order(encoded, SCHEMAS[split], "example_id", ROWS_PER_FILE):
+        countdown.add(len(table))
         ids, keep = [], []
         for example_id in table["example_id"].to_pylist():
             copies = copies + 1 if example_id == previous else 0

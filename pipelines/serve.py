@@ -27,6 +27,7 @@ from ray.serve.schema import ApplicationStatus
 from pipelines.ray_cluster.resources import wait_for_resources
 from pipelines.recipe.model import Recipe
 from pipelines.run.directory import StageContext
+from pipelines.run.progress import StillWorking
 from pipelines.serving.api_keys import api_keys
 from pipelines.serving.description import describe
 from pipelines.serving.graph import api_limits, application
@@ -58,8 +59,9 @@ def run(ctx: StageContext) -> dict[str, Any]:
             say=ctx.console.print,
         )
         about = {"recipe": recipe.name, "key": ctx.key, "example": _example(ctx), "ingress": ingress}
-        serve.run(application(description, limits, about), name=recipe.name, route_prefix="/", blocking=False)
-        _wait_until_ready(recipe)
+        with StillWorking(ctx.console, f"deploy: {len(description.models)} models start"):
+            serve.run(application(description, limits, about), name=recipe.name, route_prefix="/", blocking=False)
+            _wait_until_ready(recipe)
     return {"endpoint": endpoint(recipe), "application": recipe.name, "example": _example(ctx)}
 
 
