@@ -15,8 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # before the slow imports: the driver imports this file again when its stage runs
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # not pipelines/, whose file names are too common
+    from pipelines.run.driver import stage_main
+
+    stage_main("calibrate")
 
 import ray
 
@@ -80,9 +83,3 @@ def _compute(ctx: StageContext, jobs: list[CalibrationJob], problems: list[Probl
         ctx.console.print(f"  calibrate: {job.stage}: {line}", markup=False, soft_wrap=True)
         countdown.add()
         yield job.stage, result
-
-
-if __name__ == "__main__":
-    from pipelines.run.driver import stage_main
-
-    stage_main("calibrate")

@@ -19,8 +19,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # before the slow imports: the driver imports this file again when its stage runs
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # not pipelines/, whose file names are too common
+    from pipelines.run.driver import stage_main
+
+    stage_main("evaluate")
 
 import json
 
@@ -278,9 +281,3 @@ def _hardware(ctx: StageContext, decoded: pa.Table) -> dict[str, Any]:
         "actors": ctx.recipe.resources.evaluate_actors,
         "batch_size": ctx.recipe.evaluate.batch_size,
     }
-
-
-if __name__ == "__main__":
-    from pipelines.run.driver import stage_main
-
-    stage_main("evaluate")

@@ -18,8 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # before the slow imports: the driver imports this file again when its stage runs
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # not pipelines/, whose file names are too common
+    from pipelines.run.driver import stage_main
+
+    stage_main("signals", "signals-*")
 
 import ray.data
 from ray.data import ActorPoolStrategy
@@ -118,9 +121,3 @@ def _compute(ctx: StageContext, job: SignalJob, shards: list[int]) -> Iterator[t
                 f"signals: no shard was finished for {timeout_s:g} s, resources.no_progress_timeout_s; raise it, set "
                 "it to null to wait for ever, or lower signals.shard_mb; the finished shards are kept"
             ) from error
-
-
-if __name__ == "__main__":
-    from pipelines.run.driver import stage_main
-
-    stage_main("signals", "signals-*")

@@ -17,8 +17,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # before the slow imports: the driver imports this file again when its stage runs
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # not pipelines/, whose file names are too common
+    from pipelines.run.driver import stage_main
+
+    stage_main("prepare")
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -214,9 +217,3 @@ def _digest(table: pa.Table, digest: Any) -> None:
             digest.update("\0".join(column.to_pylist()).encode())
         else:
             digest.update(column.to_numpy().astype("<i4").tobytes())
-
-
-if __name__ == "__main__":
-    from pipelines.run.driver import stage_main
-
-    stage_main("prepare")

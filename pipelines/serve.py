@@ -16,8 +16,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # before the slow imports: the driver imports this file again when its stage runs
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # not pipelines/, whose file names are too common
+    from pipelines.run.driver import stage_main
+
+    stage_main("deploy")
 
 import httpx
 from ray import serve
@@ -181,9 +184,3 @@ def _wait_until_ready(recipe: Recipe) -> None:
                 "start the job on the head node, or set deploy.host to an address that it can reach"
             )
         time.sleep(0.2)
-
-
-if __name__ == "__main__":
-    from pipelines.run.driver import stage_main
-
-    stage_main("deploy")
