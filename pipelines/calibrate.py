@@ -15,8 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # before the slow imports: the driver imports this file again when its stage runs
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # not pipelines/, whose file names are too common
+    from pipelines.run.driver import stage_main
+
+    stage_main("calibrate")
 
 import ray
 
@@ -24,6 +27,7 @@ from pipelines.calibration.inputs import held_out_problems, make_jobs
 from pipelines.calibration.job import CalibrationJob, calibrate_model
 from pipelines.report.calibration import html_page, summary_line
 from pipelines.run.directory import StageContext
+from pipelines.run.progress import Countdown, StillWorking
 from rcd_core.io import storage
 from rcd_core.io.retries import be_patient
 from rcd_core.tasks import Problem
@@ -66,19 +70,16 @@ def _compute(ctx: StageContext, jobs: list[CalibrationJob], problems: list[Probl
     )(_patient)
     shared, waiting = ray.put(problems), list(jobs)
     running: dict[Any, CalibrationJob] = {}
+    countdown = Countdown(ctx.console, ctx.stage, len(jobs), "models")
     while waiting or running:
         while waiting and len(running) < resources.evaluate_actors:
             job = waiting.pop(0)
             running[task.options(name=f"calibrate {job.stage}").remote(job, shared)] = job
-        (done,), _ = ray.wait(list(running))
+        with StillWorking(ctx.console, f"calibrate: {', '.join(job.stage for job in running.values())}"):
+            (done,), _ = ray.wait(list(running))
         job = running.pop(done)
         result = ray.get(done)
         line = summary_line(result) if job.calibrated else "discarded predictions measured"
         ctx.console.print(f"  calibrate: {job.stage}: {line}", markup=False, soft_wrap=True)
+        countdown.add()
         yield job.stage, result
-
-
-if __name__ == "__main__":
-    from pipelines.run.driver import stage_main
-
-    stage_main("calibrate")

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import sys
-import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
@@ -22,8 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # before the slow imports: the driver imports this file again when its stage runs
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # not pipelines/, whose file names are too common
+    from pipelines.run.driver import stage_main
+
+    stage_main("evaluate")
 
 import json
 
@@ -44,6 +46,7 @@ from pipelines.report.costs import training_costs
 from pipelines.report.evaluation import print_tables, write_evaluation
 from pipelines.report.examples import examples_of
 from pipelines.run.directory import StageContext
+from pipelines.run.progress import Countdown
 from rcd_core.io import storage
 
 PIECE_SIZE = (
@@ -226,18 +229,13 @@ def _run_actors(ctx: StageContext, plan: Plan, place: Callable[[], dict[str, Any
     data.context.execution_no_progress_timeout_s = -1
     batches: Any = data.iter_batches(batch_size=None, batch_format="pyarrow")
     total = sum(len(piece.items) for piece in plan.pieces)
-    done, tenths, started = 0, 0, time.monotonic()
+    countdown = Countdown(ctx.console, ctx.stage, total, "answers decoded")
     pool = describe_bundles(list(plan.bundles) * actors)
     what = f"evaluate: waiting for {len(plan.pieces[0].items)} answers, of up to {pool},"
     with WaitReporter(ctx.console, what, len(plan.pieces)) as waiting:
         for batch in batches:
             waiting.progress()
-            done += pc.sum(batch["answers"]).as_py()
-            if done * 10 // total > tenths:
-                tenths = done * 10 // total
-                rate = done / (time.monotonic() - started)
-                left = f", {rate:.0f} a second, {(total - done) / rate:.0f} s left" if done < total else ""
-                ctx.console.print(f"  evaluate: {done} of {total} answers decoded{left}")
+            countdown.add(pc.sum(batch["answers"]).as_py())
 
 
 def _in_order(decoded: pa.Table, methods: Sequence[Method]) -> pa.Table:
@@ -254,9 +252,3 @@ def _hardware(ctx: StageContext, decoded: pa.Table) -> dict[str, Any]:
         "actors": ctx.recipe.resources.evaluate_actors,
         "batch_size": ctx.recipe.evaluate.batch_size,
     }
-
-
-if __name__ == "__main__":
-    from pipelines.run.driver import stage_main
-
-    stage_main("evaluate")

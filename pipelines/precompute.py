@@ -18,8 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # before the slow imports: the driver imports this file again when its stage runs
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # not pipelines/, whose file names are too common
+    from pipelines.run.driver import stage_main
+
+    stage_main("signals", "signals-*")
 
 import ray.data
 from ray.data import ActorPoolStrategy
@@ -28,6 +31,7 @@ from ray.data.exceptions import ExecutionTimeoutError
 from pipelines.ray_cluster.resources import describe_bundles
 from pipelines.ray_cluster.waiting import WaitReporter
 from pipelines.run.directory import StageContext
+from pipelines.run.progress import Countdown
 from pipelines.signals.actor import SignalActor
 from pipelines.signals.files import remove_leftovers, remove_shard
 from pipelines.signals.plan import SignalJob, make_job
@@ -51,11 +55,11 @@ def run(ctx: StageContext) -> dict[str, Any]:
     num_done = job.num_shards - len(missing)
     if num_done:
         ctx.console.print(f"  signals: {num_done} of {job.num_shards} shards exist already")
-    for count, (shard, sidecar) in enumerate(_compute(ctx, job, missing), start=1):
+    countdown = Countdown(ctx.console, ctx.stage, job.num_shards, "shards", num_done)
+    for shard, sidecar in _compute(ctx, job, missing):
         summary.add(shard, sidecar)
         sidecars.add(shard, sidecar)
-        if count % max(1, len(missing) // 10) == 0:
-            ctx.console.print(f"  signals: {num_done + count} of {job.num_shards} shards")
+        countdown.add()
     sidecars.save()
     if not storage.is_object_store(job.directory):
         remove_leftovers(job.directory, storage.listing(job.directory))
@@ -117,9 +121,3 @@ def _compute(ctx: StageContext, job: SignalJob, shards: list[int]) -> Iterator[t
                 f"signals: no shard was finished for {timeout_s:g} s, resources.no_progress_timeout_s; raise it, set "
                 "it to null to wait for ever, or lower signals.shard_mb; the finished shards are kept"
             ) from error
-
-
-if __name__ == "__main__":
-    from pipelines.run.driver import stage_main
-
-    stage_main("signals", "signals-*")

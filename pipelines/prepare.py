@@ -18,8 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # before the slow imports: the driver imports this file again when its stage runs
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # not pipelines/, whose file names are too common
+    from pipelines.run.driver import stage_main
+
+    stage_main("prepare")
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -39,6 +42,7 @@ from pipelines.data.sources import (
 )
 from pipelines.recipe.model import Recipe
 from pipelines.run.directory import StageContext
+from pipelines.run.progress import Countdown, StillWorking
 from rcd_core.errors import UserError
 from rcd_core.io import storage
 from rcd_core.tasks import SPLITS, get_task
@@ -62,7 +66,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
         Encoder(get_task(ctx.recipe.data.task_of(split)), tokenizer, 1, 1)
     encoded = {}
     for split in sources:
-        with ctx.console.status(f"prepare: tokenising the {split} rows"):
+        with StillWorking(ctx.console, f"prepare: tokenising the {split} rows"):
             directory = storage.join(ctx.directory, "tokenizer")
             encoded[split] = encode(ctx, split, sources[split], directory).materialize()
     counts = _write_bad_rows(ctx, encoded)
@@ -71,8 +75,8 @@ def run(ctx: StageContext) -> dict[str, Any]:
     chunks: dict[str, list[int]] = {name: [] for name in ("file", "rows", "tokens", "labelled")}
     fingerprint = hashlib.sha256(tokenizer_sha256(tokenizer).encode())
     for split in sources:
-        with ctx.console.status(f"prepare: writing the {split} examples"):
-            files[split], counted = _write(ctx, split, encoded[split], fingerprint, chunks, held_out)
+        countdown = Countdown(ctx.console, f"prepare: writing the {split} examples", counts[split]["rows"], "rows")
+        files[split], counted = _write(ctx, split, encoded[split], fingerprint, chunks, held_out, countdown)
         counts[split] |= counted
     fingerprint.update(str(chunks["rows"]).encode())  # the order of training rows depends on them
     return {
@@ -98,10 +102,11 @@ def run_task(ctx: StageContext) -> dict[str, Any]:
         storage.remove(storage.join(ctx.directory, "test"))
         directory = storage.join(ctx.input_dir("prepare"), "tokenizer")
         Encoder(get_task(recipe.data.task_of("test")), load_tokenizer(directory), 1, 1)
-        with ctx.console.status(f"{ctx.stage}: tokenising the rows"):
+        with StillWorking(ctx.console, f"{ctx.stage}: tokenising the rows"):
             encoded = {"test": encode(ctx, "test", source_files(recipe, "test"), directory).materialize()}
         counts, fingerprint = _write_bad_rows(ctx, encoded), hashlib.sha256()
-        files, counted = _write(ctx, "test", encoded["test"], fingerprint, {}, [])
+        countdown = Countdown(ctx.console, f"{ctx.stage}: writing the problems", counts["test"]["rows"], "rows")
+        files, counted = _write(ctx, "test", encoded["test"], fingerprint, {}, [], countdown)
     counts["test"] |= counted
     return {"test": files, "counts": counts, "fingerprint": fingerprint.hexdigest()}
 
@@ -117,7 +122,7 @@ def _save_tokenizer(ctx: StageContext, sources: list[Source]) -> Any:
         if convert:
             add_mask_token(tokenizer, convert.mask_token)
     else:
-        with ctx.console.status("prepare: training the tokenizer"):
+        with StillWorking(ctx.console, "prepare: training the tokenizer"):
             tokenizer = train_tokenizer(training_texts(ctx.recipe, sources, TOKENIZER_ROWS), settings.vocab_size)
     with tempfile.TemporaryDirectory() as directory:
         tokenizer.save_pretrained(directory)
@@ -169,6 +174,7 @@ def _write(
     fingerprint: Any,
     chunks: dict[str, list[int]],
     held_out: list[str],
+    countdown: Countdown,
 ) -> tuple[list[str], dict[str, int]]:
     """Write files of ROWS_PER_FILE rows in the order of example ids. Returns file names and counts.
 
@@ -180,6 +186,7 @@ def _write(
     previous, copies, num_examples, num_duplicates = "", 0, 0, 0
     remaining = ctx.recipe.data.num_validation if split == "train" else 0
     for table in in_order(encoded, SCHEMAS[split], "example_id", ROWS_PER_FILE):
+        countdown.add(len(table))
         ids, keep = [], []
         for example_id in table["example_id"].to_pylist():
             copies = copies + 1 if example_id == previous else 0
@@ -233,9 +240,3 @@ def _digest(table: pa.Table, digest: Any) -> None:
             digest.update("\0".join(column.to_pylist()).encode())
         else:
             digest.update(column.to_numpy().astype("<i4").tobytes())
-
-
-if __name__ == "__main__":
-    from pipelines.run.driver import stage_main
-
-    stage_main("prepare")

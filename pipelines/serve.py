@@ -16,8 +16,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # before the slow imports: the driver imports this file again when its stage runs
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # not pipelines/, whose file names are too common
+    from pipelines.run.driver import stage_main
+
+    stage_main("deploy")
 
 import httpx
 from ray import serve
@@ -27,6 +30,7 @@ from ray.serve.schema import ApplicationStatus
 from pipelines.ray_cluster.resources import wait_for_resources
 from pipelines.recipe.model import Recipe
 from pipelines.run.directory import StageContext
+from pipelines.run.progress import StillWorking
 from pipelines.serving.api_keys import api_keys
 from pipelines.serving.description import describe
 from pipelines.serving.graph import api_limits, application
@@ -58,8 +62,9 @@ def run(ctx: StageContext) -> dict[str, Any]:
             say=ctx.console.print,
         )
         about = {"recipe": recipe.name, "key": ctx.key, "example": _example(ctx), "ingress": ingress}
-        serve.run(application(description, limits, about), name=recipe.name, route_prefix="/", blocking=False)
-        _wait_until_ready(recipe)
+        with StillWorking(ctx.console, f"deploy: {len(description.models)} models start"):
+            serve.run(application(description, limits, about), name=recipe.name, route_prefix="/", blocking=False)
+            _wait_until_ready(recipe)
     return {"endpoint": endpoint(recipe), "application": recipe.name, "example": _example(ctx)}
 
 
@@ -183,9 +188,3 @@ def _wait_until_ready(recipe: Recipe) -> None:
                 "start the job on the head node, or set deploy.host to an address that it can reach"
             )
         time.sleep(0.2)
-
-
-if __name__ == "__main__":
-    from pipelines.run.driver import stage_main
-
-    stage_main("deploy")

@@ -15,8 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # before the slow imports: the driver imports this file again when its stage runs
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # not pipelines/, whose file names are too common
+    from pipelines.run.driver import stage_main
+
+    stage_main("base", "reference", "round-*", "target", "target-*", "baseline", "baseline-*")
 
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -133,9 +136,3 @@ def _fit(ctx: StageContext, job: TrainJob) -> None:
         trainer.fit()
     except TrainingFailedError as error:
         raise user_error(error, ctx.stage, resources.max_failures) from None
-
-
-if __name__ == "__main__":
-    from pipelines.run.driver import stage_main
-
-    stage_main("base", "reference", "round-*", "target", "target-*", "baseline", "baseline-*")

@@ -16,13 +16,16 @@ from pipelines.recipe.sources import SYNTHETIC
 from pipelines.report.calibration import html_page
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.errors import UserError
-from rcd_core.families.loading import checkpoint_directory
+from rcd_core.families.loading import checkpoint_directory, describe_checkpoint
 from rcd_core.io import storage
 from rcd_core.noise import NoiseSettings
 from rcd_core.process import ProcessSettings
 from rcd_core.tasks import Problem, get_task
 from rcd_core.tasks.rows import check_columns, read_rows
 from rcd_core.training.settings import SignalRule
+
+# Sources of a training whose alpha came from the model itself.
+OWN = ("self", "self_same", "on_policy", "loopholing")
 
 
 def calibrate(flags: CalibrateFlags) -> int:
@@ -61,6 +64,12 @@ def _job(flags: CalibrateFlags) -> CalibrationJob:
         raise UserError(
             f"--target {flags.target} is the output of a stage, whose T_res is that of the stage calibrate; give "
             "--dry_run, or a copy made by `rcd export`"
+        )
+    source = describe_checkpoint(target)[0].rcd.get("source")
+    if calibrated and source in OWN:
+        raise UserError(
+            f"--target {flags.target} was trained with residuals of its own predictions (rcd.source {source!r}), so "
+            "there is no reference to match and T_res stays 1; leave --reference out to measure what it discards"
         )
     return CalibrationJob(
         stage="target",

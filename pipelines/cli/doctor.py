@@ -35,6 +35,9 @@ _OPTIONAL = {  # package -> (feature, extra)
     "deepspeed": ("train.strategy deepspeed", "deepspeed"),
     "flash-attn": ("attention flash", "flash"),
     "lm_eval": ("the harness lm-eval", "lm-eval"),
+    "wandb": ("trackers: [wandb]", "wandb"),
+    "mlflow-skinny": ("trackers: [mlflow]", "mlflow"),
+    "trackio": ("trackers: [trackio]", "trackio"),
 }
 _UNTESTED = ("Darwin", "Windows")  # systems
 _PORTS = {6379: "rcd up (Ray)", 8265: "rcd up (dashboard)", 8000: "the HTTP endpoint"}

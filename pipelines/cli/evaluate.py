@@ -19,6 +19,7 @@ from pipelines.ray_cluster.connection import connect, temporary_cluster
 from pipelines.ray_cluster.resources import can_grow
 from pipelines.recipe.files import apply_overrides
 from pipelines.recipe.load import parse_recipe
+from pipelines.recipe.model import Recipe
 from pipelines.recipe.settings_files import read_settings, settings_names
 from pipelines.recipe.sources import SYNTHETIC
 from pipelines.report.endpoint import write_report
@@ -26,6 +27,8 @@ from pipelines.run.driver import run_recipe
 from pipelines.run.messages import make_console
 from rcd_core.errors import UserError
 from rcd_core.families.loading import describe_checkpoint
+from rcd_core.io import storage
+from rcd_core.tasks import get_task
 
 STAGES = ("prepare", "prepare-*", "reference", "target", "baseline", "evaluate")
 RESIDUAL_OFF = {
@@ -40,12 +43,24 @@ def evaluate(flags: EvaluateFlags) -> int:
     required = ("task", "test", "output", *(("model",) if flags.url else ()))
     if missing := ", ".join(f"--{name}" for name in required if not getattr(flags, name)):
         raise UserError(f"{missing} is not given; see rcd evaluate --help")
+    for name in flags.test:
+        _require_there(name)
+    if "synthetic" in flags.test and flags.num_examples is None:
+        raise UserError("--test synthetic has no end; give --num_examples")
     writable("--output", flags.output or "")
     if flags.url:
         return _evaluate_endpoint(flags.url, flags.model or "", flags)
     if flags.model or flags.baseline_model:
         raise UserError("--model and --baseline_model name models of an endpoint; give its --url")
     return _evaluate_checkpoints(flags)
+
+
+def _require_there(name: str) -> None:
+    """Of --test. What is on the hub or in a bucket is looked for with the recipe's other files."""
+    if name == "synthetic" or storage.is_uri(name) or os.path.exists(os.path.expanduser(name)):
+        return
+    here = "" if os.path.isabs(name) else f" in {os.getcwd()}"
+    raise UserError(f"--test: {name} does not exist{here}; give a file, a URI, hf://owner/name, or synthetic")
 
 
 def _list_settings() -> int:
@@ -103,12 +118,13 @@ def _command(flags: EvaluateFlags) -> str:
 
 def _evaluate_checkpoints(flags: EvaluateFlags) -> int:
     recipe = parse_recipe(recipe_of(flags), "of rcd evaluate")
+    require_positions(recipe, flags.target or flags.baseline or "")
     if flags.dry_run:
-        return run_recipe(recipe, STAGES, redo=flags.redo, dry_run=True)
+        return run_recipe(recipe, STAGES, keep="give another --output", redo=flags.redo, dry_run=True)
     with temporary_cluster(flags.address, flags.verbose):
         changes = {} if any(text.startswith("resources") for text in flags.set) else _resources(flags)
         recipe = recipe.model_copy(update={"resources": recipe.resources.model_copy(update=changes)})
-        return run_recipe(recipe, STAGES, redo=flags.redo, verbose=flags.verbose)
+        return run_recipe(recipe, STAGES, keep="give another --output", redo=flags.redo, verbose=flags.verbose)
 
 
 def recipe_of(flags: EvaluateFlags) -> dict[str, Any]:
@@ -153,6 +169,18 @@ def recipe_of(flags: EvaluateFlags) -> dict[str, Any]:
     }
     apply_overrides(raw, overrides(flags.set))
     return raw
+
+
+def require_positions(recipe: Recipe, target: str) -> None:
+    """Raise UserError for answers that leave no room for a prompt."""
+    decode = recipe.evaluate.decode
+    _, positions = describe_checkpoint(portable_path(target))
+    if not get_task(recipe.data.task_of("test")).infill and decode.max_new_tokens >= positions:
+        source = f" (of {recipe.evaluate.settings})" if recipe.evaluate.settings else ""
+        raise UserError(
+            f"evaluate.decode.max_new_tokens is {decode.max_new_tokens}{source}, but {target} has {positions} "
+            f"positions for prompt and answer together; lower it: --set decode.max_new_tokens={positions // 2}"
+        )
 
 
 def given(flags: EvaluateFlags, starts: Sequence[str] | None) -> dict[str, Any]:

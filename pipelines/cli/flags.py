@@ -49,15 +49,16 @@ ALIASES = {
 }
 
 
-def _decode_flags() -> dict[str, Any]:
-    """A flag for every field of DecodeSettings."""
-    section = _section("Decoding", "Without a default here: the checkpoint's, else off.", sort_key=9)
+def _decode_flags(served: bool = False) -> dict[str, Any]:
+    """A flag for every field of DecodeSettings. served: a server has defaults of its own."""
+    about = "Without a value: the served model's." if served else "Without a default here: the checkpoint's, else off."
+    section = _section("Decoding", about, sort_key=9)
     integers = {int: Int, int | None: Int | None, tuple[int, ...] | None: tuple[Int, ...] | None}
     hints, flags = get_type_hints(DecodeSettings), {}
     for setting in dataclasses.fields(DecodeSettings):
         name, default = setting.name, setting.default
         text = DESCRIPTIONS["DecodeSettings"][name].replace("null:", "default:")
-        if default is not None and default is not False:
+        if default is not None and default is not False and not served:
             text += f" Default: {default}."
         options = {"negative_bool": "no-", "consume_multiple": name == "stop_token_ids", "alias": ALIASES.get(name)}
         flags[name] = Annotated[integers.get(hints[name], hints[name]), section(text, **options)]
@@ -66,11 +67,13 @@ def _decode_flags() -> dict[str, Any]:
 
 if TYPE_CHECKING:
     DecodeFlags = dict[str, Any]
+    ServedFlags = dict[str, Any]
 else:  # a dictionary of the flags that were given: which ones is needed where defaults depend on the checkpoint
     DecodeFlags = Annotated[TypedDict("DecodeFlags", _decode_flags(), total=False), Flags]
+    ServedFlags = Annotated[TypedDict("ServedFlags", _decode_flags(served=True), total=False), Flags]
 
 
-def decode_settings(flags: DecodeFlags) -> dict[str, Any]:
+def decode_settings(flags: dict[str, Any]) -> dict[str, Any]:
     """The settings given as flags, for DecodeSettings(**...), which checks them."""
     return flags | {"top_k": None} if flags.get("top_k") == 0 else dict(flags)  # the authors' scripts write 0 for off
 
@@ -137,7 +140,7 @@ class ChatFlags:
     raw: Annotated[bool, TURN("Continue the text without a chat template (/v1/completions).")] = False
     infill: Annotated[bool, TURN("Fill the <|MASK|> tokens of the text, and add nothing.")] = False
     no_show: Annotated[bool, OUTPUT("Do not draw the denoising in a terminal.", name="--no-show")] = False
-    decode: DecodeFlags = dataclasses.field(default_factory=dict)
+    decode: ServedFlags = dataclasses.field(default_factory=dict)
 
 
 CHECKPOINTS = _section("Checkpoints", "Directories, URIs or hub ids.", sort_key=1)
@@ -240,12 +243,7 @@ class CalibrateFlags:
 
 
 FLAG = _section("Flags")
-RECIPE = FLAG("Name of a shipped recipe, or a YAML file.")
-SET = FLAG("Change a key of the recipe; repeatable.", metavar="KEY=VALUE")
 STATE = FLAG("File that remembers the running head.", metavar="FILE")
-EXAMPLES = FLAG("Training examples, if the stage prepare has not run.")
-TOKENS = FLAG("Mean tokens of an example. Default: data.max_length.")
-MFU = FLAG("Model FLOPs utilisation: achieved share of the peak.")
 
 
 @dataclass(frozen=True)
@@ -265,7 +263,7 @@ class ReportFlags:
 class RunsFlags:
     """List runs and the state of their stages."""
 
-    storage: Annotated[str, FLAG("Absolute directory or URI of the runs.", metavar="DIR")] = "~/rcd-runs"
+    storage: Annotated[str, FLAG("Directory or URI of the runs.", metavar="DIR")] = "~/rcd-runs"
 
 
 @dataclass(frozen=True, kw_only=True)

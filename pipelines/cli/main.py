@@ -1,4 +1,5 @@
-"""The `rcd` command. Flags are declared in flags.py and file_flags.py; modules are imported when their command runs."""
+"""The `rcd` command. Flags are declared in flags.py, file_flags.py and plan_flags.py; other modules are imported when
+their command runs."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from pipelines.recipe.load import load_recipe
 from pipelines.recipe.model import Recipe
 from pipelines.run.directory import RunDirectory
 from pipelines.run.messages import make_console
+from pipelines.run.progress import duration
 from rcd_core.errors import UserError
 from rcd_core.families.config import ModelConfig
 from rcd_core.families.convert import convertible
@@ -300,9 +301,4 @@ def cost_of(job: Job, rows: Rows, gpus: int, device: str, mfu: float) -> Trainin
 
 
 def device_time(hours: float) -> str:
-    """In the largest unit of which there are two or more, in seconds below that."""
-    for unit, size in (("days", 24.0), ("hours", 1.0), ("minutes", 1 / 60)):
-        if hours >= 2 * size:
-            return f"{hours / size:,.1f} {unit}"
-    seconds = hours * 3600
-    return f"{seconds:.0f} s" if seconds >= 10 or not seconds else f"{seconds:.2g} s"
+    return duration(3600 * hours)

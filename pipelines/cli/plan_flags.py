@@ -1,11 +1,17 @@
-"""Flags of the planning commands, as flags.py."""
+"""The flags of the commands that plan. As flags.py, it imports nothing slow."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated
 
-from pipelines.cli.flags import EXAMPLES, FLAG, MFU, RECIPE, SET, TOKENS, Device, Int
+from pipelines.cli.flags import FLAG, Device, Int
+
+EXAMPLES = FLAG("Training examples, if the stage prepare has not run.")
+TOKENS = FLAG("Mean tokens of an example. Default: data.max_length.")
+MFU = FLAG("Model FLOPs utilisation: achieved share of the peak.")
+RECIPE = FLAG("Name of a shipped recipe, or a YAML file.")
+SET = FLAG("Change a key of the recipe; repeatable.", metavar="KEY=VALUE")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 from rich.console import Console
 from rich.table import Table
 
 from pipelines.cli.flags import RunsFlags
+from pipelines.cli.terminal import absolute_path
 from pipelines.run.directory import RunDirectory
 from pipelines.run.lease import describe_lease, read_lease
 from rcd_core.errors import UserError
@@ -15,7 +14,7 @@ from rcd_core.io import storage
 
 
 def runs(flags: RunsFlags) -> int:
-    list_runs(os.path.expanduser(flags.storage), Console())
+    list_runs(absolute_path(flags.storage), Console())
     return 0
 
 

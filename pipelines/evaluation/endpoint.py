@@ -26,6 +26,7 @@ from pipelines.recipe.sources import data_files, source_list
 from pipelines.run.commits import ask_commit, hub_names, pinned
 from pipelines.run.directory import RunDirectory, StageContext
 from pipelines.run.keys import fingerprint, recipe_values
+from pipelines.run.progress import Countdown
 from rcd_core.errors import UserError
 from rcd_core.tasks import check_gradable, get_task
 
@@ -220,8 +221,10 @@ class _Collector:
         pool = ThreadPoolExecutor(concurrency)
         try:
             futures = [pool.submit(self._answer, method, threshold, *item, concurrency) for item in missing]
+            countdown = Countdown(self.console, method.info.title, len(missing), "requests")
             for future in as_completed(futures):
                 self.log.add(future.result())
+                countdown.add()
         finally:  # after an error or Ctrl-C: wait for running requests, send no others
             pool.shutdown(cancel_futures=True)
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from pipelines.recipe.files import ORIGIN, RUN_NAME
 from pipelines.recipe.types import Count, Positive, Section
 from rcd_core.decode_settings import DecodeAttention, DecodeSettings, Start, Weights
 
@@ -30,7 +31,7 @@ class IngressSettings(Section):
     """Seconds that a replaced replica has to end its requests; null: ten more than the longest deadline."""
 
 
-Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")]
+Origin = Annotated[str, Field(pattern=ORIGIN)]
 
 
 class DeploySettings(Section):
@@ -56,7 +57,7 @@ class DeploySettings(Section):
     """Default decoding settings of requests."""
     baseline: bool = False
     """Also serve the baseline, as `<model_id>-baseline`."""
-    models: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], DeployedModel] = {}
+    models: dict[Annotated[str, Field(pattern=RUN_NAME)], DeployedModel] = {}
     """Further models by id."""
     max_batch: Count = 32
     """Requests that a replica decodes at once; fewer when memory is short."""

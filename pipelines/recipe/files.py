@@ -19,6 +19,15 @@ from rcd_core.errors import UserError
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
+RUN_NAME, ENTRY_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$", r"^[A-Za-z0-9_]+$"
+ORIGIN = r"^(\*|https?://[^/\s]+)$"
+PATTERNS = {  # in words, for messages
+    RUN_NAME: "letters, digits and . _ -, with a letter or digit first",
+    ENTRY_NAME: "letters, digits and _",
+    ORIGIN: "* or an origin such as https://chat.example.org",
+}
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 scalars: 1e-3 is a number (YAML 1.1 reads a string); on, off and dates are strings."""
 
@@ -140,6 +149,8 @@ def _explain_one(detail: Any, model: type[BaseModel]) -> str:
     # Tags of unions (see types.ModelSource) are in angle brackets; they are no keys.
     loc = [str(part) for part in detail["loc"] if not str(part).startswith("<")]
     path, value, kind = ".".join(loc), detail["input"], detail["type"]
+    if loc and loc[-1] == "[key]":  # a name that is a key itself
+        path = f"{'.'.join(loc[:-2])}: the name"
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _keys_at(model, loc[:-1])
         return f"{path}: unknown key{suggestion(loc[-1], known)}; known here: {', '.join(known)}"
@@ -153,6 +164,8 @@ def _explain_one(detail: Any, model: type[BaseModel]) -> str:
             return f"{path}.{message[first.start(1) :]}"
         return f"{path}: {message}" if section else message
     allowed = re.sub(r"^(Input|String|Tuple|List) should", "it should", detail["msg"]).partition(" after validation")[0]
+    if kind == "string_pattern_mismatch":
+        allowed = f"it should be {PATTERNS.get(detail['ctx']['pattern'], detail['ctx']['pattern'])}"
     if kind in ("dataclass_type", "model_type", "dict_type"):
         checkpoint = ", or a path, URI or hub id" if "<config>" in detail["loc"] else ""
         allowed = f"it should be a mapping of keys{checkpoint}"

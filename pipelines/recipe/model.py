@@ -9,6 +9,7 @@ from pydantic import Field
 
 from pipelines.recipe.deploy import DeploySettings
 from pipelines.recipe.evaluation import EvaluateSettings
+from pipelines.recipe.files import RUN_NAME
 from pipelines.recipe.resources import Resources
 from pipelines.recipe.types import (
     Baseline,
@@ -187,7 +188,7 @@ class Training:
 class Recipe(Section):
     """Top-level keys."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=RUN_NAME)]
     """Name of the run; its directory is `<storage>/<name>`."""
     storage: str = "~/rcd-runs"  # load.parse_recipe expands the user's home
     """Absolute directory or URI (`s3://`, `gs://`) that every node can access."""

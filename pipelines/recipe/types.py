@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
+from pipelines.recipe.files import ENTRY_NAME
 from rcd_core.families.config import ModelConfig
 from rcd_core.tasks.dialects import DIALECTS
 from rcd_core.tasks.rows import OWN_COLUMNS
@@ -34,7 +35,7 @@ Workers = Annotated[  # a number, or [min, max]
 ]
 Positive = Annotated[float, Field(gt=0)]
 DialectName = Annotated[str, AfterValidator(_known_dialect)]
-EntryName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
+EntryName = Annotated[str, Field(pattern=ENTRY_NAME)]
 Baseline = Annotated[  # whether to train one, or a checkpoint
     Annotated[str, Tag("<checkpoint>")] | Annotated[bool, Tag("<switch>")],
     Discriminator(lambda value: "<checkpoint>" if isinstance(value, str) else "<switch>"),

@@ -53,13 +53,20 @@ def main(argv: Sequence[str] | None = None, *, only: Sequence[str] = ("*",), reg
 
 
 def run_recipe(
-    recipe: Recipe, only: Sequence[str], *, redo: Sequence[str] = (), dry_run: bool = False, verbose: bool = False
+    recipe: Recipe,
+    only: Sequence[str],
+    *,
+    keep: str,
+    redo: Sequence[str] = (),
+    dry_run: bool = False,
+    verbose: bool = False,
 ) -> int:
-    """Run the stages of a recipe that match `only`. Returns the exit code; raises UserError."""
+    """Run the stages of a recipe that match `only`. keep: how the caller's user keeps results of other settings.
+    Returns the exit code; raises UserError."""
     options = argparse.Namespace(
         stages=None, redo=list(redo), repair=False, teardown=False, dry_run=dry_run, verbose=verbose
     )
-    return _Job(recipe, stages_of(recipe), options, only).main()
+    return _Job(recipe, stages_of(recipe), options, only, keep).main()
 
 
 def stage_main(*only: str) -> NoReturn:
@@ -94,6 +101,7 @@ class _Job:
     stages: dict[str, Stage]
     options: argparse.Namespace
     only: Sequence[str]
+    keep: str = "--set name=NAME starts another run"
 
     def __post_init__(self) -> None:
         self.console = make_console()
@@ -133,7 +141,7 @@ class _Job:
             self._show(plan)
             for note in notes:
                 self.console.print(note, markup=False, highlight=False, soft_wrap=True)
-        require_runnable(self.stages, plan, self.chosen, self.run)
+        require_runnable(self.stages, plan, self.chosen, self.run, self.keep)
         return 0 if self.options.dry_run else self._start()
 
     def _plan(self, redo: Sequence[str] = ()) -> dict[str, Decision]:
@@ -173,7 +181,7 @@ class _Job:
 
     def _drive(self, stopper: Stopper) -> None:
         plan = self._plan(self.redo)  # another job may have finished something before we had the lease
-        require_runnable(self.stages, plan, self.chosen, self.run)
+        require_runnable(self.stages, plan, self.chosen, self.run, self.keep)
         to_run = [plan[name].stage for name in self.chosen if plan[name].action != "skip"]
         for stage in to_run:
             require_commits(stage.outside, self.commits or {})
@@ -200,7 +208,7 @@ class _Job:
         inputs = {name: (self.run.manifest(name) or {}).get("fingerprint") for name in stage.inputs}
         decision = decide(self.recipe, stage, self.run, inputs, commits=self.commits)
         if decision.action == "refuse":
-            require_runnable(self.stages, self._plan(), [stage.name], self.run)
+            require_runnable(self.stages, self._plan(), [stage.name], self.run, self.keep)
         if decision.action == "skip" and decision.manifest:
             self._say(f"{stage.name}: skipped, {decision.why}")
             remove_temporary(stage, self.run)  # the last job may have been killed before it did

@@ -102,9 +102,15 @@ def select_stages(stages: Mapping[str, Stage], patterns: Collection[str], option
 
 
 def require_runnable(
-    stages: Mapping[str, Stage], plan: Mapping[str, Decision], chosen: Collection[str], run: RunDirectory
+    stages: Mapping[str, Stage],
+    plan: Mapping[str, Decision],
+    chosen: Collection[str],
+    run: RunDirectory,
+    keep: str = "--set name=NAME starts another run",
 ) -> None:
-    """Raise UserError when a stage holds results of other settings, or an input is neither done nor chosen."""
+    """Raise UserError when a stage holds results of other settings, or an input is neither done nor chosen.
+
+    keep: what to do to keep the old results."""
     needed = {a for name in chosen for a in ancestors(stages, name)} | set(chosen)
     refused = [name for name in stages if name in needed and plan[name].action == "refuse"]
     if refused:
@@ -116,7 +122,7 @@ def require_runnable(
         raise UserError(
             "\n".join([f"{run.path} holds results of other settings:", *lines])
             + f"\nTo replace them: {redo}{f' (also repeats {also})' if also else ''}. "
-            "To keep them: --set name=NAME starts another run. Or restore the old settings."
+            f"To keep them: {keep}. Or restore the old settings."
         )
     for name in chosen:
         absent = [a for a in stages[name].inputs if a not in chosen and plan[a].action != "skip"]

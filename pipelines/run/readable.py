@@ -15,7 +15,6 @@ from pipelines.run.directory import RunDirectory, Stage
 from rcd_core.errors import UserError
 from rcd_core.io import checksums, storage
 from rcd_core.io.threads import in_threads
-from rcd_core.training.data.examples import open_parquet
 
 _EXAMPLES = ("train", "validation", "test")
 
@@ -58,6 +57,8 @@ def _read(directory: str, summary: Mapping[str, Any]) -> None:
 
 
 def _decode(path: str) -> None:
+    from rcd_core.training.data.examples import open_parquet  # torch, which --help does not need
+
     with open_parquet(path) as file:
         for group in range(file.num_row_groups):
             file.read_row_group(group)

@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from pipelines.ray_cluster.stage_gauges import progressed
 from pipelines.run.directory import StageContext
 from pipelines.run.keys import recipe_values
+from pipelines.run.progress import duration
 from pipelines.training.metrics import read_metrics
 from pipelines.training.trackers import Tracker
 from rcd_core.io import storage
@@ -50,13 +51,16 @@ class Progress:
 
     def _watch(self) -> None:
         first: tuple[float, int] | None = None
-        step = -1
+        begun, step = time.monotonic(), -1
         while not self.stop.wait(INTERVAL_S):
             self._report_restarts()
             try:
                 lines = read_metrics(self.ctx.directory)
                 last = lines[-1]
             except Exception:  # none are there yet, or the storage has a problem; the job goes on
+                if first is None:
+                    so_far = duration(time.monotonic() - begun)
+                    self.ctx.console.print(f"  {self.ctx.stage}: no step is logged yet, {so_far} so far")
                 continue
             self.events.update(lines)
             for tracker in self.trackers:
@@ -67,7 +71,7 @@ class Progress:
             now, step = time.monotonic(), int(last["step"])
             first = first or (now, step)
             rate = (step - first[1]) / (now - first[0]) if now > first[0] else 0.0
-            left = f", {rate:.1f} steps/s, {(self.steps - step) / rate:.0f} s left" if rate > 0 else ""
+            left = f", {rate:.1f} steps/s, {duration((self.steps - step) / rate)} left" if rate > 0 else ""
             self.ctx.console.print(f"  {self.ctx.stage}: step {step} of {self.steps}, loss {last['loss']:.4f}{left}")
 
     def _count_restarts(self) -> int:

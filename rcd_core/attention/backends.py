@@ -73,9 +73,9 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout | 
         return sdpa_attention(query, key, value, layout, scaling)
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
-    # The forward pass is deterministic anyway.
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    options = {"softmax_scale": scaling, "causal": False, "deterministic": deterministic}
+    options = {"softmax_scale": scaling, "causal": False}
+    if torch.are_deterministic_algorithms_enabled():  # the forward pass always is
+        options["deterministic"] = True
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))  # (B, Q, H, d)
     if layout is None or lengths is None:
         return flash_attn_func(q, k, v, **options)  # type: ignore[no-any-return]

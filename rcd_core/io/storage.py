@@ -63,8 +63,13 @@ def _root(root: str, patient: bool) -> Any:
         return fs.PyFileSystem(fs.FSSpecHandler(HfFileSystem()))
     try:
         return open_root(root + "/", patient)
-    except (pa.ArrowInvalid, OSError) as error:
+    except pa.ArrowInvalid as error:
         raise UserError(f"{root}: cannot be opened ({error}); use an absolute path, file://, s3:// or gs://") from error
+    except OSError as error:
+        raise UserError(
+            f"{root} is not reachable from here ({error}); check its name, the network, and the credentials and "
+            "endpoint in the environment"
+        ) from error
 
 
 def filesystem(path: str) -> tuple[Any, str]:
@@ -227,8 +232,9 @@ def write_json(path: str, value: Any) -> None:
 
 def read_json(path: str) -> Any:
     """Raises FileNotFoundError, or UserError if the file is not JSON."""
+    content = read_bytes(path)
     try:
-        return json.loads(read_bytes(path))
+        return json.loads(content)
     except ValueError as error:
         raise UserError(f"{path} is no valid JSON ({error}); fix or remove the file") from error
 

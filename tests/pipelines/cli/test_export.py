@@ -14,7 +14,7 @@ from pipelines.report.verdict import verdict
 from pipelines.run.directory import RunDirectory
 from rcd_core import load_model
 from rcd_core.families.files import CALIBRATION_FILE
-from rcd_core.io import storage
+from rcd_core.io import checksums, storage
 from tests.pipelines.report.made_results import made
 
 
@@ -94,3 +94,22 @@ def test_calibrate_does_not_write_into_a_run(run: RunDirectory, capsys: pytest.C
     command = ["calibrate", "--target", target, "--reference", target, "--task", "sudoku", "--data", "synthetic"]
     assert cli.main(command) == 2
     assert "--target" in capsys.readouterr().err
+
+
+def test_weights_that_changed_are_not_copied(
+    run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of an older release have their digest in the manifest only. The copy gets a list of its own."""
+    [file] = Path(run.stage_directory("target")).glob("model/*.safetensors")
+    (file.parent / checksums.FILE).unlink(missing_ok=True)
+    run.replace_summary("target", {"weights_sha256": storage.sha256(str(file))})
+    assert cli.main(["export", run.path, "--output", str(tmp_path / "good")]) == 0
+    assert storage.sha256(str(file)) in (tmp_path / "good" / checksums.FILE).read_text()
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 0x40
+    file.write_bytes(content)
+    capsys.readouterr()
+    assert cli.main(["export", run.path, "--output", str(tmp_path / "bad")]) == 2
+    error = capsys.readouterr().err
+    assert "--redo target" in error and "--no-verify" in error and not (tmp_path / "bad").exists()
+    assert cli.main(["export", run.path, "--output", str(tmp_path / "bad"), "--no-verify"]) == 0

@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
 from pipelines.cli.main import COMMANDS, GROUPS
 
+ROOT = Path(__file__).parents[3]
 PROGRAM = """
 import sys
 from pipelines.cli import main as cli
@@ -33,3 +35,21 @@ def test_help_and_chat_import_neither_torch_nor_ray(arguments: list[str]) -> Non
     assert "--help" not in arguments or "Usage: rcd" in result.stdout
     assert "--version" not in arguments or result.stdout.startswith(f"rcd {version('rcd-ray')}")
     assert "chat" not in arguments or "--help" in arguments or result.stderr.startswith("error: --url")
+
+
+STAGE = """
+import runpy, sys
+try:
+    runpy.run_path(sys.argv[1], run_name="__main__")
+except SystemExit as done:
+    print("imported:", *(name for name in ("torch", "transformers", "ray") if name in sys.modules), done.code)
+"""
+
+
+@pytest.mark.parametrize("name", ["full", "prepare", "precompute", "train", "calibrate", "evaluate", "serve"])
+def test_a_stage_file_shows_its_help_without_them(name: str) -> None:
+    """It hands over to the driver before its own imports; the driver imports it when its stage runs."""
+    file = str(ROOT / "pipelines" / f"{name}.py")
+    words = [sys.executable, "-c", STAGE, file, "--help"]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert "--redo" in result.stdout and result.stdout.splitlines()[-1] == "imported: 0", result.stdout + result.stderr
