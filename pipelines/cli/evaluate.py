@@ -43,11 +43,11 @@ def evaluate(flags: EvaluateFlags) -> int:
     required = ("task", "test", "output", *(("model",) if flags.url else ()))
     if missing := ", ".join(f"--{name}" for name in required if not getattr(flags, name)):
         raise UserError(f"{missing} is not given; see rcd evaluate --help")
+    writable("--output", flags.output or "")
     for name in flags.test:
         _require_there(name)
     if "synthetic" in flags.test and flags.num_examples is None:
         raise UserError("--test synthetic has no end; give --num_examples")
-    writable("--output", flags.output or "")
     if flags.url:
         return _evaluate_endpoint(flags.url, flags.model or "", flags)
     if flags.model or flags.baseline_model:

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ _ENVIRONMENT = {
 }
 
 
+CONNECT_S = 10.0
+
+
 def connect(verbose: bool = False) -> None:
     """Join the cluster at RAY_ADDRESS, or else the one on this machine. Does nothing when already joined.
 
@@ -35,6 +39,7 @@ def connect(verbose: bool = False) -> None:
 
     if ray.is_initialized():
         return
+    _require_answer(os.environ.get("RAY_ADDRESS", ""))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         token = hub_token.runtime_env()
@@ -50,6 +55,20 @@ def connect(verbose: bool = False) -> None:
     finally:
         for number, handler in handlers.items():  # ray.init replaces them with its own
             signal.signal(number, handler or signal.SIG_DFL)
+
+
+def _require_answer(address: str) -> None:
+    """Raise UserError if nothing listens at host:port, with or without a scheme. Ray itself would try for minutes."""
+    host, _, port = address.rpartition("://")[2].partition("/")[0].rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto", "local", or nothing
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+    except OSError as error:
+        raise UserError(
+            f"nothing answers at RAY_ADDRESS={address} ({error.strerror or error}); correct it, unset it to use the "
+            "head on this machine (`rcd up` starts one), or submit this job to a cluster with `ray job submit`"
+        ) from error
 
 
 @contextmanager

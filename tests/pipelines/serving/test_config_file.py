@@ -279,7 +279,7 @@ def test_a_recipe_can_serve_other_checkpoints(tmp_path: Path) -> None:
         ("deploy.models.x={checkpoint: a/b/c}", "deploy.models.x.checkpoint is 'a/b/c'"),
         ("deploy.models.rcd-demo={checkpoint: /a}", "deploy.models.rcd-demo:"),
         ("deploy.models.Ingress={checkpoint: /a}", "deploy.models.Ingress:"),
-        ("deploy.models={a/b: {checkpoint: /a}}", "deploy.models.a/b"),
+        ("deploy.models={a/b: {checkpoint: /a}}", "deploy.models: the name is 'a/b'"),
     ],
 )
 def test_a_mistake_in_a_recipe_s_models_is_named(override: str, key: str) -> None:
