@@ -1,4 +1,4 @@
-"""A node that gets SIGTERM, as a pod that Kubernetes stops, ends its work first: kuberay/'s grace periods rely on it."""
+"""A node that gets SIGTERM, as a pod that Kubernetes stops, ends its work first: kuberay/ relies on it."""
 
 from __future__ import annotations
 
