@@ -14,9 +14,7 @@ from rcd_core.training.strategies import PROGRESS
 from tests.s3_server import s3_server
 
 
-def test_a_checkpoint_of_a_bucket_is_deleted_once_it_is_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_of_a_bucket_is_deleted_once_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with s3_server("bucket"):
         progress = json.dumps({"step": 7, "strategy": "ddp"}).encode()
