@@ -7,7 +7,7 @@ import re
 import pytest
 
 from pipelines.cli import main as cli
-from pipelines.cli import plan
+from pipelines.cli import plan, plan_signals
 from tests.benchmarks.scaling import Assumptions
 from tests.benchmarks.scaling import table as scaling_table
 from tests.cluster.files import CLUSTER
@@ -36,7 +36,8 @@ def test_hours_and_fewest_gpus(
     device: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")  # tables are not wrapped
-    monkeypatch.setattr(plan, "device_time", lambda hours: f"{hours:.1f} hours")  # never days
+    for module in (plan, plan_signals):
+        monkeypatch.setattr(module, "device_time", lambda hours: f"{hours:.1f} hours")  # never days
     column = list(PEAK).index(device)
     assert cli.main([*TRAIN, "--device", device]) == 0
     planned = capsys.readouterr().out

@@ -11,6 +11,7 @@ from pipelines.serving.graph import ON_HEAD, application
 from pipelines.serving.http.guard import ApiLimits
 from rcd_core.errors import UserError
 
+WITH_REFERENCE = ("deploy.start=reference", "deploy.baseline=false")
 PLACED = ('resources.custom={"target*": {big: 0.001}, signals: {small: 1}, target-paper_alpha: {other: 2}}',)
 
 
@@ -48,7 +49,7 @@ def test_mistakes_are_named(custom: str, says: str) -> None:
 
 
 def test_served_models_share_gpus_only_where_they_are_together() -> None:
-    gpus = ("resources.gpus_per_worker=1", "resources.num_workers=1")
+    gpus = ("resources.gpus_per_worker=1", "resources.num_workers=1", *WITH_REFERENCE)
     together = describe(load_recipe("demo", gpus), "/{}".format)
     assert [one.num_gpus for one in together.replicas] == [0.5, 0.5]
     apart = "resources.custom={deploy: {big: 0.001}, deploy-reference: {small: 0.001}}"
@@ -59,7 +60,7 @@ def test_served_models_share_gpus_only_where_they_are_together() -> None:
 
 def test_replicas_ask_for_it() -> None:
     apart = "resources.custom={deploy: {big: 0.001}, deploy-reference: {small: 0.001}}"
-    made = application(describe(load_recipe("demo", [apart]), "/{}".format), ApiLimits())
+    made = application(describe(load_recipe("demo", [apart, *WITH_REFERENCE]), "/{}".format), ApiLimits())
     found = {}
     todo = [made._bound_deployment]
     while todo:
