@@ -127,20 +127,22 @@ def test_further_tasks(checkpoints: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--task=qa", "--test=/t.jsonl", "--output=/tmp/x", "--target=/x", "--also=math500"], "--also is 'math500'"),
-        (["--task=qa", "--test=/t", "--output=/tmp/x", "--url=http://x", "--model=m", "--also=qa=/q"], "--also goes"),
+        (["--task=qa", "--test=TEST", "--output=/tmp/x", "--target=/x", "--also=math500"], "--also is 'math500'"),
+        (["--task=qa", "--test=TEST", "--output=/tmp/x", "--url=http://x", "--model=m", "--also=qa=/q"], "--also goes"),
         (["--task=qa"], "--test, --output"),
-        (["--task=qa", "--test=/t.jsonl", "--output=/tmp/x"], "--target nor --baseline"),
-        (["--task=qa", "--test=/t.jsonl", "--output=/tmp/x", "--target=/none"], "'/none'"),
-        (["--task=qa", "--test=/t.jsonl", "--output=/tmp/x", "--target=/x", "--model=m"], "--url"),
+        (["--task=qa", "--test=TEST", "--output=/tmp/x"], "--target nor --baseline"),
+        (["--task=qa", "--test=TEST", "--output=/tmp/x", "--target=/none"], "'/none'"),
+        (["--task=qa", "--test=TEST", "--output=/tmp/x", "--target=/x", "--model=m"], "--url"),
         (
-            ["--task=qa", "--test=/t.jsonl", "--output=/tmp/x", "--target=/x", "--settings=paper-sdar-64"],
+            ["--task=qa", "--test=TEST", "--output=/tmp/x", "--target=/x", "--settings=paper-sdar-64"],
             "paper-sdar-b64",
         ),
     ],
 )
-def test_mistakes(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["evaluate", *words]) == 2
+def test_mistakes(words: list[str], says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """TEST stands for a file that exists."""
+    (tmp_path / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}')
+    assert cli.main(["evaluate", *(word.replace("TEST", f"{tmp_path}/test.jsonl") for word in words)]) == 2
     assert says in capsys.readouterr().err
 
 
