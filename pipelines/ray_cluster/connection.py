@@ -12,15 +12,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pipelines.ray_cluster import hub_token
+from pipelines.ray_cluster.local import STATE, Head
 from rcd_core.errors import UserError
 
-# Read when Ray is imported. The last one, despite its name, makes Ray keep 127.0.0.1 instead of the outward address.
-_ENVIRONMENT = {
+# Read when Ray is imported. The last one, despite its name, makes Ray keep 127.0.0.1 instead of the outward address,
+# at which a head on loopback does not answer.
+_ON_LOOPBACK = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
 }
 
 
@@ -28,26 +29,29 @@ CONNECT_S = 10.0
 
 
 def connect(verbose: bool = False) -> None:
-    """Join the cluster at RAY_ADDRESS, or else the one on this machine. Does nothing when already joined.
+    """Join the cluster at RAY_ADDRESS, or else the head that `rcd up` started, or else the one that Ray finds on this
+    machine. Does nothing when already joined.
 
     verbose: show Ray Data's progress bars and the output of workers. Raises UserError when there is no cluster.
     """
     # Read when ray.data is imported, here and in the workers.
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "0" if verbose else "1")
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "INFO" if verbose else "ERROR")
+    address = os.environ.get("RAY_ADDRESS")
+    if not address and (address := _local_head()):
+        _set_defaults(_ON_LOOPBACK)
     import ray
 
     if ray.is_initialized():
         return
-    _require_answer(os.environ.get("RAY_ADDRESS", ""))
+    _require_answer(address or "")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         token = hub_token.runtime_env()
-        ray.init(address="auto", logging_level=_log_level(verbose), log_to_driver=verbose, runtime_env=token)
+        ray.init(address=address or "auto", logging_level=_log_level(verbose), log_to_driver=verbose, runtime_env=token)
         hub_token.give()
     except (ConnectionError, ValueError, RuntimeError) as error:
-        address = os.environ.get("RAY_ADDRESS")
-        where = f"at RAY_ADDRESS={address}" if address else "on this machine"
+        where = f"at {address}" if address else "on this machine"
         raise UserError(
             f"cannot reach a Ray cluster {where} ({str(error).splitlines()[0]}); start one with `rcd up` on a laptop "
             "or `ray start --head` elsewhere, or submit this job to a cluster with `ray job submit`"
@@ -55,6 +59,16 @@ def connect(verbose: bool = False) -> None:
     finally:
         for number, handler in handlers.items():  # ray.init replaces them with its own
             signal.signal(number, handler or signal.SIG_DFL)
+
+
+def _local_head() -> str | None:
+    """The address of the head that `rcd up` started, if it runs."""
+    head = Head.load(STATE)
+    return head.gcs if head is not None and head.answers() else None
+
+
+def _set_defaults(values: dict[str, str]) -> None:
+    os.environ.update({name: value for name, value in values.items() if name not in os.environ})
 
 
 def _require_answer(address: str) -> None:
@@ -82,7 +96,7 @@ def temporary_cluster(address: str | None, verbose: bool = False) -> Iterator[No
     if os.environ.get("RAY_ADDRESS"):
         yield
         return
-    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+    _set_defaults(_ON_LOOPBACK | {"RAY_DATA_DISABLE_PROGRESS_BARS": "1"})
     import ray
 
     temp_dir = tempfile.mkdtemp(prefix="rcd-", dir="/tmp")  # a Unix socket's path has at most 103 characters

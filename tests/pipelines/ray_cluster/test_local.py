@@ -46,6 +46,12 @@ def test_a_head_takes_jobs_and_leaves_no_process(tmp_path: Path) -> None:
         code = "import sys, pipelines.full; print('runs', sys.prefix)"
         assert f"runs {sys.prefix}" in run(*submit, "python", "-c", code)
 
+        # A command outside a job joins it without an address, and says where.
+        join = "from pathlib import Path\nfrom pipelines.ray_cluster import connection as c"
+        join += f"\nc.STATE = Path({str(state)!r})\nc.connect()\nimport ray"
+        join += "\nprint('joined', ray.get_runtime_context().gcs_address)"
+        assert f"joined {head.gcs}" in run(sys.executable, "-c", join)
+
         run(*submit[:-1], "--no-wait", "--", "sleep", "567")
         statuses = {job["status"] for job in json.loads(request("GET", head.dashboard + "/api/jobs/"))}
         assert statuses <= {"SUCCEEDED", "PENDING", "RUNNING"} and len(statuses) == 2
