@@ -90,7 +90,22 @@ LONGEST = (
     "test_answer_files.py",
     "test_loop.py",
 )
+
+
 # Files that use Ray are of one process, because an idle Ray takes a good part of a core.
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """The installed Chromium; without one, or without playwright, the tests that use it are skipped."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no Chromium is installed")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
 WITH_RAY = (
     "tests/pipelines/test_",
     "tests/pipelines/cli/test_evaluate.py",

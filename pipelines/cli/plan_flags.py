@@ -52,18 +52,9 @@ class SignalsPlanFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainPlanFlags:
+class TrainPlanFlags(PlanFlags):
     """Estimate bytes per GPU by strategy, the fewest GPUs, FLOPs and hours of a training.
 
     rcd train plan --recipe sdar-8b-b64 --device H100 --mfu 0.4
     rcd train plan --recipe demo --gpus 4 --set target.train.strategy=fsdp2
     """
-
-    recipe: Annotated[str, RECIPE]
-    set: Annotated[tuple[str, ...], SET] = ()
-    device: Annotated[Device, FLAG("GPU.")] = "H100"
-    gpus: Annotated[Int | None, FLAG("Number of GPUs. Default: resources.num_workers.")] = None
-    mfu: Annotated[float, MFU] = 0.4
-    examples: Annotated[Int | None, EXAMPLES] = None
-    example_tokens: Annotated[float | None, TOKENS] = None
-    vocab_size: Annotated[Int | None, FLAG("Vocabulary, if the tokenizer is not on this machine.")] = None

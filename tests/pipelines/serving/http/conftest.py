@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +7,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from tests.pipelines.serving.http.fake_backend import Echo, app_of
+from tests.pipelines.serving.http.page import Page
+from tests.pipelines.serving.served_app import Served
 
 
 @pytest.fixture
@@ -20,14 +21,10 @@ def client(echo: Echo) -> TestClient:
     return TestClient(app_of(m=echo))
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """The installed Chromium; without one, or without playwright, the tests that use it are skipped."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        pytest.skip("no Chromium is installed")
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+@pytest.fixture
+def page(browser: Any, app: Served) -> Iterator[Page]:
+    """The page of a module's `app` in a tab of its own. It must not complain."""
+    page = Page(browser, app.url)
+    yield page
+    page.tab.close()
+    assert page.complaints == []

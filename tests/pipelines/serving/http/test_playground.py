@@ -29,14 +29,6 @@ def app() -> Iterator[Served]:
         yield app
 
 
-@pytest.fixture
-def page(browser: Any, app: Served) -> Iterator[Page]:
-    page = Page(browser, app.url)
-    yield page
-    page.tab.close()
-    assert page.complaints == []
-
-
 def complete(app: Served, prompt: str, **body: Any) -> dict[str, Any]:
     """The whole answer to the request that the page streams."""
     answer = httpx.post(f"{app.url}/v1/completions", json={"model": MODEL, "prompt": prompt, **body}, timeout=END_S)

@@ -28,14 +28,6 @@ def app() -> Iterator[Served]:
         yield app
 
 
-@pytest.fixture
-def page(browser: Any, app: Served) -> Iterator[Page]:
-    page = Page(browser, app.url)
-    yield page
-    page.tab.close()
-    assert page.complaints == []
-
-
 def state(page: Page) -> list[Any]:
     """All that the panels show."""
     parts = ("h2", ".note", "dd", ".canvas .token", ".answer", ".verdict", ".rest")
