@@ -40,7 +40,7 @@ class Submitter:
         few += ["base.train.log_every=1", "base.train.steps=150"]
         few += [f"deploy.port={free_port()}", f"resources.custom={json.dumps(PLACES)}"]
         self.head = head
-        self.job = ["python", "pipelines/full.py", "--recipe", "demo", "--storage", root]
+        self.job = ["python", "pipelines/full.py", "--recipe", "sudoku-reference", "--storage", root]
         self.job += [word for setting in [*FEW, *few] for word in ("--set", setting)]
 
     def submit(self, *options: str, more: tuple[str, ...] = ()) -> str:
@@ -84,7 +84,7 @@ def whole_job(nodes: str, root: str) -> dict[str, Any]:
         out = user.submit()
         names = dict(zip((node.node_id for node in added), (REFERENCE, TARGET), strict=True)) if added else {}
         found = {
-            "results": dict(results(root, "demo")),
+            "results": dict(results(root, "sudoku-reference")),
             "places": sorted(set(places_of(names))),
             "curl": "curl -s http://127.0.0.1" in out,
         }

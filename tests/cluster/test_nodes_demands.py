@@ -98,14 +98,14 @@ class Provider:
 
 def record(storage: str, port: str) -> dict[str, Any]:
     os.environ["RAY_NODE_TYPE_NAME"] = "head"  # as `ray up` and KubeRay start a head
-    command = [sys.executable, str(ROOT / "pipelines" / "full.py"), "--recipe", "demo"]
+    command = [sys.executable, str(ROOT / "pipelines" / "full.py"), "--recipe", "sudoku-reference"]
     command += [word for setting in settings(storage, int(port)) for word in ("--set", setting)]
     with local_nodes() as (cluster, _):
         environment = {**os.environ, "RAY_ADDRESS": cluster.address, "OMP_NUM_THREADS": "1"}
         with open(f"{storage}/out", "w+") as out:
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
             try:
-                provider = Provider(cluster, Path(storage, "demo"))
+                provider = Provider(cluster, Path(storage, "sudoku-reference"))
                 while process.poll() is None:
                     provider.look()
                     time.sleep(1)
@@ -126,7 +126,7 @@ def test_what_is_asked_for_is_what_is_said_and_what_comes_is_used(tmp_path: Path
 
     port = free_port()
     found = elsewhere(record, str(tmp_path), str(port), timeout=800)
-    recipe: Recipe = load_recipe("demo", settings(str(tmp_path), port))
+    recipe: Recipe = load_recipe("sudoku-reference", settings(str(tmp_path), port))
     said = {stage: [dict(bundle) for bundle in bundles] for stage, bundles in demands(recipe).items()}
     (one, two) = said.pop("signals")
     signals = found.pop("signals")

@@ -16,7 +16,7 @@ PLACED = ('resources.custom={"target*": {big: 0.001}, signals: {small: 1}, targe
 
 
 def test_patterns_place_stages() -> None:
-    stages = stages_of(load_recipe("demo", PLACED))
+    stages = stages_of(load_recipe("sudoku-reference", PLACED))
     one = {"CPU": 1.0}
     assert stages["signals"].bundles == ({**one, "small": 1.0},)
     assert stages["target"].bundles == ({**one, "big": 0.001},) * 2
@@ -27,7 +27,7 @@ def test_patterns_place_stages() -> None:
 
 def test_results_do_not_depend_on_it() -> None:
     """The section is in no stage's key, so a run can resume on other nodes."""
-    for stage in stages_of(load_recipe("demo", PLACED)).values():
+    for stage in stages_of(load_recipe("sudoku-reference", PLACED)).values():
         assert not any(section.startswith("resources") for section in stage.sections)
 
 
@@ -44,23 +44,23 @@ def test_results_do_not_depend_on_it() -> None:
 )
 def test_mistakes_are_named(custom: str, says: str) -> None:
     with pytest.raises(UserError) as caught:
-        load_recipe("demo", [f"resources.custom={custom}"])
+        load_recipe("sudoku-reference", [f"resources.custom={custom}"])
     assert says in str(caught.value)
 
 
 def test_served_models_share_gpus_only_where_they_are_together() -> None:
     gpus = ("resources.gpus_per_worker=1", "resources.num_workers=1", *WITH_REFERENCE)
-    together = describe(load_recipe("demo", gpus), "/{}".format)
+    together = describe(load_recipe("sudoku-reference", gpus), "/{}".format)
     assert [one.num_gpus for one in together.replicas] == [0.5, 0.5]
     apart = "resources.custom={deploy: {big: 0.001}, deploy-reference: {small: 0.001}}"
-    target, reference = describe(load_recipe("demo", [*gpus, apart]), "/{}".format).replicas
+    target, reference = describe(load_recipe("sudoku-reference", [*gpus, apart]), "/{}".format).replicas
     assert (target.num_gpus, target.resources) == (1.0, {"big": 0.001})
     assert (reference.num_gpus, reference.resources) == (1.0, {"small": 0.001})
 
 
 def test_replicas_ask_for_it() -> None:
     apart = "resources.custom={deploy: {big: 0.001}, deploy-reference: {small: 0.001}}"
-    made = application(describe(load_recipe("demo", [apart, *WITH_REFERENCE]), "/{}".format), ApiLimits())
+    made = application(describe(load_recipe("sudoku-reference", [apart, *WITH_REFERENCE]), "/{}".format), ApiLimits())
     found = {}
     todo = [made._bound_deployment]
     while todo:

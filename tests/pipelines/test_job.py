@@ -107,10 +107,10 @@ def ask(job: Job, path: str, body: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.timeout(700)
 def test_killed_in_the_middle_it_ends_with_the_same_artefacts(ray_cluster: str, tmp_path: Path) -> None:
     """Undisturbed base training against one whose driver gets SIGKILL after a checkpoint; then the rest of the job."""
-    quiet = Job("demo", "quiet", tmp_path, SUDOKU)
+    quiet = Job("sudoku-reference", "quiet", tmp_path, SUDOKU)
     quiet.finish("--stages", "prepare,base")
 
-    job = Job("demo", "killed", tmp_path, SUDOKU)
+    job = Job("sudoku-reference", "killed", tmp_path, SUDOKU)
     process = job.start()
     metrics = Path(job.run.path) / "base" / "metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -256,7 +256,7 @@ BAD: list[tuple[list[str], str]] = [
 def test_what_is_wrong_is_named_before_anything_starts(
     ray_cluster: str, tmp_path: Path, settings: list[str], named: str
 ) -> None:
-    job = Job("demo", "bad", tmp_path, [*SUDOKU, *settings])
+    job = Job("sudoku-reference", "bad", tmp_path, [*SUDOKU, *settings])
     out = job.finish(code=2, timeout=60)
     message = [line for line in out.splitlines() if line.startswith("error: ")]
     assert len(message) == 1 and named in out, out

@@ -79,7 +79,7 @@ def test_queries_of_the_board_and_alerts_give_numbers(ray_cluster: str, tmp_path
     context = replace(context, recipe=context.recipe.model_copy(update={"name": NAME}))
     serve.run(context)
     url = serve.endpoint(context.recipe)
-    job = Job("demo", "watched", tmp_path, [*SUDOKU, "base.train.steps=100000", "base.train.log_every=1"])
+    job = Job("sudoku-reference", "watched", tmp_path, [*SUDOKU, "base.train.steps=100000", "base.train.log_every=1"])
     nodes = [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in ray.nodes() if node["Alive"]]
     process = job.start("--stages", "prepare,base")
     try:

@@ -36,7 +36,7 @@ ROUNDS = ["target.rounds=3", "target.residual.source=signals", "variants={}"]
 
 
 def test_each_round_is_two_stages() -> None:
-    stages = stages_of(load_recipe("demo", ROUNDS))
+    stages = stages_of(load_recipe("sudoku-reference", ROUNDS))
     names = [name for name in stages if name.startswith(("signals", "round", "target"))]
     assert names == ["signals", "round-1", "signals-2", "round-2", "signals-3", "target"]
     assert {"signals-3", "round-2"} <= set(stages["target"].inputs) and "signals" not in stages["target"].inputs
@@ -46,20 +46,20 @@ def test_each_round_is_two_stages() -> None:
 
 
 def test_without_rounds_the_keys_are_those_of_before() -> None:
-    plain = load_recipe("demo", ["target.residual.source=signals"])
+    plain = load_recipe("sudoku-reference", ["target.residual.source=signals"])
     for name in ("signals", "target"):
         material = key_material(stages_of(plain)[name], plain, {})
         assert not any("rounds" in key for key in material["recipe"])
 
 
 def test_rounds_share_the_steps_and_the_rows() -> None:
-    recipe = load_recipe("demo", [*ROUNDS, "target.train.steps=100", "target.train.batch_size=8"])
+    recipe = load_recipe("sudoku-reference", [*ROUNDS, "target.train.steps=100", "target.train.batch_size=8"])
     assert recipe.target.round_ends(100) == [33, 66, 100]
     ranges = [rows_of(recipe, name, 10_000) for name in ("signals", "signals-2", "signals-3")]
     assert ranges == [range(0, 264), range(264, 528), range(528, 800)]
     few = rows_of(recipe, "signals-2", 20)  # each example and draw once at most
     assert few == range(264, 264 + 20 * recipe.noise.draws)
-    shared = load_recipe("demo", [*ROUNDS[:2], "target.train.steps=100", "target.train.batch_size=8"])
+    shared = load_recipe("sudoku-reference", [*ROUNDS[:2], "target.train.steps=100", "target.train.batch_size=8"])
     assert any(r.source == "signals" for r in shared.variants.values())
     assert rows_of(shared, "signals", 10_000) == range(800)  # a variant trains on it to the end
 
@@ -67,7 +67,7 @@ def test_rounds_share_the_steps_and_the_rows() -> None:
 @pytest.mark.parametrize("changes", [["target.residual={source: self}"], ["target.train.steps=2"]])
 def test_what_makes_no_sense_is_refused(changes: list[str]) -> None:
     with pytest.raises(UserError, match=r"target\.rounds is 3"):
-        load_recipe("demo", [*ROUNDS, "evaluate.starts=[zero]", "deploy.start=zero", *changes])
+        load_recipe("sudoku-reference", [*ROUNDS, "evaluate.starts=[zero]", "deploy.start=zero", *changes])
 
 
 def run_stage(recipe: Recipe, name: str, function: Callable[[StageContext], dict[str, Any]]) -> StageContext:

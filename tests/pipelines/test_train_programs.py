@@ -42,7 +42,7 @@ def start(
 ) -> subprocess.Popen[str]:
     """Start a stage file on the session's cluster, or that at `address`. Its workers get `environment`, as with
     --runtime-env-json."""
-    command = [sys.executable, str(ROOT / "pipelines" / program), "--recipe", "demo", "--storage", root]
+    command = [sys.executable, str(ROOT / "pipelines" / program), "--recipe", "sudoku-reference", "--storage", root]
     command += ["--stages", ",".join(stages), *(word for s in [*SETTINGS, *settings] for word in ("--set", s))]
     own = {"OMP_NUM_THREADS": "1", **({"RAY_ADDRESS": address} if address else {})}
     if environment:
@@ -113,7 +113,7 @@ def test_a_run_in_a_bucket_with_a_killed_worker_gives_the_results_of_a_local_run
 ) -> None:
     often = ("base.train.strategy=fsdp2", "base.train.checkpoint_every=5", "base.train.keep_checkpoints=3")
     finish(start("full.py", str(tmp_path), STAGES, *often))
-    local, remote = RunDirectory(str(tmp_path / "demo")), RunDirectory("s3://bucket/rcd/demo")
+    local, remote = RunDirectory(str(tmp_path / "sudoku-reference")), RunDirectory("s3://bucket/rcd/demo")
     base = remote.stage_directory("base")
     with Watcher(base, 23) as watcher:
         out = finish(start("full.py", "s3://bucket/rcd", STAGES, *often, environment=bucket))
@@ -130,7 +130,10 @@ def test_a_run_in_a_bucket_with_a_killed_worker_gives_the_results_of_a_local_run
     assert watcher.downloads and not watcher.downloads[-1], "the resumed checkpoint is deleted once it is loaded"
     assert not storage.exists(storage.join(base, "ray"))
     assert storage.list_files(storage.join(base, "tensorboard"))
-    model, same = load_model(storage.join(base, "model")), load_model(str(tmp_path / "demo" / "base" / "model"))
+    model, same = (
+        load_model(storage.join(base, "model")),
+        load_model(str(tmp_path / "sudoku-reference" / "base" / "model")),
+    )
     assert all(a.equal(b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
 
 
@@ -141,7 +144,7 @@ def test_a_run_waits_for_a_store_that_refuses_requests(
     """503 SlowDown to everything: for 60 s while signals are computed, for 20 s during a training."""
     often = ("target.train.steps=40", "target.train.checkpoint_every=5", "target.train.log_every=1")
     finish(start("full.py", str(tmp_path), STAGES, *often))
-    local, remote = RunDirectory(str(tmp_path / "demo")), RunDirectory("s3://bucket/rcd/demo")
+    local, remote = RunDirectory(str(tmp_path / "sudoku-reference")), RunDirectory("s3://bucket/rcd/demo")
     refuse, refused = tmp_path / "refuse", []
     target = remote.stage_directory("target")
 
@@ -176,7 +179,7 @@ def test_a_run_waits_for_a_store_that_refuses_requests(
 def lose_the_head(root: str) -> dict[str, Any]:
     """A head and a node, both killed with the driver during a training. The job is submitted again to a new cluster."""
     often = ("base.train.checkpoint_every=10",)
-    stage = Path(root, "demo", "base")
+    stage = Path(root, "sudoku-reference", "base")
     with local_nodes({"num_cpus": 2}, join=False, num_cpus=2) as (cluster, _):
         process = start("full.py", root, ("prepare", "base"), *often, address=cluster.address)
         wait_until(lambda: bool(checkpoint_steps(stage)), process, seconds=300)
@@ -199,7 +202,7 @@ def lose_the_head(root: str) -> dict[str, Any]:
 @pytest.mark.faults("the head of the cluster restarted, and the job submitted again", "base")
 def test_a_job_resumes_after_its_head_was_restarted(tmp_path: Path, fault_table: FaultTable) -> None:
     found = elsewhere(lose_the_head, str(tmp_path), timeout=2000)
-    stage, quiet = tmp_path / "demo" / "base", tmp_path / "quiet" / "demo" / "base"
+    stage, quiet = tmp_path / "sudoku-reference" / "base", tmp_path / "quiet" / "sudoku-reference" / "base"
     lines = read_metrics(str(stage))
     assert "prepare: skipped" in found["out"] and "base: starts, was interrupted, resumes" in found["out"]
     assert 10 <= len(found["kept"]) < 60
@@ -231,7 +234,7 @@ def test_a_stopped_training_leaves_no_worker_and_resumes_from_its_last_checkpoin
     often = "base.train.checkpoint_every=10"
     finish(start("full.py", str(tmp_path / "quiet"), ("prepare", "base"), often))
     finish(start("prepare.py", str(tmp_path), ("prepare",), often))
-    stage = tmp_path / "demo" / "base"
+    stage = tmp_path / "sudoku-reference" / "base"
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         before = checkpoint_steps(stage)[-1:]
         process = start("train.py", str(tmp_path), ("base",), often)
@@ -250,7 +253,7 @@ def test_a_stopped_training_leaves_no_worker_and_resumes_from_its_last_checkpoin
 
     lines = read_metrics(str(stage))
     assert lines[: len(kept)] == kept, "same speeds: these steps did not run again"
-    quiet = tmp_path / "quiet" / "demo" / "base"
+    quiet = tmp_path / "quiet" / "sudoku-reference" / "base"
     assert losses(str(stage)) == losses(str(quiet)) and len(lines) == 60
     assert (stage / "model/model.safetensors").read_bytes() == (quiet / "model/model.safetensors").read_bytes()
     assert not (stage / "restarts.jsonl").exists()

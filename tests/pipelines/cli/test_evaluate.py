@@ -157,7 +157,7 @@ def test_shipped_settings_are_a_section_of_a_recipe(name: str, capsys: pytest.Ca
     for task in ("gsm8k", "minerva_math", "aime24", "aime25", "humaneval"):
         raw = {"settings": name, "run_code": True}
         base = ["data.test_task=" + task, f"evaluate={json.dumps(raw)}", f"block_length={settings.block_length}"]
-        recipe = load_recipe("demo", [*base, "data.pad_multiple=null", "data.max_length=1024"])
+        recipe = load_recipe("sudoku-reference", [*base, "data.pad_multiple=null", "data.max_length=1024"])
         found = provenance(recipe)
         assert found and found["changed"] == [] and found["sha256"] == settings.sha256
         aime = task in ("aime24", "aime25") and "sdar" in name
@@ -178,7 +178,7 @@ def test_the_papers_recipes_use_the_papers_settings() -> None:
     found = provenance(load_recipe("sdar-4b-b64", ["evaluate.decode.temperature=0.6", "evaluate.starts=[reference]"]))
     assert found and found["changed"] == ["starts", "decode.temperature"]
     with pytest.raises(UserError, match="paper-llada, paper-sdar"):
-        load_recipe("demo", ["evaluate.settings=../recipes/demo"])
+        load_recipe("sudoku-reference", ["evaluate.settings=../recipes/demo"])
 
 
 # -- without a cluster ------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def test_a_target_of_its_own_predictions_has_no_reference_to_match(
 )
 def test_names_are_described_in_words(change: str, says: str) -> None:
     with pytest.raises(UserError, match=says) as error:
-        load_recipe("demo", [change])
+        load_recipe("sudoku-reference", [change])
     assert "pattern" not in str(error.value) and "^" not in str(error.value)
 
 

@@ -88,7 +88,7 @@ def test_a_small_recipe_with_variants(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    rows = overview(capsys, "--recipe", "demo", "--set", f"storage={tmp_path}")
+    rows = overview(capsys, "--recipe", "sudoku-reference", "--set", f"storage={tmp_path}")
     assert {"base", "target-paper_alpha", "baseline"} <= set(rows) and rows["target"][1] == "under 1 s"
     assert main(["plan", "--recipe", "sdar-4b-b32"]) == 2
     assert "--examples" in capsys.readouterr().err
@@ -98,7 +98,7 @@ def test_sizes_come_from_a_checkpoint_on_this_machine(capsys: pytest.CaptureFixt
     tiny = str(GOLDEN / "sdar_tiny")
     sets = ["base=null", f"target.start={tiny}", f"tokenizer.path={tiny}", f"storage={tmp_path}"]
     arguments = [part for s in sets for part in ("--set", s)]
-    out = plan(capsys, "--recipe", "demo", "--vocab_size", "300", *arguments)
+    out = plan(capsys, "--recipe", "sudoku-reference", "--vocab_size", "300", *arguments)
     assert f"target: {load_model(tiny).num_parameters():,} parameters" in out
 
 
@@ -110,7 +110,7 @@ def test_a_plan_that_lacks_sizes_names_the_key_and_the_remedy(
     assert "reference.start is owner/small" in refused
     assert "hf download owner/small config.json" in refused
     assert "--vocab_size" in plan(capsys, "--recipe", "sdar-8b-b64", "--set", SDAR_4B, code=2)
-    assert "--mfu is 4.0" in plan(capsys, "--recipe", "demo", "--mfu", "4", code=2)
+    assert "--mfu is 4.0" in plan(capsys, "--recipe", "sudoku-reference", "--mfu", "4", code=2)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -147,15 +147,15 @@ def test_columns_add_up_to_what_the_shards_are_planned_by() -> None:
 
 def test_plan_before_and_after_prepare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Limits of the recipe first, the counts of prepare's manifest once there is one."""
-    recipe = load_recipe("demo", [f"storage={tmp_path}"])
+    recipe = load_recipe("sudoku-reference", [f"storage={tmp_path}"])
     limits = volume(recipe)
     assert not limits.exact and limits.tokens == limits.rows * recipe.data.max_length
-    assert plan_signals("--recipe", "demo", "--set", f"storage={tmp_path}", "--storage-hours", "1e-6") == 0
+    assert plan_signals("--recipe", "sudoku-reference", "--set", f"storage={tmp_path}", "--storage-hours", "1e-6") == 0
     shown = capsys.readouterr().out
     assert f"rows {limits.rows:,}" in shown and "at most, by the recipe's limits" in shown and "break-even" in shown
 
     chunks = {"file": [0, 0], "rows": [60, 40], "tokens": [600, 400], "labelled": [300, 100]}
-    directory = tmp_path / "demo" / "prepare"
+    directory = tmp_path / "sudoku-reference" / "prepare"
     directory.mkdir(parents=True)
     (directory / "manifest.json").write_text(
         json.dumps({"schema": 2, "key": "k", "summary": {"chunks": chunks, "vocab_size": 271}})
@@ -213,6 +213,6 @@ def test_a_plan_that_lacks_counts_names_the_key(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="data.num_train is null"):
         volume(load_recipe("gsm8k", [here, "data.train=/x.jsonl", "data.test=/x.jsonl"]))
     with pytest.raises(UserError, match="tokenizer.path"):
-        volume(load_recipe("demo", [here, f"tokenizer.path={GOLDEN / 'sdar_tiny'}"]))
+        volume(load_recipe("sudoku-reference", [here, f"tokenizer.path={GOLDEN / 'sdar_tiny'}"]))
     with pytest.raises(UserError, match="--mfu is 0"):
-        plan_signals("--recipe", "demo", "--set", here, "--mfu", "0")
+        plan_signals("--recipe", "sudoku-reference", "--set", here, "--mfu", "0")

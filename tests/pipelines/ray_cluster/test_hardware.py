@@ -85,7 +85,7 @@ def test_answers_without_gpus_are_decoded_on_the_cpu(tiny_models: Path, tmp_path
 def test_replicas_get_what_their_deployment_asks_for() -> None:
     for gpus in (0, 1):
         made = application(
-            describe(load_recipe("demo", [f"resources.gpus_per_worker={gpus}"]), "/{}".format), ApiLimits()
+            describe(load_recipe("sudoku-reference", [f"resources.gpus_per_worker={gpus}"]), "/{}".format), ApiLimits()
         )
         for target in made._bound_deployment.init_args[0].values():
             deployment = target._bound_deployment
@@ -102,7 +102,7 @@ def test_a_job_without_gpus_stays_on_the_cpu(ray_cluster: str, tmp_path: Path, m
     few += ["target.residual.source=signals", "target.residual.alpha_scale=null", "variants={}", "noise.draws=1"]
     few += ["calibrate=null", "baseline=false", "deploy.baseline=false"]
     few += ["data.num_train=64", "data.num_test=2", "evaluate.thresholds=[0.5]"]
-    job = Job("demo", "run", tmp_path, few)
+    job = Job("sudoku-reference", "run", tmp_path, few)
     job.finish("--stages", "[!d]*", timeout=650)
     results = storage.read_json(storage.join(job.run.stage_directory("evaluate"), "results.json"))
     assert {device["dtype"] for device in results["hardware"]["devices"]} == {"float32"}

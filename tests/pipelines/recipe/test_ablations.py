@@ -39,10 +39,10 @@ def write(path: Path, text: str) -> str:
 def test_a_recipe_changes_what_it_says_and_takes_the_rest(tmp_path: Path) -> None:
     write(
         tmp_path / "a.yaml",
-        "extends: demo\nname: a\nreference: {start: {num_layers: 1}}\nvariants: {wild: {alpha: one}}\n",
+        "extends: sudoku-reference\nname: a\nreference: {start: {num_layers: 1}}\nvariants: {wild: {alpha: one}}\n",
     )
     recipe = load_recipe(write(tmp_path / "b.yaml", "extends: a.yaml\nname: b\nevaluate: {thresholds: [0.5]}\n"))
-    demo = load_recipe("demo")
+    demo = load_recipe("sudoku-reference")
     assert recipe.name == "b" and recipe.evaluate.thresholds == (0.5,) and recipe.target == demo.target
     assert recipe.reference is not None and demo.reference is not None
     start, plain = recipe.reference.start, demo.reference.start
@@ -51,9 +51,9 @@ def test_a_recipe_changes_what_it_says_and_takes_the_rest(tmp_path: Path) -> Non
 
 
 def test_an_entry_is_taken_out_by_null(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.yaml", "extends: demo\nname: a\nvariants: {paper_alpha: null}\n")
+    path = write(tmp_path / "a.yaml", "extends: sudoku-reference\nname: a\nvariants: {paper_alpha: null}\n")
     assert load_recipe(path).variants == {}
-    assert load_recipe("demo", ["variants.paper_alpha=null"]).variants == {}
+    assert load_recipe("sudoku-reference", ["variants.paper_alpha=null"]).variants == {}
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_what_cannot_be_extended_is_named(text: str, named: str, tmp_path: Path)
 
 
 def test_a_further_baseline_is_trained_and_evaluated() -> None:
-    recipe = load_recipe("demo", ["baselines.longer={steps: 800}"])
+    recipe = load_recipe("sudoku-reference", ["baselines.longer={steps: 800}"])
     training = recipe.training("baseline-longer")
     assert training.train.steps == 800 and training.residual is None and training.start is None
     assert training.train.learning_rate == recipe.target.train.learning_rate  # type: ignore[union-attr]
@@ -91,7 +91,9 @@ def test_a_further_arm_decodes_a_model_in_its_own_way() -> None:
     more = '{model: baseline, title: "Fed back", decode: {residual: true, alpha: ramp, start: zero}}'
     warm = "{model: base, decode: {residual: true, residual_source: reference}}"
     settings = ["evaluate.decode={residual_top_k: 8}", "evaluate.block_lengths=[16, 37]", "evaluate.starts=[zero]"]
-    recipe = load_recipe("demo", [f"evaluate.arms.smooth={more}", f"evaluate.arms.base_fed={warm}", *settings])
+    recipe = load_recipe(
+        "sudoku-reference", [f"evaluate.arms.smooth={more}", f"evaluate.arms.base_fed={warm}", *settings]
+    )
     assert stages_of(recipe)["evaluate"].inputs[:2] == ("prepare", "base")
     found = {arm.info.name: arm for arm in arms(recipe)}
     smooth = found["smooth/b16"]
@@ -105,9 +107,12 @@ def test_a_further_arm_decodes_a_model_in_its_own_way() -> None:
 def test_an_arm_can_need_the_reference() -> None:
     alone = ["reference=null", "target.residual.source=self", "target.residual.alpha_scale=1.8", "variants=null"]
     alone += ["evaluate.starts=[zero]", "deploy.start=zero", "variants={}"]
-    load_recipe("demo", alone)
+    load_recipe("sudoku-reference", alone)
     with pytest.raises(UserError, match="evaluate.arms.x.decode"):
-        load_recipe("demo", [*alone, "evaluate.arms.x={model: baseline, decode: {residual: true, start: reference}}"])
+        load_recipe(
+            "sudoku-reference",
+            [*alone, "evaluate.arms.x={model: baseline, decode: {residual: true, start: reference}}"],
+        )
 
 
 # -- the ablations

@@ -30,16 +30,16 @@ def applied(monkeypatch: pytest.MonkeyPatch) -> list[ProcessSettings]:
 
 
 def test_a_recipe_says_it_once_for_all_stages() -> None:
-    recipe = load_recipe("demo", BOTH)
+    recipe = load_recipe("sudoku-reference", BOTH)
     expected = ProcessSettings(verify_weights=False, deterministic=True)
     assert recipe.process == expected
     assert describe(recipe, lambda stage: f"/models/{stage}").process == expected
-    assert load_recipe("demo").process == ProcessSettings()
+    assert load_recipe("sudoku-reference").process == ProcessSettings()
 
 
 def test_results_stay_done_and_only_a_live_application_is_replaced() -> None:
     def keys(changes: list[str]) -> dict[str, Any]:
-        recipe = load_recipe("demo", changes)
+        recipe = load_recipe("sudoku-reference", changes)
         stages = stages_of(recipe)
         return {name: key_material(stage, recipe, {})["recipe"] for name, stage in stages.items()}
 
@@ -52,7 +52,7 @@ def test_results_stay_done_and_only_a_live_application_is_replaced() -> None:
 def test_what_nothing_is_known_about_is_refused(change: str) -> None:
     key = f"target.train.{change.partition('=')[0]}"
     with pytest.raises(UserError, match=f"deterministic is true but {key}"):
-        load_recipe("demo", [*BOTH, f"target.train.{change}", "resources.gpus_per_worker=1"])
+        load_recipe("sudoku-reference", [*BOTH, f"target.train.{change}", "resources.gpus_per_worker=1"])
 
 
 def test_a_serve_config(applied: list[ProcessSettings]) -> None:

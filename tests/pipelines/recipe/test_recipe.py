@@ -17,7 +17,7 @@ from rcd_core.io.hub import is_hub_id
 from tests.docs.recipes import PAGE, recipe_page, write_or_check
 
 
-def complaint(*overrides: str, recipe: str = "demo") -> str:
+def complaint(*overrides: str, recipe: str = "sudoku-reference") -> str:
     with pytest.raises(UserError) as caught:
         load_recipe(recipe, overrides)
     return str(caught.value)
@@ -47,7 +47,7 @@ def test_overrides_are_yaml_values_and_make_missing_sections() -> None:
 
 
 def test_variants_change_only_what_they_name() -> None:
-    recipe = load_recipe("demo", ["target.residual.dropout=0.5", "variants.wild={alpha: one}"])
+    recipe = load_recipe("sudoku-reference", ["target.residual.dropout=0.5", "variants.wild={alpha: one}"])
     assert recipe.variants["wild"].alpha == "one" and recipe.variants["wild"].dropout == 0.5
     assert recipe.training("target-wild").residual == recipe.variants["wild"]
     assert recipe.training("baseline").residual is None and recipe.training("target").start is None
@@ -122,7 +122,7 @@ def test_variants_change_only_what_they_name() -> None:
         ),
         ("baselines.x={stepz: 3}", "baselines.x.stepz: unknown key; did you mean 'steps'?"),
         ("baselines.x={batch_size: 63}", "baselines.x.batch_size is 63"),
-        ("name.x=1", "--set 'name.x=1': name is 'demo'"),
+        ("name.x=1", "--set 'name.x=1': name is 'sudoku-reference'"),
         ("seed", "--set 'seed'"),
         ("seed={", "--set 'seed={'"),
     ],
@@ -136,7 +136,7 @@ def test_mistakes_are_named(override: str, named: str) -> None:
 
 
 def test_epochs_become_steps_once_the_examples_are_counted() -> None:
-    settings = load_recipe("demo", ["target.train={epochs: 1.5, batch_size: 8}"]).target.train
+    settings = load_recipe("sudoku-reference", ["target.train={epochs: 1.5, batch_size: 8}"]).target.train
     assert settings.resolved(100).steps == 19 and settings.resolved(1).steps == 1
     assert settings.resolved(100).epochs is None and settings.resolved(100).resolved(7).steps == 19
 
@@ -154,7 +154,7 @@ def test_recipes_are_found_by_name_or_path(tmp_path: Path) -> None:
     assert "did you mean 'demo'?" in complaint(recipe="demoo")
     assert str(tmp_path / "none.yaml") in complaint(recipe=str(tmp_path / "none.yaml"))
     path = tmp_path / "other.yaml"
-    path.write_text(dump_recipe(load_recipe("demo", ["name=other"])))
+    path.write_text(dump_recipe(load_recipe("sudoku-reference", ["name=other"])))
     assert load_recipe(str(path)).name == "other"
     path.write_text("name: a\nseed: 1\nseed: 2\n")
     assert "'seed'" in complaint(recipe=str(path))
@@ -169,7 +169,7 @@ NO_TRAINING = [*AS_THEY_ARE, "data.train=null", "tokenizer.path=/t"]
 
 
 def test_checkpoints_are_taken_as_they_are() -> None:
-    recipe = load_recipe("demo", NO_TRAINING)
+    recipe = load_recipe("sudoku-reference", NO_TRAINING)
     stages = stages_of(recipe)
     assert list(stages) == ["prepare", "reference", "target", "baseline", "evaluate", "deploy"]
     for name, path in (("reference", "/r"), ("target", "/t"), ("baseline", "/b")):
@@ -180,7 +180,7 @@ def test_checkpoints_are_taken_as_they_are() -> None:
         with pytest.raises(UserError, match=name):
             recipe.training(name)
     assert stages["target"].inputs == () and stages["evaluate"].inputs == ("prepare", "target", "baseline", "reference")
-    demo = load_recipe("demo")
+    demo = load_recipe("sudoku-reference")
     assert {demo.checkpoint(name) for name in ("reference", "target", "baseline")} == {None}
     assert "baseline is true" in complaint(*NO_TRAINING, "baseline=true")
     assert "tokenizer.path" in complaint(*AS_THEY_ARE, "data.train=null")
@@ -192,7 +192,9 @@ def test_another_task_is_tested_than_trained() -> None:
     assert columns_of(recipe, "train") == {"question": "problem", "solution": "solution", "answer": "answer"}
     assert columns_of(recipe, "test") == {"question": "question", "answer": "answer"}  # a problem is a question, too
     assert columns_of(load_recipe("llada-8b"), "test") == {"question": "question", "solution": "answer"}
-    assert columns_of(load_recipe("demo", ["data.test_task=sudoku"]), "test") == columns_of(load_recipe("demo"), "test")
+    assert columns_of(load_recipe("sudoku-reference", ["data.test_task=sudoku"]), "test") == columns_of(
+        load_recipe("sudoku-reference"), "test"
+    )
 
 
 @pytest.mark.parametrize("rule", ["confidence", "inverse_confidence", "learned"])
@@ -200,10 +202,10 @@ def test_stored_signals_lack_what_a_rule_needs_at_another_temperature(rule: str)
     wanted = [f"target.residual.alpha={rule}", "target.residual.source=signals", "target.residual.alpha_scale=null"]
     apart = [*wanted, "signals.alpha_temperature=2", "variants={}"]
     with pytest.raises(UserError, match=r"target\.residual\.alpha.*signals\.alpha_temperature 2.*delta_temperature 1"):
-        load_recipe("demo", apart)
-    load_recipe("demo", [*apart, "signals.delta_temperature=2"])
-    load_recipe("demo", [*apart, "signals.keep_mass=null", "signals.top_k=512"])  # every id
-    load_recipe("demo", [*apart, "target.residual.source=online"])
+        load_recipe("sudoku-reference", apart)
+    load_recipe("sudoku-reference", [*apart, "signals.delta_temperature=2"])
+    load_recipe("sudoku-reference", [*apart, "signals.keep_mass=null", "signals.top_k=512"])  # every id
+    load_recipe("sudoku-reference", [*apart, "target.residual.source=online"])
 
 
 def test_hub_ids() -> None:
@@ -222,7 +224,7 @@ def checkpoint(directory: Path, vocab_size: int, words: dict[str, int] | None = 
 
 def inputs_complaint(*overrides: str) -> str:
     with pytest.raises(UserError) as caught:
-        check_inputs(load_recipe("demo", ["calibrate=null", *overrides]))
+        check_inputs(load_recipe("sudoku-reference", ["calibrate=null", *overrides]))
     return str(caught.value)
 
 
@@ -258,4 +260,4 @@ def test_reference_and_target_must_share_a_vocabulary(tmp_path: Path) -> None:
         f"reference.start={target}",
     ]
     assert f"baseline {other}" in inputs_complaint(*sets, *as_they_are, f"baseline={other}")
-    check_inputs(load_recipe("demo", [*sets, f"reference.start={target}"]))
+    check_inputs(load_recipe("sudoku-reference", [*sets, f"reference.start={target}"]))

@@ -18,7 +18,7 @@ from pipelines.run.stages import stages_of
 from rcd_core.errors import UserError
 
 
-def with_tasks(tasks: dict[str, Any], *overrides: str, recipe: str = "demo") -> Recipe:
+def with_tasks(tasks: dict[str, Any], *overrides: str, recipe: str = "sudoku-reference") -> Recipe:
     return load_recipe(recipe, [f"evaluate.tasks={json.dumps(tasks)}", *overrides])
 
 

@@ -31,7 +31,7 @@ SECONDS = {"base": 40.0, "reference": 7.0, "signals": 5.0, "target": 20.0, "base
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
-    run = RunDirectory(str(tmp_path / "demo"))
+    run = RunDirectory(str(tmp_path / "sudoku-reference"))
     summaries: dict[str, dict[str, Any]] = {name: {"steps": steps} for name, steps in STEPS.items()}
     summaries |= {"prepare": {"chunks": CHUNKS}, "calibrate": {}, "signals": {"tokens": 1000, "masked_tokens": 250}}
     for name, summary in summaries.items():
@@ -44,7 +44,7 @@ def run(tmp_path: Path) -> RunDirectory:
 
 def recipe(run: RunDirectory, *overrides: str) -> Recipe:
     fewer = ["variants={paper_alpha: null}", "deploy.start=zero"]
-    return load_recipe("demo", [f"storage={Path(run.path).parent}", *fewer, *overrides])
+    return load_recipe("sudoku-reference", [f"storage={Path(run.path).parent}", *fewer, *overrides])
 
 
 def costs(run: RunDirectory, *overrides: str) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def keys(recipe: Recipe) -> dict[str, str]:
     return found
 
 
-DEMO = load_recipe("demo")
+DEMO = load_recipe("sudoku-reference")
 USED = {"calibrate", "evaluate", "deploy"}  # what decodes the targets
 TRAINED = {"base", "reference", "signals", "target", "target-paper_alpha", "baseline", *USED}
 
@@ -60,7 +60,7 @@ TRAINED = {"base", "reference", "signals", "target", "target-paper_alpha", "base
     ],
 )
 def test_a_change_reaches_exactly_what_depends_on_it(override: str, changed: set[str]) -> None:
-    before, after = keys(DEMO), keys(load_recipe("demo", [override]))
+    before, after = keys(DEMO), keys(load_recipe("sudoku-reference", [override]))
     assert {name for name in before if before[name] != after[name]} == changed
 
 
@@ -72,22 +72,22 @@ def test_stage_order_and_inputs() -> None:
         assert all(list(stages).index(i) < list(stages).index(name) for i in stage.inputs)
     assert ancestors(stages, "signals") == ["prepare", "reference"]
     assert with_dependents(stages, ["baseline"]) == ["baseline", "calibrate", "evaluate", "deploy"]
-    alone = stages_of(load_recipe("demo", ["calibrate=null", "deploy.baseline=false"]))
+    alone = stages_of(load_recipe("sudoku-reference", ["calibrate=null", "deploy.baseline=false"]))
     assert with_dependents(alone, ["baseline"]) == ["baseline", "evaluate"]
     assert "baseline" in stages["deploy"].inputs, "the playground compares with it"
-    online = load_recipe("demo", ["target.residual={source: online}", "variants={}"])
+    online = load_recipe("sudoku-reference", ["target.residual={source: online}", "variants={}"])
     assert "signals" not in stages_of(online) and "reference" in stages_of(online)["target"].inputs
-    distilled = stages_of(load_recipe("demo", ["target.train.distill=true"]))
+    distilled = stages_of(load_recipe("sudoku-reference", ["target.train.distill=true"]))
     assert "reference" in distilled["target"].inputs and "reference" in distilled["baseline"].inputs
 
 
 def test_without_a_use_for_it_there_is_no_reference() -> None:
     alone = ["target.residual={source: self}", "variants={}", "evaluate.starts=[zero]", "deploy.start=zero"]
     for reference in ([], ["reference=null"]):
-        stages = stages_of(load_recipe("demo", [*alone, *reference]))
+        stages = stages_of(load_recipe("sudoku-reference", [*alone, *reference]))
         assert list(stages) == ["prepare", "base", "target", "baseline", "calibrate", "evaluate", "deploy"]
         assert stages["target"].inputs == ("prepare", "base")
-    asked = stages_of(load_recipe("demo", [*alone[:3], "deploy.start=reference"]))
+    asked = stages_of(load_recipe("sudoku-reference", [*alone[:3], "deploy.start=reference"]))
     assert "reference" in asked["deploy"].inputs and "reference" not in asked["evaluate"].inputs
 
 
@@ -95,7 +95,7 @@ def test_a_checkpoint_from_outside_stands_for_training_and_enters_keys_by_conten
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_text("{}")
     sets = [f"reference.start={tmp_path}", "reference.train=null", f"tokenizer.path={tmp_path}"]
-    recipe = load_recipe("demo", sets)
+    recipe = load_recipe("sudoku-reference", sets)
     stage = stages_of(recipe)["reference"]
     assert not stage.needs_cluster and stage.inputs == ()
     before = keys(recipe)
@@ -110,7 +110,9 @@ def test_a_checkpoint_from_outside_stands_for_training_and_enters_keys_by_conten
 
 @pytest.fixture(params=["local", "mock"])
 def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    path = f"mock://{tmp_path.name}/runs/demo" if request.param == "mock" else str(tmp_path / "runs" / "demo")
+    path = (
+        f"mock://{tmp_path.name}/runs/demo" if request.param == "mock" else str(tmp_path / "runs" / "sudoku-reference")
+    )
     yield path
     storage.remove(path)
 
@@ -145,9 +147,9 @@ def test_a_run_directory_of_an_older_release_is_still_done(tmp_path: Path, capsy
     holder = {"owner": "o", "host": "h", "pid": 1, "job": "raysubmit_1", "since": "2026-11-23T10:00:00", "beat": 3}
     files = {"prepare/key.json": {"key": key, "material": material}, "prepare/manifest.json": manifest | times}
     for name, content in {**files, "lease.json": holder, "recipe.yaml": {}}.items():
-        (tmp_path / "demo" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "demo" / name).write_text(json.dumps(content))
-    run, stages = RunDirectory(str(tmp_path / "demo")), stages_of(DEMO)
+        (tmp_path / "sudoku-reference" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sudoku-reference" / name).write_text(json.dumps(content))
+    run, stages = RunDirectory(str(tmp_path / "sudoku-reference")), stages_of(DEMO)
     assert key_of(material) == key == run.partial_key("prepare")
     assert make_plan(DEMO, stages, run)["prepare"].action == "skip"
     assert cli.main(["runs", "--storage", str(tmp_path)]) == 0
@@ -177,15 +179,15 @@ def test_rcd_runs_lists_runs(
     assert "none does not exist" in capsys.readouterr().err
     assert cli.main(["runs", "--storage", str(tmp_path)]) == 0
     assert "no runs in" in capsys.readouterr().out
-    run = RunDirectory(str(tmp_path / "demo"))
+    run = RunDirectory(str(tmp_path / "sudoku-reference"))
     run.write_recipe(DEMO)
     run.finish("prepare", {}, {}, datetime.now().astimezone(), 0)
     run.begin("base", {})
     Lease(run.path)._beat()
     assert cli.main(["runs", "--storage", str(tmp_path)]) == 0
-    row = next(line for line in capsys.readouterr().out.splitlines() if "demo" in line)
+    row = next(line for line in capsys.readouterr().out.splitlines() if "sudoku-reference" in line)
     cells = [cell.strip() for cell in row.split("│")]
-    assert cells[1:4] == ["demo", "prepare", "base"] and "process" in cells[4]
+    assert cells[1:4] == ["sudoku-reference", "prepare", "base"] and "process" in cells[4]
 
 
 def test_resources_are_waited_for_with_a_deadline(ray_cluster: str) -> None:

@@ -9,7 +9,7 @@ from pipelines.run.keys import recipe_values
 
 
 def values(*changes: str) -> dict[str, Any]:
-    return recipe_values(load_recipe("demo", changes), ("evaluate", "deploy", "base"))
+    return recipe_values(load_recipe("sudoku-reference", changes), ("evaluate", "deploy", "base"))
 
 
 def test_a_run_made_before_a_setting_existed_keeps_its_keys() -> None:

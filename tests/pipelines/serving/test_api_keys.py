@@ -29,23 +29,23 @@ def test_keys_come_from_the_environment_and_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.1.1", "localhost", "::1"])
 def test_a_loopback_host_needs_no_keys(host: str) -> None:
-    check(load_recipe("demo", [f"deploy.host='{host}'"]), {})
+    check(load_recipe("sudoku-reference", [f"deploy.host='{host}'"]), {})
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org"])
 def test_another_host_needs_keys_or_permission(host: str) -> None:
     there = f"deploy.host='{host}'"
-    check(load_recipe("demo", [there]), {"RCD_API_KEYS": "a"})
-    check(load_recipe("demo", [there, "deploy.allow_without_keys=true"]), {})
+    check(load_recipe("sudoku-reference", [there]), {"RCD_API_KEYS": "a"})
+    check(load_recipe("sudoku-reference", [there, "deploy.allow_without_keys=true"]), {})
     with pytest.raises(UserError, match="deploy.host .*RCD_API_KEYS"):
-        check(load_recipe("demo", [there]), {})
+        check(load_recipe("sudoku-reference", [there]), {})
 
 
 def test_the_job_ends_before_its_first_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("RCD_API_KEYS", raising=False)
-    job = ["--recipe", "demo", "--storage", str(tmp_path), "--set", "deploy.host=0.0.0.0"]
+    job = ["--recipe", "sudoku-reference", "--storage", str(tmp_path), "--set", "deploy.host=0.0.0.0"]
     assert main(job) == 2
     assert "deploy.host" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

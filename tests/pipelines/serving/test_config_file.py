@@ -217,10 +217,10 @@ def test_the_args_say_who_gets_in_and_where_the_ingress_runs(monkeypatch: pytest
 def test_a_recipe_says_it_too() -> None:
     keys = ["deploy.allow_without_keys=true", "deploy.open_state=true", "deploy.ingress={replicas: 4, drain_s: 9}"]
     keys.append("deploy.cors_origins=['https://a.b:8']")
-    description = describe(load_recipe("demo", keys), "/{}".format)
+    description = describe(load_recipe("sudoku-reference", keys), "/{}".format)
     assert description.allow_without_keys and description.open_state and description.cors_origins == ("https://a.b:8",)
     with pytest.raises(UserError, match=r"deploy\.cors_origins"):
-        load_recipe("demo", ["deploy.cors_origins=[a.b]"])
+        load_recipe("sudoku-reference", ["deploy.cors_origins=[a.b]"])
     assert (description.ingress.replicas, description.ingress.drain_s) == (4, 9)
 
 
@@ -284,13 +284,13 @@ def test_a_recipe_can_serve_other_checkpoints(tmp_path: Path) -> None:
 )
 def test_a_mistake_in_a_recipe_s_models_is_named(override: str, key: str) -> None:
     with pytest.raises(UserError) as caught:
-        load_recipe("demo", [override])
+        load_recipe("sudoku-reference", [override])
     assert key in str(caught.value)
 
 
 def test_a_recipe_s_models_can_use_the_reference_and_must_exist(tmp_path: Path) -> None:
     warm = f"deploy.models.x={{checkpoint: {tmp_path}, decode: {{residual: true, start: reference}}}}"
-    recipe = load_recipe("demo", [warm, "deploy.start=zero"])
+    recipe = load_recipe("sudoku-reference", [warm, "deploy.start=zero"])
     assert reference_keys(recipe)["deploy.models.x.decode"] == "deploy"
     with pytest.raises(UserError, match=r"deploy\.models\.x\.checkpoint: "):
         check_inputs(recipe)

@@ -62,7 +62,7 @@ def test_batches_respect_their_budget_and_sort_by_length() -> None:
 
 
 def test_the_demo_has_shards_for_both_its_actors() -> None:
-    demo = load_recipe("demo")
+    demo = load_recipe("sudoku-reference")
     rows = [1024] * 32
     chunks = {"rows": rows, "tokens": [37 * r for r in rows], "labelled": [24 * r for r in rows]}
     offsets = plan_shards(demo, {"vocab_size": 271, "chunks": chunks})

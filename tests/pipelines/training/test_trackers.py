@@ -72,7 +72,7 @@ def test_a_tool_that_fails_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_tool_that_is_missing_is_named_before_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = load_recipe("demo", ["trackers=[mlflow]", f"storage={tmp_path}"])
+    recipe = load_recipe("sudoku-reference", ["trackers=[mlflow]", f"storage={tmp_path}"])
     monkeypatch.setattr("pipelines.recipe.inputs.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"trackers has 'mlflow'.*rcd-ray\[mlflow\]"):
         check_inputs(recipe)

@@ -96,7 +96,7 @@ def test_a_dropped_trace_opens_and_what_is_none_is_an_alert(page: Page, tmp_path
     short["answers"][0]["steps"][0]["entropy"].pop()
     bad = {
         "picture.png": ("\x89PNG", "not JSON"),
-        "run.json": ('{"name": "demo"}', "rcd_trace"),
+        "run.json": ('{"name": "sudoku-reference"}', "rcd_trace"),
         "list.json": ("[1]", "rcd_trace"),
         "newer.json": (json.dumps(trace | {"rcd_trace": 2}), "rcd_trace is 2"),
         "empty.json": (json.dumps(trace | {"answers": []}), "answers"),
