@@ -23,6 +23,7 @@ from rcd_core.ops.reduce import Feedback, Reduced, Table, reduce_greedy
 from rcd_core.signals import ReferenceSignals
 from rcd_core.training import own_signals
 from rcd_core.training.data.examples import ExampleSource
+from tests.benchmarks.evidence import __main__ as evidence
 from tests.benchmarks.evidence.feedback import SoftMask, feedback
 from tests.benchmarks.evidence.plan import Plan, load_plan
 from tests.benchmarks.evidence.predict import predict
@@ -85,7 +86,7 @@ def test_rows_in_memory_are_those_of_the_files(tmp_path: Path) -> None:
 
 
 def test_it_goes_on_where_it_stopped_and_reports_whole_replicates(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, said = small(tmp_path), []
     for run in ("one", "two"):
@@ -126,6 +127,22 @@ def test_it_goes_on_where_it_stopped_and_reports_whole_replicates(
     weights = (tokens / counted - passes) / asked  # of a model as large, which predicts a whole block at once
     assert np.all(counted < paper) and np.all((weights > 1.0) & (weights < 2.0))
     assert arms["seqd", "none"]["gains"][0]["mean"] in (None, 0.0)
+
+    report(plan, ["sudoku6"], tmp_path / "elsewhere", tmp_path / "written")  # counts what was reported before
+    assert "1 replicate," in capsys.readouterr().out
+    assert json.loads((tmp_path / "written" / "results.json").read_text())["sudoku6"] == result
+    arguments = ["run", "--output", tmp_path / "elsewhere", "--plan", tmp_path / "plan.yaml", "--replicates", "1"]
+    monkeypatch.setattr("sys.argv", ["evidence", *map(str, arguments), "--done", str(tmp_path / "written")])
+    assert evidence.main() == 0 and not (tmp_path / "elsewhere").exists()
+
+
+def test_later_replicates_have_the_methods_that_the_first_one_leaves(tmp_path: Path) -> None:
+    plan = small(tmp_path)
+    experiment = replace(plan.experiments["sudoku6"], later=("seqd", "rounds"))
+    found = cells(replace(plan, experiments={"sudoku6": experiment}), ["sudoku6"], 2)
+    assert [(cell.base, cell.arm.name) for cell in found] == [
+        *((0, name) for name in ("seqd", "rcd", "rounds")), (1, "seqd"), (1, "rounds"),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("arm", ["self_norm", "soft_masked"])

@@ -1,8 +1,9 @@
 """Runs the experiments that compare methods, on rcd_core alone, without Ray.
 
     python -m tests.benchmarks.evidence run --output DIR [--only sudoku6 chain] [--replicates 3] [--minutes 60]
-    python -m tests.benchmarks.evidence report --output DIR [--write tests/benchmarks/evidence/results]
+    python -m tests.benchmarks.evidence report --output DIR [--write tests/benchmarks/evidence/results/second]
     python -m tests.benchmarks.evidence predict --output DIR                 # what bases throw away, beside the gains
+    ... run --done tests/benchmarks/evidence/results/second    # not the replicates that are reported there
     ... --plan tests/benchmarks/evidence/first.yaml       # the first experiment; default: the second
 
 `run` resumes. Several processes may work on different experiments of one directory. Uses a GPU where there is one.
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 
 from tests.benchmarks.evidence.plan import load_plan
+from tests.benchmarks.evidence.report import kept, replicates, report
 from tests.benchmarks.evidence.run import Runner, cells
 from tests.benchmarks.probe import header
 
@@ -33,14 +35,13 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no cell after this time")
     parser.add_argument("--plan", type=Path, default=PLAN)
     parser.add_argument("--write", type=Path, help="report, predict: where results.json and the plots go")
+    parser.add_argument("--done", type=Path, help="run: skip the replicates that results.json in this directory has")
     options = parser.parse_args()
     plan = load_plan(options.plan)
     names = options.only or list(plan.experiments)
     if unknown := set(names) - set(plan.experiments):
         parser.error(f"--only {' '.join(unknown)}: the plan has {', '.join(plan.experiments)}")
     if options.action == "report":
-        from tests.benchmarks.evidence.report import report
-
         report(plan, names, options.output, options.write)
         return 0
     if options.action == "predict":
@@ -54,8 +55,10 @@ def main() -> int:
     print(header(), flush=True)
     deadline = time.monotonic() + 60 * options.minutes
     runner = Runner(options.output, device, deadline, lambda text: print(text, flush=True))
+    done = {name: replicates(result) for name, result in kept(options.done).items()}
     for cell in cells(plan, names, options.replicates):
-        runner.run(cell)
+        if (cell.base, cell.seed) not in done.get(cell.experiment.name, ()):
+            runner.run(cell)
     return 0
 
 

@@ -57,6 +57,7 @@ class Experiment:
     second_train: TrainSettings
     replicates: tuple[tuple[int, int], ...]
     arms: tuple[str, ...] = field(default=())
+    later: tuple[str, ...] = field(default=())  # those that the first replicate leaves for further ones
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def _experiment(name: str, everything: dict[str, Any], arms: dict[str, Arm]) -> 
     values["replicates"] = tuple(tuple(pair) for pair in values["replicates"])
     for key in ("thresholds", "arms"):
         values[key] = tuple(values.get(key, arms))
-    if unknown := set(values["arms"]) - set(arms):
+    values["later"] = tuple(values.get("later", values["arms"]))
+    if unknown := (set(values["arms"]) | set(values["later"])) - set(arms):
         raise UserError(f"experiments.{name}.arms names {', '.join(sorted(unknown))}; there are {', '.join(arms)}")
     return Experiment(name=name, **_known(Experiment, name, values))
 

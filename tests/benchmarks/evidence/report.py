@@ -28,6 +28,9 @@ from tests.benchmarks.evidence.run import NO_REFERENCE, Cell, cells
 
 BASELINE = "seqd"
 LEVEL = 0.9
+RESULTS = "results.json"
+NAMES = ("arm", "title", "reference", "start")
+LEVELS = (0.6, 0.7, 0.8, LEVEL, 0.95)
 
 
 @dataclass(frozen=True)
@@ -50,18 +53,30 @@ class Loaded:
 
 
 def report(plan: Plan, names: list[str], output: Path, write: Path | None) -> None:
-    """Print a table per experiment; with `write`, results.json and a plot per experiment there."""
-    results = {}
+    """Print a table per experiment. With `write`, the replicates that results.json there already has are counted too,
+    and results.json and a plot per experiment are written there."""
+    results = kept(write)
     for name in names:
         loaded, complete = load(plan, plan.experiments[name], output)
-        if complete:
-            results[name] = _experiment(plan.experiments[name], loaded, complete)
+        if runs := _runs(loaded) + _kept_runs(results.get(name), complete):
+            results[name] = _experiment(plan.experiments[name], runs)
             print(_table(name, results[name]))
     if write:
         write.mkdir(parents=True, exist_ok=True)
-        (write / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        (write / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
         for name, result in results.items():
             (write / f"{name}.png").write_bytes(_plot(name, result))
+
+
+def kept(directory: Path | None) -> dict[str, Any]:
+    """Experiment -> its part of results.json, if there is one."""
+    if directory is None or not (directory / RESULTS).exists():
+        return {}
+    return dict(json.loads((directory / RESULTS).read_text()))
+
+
+def replicates(result: dict[str, Any]) -> set[tuple[int, int]]:
+    return {(base, seed) for base, seed in result.get("replicates", [])}
 
 
 def load(plan: Plan, experiment: Experiment, output: Path) -> tuple[list[Loaded], list[tuple[int, int]]]:
@@ -124,35 +139,47 @@ def _shape(config: ModelConfig, experiment: Experiment) -> ModelShape:
 # -- one experiment
 
 
-def _experiment(experiment: Experiment, loaded: list[Loaded], complete: list[tuple[int, int]]) -> dict[str, Any]:
+def _runs(loaded: list[Loaded]) -> list[dict[str, Any]]:
+    """Each method of each replicate, against SeqD of the same replicate."""
     baselines = {part.replicate: part for part in loaded if part.arm.name == BASELINE}
-    groups: dict[tuple[str, str, str], list[Loaded]] = defaultdict(list)
-    for part in loaded:
-        groups[part.arm.name, part.reference, part.start].append(part)
+    return [{**dict(zip(NAMES, _names(part), strict=True)), **_run(part, baselines[part.replicate])} for part in loaded]
+
+
+def _names(part: Loaded) -> tuple[str, ...]:
+    return part.arm.name, part.title, part.reference, part.start
+
+
+def _kept_runs(result: dict[str, Any] | None, newer: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    if result is None:
+        return []
+    runs = [{**{name: arm[name] for name in NAMES}, **run} for arm in result["arms"] for run in arm["runs"]]
+    return [run for run in runs if (run["base"], run["seed"]) not in newer]
+
+
+def _experiment(experiment: Experiment, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
+    for run in sorted(runs, key=lambda run: (run["seed"], run["base"])):
+        groups[tuple(run[name] for name in NAMES)].append({n: v for n, v in run.items() if n not in NAMES})
     return {
         "task": experiment.task,
         "block_length": experiment.block_length,
         "num_problems": experiment.num_test,
         "thresholds": experiment.thresholds,
-        "replicates": complete,
-        "arms": [_arm(group, baselines) for group in groups.values()],
+        "replicates": sorted({(run["base"], run["seed"]) for run in runs}, key=lambda pair: pair[::-1]),
+        "arms": [_arm(names, group) for names, group in groups.items()],
     }
 
 
-def _arm(group: list[Loaded], baselines: dict[tuple[int, int], Loaded]) -> dict[str, Any]:
-    first = group[0]
-    runs = [_run(part, baselines[part.replicate]) for part in group]
+def _arm(names: tuple[str, ...], runs: list[dict[str, Any]]) -> dict[str, Any]:
     ratios = [r["ratio"]["value"] for r in runs]
     best = [r["ratio_at_best"]["value"] for r in runs]
     return {
-        "arm": first.arm.name,
-        "title": first.title,
-        "reference": first.reference,
-        "start": first.start,
+        **dict(zip(NAMES, names, strict=True)),
         "accuracy": np.mean([r["accuracy"] for r in runs], axis=0).round(5).tolist(),
         "tokens_per_pass": np.mean([r["tokens_per_pass"] for r in runs], axis=0).round(4).tolist(),
         "ratio": _spread(ratios),
         "ratio_at_best": _spread(best),
+        "best_difference": _spread([r["best_difference"]["value"] for r in runs]),
         "gains": [_spread([r["gains"][t]["value"] for r in runs]) for t in range(len(runs[0]["gains"]))],
         "half_the_passes": sum(b is not None and b >= 2.0 for b in best),
         "clearly_ahead": sum(any(g["apart"] for g in r["gains"]) for r in runs),
@@ -162,9 +189,10 @@ def _arm(group: list[Loaded], baselines: dict[tuple[int, int], Loaded]) -> dict[
 
 
 def _run(part: Loaded, baseline: Loaded) -> dict[str, Any]:
-    """gains: accuracy minus SeqD's at the tokens per pass that SeqD has at each threshold. apart, behind: the 95 %
-    intervals of the two accuracies do not overlap there."""
-    found = compare(baseline.curves, part.curves, accuracy_levels=(LEVEL,))
+    """ratio, ratios, ratio_at_best: tokens per pass over SeqD's at LEVEL, at LEVELS and at SeqD's best accuracy.
+    best_difference: best accuracy minus SeqD's. gains: accuracy minus SeqD's at the tokens per pass that SeqD has at
+    each threshold. apart, behind: the 95 % intervals of the two accuracies do not overlap there."""
+    found = compare(baseline.curves, part.curves, accuracy_levels=LEVELS)
     rates, accuracy = part.curves.rates["tokens_per_pass"], part.curves.accuracy
     base_rates, base_accuracy = baseline.curves.rates["tokens_per_pass"], baseline.curves.accuracy
     gains = []
@@ -185,8 +213,10 @@ def _run(part: Loaded, baseline: Loaded) -> dict[str, Any]:
         "seed": part.replicate[1],
         "accuracy": accuracy[0].round(5).tolist(),
         "tokens_per_pass": rates[0].round(4).tolist(),
-        "ratio": asdict(found.levels[0].ratio),
+        "ratio": asdict(found.levels[LEVELS.index(LEVEL)].ratio),
+        "ratios": [asdict(level.ratio) for level in found.levels],
         "ratio_at_best": asdict(found.best.ratio),
+        "best_difference": asdict(estimate(accuracy.max(1) - base_accuracy.max(1))),
         "gains": gains,
         "facts": {n: v for n, v in part.facts.items() if v == v},
     }
@@ -204,9 +234,13 @@ def _spread(values: list[float | None]) -> dict[str, Any]:
 
 def _table(name: str, result: dict[str, Any]) -> str:
     """Markdown."""
-    count = len(result["replicates"])
-    head = ["method", *(f"{t:g}" for t in result["thresholds"])]
-    head += [f"ratio at {100 * LEVEL:.0f} %", "ratio at SeqD's best", *(f"gain at {t:g}" for t in result["thresholds"])]
+    head = ["method", "replicates", *(f"{t:g}" for t in result["thresholds"])]
+    head += [
+        f"ratio at {100 * LEVEL:.0f} %",
+        "ratio at SeqD's best",
+        "best accuracy over SeqD's",
+        *(f"gain at {t:g}" for t in result["thresholds"]),
+    ]
     head += ["ahead / behind"]
     lines = [
         f"\n### {name}: {_count(result)}, {result['num_problems']} problems\n",
@@ -215,9 +249,11 @@ def _table(name: str, result: dict[str, Any]) -> str:
         "|" + "---|" * len(head),
     ]
     for arm in result["arms"]:
-        cells = [arm["title"]]
+        cells = [arm["title"], str(len(arm["runs"]))]
         cells += [f"{100 * a:.1f} @ {r:.2f}" for a, r in zip(arm["accuracy"], arm["tokens_per_pass"], strict=True)]
+        count = len(arm["runs"])
         cells += [_say(arm["ratio"], 1, ".2f", count), _say(arm["ratio_at_best"], 1, ".2f", count)]
+        cells += [_say(arm["best_difference"], 100, "+.1f", count)]
         cells += [_say(gain, 100, "+.1f", count) for gain in arm["gains"]]
         cells += [f"{arm['clearly_ahead']} / {arm['clearly_behind']}"]
         lines.append("| " + " | ".join(cells) + " |")

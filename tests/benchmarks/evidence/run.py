@@ -58,8 +58,8 @@ def cells(plan: Plan, names: list[str], replicates: int) -> Iterator[Cell]:
     """In running order: all methods of a replicate before the next replicate."""
     for name in names:
         experiment = plan.experiments[name]
-        for base, seed in experiment.replicates[:replicates]:
-            for arm in (plan.arms[a] for a in experiment.arms):
+        for number, (base, seed) in enumerate(experiment.replicates[:replicates]):
+            for arm in (plan.arms[a] for a in (experiment.later if number else experiment.arms)):
                 for reference in experiment.references if arm.asks_reference else (NO_REFERENCE,):
                     yield Cell(experiment, base, seed, arm, reference)
 
