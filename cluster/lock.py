@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = "3.11"  # as in the Dockerfile
-EXTRAS = ("deepspeed",)
+EXTRAS = ("deepspeed", "gguf", "lora", "quantise")  # what recipes can ask for
 LAUNCHERS = ("boto3", "google-api-python-client")  # the autoscaler's clients for AWS and GCP
 
 

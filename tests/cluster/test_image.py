@@ -10,6 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from cluster.lock import EXTRAS
 from tests.cluster.files import CLUSTER
 from tests.conftest import ROOT
 
@@ -138,7 +139,7 @@ def test_the_image_has_the_versions_that_the_tests_run_with() -> None:
 
 def test_all_that_the_package_needs_is_locked() -> None:
     extras = PROJECT["optional-dependencies"]
-    ours = [*PROJECT["dependencies"], *extras["deepspeed"]]
+    ours = [*PROJECT["dependencies"], *(r for extra in EXTRAS for r in extras[extra])]
     assert needed(*ours) | {"setuptools", "boto3", "google-api-python-client"} <= set(locked("requirements.lock"))
     assert set(locked("requirements-flash.lock")) == needed(*extras["flash"])
     for name, version in locked("requirements.lock").items():
