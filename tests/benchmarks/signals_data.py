@@ -92,12 +92,15 @@ def finished_run(directory: Path) -> Workload:
     prepare = json.loads((directory / "prepare" / "manifest.json").read_text())["summary"]
     config = json.loads((directory / "target" / "model" / "config.json").read_text())
     rcd = config["rcd"]
+    reference = json.loads((directory / "reference" / "manifest.json").read_text())["summary"]
     import yaml
 
     recipe = yaml.safe_load((directory / "recipe.yaml").read_text())
     return Workload(
         name="demo",
-        reference=str(directory / "reference" / "model"),
+        reference=reference.get(
+            "checkpoint", str(directory / "reference" / "model")
+        ),  # the base, unless it has its own
         target=str(directory / "target" / "model"),
         start=str(directory / "base" / "model"),
         files=tuple(str(directory / "prepare" / "train" / name) for name in prepare["train"]),
