@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from pipelines.report.plots import DARK, INK, LIGHT, MARKERS, PAPER
 
 HERE = Path(__file__).parent
-ROW = re.compile(r"^\|([^|]*)\| (\d) \|((?: \**[\d.]+\** @ [\d.]+ \|){5})", re.MULTILINE)
+ROW = re.compile(r"^\|([^|]*)\| (\d) \|((?: \**[\d.]+\** @ [\d.]+ \|){6})", re.MULTILINE)
 
 
 def curves() -> dict[str, dict[str, list[tuple[float, float]]]]:
@@ -37,12 +37,11 @@ def draw(dark: bool) -> Figure:
         axes.grid(color=ink, alpha=0.15, linewidth=0.6)
         axes.tick_params(colors=ink)
         axes.set_xlabel("tokens per pass", color=ink)
-        axes.set_ylim(0, 102)
+        axes.set_ylim(55, 101)
         for side in axes.spines.values():
             side.set_color(ink)
         for index, (method, points) in enumerate(methods.items()):
-            short = method.replace(" (the default)", "").replace("reference's signals", "signals")
-            look = {"marker": MARKERS[index], "markersize": 4, "color": colours[index], "label": short}
+            look = {"marker": MARKERS[index], "markersize": 4, "color": colours[index], "label": method}
             axes.plot(*zip(*points, strict=True), **look)
     panels[0].set_ylabel("accuracy, %", color=ink)
     handles, labels = panels[0].get_legend_handles_labels()
