@@ -104,7 +104,7 @@ def results(root: str, name: str) -> Iterator[tuple[str, Any]]:
 def places_of(names: dict[str, str]) -> Iterator[tuple[str, str]]:
     """(actor class, node) of working actors."""
     for actor in actors():
-        replica = re.match("SERVE_REPLICA::demo#(Target|Reference)#", actor.name)
+        replica = re.match("SERVE_REPLICA::sudoku-reference#(Target|Reference)#", actor.name)
         worker = re.search("SignalActor|DecodeActor|RayTrainWorker", actor.class_name)
         if kind := replica or worker:
             yield kind[kind.lastindex or 0], names.get(actor.node_id.hex(), HEAD)

@@ -113,7 +113,7 @@ def test_a_run_in_a_bucket_with_a_killed_worker_gives_the_results_of_a_local_run
 ) -> None:
     often = ("base.train.strategy=fsdp2", "base.train.checkpoint_every=5", "base.train.keep_checkpoints=3")
     finish(start("full.py", str(tmp_path), STAGES, *often))
-    local, remote = RunDirectory(str(tmp_path / "sudoku-reference")), RunDirectory("s3://bucket/rcd/demo")
+    local, remote = RunDirectory(str(tmp_path / "sudoku-reference")), RunDirectory("s3://bucket/rcd/sudoku-reference")
     base = remote.stage_directory("base")
     with Watcher(base, 23) as watcher:
         out = finish(start("full.py", "s3://bucket/rcd", STAGES, *often, environment=bucket))
@@ -144,7 +144,7 @@ def test_a_run_waits_for_a_store_that_refuses_requests(
     """503 SlowDown to everything: for 60 s while signals are computed, for 20 s during a training."""
     often = ("target.train.steps=40", "target.train.checkpoint_every=5", "target.train.log_every=1")
     finish(start("full.py", str(tmp_path), STAGES, *often))
-    local, remote = RunDirectory(str(tmp_path / "sudoku-reference")), RunDirectory("s3://bucket/rcd/demo")
+    local, remote = RunDirectory(str(tmp_path / "sudoku-reference")), RunDirectory("s3://bucket/rcd/sudoku-reference")
     refuse, refused = tmp_path / "refuse", []
     target = remote.stage_directory("target")
 
