@@ -18,7 +18,7 @@ from rcd_core.errors import UserError
     ],
 )
 def test_a_missing_package_is_named(setting: str, key: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = load_recipe("sudoku-reference", [setting])
+    recipe = load_recipe("sudoku-reference", ["target.train.optimizer=adamw", setting])
     monkeypatch.setattr(inputs, "find_spec", lambda name: None if name == package else object())
     with pytest.raises(UserError, match=f"{key}.*{package}"):
         inputs.check_inputs(recipe)

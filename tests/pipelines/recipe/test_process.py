@@ -50,9 +50,9 @@ def test_results_stay_done_and_only_a_live_application_is_replaced() -> None:
 
 @pytest.mark.parametrize("change", ["compile=true", "attention=flex", "strategy=deepspeed"])
 def test_what_nothing_is_known_about_is_refused(change: str) -> None:
-    key = f"target.train.{change.partition('=')[0]}"
+    key = f"reference.train.{change.partition('=')[0]}"
     with pytest.raises(UserError, match=f"deterministic is true but {key}"):
-        load_recipe("sudoku-reference", [*BOTH, f"target.train.{change}", "resources.gpus_per_worker=1"])
+        load_recipe("sudoku-reference", [*BOTH, f"reference.train.{change}", "resources.gpus_per_worker=1"])
 
 
 def test_a_serve_config(applied: list[ProcessSettings]) -> None:
