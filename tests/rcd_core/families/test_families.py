@@ -17,6 +17,7 @@ from rcd_core import ModelConfig, UserError, load_model, new_model
 from rcd_core.families.base import CheckpointInfo
 from rcd_core.text.tokenizer import load_tokenizer, tokenizer_sha256, train_tokenizer
 from tests.rcd_core.checkpoints import GOLDEN, checkpoint, same_weights
+from tests.rcd_core.families.overfit import overfit
 
 SIZES = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 48}
 INFO = CheckpointInfo(mask_token_id=9, eos_token_ids=(1, 2), pad_token_id=1, block_length=5, rcd={"alpha": "one"})
@@ -42,6 +43,11 @@ def test_saved_and_loaded_is_bit_equal(family: str, tied: bool, tmp_path: Path) 
     names = load_file(tmp_path / "model.safetensors").keys()
     head = "lm_head.weight" if family == "sdar" else "model.transformer.ff_out.weight"
     assert (head in names) is not tied, "a tied head is not written twice"
+
+
+@pytest.mark.parametrize("family", ["sdar", "llada"])
+def test_overfits_a_batch_with_residual_inputs(family: str) -> None:
+    assert overfit(load_model(GOLDEN / f"{family}_tiny"), 240, 60) < 0.1
 
 
 @pytest.mark.parametrize("family", ["sdar", "llada"])
