@@ -145,7 +145,7 @@ def test_later_replicates_have_the_methods_that_the_first_one_leaves(tmp_path: P
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("arm", ["self_norm", "soft_masked"])
+@pytest.mark.parametrize("arm", ["self_norm", "soft_masked", "loopholing"])
 def test_other_ways_to_feed_back_train_and_decode(tmp_path: Path, arm: str) -> None:
     (cell,) = cells(small(tmp_path, (arm,)), ["sudoku6"], 1)
     Runner(tmp_path, torch.device("cpu"), 1e18, lambda text: None).run(cell)

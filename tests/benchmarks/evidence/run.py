@@ -251,6 +251,7 @@ class Runner:
         """Arrays of shape (T thresholds, N problems)."""
         e, tests = world.experiment, world.tests
         feeds = residual is not None and residual.feeds_back
+        mixes = feeds and model.loophole is None  # Loopholing feeds hidden states back, without alpha and delta
         decoder = Decoder(model, reference if start == "reference" else None, max_batch=256)
         decode = decoder.infill if world.task.infill else decoder.generate
         found: dict[str, list[list[float]]] = {n: [] for n in ("correct", "tokens", "denoise", "reference")}
@@ -262,10 +263,10 @@ class Runner:
                 stop_token_ids=model.info.eos_token_ids,
                 residual=feeds,
                 start=start if feeds else None,
-                residual_temperature=1.0,
-                residual_top_k=residual.top_k if feeds and residual else None,
-                alpha=residual.alpha if feeds and residual else None,
-                alpha_scale=residual.alpha_scale if feeds and residual else None,
+                residual_temperature=1.0 if mixes else None,
+                residual_top_k=residual.top_k if mixes and residual else None,
+                alpha=residual.alpha if mixes and residual else None,
+                alpha_scale=residual.alpha_scale if mixes and residual else None,
             )
             outputs = decode([test.prompt_ids for test in tests], settings)
             ids = [o.canvas_ids if world.task.infill else o.token_ids for o in outputs]
