@@ -276,9 +276,9 @@ def _say(spread: dict[str, Any], scale: float, form: str, count: int) -> str:
 
 def _plot(name: str, result: dict[str, Any]) -> bytes:
     """Mean curves over the replicates, and each replicate's as a thin line."""
-    from pipelines.report.plots import SCREEN, colour, figure, legend, line, marker, png
+    from pipelines.report.plots import SCREEN, colour, figure, line, marker, png
 
-    made, axes = figure(SCREEN, 9, 5.5)
+    made, axes = figure(SCREEN, 12, 5.5)
     for index, arm in enumerate(result["arms"]):
         look = {"color": colour(index, False), "linestyle": line(index)}
         for run in arm["runs"]:
@@ -290,5 +290,5 @@ def _plot(name: str, result: dict[str, Any]) -> bytes:
     axes.set_xlabel("tokens per pass (reference passes counted by their FLOPs)")
     axes.set_ylabel("accuracy, %")
     axes.set_title(f"{name}: mean over {_count(result)}, {result['num_problems']} problems each")
-    legend(axes)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
     return png(made)
