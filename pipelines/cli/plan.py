@@ -261,7 +261,8 @@ def _strategies(settings: TrainSettings) -> Iterator[Strategy]:
     own: dict[str, Any] = {n: getattr(settings, n) for n in ("strategy", "cpu_offload", "deepspeed", "shard_size")}
     offload = ", offload" if settings.cpu_offload else ""
     yield Strategy(f"recipe: {settings.strategy}{offload}", own)
-    yield from (s for s in STRATEGIES if not (settings.lora and s.settings["strategy"] == "deepspeed"))
+    not_by_deepspeed = settings.lora or settings.optimizer == "muon"
+    yield from (s for s in STRATEGIES if not (not_by_deepspeed and s.settings["strategy"] == "deepspeed"))
 
 
 def memory_of(job: Job, recipe: Recipe, rows: Rows, settings: TrainSettings, gpus: int, device: str) -> Memory:
