@@ -41,6 +41,7 @@ def small(tmp_path: Path, arms: tuple[str, ...] = ("seqd", "rcd", "rounds")) -> 
     e = raw["experiments"]["sudoku6"]
     e |= {"num_train": 64, "num_test": 24, "thresholds": [0.2, 0.9], "replicates": [[0, 0], [1, 0]]}
     e["arms"] = list(arms)
+    e.pop("later", None)  # all of them in every replicate
     sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 32}
     e["target"], e["references"] = sizes, {"small": e["references"]["small"] | {"model": sizes}}
     for train in (e["base_train"], e["second_train"], e["references"]["small"]["train"]):
