@@ -98,9 +98,7 @@ def finished_run(directory: Path) -> Workload:
     recipe = yaml.safe_load((directory / "recipe.yaml").read_text())
     return Workload(
         name="demo",
-        reference=reference.get(
-            "checkpoint", str(directory / "reference" / "model")
-        ),  # the base, unless it has its own
+        reference=reference.get("checkpoint", str(directory / "reference" / "model")),  # checkpoint: the base is it
         target=str(directory / "target" / "model"),
         start=str(directory / "base" / "model"),
         files=tuple(str(directory / "prepare" / "train" / name) for name in prepare["train"]),

@@ -15,7 +15,7 @@ from tests.cluster.files import CLUSTER
 ALERTS = CLUSTER / "grafana" / "alerts.yaml"
 TARGET = '{application="rcd", deployment="Target", replica="r"}'
 HTTP = 'ray_serve_num_http_requests_total{{application="rcd", route="/v1/completions", status_code="{}"}}'
-STAGE = 'ray_rcd_stage_idle_seconds{{run="sudoku-reference", stage="{}"}}'
+STAGE = 'ray_rcd_stage_idle_seconds{{run="demo", stage="{}"}}'
 # Alert -> (series that make it fire, series that do not): one sample a minute, for forty minutes.
 CASES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "RcdRequestsWait": (

@@ -22,14 +22,14 @@ from tests.s3_server import s3_server
 
 
 def test_metrics_go_to_file_and_gauges_and_a_resumed_run_drops_later_lines(tmp_path: Path) -> None:
-    first = MetricsLog("sudoku-reference", "target", str(tmp_path), 0, 0)
+    first = MetricsLog("demo", "target", str(tmp_path), 0, 0)
     for step in (1, 2, 3):
         first.log({"step": step, "loss": 0.5 * step, "loss_p0.25": 1.0})
     assert first.close() == ""
     assert first.gauges["loss_p0.25"].info["name"] == "rcd_train_loss_p0_25"
-    assert first.gauges["loss"].info["default_tags"] == {"run": "sudoku-reference", "stage": "target"}
-    MetricsLog("sudoku-reference", "target", str(tmp_path), 1, 2).log({"step": 9})
-    second = MetricsLog("sudoku-reference", "target", str(tmp_path), 0, 2)
+    assert first.gauges["loss"].info["default_tags"] == {"run": "demo", "stage": "target"}
+    MetricsLog("demo", "target", str(tmp_path), 1, 2).log({"step": 9})
+    second = MetricsLog("demo", "target", str(tmp_path), 0, 2)
     second.log({"step": 3, "loss": 7.0})
     second.flush()
     assert [(m["step"], m["loss"]) for m in read_metrics(str(tmp_path))] == [(1, 0.5), (2, 1.0), (3, 7.0)]
@@ -117,7 +117,7 @@ def written(directory: str) -> list[float]:
 
 def test_a_full_disk_loses_lines_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Once there is room again, whole lines follow."""
-    log = MetricsLog("sudoku-reference", "target", str(tmp_path), 0, 0)
+    log = MetricsLog("demo", "target", str(tmp_path), 0, 0)
     log.log({"step": 1, "loss": 0.5})
     log.flush()
     file = tmp_path / "metrics.jsonl"
@@ -139,7 +139,7 @@ def test_lines_in_a_bucket_go_to_parts_of_bounded_size(tmp_path: Path, monkeypat
     monkeypatch.setattr(metrics, "LINES_PER_PART", 3)
     refuse, directory = tmp_path / "refuse", "s3://bucket/stage"
     with s3_server("bucket", refuse):
-        log = MetricsLog("sudoku-reference", "target", directory, 0, 0)
+        log = MetricsLog("demo", "target", directory, 0, 0)
         for step in range(1, 6):
             log.log({"step": step})
         log.flush()
@@ -151,7 +151,7 @@ def test_lines_in_a_bucket_go_to_parts_of_bounded_size(tmp_path: Path, monkeypat
         assert log.close() == "" and written(directory) == [1, 2, 3, 4, 5, 6]
         assert len(storage.list_files(f"{directory}/metrics")) == 2
 
-        log = MetricsLog("sudoku-reference", "target", directory, 0, 4)
+        log = MetricsLog("demo", "target", directory, 0, 4)
         log.log({"step": 5})
         assert log.close() == "" and written(directory) == [1, 2, 3, 4, 5]
         metrics.join_parts(directory)
