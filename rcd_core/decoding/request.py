@@ -133,6 +133,7 @@ def _check_loopholing(settings: DecodeSettings, start: Start, live_blocks: bool,
         f"max_live_blocks is {settings.max_live_blocks}": live_blocks,
         f"sub_block_length is {sub_length}": sub_length is not None,
         "compat_passes is true": settings.compat_passes,
+        f"editing_threshold is {settings.editing_threshold}": settings.editing_threshold is not None,
     }
     for name, refused in reasons.items():
         if refused:

@@ -18,6 +18,7 @@ from rcd_core import DecodeSettings, TrainingBatch
 from rcd_core.attention.layouts import block_causal
 from rcd_core.decoding.engine import Engine
 from rcd_core.decoding.request import make_sequence
+from rcd_core.errors import UserError
 from rcd_core.loopholing import Loophole
 from rcd_core.training.data.batches import MicroBatch
 from rcd_core.training.loopholing import first_states
@@ -302,3 +303,18 @@ def test_a_shifted_model_gets_the_state_of_the_row_that_predicts() -> None:
                 assert torch.allclose(states, first)
             for p in step.committed:
                 canvas[0, p] = step.argmax[step.masked.index(p)]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *({"start": "dirichlet"}, {"residual_top_k": 8}, {"alpha": "normalized_entropy"}, {"max_live_blocks": 2}),
+        *({"compat_passes": True}, {"editing_threshold": 0.9}),
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_what_states_do_not_have_is_refused(setting: dict[str, Any]) -> None:
+    model = with_loophole("sdar_tiny", "random")
+    settings = DecodeSettings(**{"block_length": 4, "residual": True, "start": "zero", **setting})
+    with pytest.raises(UserError, match=rf"{next(iter(setting))} is .*Loopholing.*residual=False"):
+        make_sequence(model, [5, 6], settings, infill=False, has_reference=False)
