@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from rcd_core.errors import UserError
 
 _MASK64 = (1 << 64) - 1
+NUM_SEED_BITS = 31
 FULLY_MASKED = 0.25  # of the groups end in a block as decoding adds it
 _MAX_REDRAWS = 10  # as SDAR's training code: an empty mask is drawn again, then one token is forced
 
@@ -79,6 +80,11 @@ def hash_key(*parts: int | str) -> int:
     """A 64-bit key of the parts, stable across machines and Python versions (unlike the built-in hash)."""
     text = "\x1f".join(f"{type(p).__name__}:{p}" for p in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def seed_of(*parts: int | str) -> int:
+    """A seed of NUM_SEED_BITS bits, from the same parts as a key."""
+    return hash_key(*parts) & ((1 << NUM_SEED_BITS) - 1)
 
 
 def uniforms(key: int, count: int) -> NDArray[np.float64]:

@@ -26,11 +26,11 @@ from pipelines.run.once_more import once_more
 from rcd_core.decode_settings import DecodeSettings, Weights
 from rcd_core.decoding.decoder import Decoder
 from rcd_core.decoding.reference import LocalReference
-from rcd_core.decoding.request import NUM_SEED_BITS, check_failures
+from rcd_core.decoding.request import check_failures
 from rcd_core.decoding.tensor_parallel import release
 from rcd_core.io import storage
 from rcd_core.io.retries import be_patient
-from rcd_core.noise import hash_key
+from rcd_core.noise import seed_of
 from rcd_core.process import ProcessSettings
 from rcd_core.tasks import check_gradable, get_task
 from rcd_core.training.data.examples import open_parquet
@@ -113,7 +113,7 @@ class Plan:
 
 def request_seed(seed: int, example_id: str, sample: int) -> int:
     """The seed of one answer, which does not depend on batch, actor or retry."""
-    return hash_key(seed, example_id, sample) & ((1 << NUM_SEED_BITS) - 1)
+    return seed_of(seed, example_id, sample)
 
 
 class DecodeActor:

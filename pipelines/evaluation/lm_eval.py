@@ -22,9 +22,8 @@ from lm_eval.api.registry import register_model  # type: ignore[import-not-found
 from pipelines.evaluation.generator import Generator, load_generator
 from rcd_core.decode_settings import DecodeSettings
 from rcd_core.decoding.decoder import Decoder
-from rcd_core.decoding.request import NUM_SEED_BITS
 from rcd_core.errors import UserError
-from rcd_core.noise import hash_key
+from rcd_core.noise import seed_of
 from rcd_core.text.tokenizer import render_chat
 
 MAX_BATCH = 32
@@ -147,7 +146,7 @@ def _refuse() -> NoReturn:
 
 
 def _seed(seed: int, context: str, number: int) -> int:
-    return hash_key(seed, context, number) & ((1 << NUM_SEED_BITS) - 1)
+    return seed_of(seed, context, number)
 
 
 def _until(kwargs: Mapping[str, Any]) -> list[str]:

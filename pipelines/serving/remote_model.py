@@ -30,7 +30,7 @@ from pipelines.serving.backend import (
 )
 from pipelines.serving.engine_thread import EngineGone, EventBatch
 from pipelines.serving.target import FirstBatch, Refusal
-from rcd_core.decoding.request import NUM_SEED_BITS
+from rcd_core.noise import NUM_SEED_BITS
 
 MAX_TRIES = 3
 RETRY_PAUSE_S = 0.2  # so that the router learns of the dead replica too

@@ -18,14 +18,13 @@ import numpy as np
 from pipelines.recipe.model import Recipe
 from pipelines.run.directory import StageContext
 from rcd_core.io import storage
-from rcd_core.noise import NoiseSettings, hash_key
+from rcd_core.noise import NoiseSettings, seed_of
 from rcd_core.process import ProcessSettings
 from rcd_core.training.data.examples import Chunks
 from rcd_core.training.data.rows import Integers, RowOrder, TrainingRow
 from rcd_core.training.data.signal_format import SCHEMA_VERSION
 from rcd_core.training.settings import ResidualSettings, SignalRule
 
-SEED_BITS = (1 << 31) - 1
 MB = 1_000_000
 GROUP_BATCHES = 8  # a group holds the tokens of 8 batches: enough rows to sort by length, few enough for memory
 
@@ -104,7 +103,7 @@ def make_job(ctx: StageContext) -> SignalJob:
         first_row=rows.start,
         own=own,
         on_policy=recipe.signals.on_policy,
-        seed=hash_key(recipe.seed, ctx.stage) & SEED_BITS,
+        seed=seed_of(recipe.seed, ctx.stage),
         process=recipe.process,
     )
 

@@ -11,14 +11,12 @@ from rcd_core.calibration.entropy_histogram import entropy_quantile
 from rcd_core.decode_settings import SCALED_RULES
 from rcd_core.families.config import ModelConfig
 from rcd_core.io import storage
-from rcd_core.noise import NoiseSettings, hash_key
+from rcd_core.noise import NoiseSettings, seed_of
 from rcd_core.process import ProcessSettings
 from rcd_core.training.data.examples import Chunks
 from rcd_core.training.data.signal_cache import noise_record, require_match
 from rcd_core.training.data.signal_format import SCHEMA_VERSION
 from rcd_core.training.settings import ResidualSettings, SignalRule, TrainSettings
-
-SEED_BITS = (1 << 31) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +56,7 @@ def make_job(ctx: StageContext) -> TrainJob:
     number = recipe.round_of(ctx.stage) or 1
     if ctx.stage in ("base", "reference"):
         # Masks of its own, so that the next stage does not see the masks that its start was trained on.
-        noise = replace(noise, seed=hash_key(noise.seed, ctx.stage) & SEED_BITS)
+        noise = replace(noise, seed=seed_of(noise.seed, ctx.stage))
     settings = training.train.resolved(sum(chunks.rows))
     ends, resume_from = recipe.target.round_ends(settings.steps), None
     if number > 1:
@@ -91,7 +89,7 @@ def make_job(ctx: StageContext) -> TrainJob:
         signal_rule=recipe.signals.rule,
         noise=noise,
         block_length=recipe.block_length,
-        settings=replace(settings, seed=hash_key(recipe.seed, settings.seed, "train") & SEED_BITS),
+        settings=replace(settings, seed=seed_of(recipe.seed, settings.seed, "train")),
         residual=residual,
         threads=max(1, int(recipe.resources.cpus_per_worker)),
         gpus=recipe.resources.gpus_per_worker,

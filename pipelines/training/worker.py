@@ -15,7 +15,7 @@ from ray.train.torch import get_device
 
 from pipelines.ray_cluster.hardware import device_of
 from pipelines.training.checkpoints import Checkpoints
-from pipelines.training.job import SEED_BITS, TrainJob
+from pipelines.training.job import TrainJob
 from pipelines.training.metrics import MetricsLog
 from rcd_core.attention.backends import backend_key
 from rcd_core.errors import UserError
@@ -25,7 +25,7 @@ from rcd_core.families.convert import converted
 from rcd_core.families.loading import load_model, new_model
 from rcd_core.io import storage
 from rcd_core.io.retries import be_patient
-from rcd_core.noise import hash_key
+from rcd_core.noise import seed_of
 from rcd_core.text.tokenizer import load_tokenizer, mask_token_id, stop_token_ids
 from rcd_core.training.data.batches import collate
 from rcd_core.training.data.examples import ExampleSource, Limits
@@ -140,7 +140,7 @@ def start_model(job: TrainJob) -> DiffusionModel:
             pad_token_id=tokenizer.pad_token_id,
             block_length=job.block_length,
         )
-        seed = hash_key(job.settings.seed, job.stage, "weights") & SEED_BITS
+        seed = seed_of(job.settings.seed, job.stage, "weights")
         model = new_model(job.start, vocab_size=len(tokenizer), info=info, seed=seed)
     model.info.block_length = job.block_length
     if job.residual.feeds_back:

@@ -15,8 +15,8 @@ from rcd_core.decoding.sequence import Sequence
 from rcd_core.decoding.sub_blocks import SubBlocksSequence, sub_blocks
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
+from rcd_core.noise import NUM_SEED_BITS
 
-NUM_SEED_BITS = 31
 # A block that is not activated commits by a bound; blocks behind it are not seen, and a cached pass has no second one.
 _WITH_LIVE_BLOCKS: dict[str, tuple[Any, ...]] = {
     "policy": ("low_confidence_dynamic", "entropy_bounded"),

@@ -13,7 +13,7 @@ import numpy as np
 from rcd_core.families.base import CheckpointInfo, DiffusionModel
 from rcd_core.families.config import ModelConfig
 from rcd_core.families.loading import new_model
-from rcd_core.noise import NoiseSettings, hash_key, mask_examples
+from rcd_core.noise import NoiseSettings, mask_examples, seed_of
 from rcd_core.tasks import get_task
 from rcd_core.text.encoding import Encoder, PromptExample, content_id
 from rcd_core.text.tokenizer import mask_token_id, stop_token_ids, train_tokenizer
@@ -22,7 +22,6 @@ from rcd_core.training.objective import IGNORED
 from tests.benchmarks.evidence.plan import Experiment
 
 DATA_SEED = 0
-SEED_BITS = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -109,5 +108,4 @@ class World:
             pad_token_id=int(tokenizer.pad_token_id),
             block_length=self.experiment.block_length,
         )
-        weights_seed = hash_key(seed, role, "weights") & SEED_BITS
-        return new_model(config, vocab_size=len(tokenizer), info=info, seed=weights_seed)
+        return new_model(config, vocab_size=len(tokenizer), info=info, seed=seed_of(seed, role, "weights"))
