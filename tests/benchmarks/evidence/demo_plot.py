@@ -1,4 +1,4 @@
-"""Draws the table of the demo's three seeds in README.md, one panel a seed, for light and dark pages.
+"""Draws the table of the demo's seeds in README.md, one panel a seed, for light and dark pages.
 
 python -m tests.benchmarks.evidence.demo_plot      # writes results/demo.png and results/demo-dark.png
 """
@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from pipelines.report.plots import DARK, INK, LIGHT, MARKERS, PAPER
 
 HERE = Path(__file__).parent
+COLUMNS = 3
 ROW = re.compile(r"^\|([^|]*)\| (\d) \|((?: \**[\d.]+\** @ [\d.]+ \|){6})", re.MULTILINE)
 
 
@@ -29,22 +30,26 @@ def curves() -> dict[str, dict[str, list[tuple[float, float]]]]:
 
 def draw(dark: bool) -> Figure:
     ink, paper, colours = INK[dark], PAPER[dark], DARK if dark else LIGHT
-    plot = Figure(figsize=(10, 3.6), dpi=150, facecolor=paper, layout="constrained")
-    panels = plot.subplots(1, 3, sharey=True)
-    for axes, (seed, methods) in zip(panels, sorted(curves().items()), strict=True):
+    seeds = sorted(curves().items())
+    rows = -(-len(seeds) // COLUMNS)
+    plot = Figure(figsize=(10, 0.8 + 2.7 * rows), dpi=150, facecolor=paper, layout="constrained")
+    panels = plot.subplots(rows, COLUMNS, sharex=True, sharey=True, squeeze=False)
+    for axes, (seed, methods) in zip(panels.flat, seeds, strict=True):
         axes.set_facecolor(paper)
         axes.set_title(f"seed {seed}", color=ink, fontsize=10)
         axes.grid(color=ink, alpha=0.15, linewidth=0.6)
         axes.tick_params(colors=ink)
-        axes.set_xlabel("tokens per pass", color=ink)
         axes.set_ylim(55, 101)
         for side in axes.spines.values():
             side.set_color(ink)
         for index, (method, points) in enumerate(methods.items()):
             look = {"marker": MARKERS[index], "markersize": 4, "color": colours[index], "label": method}
             axes.plot(*zip(*points, strict=True), **look)
-    panels[0].set_ylabel("accuracy, %", color=ink)
-    handles, labels = panels[0].get_legend_handles_labels()
+    for axes in panels[-1]:
+        axes.set_xlabel("tokens per pass", color=ink)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("accuracy, %", color=ink)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
     plot.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, labelcolor=ink, fontsize=9)
     return plot
 
