@@ -14,10 +14,9 @@ from rcd_core.tasks.humaneval import HumanEval, check_allowed
 from rcd_core.tasks.qa import Qa
 from rcd_core.tasks.stories import Stories
 from rcd_core.tasks.sudoku import SUDOKU, SUDOKU9
-from rcd_core.tasks.word_sudoku import WordSudoku
 
 GRADERS = ("default", "official")
-_SYNTHETIC: tuple[Task, ...] = (SUDOKU, SUDOKU9, WordSudoku(), Arithmetic(), Stories(), Chain(), Grid())
+_SYNTHETIC: tuple[Task, ...] = (SUDOKU, SUDOKU9, Arithmetic(), Stories(), Chain(), Grid())
 _GRADE_SCHOOL: tuple[Task, ...] = (Gsm8k(), Gsm1k(), GsmPlus())
 _BOXED: tuple[Task, ...] = (Math(), Math500(), MinervaMath(), Aime24(), Aime25())
 TASKS: dict[str, Task] = {task.name: task for task in (*_SYNTHETIC, *_GRADE_SCHOOL, *_BOXED, HumanEval(), Qa())}

@@ -14,13 +14,12 @@ from rcd_core.tasks import MASK_TEXT, TASKS, Problem, check, get_task, grade
 from rcd_core.tasks.answers import final_number, same_final_number
 from rcd_core.tasks.boxed import INSTRUCTION
 from rcd_core.tasks.sudoku import SUDOKU
-from rcd_core.text.tokenizer import train_tokenizer
 
-GENERATORS = ("sudoku", "sudoku9", "word_sudoku", "arithmetic", "stories", "chain", "grid")
+GENERATORS = ("sudoku", "sudoku9", "arithmetic", "stories", "chain", "grid")
 
 
 def test_unknown_task_lists_the_names() -> None:
-    with pytest.raises(UserError, match="sudoko.*sudoku, sudoku9, word_sudoku, arithmetic"):
+    with pytest.raises(UserError, match="sudoko.*sudoku, sudoku9, arithmetic"):
         get_task("sudoko")
 
 
@@ -220,35 +219,6 @@ def test_a_chain_is_followed_from_its_question() -> None:
         assert not any(check("chain", problem.prompt, f"#### {place}") for place in others)
     assert lengths == {3, 4, 5, 6}
     assert grade("chain", "so\n#### Attic.", "#### attic") and not grade("chain", "attic", "#### attic")
-
-
-def test_word_sudoku_has_one_token_for_each_cell() -> None:
-    """So that a mask stands for a whole word, in a vocabulary of a text's size."""
-    task = get_task("word_sudoku")
-    problems = [task.problem(task.synthetic(i, "train", 0)) for i in range(3000)]
-    tokenizer = train_tokenizer((f"{p.prompt}\n{p.response}" for p in problems), 4096)
-    assert len(tokenizer) > 1000
-    for problem in problems[:300]:
-        canvas, answer = (tokenizer(text)["input_ids"] for text in (problem.prompt, problem.response))
-        assert len(canvas) == len(answer) == 1 + 6 + 1 + 36
-        assert all(a in (b, tokenizer.mask_token_id) for a, b in zip(canvas, answer, strict=True))
-
-
-def test_word_sudoku_accepts_any_valid_board_of_its_words() -> None:
-    task = get_task("word_sudoku")
-    digits, words = "123456456123231564564231312645645312", "Mia otter baker drum plums attic".split()
-
-    def board(order: str, names: list[str] = words) -> str:
-        return f"# {' '.join(words)}: " + " ".join(names[order.index(d)] for d in digits)
-
-    canvas = f"# {' '.join(words)}:" + MASK_TEXT * 35 + f" {words[1]}"
-    assert task.grade(canvas, board("123456"), "") and task.grade(canvas, board("321456"), "")
-    assert not task.grade(canvas, board("213456"), ""), "the given cell has changed"
-    assert not task.grade(canvas, board("123456").replace(" Mia otter baker drum plums attic drum", " Mia", 1), "")
-    assert not task.grade(canvas, board("123456", ["Tom", *words[1:]]), ""), "a word that is none of the six"
-    assert not task.grade(canvas, board("123456").replace(": Mia otter", ": otter Mia", 1), "")
-    assert check("word_sudoku", "# Mia otter: Mia", "x") is None
-    assert "\nMia   otter baker drum  plums attic\n" in task.layout(board("123456"))
 
 
 # -- math
