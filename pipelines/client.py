@@ -50,21 +50,27 @@ class HttpAnswer:
     fingerprint: str | None
 
 
+def check_url(url: str) -> str:
+    """The host of an endpoint. UserError where `url` has none."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"--url is {url!r}; give something like http://127.0.0.1:8000")
+    return parts.hostname
+
+
 class Endpoint:
     """One endpoint; thread-safe. api_key: sent as bearer token. patience_s: how long to retry a full queue or a lost
     connection; 0 never retries. Every failure is a UserError of one line."""
 
     def __init__(self, url: str, api_key: str | None = None, patience_s: float = PATIENCE_S) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"--url is {url!r}; give something like http://127.0.0.1:8000")
+        host = check_url(url)
         self.url = url.rstrip("/").removesuffix("/v1")
         self.patience_s = patience_s
         self._http = httpx.Client(
             timeout=httpx.Timeout(ANSWER_S, connect=CONNECT_S),
             limits=httpx.Limits(max_connections=None),
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            trust_env=parts.hostname not in LOOPBACK,  # a proxy of the environment cannot reach this machine
+            trust_env=host not in LOOPBACK,  # a proxy of the environment cannot reach this machine
         )
 
     def models(self) -> dict[str, bool]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipelines.calibration.job import CalibrationJob, calibrate_model, store, synthetic_problems
 from pipelines.cli.flags import CalibrateFlags, decode_settings
-from pipelines.cli.terminal import absolute_path, writable
+from pipelines.cli.terminal import absolute_path, writable_file
 from pipelines.recipe.sources import SYNTHETIC
 from pipelines.report.calibration import html_page
 from rcd_core.decode_settings import DecodeSettings
@@ -30,7 +30,7 @@ OWN = ("self", "self_same", "on_policy", "loopholing")
 
 def calibrate(flags: CalibrateFlags) -> int:
     job = _job(flags)
-    report = writable("--report", flags.report) if flags.report else None
+    report = writable_file("--report", flags.report) if flags.report else None
     problems = list(islice(_problems(flags), 2 * job.num_examples))  # twice as many, as some may be too long
     result = calibrate_model(job, problems, say=lambda text: print(text, file=sys.stderr))
     name = storage.basename(flags.target)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from pipelines.cli.file_flags import ConvertFlags
-from pipelines.cli.terminal import writable
+from pipelines.cli.terminal import writable_directory
 from rcd_core.errors import UserError
 from rcd_core.families.convert import converted, convertible
 from rcd_core.io.gguf import package_file
@@ -20,7 +20,7 @@ def convert(flags: ConvertFlags) -> int:
         raise UserError(f"--output {output} exists and is no empty directory; give a new one")
     if flags.block_length < 1:
         raise UserError(f"--block_length is {flags.block_length}; it must be at least 1")
-    writable("--output", flags.output)
+    writable_directory("--output", flags.output)
     ProcessSettings(verify_weights=not flags.no_verify).apply()
     start = package_file(os.path.expanduser(flags.start))
     kind = convertible(start, flags.shift, flags.attention)

@@ -57,7 +57,8 @@ def inspect(flags: DataInspectFlags) -> int:
             raise UserError(f"--field {text}: give one of {', '.join(columns)} and its column, as a=b")
         columns[name] = column
     path, others = _file(flags.path)
-    dialect = choose_dialect(path, columns, "PATH", flags.dialect, conversations=not flags.field and not task.infill)
+    usable, remedy = not flags.field and not task.infill, "give --field {field}=COLUMN"
+    dialect = choose_dialect(path, columns, "PATH", flags.dialect, usable, remedy)
     encoder = _encoder(flags)
     rows = read_rows(path, columns, dialect, flags.reasoning == "keep")
     console = Console(soft_wrap=True, highlight=False)

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.cli.flags import EvaluateFlags
-from pipelines.cli.terminal import absolute_path, writable
+from pipelines.cli.terminal import absolute_path, writable_directory
+from pipelines.client import check_url
 from pipelines.evaluation.endpoint import EndpointOptions, collect_answers
 from pipelines.ray_cluster.connection import connect, temporary_cluster
 from pipelines.ray_cluster.resources import can_grow
@@ -43,7 +44,11 @@ def evaluate(flags: EvaluateFlags) -> int:
     required = ("task", "test", "output", *(("model",) if flags.url else ()))
     if missing := ", ".join(f"--{name}" for name in required if not getattr(flags, name)):
         raise UserError(f"{missing} is not given; see rcd evaluate --help")
-    writable("--output", flags.output or "")
+    if flags.num_examples is not None and flags.num_examples < 1:
+        raise UserError(f"--num_examples is {flags.num_examples}; it must be at least 1")
+    if flags.url:
+        check_url(flags.url)
+    writable_directory("--output", flags.output or "")
     for name in flags.test:
         _require_there(name)
     if "synthetic" in flags.test and flags.num_examples is None:
@@ -224,12 +229,16 @@ def _resources(flags: EvaluateFlags) -> dict[str, Any]:
     import ray  # reads environment variables that connect sets
 
     connect(flags.verbose)
-    return resources_of(flags, [node for node in ray.nodes() if node["Alive"]])
+    alone = not os.environ.get("RAY_ADDRESS")  # a cluster of this machine, which no other will join
+    return resources_of(flags, [node for node in ray.nodes() if node["Alive"]], alone)
 
 
-def resources_of(flags: EvaluateFlags, nodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """nodes: of ray.nodes(). A cluster that adds nodes on demand may have no GPU yet: one is asked for."""
+def resources_of(flags: EvaluateFlags, nodes: Sequence[Mapping[str, Any]], alone: bool = False) -> dict[str, Any]:
+    """nodes: of ray.nodes(). A cluster that adds nodes on demand may have no GPU yet: one is asked for. alone: no node
+    can join; UserError for more GPUs than there are."""
     cpus, gpus = ([int(node["Resources"].get(kind, 0)) for node in nodes] for kind in ("CPU", "GPU"))
+    if alone and (flags.gpus or 0) > max(gpus):
+        raise UserError(f"--gpus is {flags.gpus:g}, this machine has {max(gpus)}; --gpus 0 decodes on CPUs")
     actors = flags.actors or max(1, int(sum(gpus) / (flags.gpus or 1)))
     each = flags.gpus
     if each is None:

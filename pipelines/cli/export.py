@@ -10,7 +10,7 @@ import yaml
 
 from pipelines.calibration.job import store
 from pipelines.cli.file_flags import ExportFlags
-from pipelines.cli.terminal import absolute_path, writable
+from pipelines.cli.terminal import absolute_path, writable_directory
 from pipelines.report.model_card import model_card
 from pipelines.run.directory import RunDirectory
 from rcd_core.errors import UserError
@@ -22,6 +22,8 @@ from rcd_core.io.node_copy import node_copy
 def export(flags: ExportFlags) -> int:
     run, output = RunDirectory(absolute_path(flags.run)), absolute_path(flags.output)
     manifest = run.manifest(flags.stage)
+    if manifest is None and not storage.exists(storage.join(run.path, "recipe.yaml")):
+        raise UserError(f"RUN {flags.run} is no run: it has no recipe.yaml; `rcd runs` lists the runs of a storage")
     if manifest is None:
         raise UserError(f"--stage {flags.stage} is not done in {run.path}; `rcd runs` lists stages")
     model = storage.join(run.stage_directory(flags.stage), "adapter" if flags.adapter else "model")
@@ -31,7 +33,7 @@ def export(flags: ExportFlags) -> int:
         raise UserError(f"--stage {flags.stage}: {run.path} has no model of it; the stages that train have one")
     if storage.list_files(output):
         raise UserError(f"--output {output} holds files; give a new directory")
-    writable("--output", output)
+    writable_directory("--output", output)
     calibration, chosen = run.manifest("calibrate"), None
     if calibration and flags.stage in calibration["summary"]["residual_temperatures"]:
         if calibration["material"]["inputs"].get(flags.stage) != manifest["fingerprint"]:

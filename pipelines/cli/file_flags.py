@@ -120,5 +120,5 @@ class SignalsInspectFlags:
     reference: Annotated[str | None, FLAG("To measure fidelity: the checkpoint the signals come from.")] = None
     target: Annotated[str | None, FLAG("To measure fidelity: a checkpoint trained on them.")] = None
     sample: Annotated[Int, FLAG("Masked positions to measure fidelity on.")] = 4096
-    output: Annotated[str | None, FLAG("PNG to write. Default: DIRECTORY.png.", metavar="FILE")] = None
+    output: Annotated[str | None, FLAG("PNG to write, with the plots.", metavar="FILE")] = None
     no_verify: Annotated[bool, FLAG(NO_VERIFY, name="--no-verify")] = False

@@ -23,7 +23,7 @@ from pipelines.cli.terminal import (
     read_stdin,
     statistics_line,
     turn,
-    writable,
+    writable_file,
 )
 from pipelines.cli.trace import CANDIDATES, save_trace
 from pipelines.evaluation.generator import Generator, load_generator
@@ -47,7 +47,7 @@ def generate(flags: GenerateFlags) -> int:
     _check(flags)
     ProcessSettings(verify_weights=not flags.no_verify, deterministic=flags.deterministic).apply()
     if flags.trace_file is not None:
-        flags = replace(flags, trace_file=writable("--trace_file", flags.trace_file))
+        flags = replace(flags, trace_file=writable_file("--trace_file", flags.trace_file))
     ranks = torchrun_ranks(flags.tensor_parallel, flags.device or device_of(None)[0])
     generator = load_generator(
         flags.model_dir,

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pipelines.cli.flags import DownFlags, UpFlags
-from pipelines.ray_cluster.local import STATE, check_endpoint_port, start_head, stop_head, submit_command
+from pipelines.ray_cluster.local import STATE, start_head, stop_head, submit_command
 
 
 def up(flags: UpFlags) -> int:
     """Start a local Ray head, or reuse the running one, and print its addresses and how to submit a job."""
-    head = start_head(flags.state or STATE, flags.dashboard_port)
-    if flags.port is not None:
-        check_endpoint_port(head, flags.port)
+    head = start_head(flags.state or STATE, flags.dashboard_port, flags.port)
     print(f"Ray head at {head.gcs}, dashboard at {head.dashboard}. Stop it with: rcd down")
     print(f"Submit a job with: {submit_command(head, flags.port)}")
     return 0

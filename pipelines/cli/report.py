@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from rich.console import Console
 
 from pipelines.cli.flags import ReportFlags
-from pipelines.cli.terminal import writable
+from pipelines.cli.terminal import writable_file
 from pipelines.report.comparison import Group, differences, graders, group_runs, load_runs, method_table, methods_of
 from pipelines.report.comparison_page import NOTE, html, warnings
 from pipelines.report.render import print_table
@@ -17,7 +17,7 @@ from rcd_core.io import storage
 
 
 def report(flags: ReportFlags) -> int:
-    output = writable("--output", flags.output) if flags.output else None
+    output = writable_file("--output", flags.output) if flags.output else None
     groups = group_runs(load_runs(flags.runs))
     methods = chosen_methods(groups, flags.arms)
     console = Console()

@@ -22,6 +22,8 @@ def list_runs(directory: str, console: Console) -> None:
     """Print one row per run of a storage directory. Raises UserError if the directory does not exist."""
     if not storage.exists(directory):
         raise UserError(f"--storage {directory} does not exist; give the `storage` of your recipes, or run one first")
+    if storage.exists(storage.join(directory, "recipe.yaml")):
+        raise UserError(f"--storage {directory} is a run; give the directory that holds it")
     table = Table("run", "done", "partial", "in use by")
     for path in storage.list_directories(directory):
         if storage.exists(storage.join(path, "recipe.yaml")):

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.cli.file_flags import SignalsInspectFlags
-from pipelines.cli.terminal import writable
+from pipelines.cli.terminal import writable_file
 from pipelines.signals.inspect import (
     Sizes,
     kept_histogram,
@@ -35,7 +35,7 @@ def inspect(flags: SignalsInspectFlags) -> int:
         raise UserError(f"--sample is {flags.sample}; it must be at least 1 masked position")
     ProcessSettings(verify_weights=not flags.no_verify).apply()
     manifest = read_manifest(directory)
-    output = writable("--output", flags.output or directory + ".png")
+    output = writable_file("--output", flags.output) if flags.output else None
     sizes = measure_sizes(directory, manifest["shards"], int(manifest["masked_tokens"]))
     tokens = int(manifest["tokens"])
     console.print(
@@ -58,8 +58,9 @@ def inspect(flags: SignalsInspectFlags) -> int:
         console.print(
             f"fidelity, alpha {rule.alpha}{scale}:", *report_lines(report), sep="\n", markup=False, highlight=False
         )
-    storage.write_bytes(output, picture(histogram, report))
-    console.print(f"picture: {output}", markup=False, highlight=False)
+    if output:
+        storage.write_bytes(output, picture(histogram, report))
+        console.print(f"picture: {output}", markup=False, highlight=False)
     return 0
 
 

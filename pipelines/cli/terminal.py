@@ -23,14 +23,26 @@ def absolute_path(path: str) -> str:
     return path if storage.is_uri(path) else os.path.abspath(os.path.expanduser(path))
 
 
-def writable(flag: str, path: str) -> str:
-    """The absolute path of a file to be written, or of a directory for files. Raises UserError, before any work is
-    done, where nothing can be written."""
+def writable_file(flag: str, path: str) -> str:
+    """The absolute path of a file to be written. Raises UserError, before any work is done, where none can be."""
+    absolute = absolute_path(path)
+    if path.endswith("/") or os.path.isdir(absolute):
+        raise UserError(f"{flag} {path} is a directory; name a file, for example {os.path.join(path, 'NAME')}")
+    return _probed(flag, path, absolute, absolute)
+
+
+def writable_directory(flag: str, path: str) -> str:
+    """The absolute path of a directory for files, which may be missing. Raises UserError as `writable_file`."""
     absolute = absolute_path(path).rstrip("/")
-    probe = f"{absolute}.{uuid.uuid4().hex[:8]}"
+    if os.path.isfile(absolute):
+        raise UserError(f"{flag} {path} is a file; name a directory")
+    return _probed(flag, path, absolute, os.path.join(absolute, "probe") if os.path.isdir(absolute) else absolute)
+
+
+def _probed(flag: str, path: str, absolute: str, place: str) -> str:
+    """absolute, after a file beside `place` was written and removed."""
+    probe = f"{place}.{uuid.uuid4().hex[:8]}"
     try:
-        if not storage.is_uri(absolute) and os.path.isdir(absolute):
-            probe = os.path.join(absolute, os.path.basename(probe))
         storage.write_bytes(probe, b"")
         storage.remove(probe)
     except OSError as error:

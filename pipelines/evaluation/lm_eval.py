@@ -16,8 +16,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, NoReturn
 
-from lm_eval.api.model import LM  # type: ignore[import-not-found]
-from lm_eval.api.registry import register_model  # type: ignore[import-not-found]
+try:
+    from lm_eval.api.model import LM  # type: ignore[import-not-found]
+    from lm_eval.api.registry import register_model  # type: ignore[import-not-found]
+except ModuleNotFoundError:
+    if __name__ != "__main__":
+        raise
+    raise SystemExit("error: lm-eval is not installed: pip install 'rcd-ray[lm-eval]'") from None
 
 from pipelines.evaluation.generator import Generator, load_generator
 from rcd_core.decode_settings import DecodeSettings

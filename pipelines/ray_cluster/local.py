@@ -31,6 +31,8 @@ ROOT = Path(__file__).resolve().parents[2]
 STATE = ROOT / ".rcd" / "local.json"
 TOKEN = "RCD_LOCAL_HEAD"  # the environment variable that marks every process of a head
 _RAY = str(Path(sys.executable).parent / "ray")
+DASHBOARD_PORT = 8265
+_LARGEST_PORT = 65535
 START_TIMEOUT_S = 90
 STOP_TIMEOUT_S = 30
 _STORE_BYTES = (400 << 20, 16 << 30)  # bounds of the object store
@@ -94,12 +96,15 @@ def request(method: str, url: str, timeout_s: float = 10.0) -> bytes:
         return bytes(response.read())
 
 
-def start_head(state: Path = STATE, dashboard_port: int | None = None) -> Head:
+def start_head(state: Path = STATE, dashboard_port: int | None = None, endpoint_port: int | None = None) -> Head:
     """Start a head and wait until it takes jobs, or return the running one.
 
-    state: file that remembers the head. dashboard_port: 8265 unless given. Raises UserError when the port is taken, the
-    running head has another port, or the head does not start.
+    state: file that remembers the head. dashboard_port: DASHBOARD_PORT unless given. endpoint_port: where a job will
+    serve. Raises UserError when a port is none or taken, the running head has another one, or the head does not start.
     """
+    for name, port in (("--dashboard-port", dashboard_port), ("--port", endpoint_port)):
+        if port is not None and not 1 <= port <= _LARGEST_PORT:
+            raise UserError(f"{name} is {port}; it must be 1 to {_LARGEST_PORT}")
     if head := Head.load(state):
         if head.answers():
             if dashboard_port and head.dashboard != _dashboard(dashboard_port):
@@ -107,16 +112,22 @@ def start_head(state: Path = STATE, dashboard_port: int | None = None) -> Head:
                     f"--dashboard-port is {dashboard_port}, but the local Ray head runs at {head.dashboard}; "
                     "use its port, or stop it with `rcd down`"
                 )
+            if endpoint_port is not None:
+                _check_endpoint_port(head, endpoint_port)
             return head
         if head.processes():
             raise UserError(f"the local Ray head does not answer at {head.dashboard}; run `rcd down`, then try again")
         _forget(state, head)
-    dashboard_port = dashboard_port or 8265
+    dashboard_port = dashboard_port or DASHBOARD_PORT
+    if endpoint_port == dashboard_port:
+        raise _same_port(dashboard_port)
     if not _port_is_free(dashboard_port):
         raise UserError(
             f"--dashboard-port {dashboard_port} is in use by another program; choose another: "
             f"rcd up --dashboard-port {dashboard_port + 1}, or make demo DASHBOARD_PORT={dashboard_port + 1}"
         )
+    if endpoint_port is not None and not _port_is_free(endpoint_port):
+        raise _port_in_use(endpoint_port)
     state.parent.mkdir(parents=True, exist_ok=True)
     log = state.with_suffix(".log")
     head = _launch(state, log, dashboard_port)
@@ -133,15 +144,25 @@ def start_head(state: Path = STATE, dashboard_port: int | None = None) -> Head:
     return head
 
 
-def check_endpoint_port(head: Head, port: int) -> None:
+def _check_endpoint_port(head: Head, port: int) -> None:
     """Raise UserError unless `port` is free or held by this head, for an endpoint that an earlier job deployed."""
+    if head.dashboard == _dashboard(port):
+        raise _same_port(port)
     if _port_is_free(port):
         return
     for process in head.processes():
         with contextlib.suppress(psutil.Error):
             if any(c.laddr and c.laddr.port == port for c in process.net_connections("tcp")):
                 return
-    raise UserError(f"--port {port} is in use by another program; choose another, as in make demo PORT={port + 1}")
+    raise _port_in_use(port)
+
+
+def _same_port(port: int) -> UserError:
+    return UserError(f"--port is {port}, which is the dashboard's; choose another, as in make demo PORT={port + 1}")
+
+
+def _port_in_use(port: int) -> UserError:
+    return UserError(f"--port {port} is in use by another program; choose another, as in make demo PORT={port + 1}")
 
 
 def submit_command(head: Head, port: int | None = None) -> str:

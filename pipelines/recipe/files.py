@@ -82,8 +82,10 @@ def _read(name_or_path: str, directory: Path, extending: tuple[Path, ...]) -> di
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         why = "does not exist" if isinstance(error, FileNotFoundError) else f"is not readable ({error})"
+        why = f"which {why}" if extending else why
+        by = f"{extending[-1]}: extends is " if extending else ""
         raise UserError(
-            f"recipe {name_or_path!r} {why}{suggestion(name_or_path, recipe_names())}; give one of "
+            f"recipe {by}{name_or_path!r} {why}{suggestion(name_or_path, recipe_names())}; give one of "
             f"{', '.join(recipe_names())} or the path of a YAML file"
         ) from error
     raw = parse_yaml(text, f"recipe {path}")

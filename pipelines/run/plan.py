@@ -118,7 +118,7 @@ def require_runnable(
         first = [name for name in refused if not set(ancestors(stages, name)) & set(refused)]
         lines = [f"  {name}: {line}" for name in refused for line in plan[name].differing]
         redo = " ".join(f"--redo {name}" for name in first)
-        also = ", ".join(name for name in with_dependents(stages, first) if name not in first)
+        also = ", ".join(name for name in with_dependents(stages, first) if name in chosen and name not in first)
         raise UserError(
             "\n".join([f"{run.path} holds results of other settings:", *lines])
             + f"\nTo replace them: {redo}{f' (also repeats {also})' if also else ''}. "

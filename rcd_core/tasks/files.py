@@ -140,6 +140,6 @@ def _readable(path: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise UserError(f"data file {path} does not exist; correct the path in data.train or data.test") from error
+        raise UserError(f"data file {path} does not exist; correct its path") from error
     except (OSError, EOFError, ValueError, pa.ArrowException) as error:
         raise UserError(f"data file {path} cannot be read: {error}") from error

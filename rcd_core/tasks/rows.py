@@ -28,13 +28,18 @@ class Row:
 
 
 def choose_dialect(
-    path: str, columns: Mapping[str, str], key: str, chosen: str | None = None, conversations: bool = True
+    path: str,
+    columns: Mapping[str, str],
+    key: str,
+    chosen: str | None = None,
+    conversations: bool = True,
+    remedy: str = "set data.fields.{field} to one of them",
 ) -> Dialect | None:
     """The dialect of a file's conversations; None if its rows have the task's columns, which come first.
 
     columns: field of the task -> column. chosen: `data.dialect`. key: the recipe key, for errors. conversations:
-    whether these may stand for the task's fields. Raises UserError, with the columns that there are, if a file has
-    neither.
+    whether these may stand for the task's fields. remedy: how to name another column for a field. Raises UserError,
+    with the columns that there are, if a file has neither.
     """
     present = columns_in(path, key)
     if chosen is not None and chosen != OWN_COLUMNS:
@@ -54,7 +59,7 @@ def choose_dialect(
         field, column = absent[0]
         raise UserError(
             f"{key}: {path} has no column {column!r} for our field {field!r}; it has {', '.join(present)}; "
-            f"set data.fields.{field} to one of them"
+            f"{remedy.format(field=field)}"
         )
     return found
 

@@ -53,7 +53,7 @@ def test_of_a_data_set_on_the_hub_the_first_file_is_read(chats: str, capsys: pyt
     ("flags", "named"),
     [
         (["--dialect", "xml"], "--dialect"),
-        (["--field", "question=prompt"], "data.fields.question"),
+        (["--field", "question=prompt"], "--field question=COLUMN"),
         (["--field", "topic=x"], "--field topic"),
         (["--dialect", "conversations"], "'conversations'"),
         (["--tokenizer", "/nowhere"], "/nowhere"),

@@ -239,3 +239,10 @@ def test_what_it_asks_of_a_cluster(
     """On a cluster that adds nodes, a GPU is asked for also while no node has one."""
     listed = [{"Resources": {"CPU": cpus, "GPU": gpus}, "Labels": labels} for cpus, gpus, labels in nodes]
     assert tuple(resources_of(EvaluateFlags(**given), listed).values()) == expected
+
+
+def test_a_gpu_that_this_machine_lacks_is_not_waited_for() -> None:
+    nodes = [{"Resources": {"CPU": 8, "GPU": 1}, "Labels": {}}]
+    assert resources_of(EvaluateFlags(gpus=1), nodes, alone=True)["gpus_per_worker"] == 1
+    with pytest.raises(UserError, match="--gpus is 2, this machine has 1"):
+        resources_of(EvaluateFlags(gpus=2), nodes, alone=True)

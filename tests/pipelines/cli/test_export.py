@@ -80,6 +80,7 @@ def test_without_the_stage_it_has_none(run: RunDirectory, tmp_path: Path) -> Non
 def test_what_is_refused(
     run: RunDirectory, calibration: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path(run.path, "recipe.yaml").touch()
     assert cli.main(["export", run.path, "--output", str(tmp_path / "copy"), "--stage", "baseline"]) == 2
     assert "--stage baseline" in capsys.readouterr().err
     assert cli.main(["export", run.path, "--output", run.stage_directory("target")]) == 2

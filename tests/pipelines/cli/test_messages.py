@@ -36,6 +36,8 @@ def test_rcd_runs_takes_a_relative_directory(
     assert f"--storage {tmp_path}/rel does not exist" in refused(capsys, "runs", "--storage", "rel")
     (tmp_path / "rel").mkdir()
     assert main(["runs", "--storage", "rel"]) == 0
+    (tmp_path / "rel" / "recipe.yaml").touch()
+    assert f"--storage {tmp_path}/rel is a run" in refused(capsys, "runs", "--storage", "rel")
 
 
 def test_problems_that_are_not_there_or_have_no_end(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -43,6 +45,20 @@ def test_problems_that_are_not_there_or_have_no_end(capsys: pytest.CaptureFixtur
     assert "--num_examples" in evaluate(capsys, tmp_path / "o", "--test", "synthetic")
     url = ("evaluate", "--url", "http://127.0.0.1:1/v1", "--model", "m", "--task", "sudoku", "--output", str(tmp_path))
     assert "--test: absent.jsonl" in refused(capsys, *url, "--test", "absent.jsonl")
+    none = evaluate(capsys, tmp_path / "o", "--test", "synthetic", "--num_examples", "0")
+    assert "--num_examples is 0" in none and "data." not in none
+
+
+def test_the_flag_is_named_and_not_what_it_becomes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ("--model", "m", "--task", "sudoku", "--test", "synthetic", "--num_examples", "4")
+    said = refused(capsys, "evaluate", "--url", "foo", *words, "--output", str(tmp_path / "o"))
+    assert "--url is 'foo'" in said and len(said.splitlines()) == 1
+    assert f"RUN {tmp_path}/no is no run" in refused(
+        capsys, "export", f"{tmp_path}/no", "--output", str(tmp_path / "new")
+    )
+    (tmp_path / "odd.jsonl").write_text('{"ask": "1 + 1?", "answer": "2"}\n')
+    assert "--field question=COLUMN" in refused(capsys, "data", "inspect", str(tmp_path / "odd.jsonl"), "--task", "qa")
+    assert "data." not in refused(capsys, "data", "inspect", str(tmp_path / "absent.jsonl"))
 
 
 def test_answers_that_leave_no_room_for_a_prompt(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -64,6 +80,7 @@ def test_results_of_other_settings_are_kept_by_another_output(
     model = str(tiny_models / "target")
     error = evaluate(capsys, tmp_path / "out", "--test", "synthetic", "--num_examples", "4", "--baseline", model)
     assert "data.num_test: 9 there, 4 now" in error and "another --output" in error and "name=NAME" not in error
+    assert "evaluate" in error and "deploy" not in error, "no stage of this command"
 
 
 def test_a_target_of_its_own_predictions_has_no_reference_to_match(

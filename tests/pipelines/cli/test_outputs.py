@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from pipelines.cli import main as cli
-from pipelines.cli.terminal import writable
+from pipelines.cli.terminal import writable_directory, writable_file
 from rcd_core.errors import UserError
 from tests.pipelines.report.made_results import made
+
+TINY = str(Path(__file__).parents[2] / "golden" / "sdar_tiny")
 
 
 @pytest.fixture
@@ -43,8 +45,49 @@ def test_one_line_names_flag_and_place(
 
 
 def test_the_trial_leaves_nothing_behind(tmp_path: Path) -> None:
-    assert writable("--output", str(tmp_path / "new" / "page.html")) == str(tmp_path / "new" / "page.html")
-    assert writable("--output", str(tmp_path / "new")) == str(tmp_path / "new")
-    assert not list((tmp_path / "new").iterdir())
+    assert writable_file("--output", str(tmp_path / "new" / "page.html")) == str(tmp_path / "new" / "page.html")
+    assert writable_directory("--output", str(tmp_path / "new")) == str(tmp_path / "new")
+    assert writable_directory("--output", str(tmp_path / "other")) == str(tmp_path / "other")
+    assert not list((tmp_path / "new").iterdir()) and not (tmp_path / "other").exists()
     with pytest.raises(UserError, match="--report /proc/nothing"):
-        writable("--report", "/proc/nothing/page.html")
+        writable_file("--report", "/proc/nothing/page.html")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["report", "{run}", "--output", "{directory}"],
+        ["report", "{run}", "--output", "{directory}/"],
+        ["generate", "--model_dir", "{run}", "--prompt", "x", "--trace_file", "{directory}"],
+        [
+            "calibrate",
+            "--target",
+            "t",
+            "--reference",
+            "r",
+            "--task",
+            "sudoku",
+            "--data",
+            "d",
+            "--report",
+            "{directory}",
+        ],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_directory_is_no_place_for_a_file(
+    command: list[str], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "there").mkdir()
+    assert cli.main([word.format(run=run, directory=tmp_path / "there") for word in command]) == 2
+    captured = capsys.readouterr()
+    assert len(captured.err.splitlines()) == 1 and f"{command[-2]} {tmp_path / 'there'}" in captured.err
+    assert not captured.out, "no work before"
+
+
+def test_a_file_is_no_place_for_a_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "table.csv").write_text("mine")
+    words = ["evaluate", "--target", "t", "--task", "qa", "--test", "synthetic", "--num_examples", "4"]
+    assert cli.main([*words, "--output", str(tmp_path / "table.csv")]) == 2
+    assert f"--output {tmp_path / 'table.csv'} is a file" in capsys.readouterr().err
+    assert (tmp_path / "table.csv").read_text() == "mine"

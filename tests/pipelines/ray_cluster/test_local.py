@@ -15,7 +15,7 @@ import pytest
 
 from pipelines.cli import main as cli
 from pipelines.ray_cluster import local
-from pipelines.ray_cluster.local import ROOT, TOKEN, Head, check_endpoint_port, request
+from pipelines.ray_cluster.local import ROOT, TOKEN, Head, _check_endpoint_port, request
 from rcd_core.errors import UserError
 
 
@@ -113,5 +113,30 @@ def test_an_endpoint_port_of_another_program_is_named() -> None:
         port = sock.getsockname()[1]
         sock.listen()
         with pytest.raises(UserError, match=f"make demo PORT={port + 1}"):
-            check_endpoint_port(head, port)
-    check_endpoint_port(head, port)  # free again
+            _check_endpoint_port(head, port)
+    _check_endpoint_port(head, port)  # free again
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--dashboard-port", "99999"], "--dashboard-port is 99999"),
+        (["--port", "0"], "--port is 0"),
+        (["--dashboard-port", "8451", "--port", "8451"], "--port is 8451, which is the dashboard's"),
+        (["--port", "8265"], "--port is 8265, which is the dashboard's"),
+    ],
+)
+def test_ports_are_checked_before_a_head_starts(
+    words: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = tmp_path / "local.json"
+    assert cli.main(["up", "--state", str(state), *words]) == 2
+    said = capsys.readouterr().err
+    assert named in said and len(said.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_running_head_does_not_lend_its_dashboards_port() -> None:
+    head = Head(token="t-4", dashboard="http://127.0.0.1:8451", agent="", gcs="", temp_dir="")
+    with pytest.raises(UserError, match="--port is 8451, which is the dashboard's"):
+        _check_endpoint_port(head, 8451)

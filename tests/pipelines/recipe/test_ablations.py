@@ -62,6 +62,7 @@ def test_an_entry_is_taken_out_by_null(tmp_path: Path) -> None:
         ("extends: 3\n", "extends is 3"),
         ("extends: a.yaml\n", "extends is 'a.yaml'"),
         ("extends: damo\n", "did you mean 'demo'?"),
+        ("extends: nowhere\n", "b.yaml: extends is 'nowhere'"),
     ],
 )
 def test_what_cannot_be_extended_is_named(text: str, named: str, tmp_path: Path) -> None:
