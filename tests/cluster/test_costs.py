@@ -48,9 +48,13 @@ def test_hours_and_fewest_gpus(
     assert "106,135.3 MB" in signals
     (signal_hours,) = re.findall(r"reference: .* = ([\d.]+) hours on one device", signals)
     rows = table()
-    assert [round(hours[0]), round(float(signal_hours)), round(hours[1])] == [
-        int(rows[stage][column]) for stage in ("reference", "signals", "target")
-    ]
+    # Printed to a tenth of an hour of eight GPUs, and whole GPU hours in the table.
+    for stage, found, printed in (
+        ("reference", hours[0], 8),
+        ("signals", float(signal_hours), 1),
+        ("target", hours[1], 8),
+    ):
+        assert int(rows[stage][column]) == pytest.approx(found, abs=0.5 + 0.05 * printed), stage
     assert rows["baseline"][:3] == rows["target"][:3]
     for stage, count in zip(("reference", "target"), fewest, strict=True):
         assert f"{count} {device}" in rows[stage][3].split(", ")
