@@ -15,6 +15,7 @@ from pipelines import evaluate, serve
 from pipelines.recipe.model import Recipe
 from pipelines.run.directory import StageContext
 from pipelines.run.messages import user_message
+from rcd_core.io import checksums
 from tests.fault_table import FaultTable
 from tests.pipelines.evaluate_run import make_recipe
 from tests.pipelines.evaluate_run import make_run as make_run  # a fixture
@@ -32,6 +33,7 @@ def break_head(directory: Path) -> Callable[[], None]:
     sound = {name: tensor.clone() for name, tensor in whole.items()}
     whole.get("lm_head.weight", whole["model.embed_tokens.weight"])[3:] = float("nan")
     save_file(whole, file, metadata={"format": "pt"})
+    (directory / checksums.FILE).unlink(missing_ok=True)  # a model that was trained so, not damaged afterwards
     return lambda: save_file(sound, file, metadata={"format": "pt"})
 
 
