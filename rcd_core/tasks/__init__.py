@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rcd_core.errors import UserError
 from rcd_core.tasks import official
+from rcd_core.tasks.album import Album
 from rcd_core.tasks.arithmetic import Arithmetic
 from rcd_core.tasks.base import MASK_TEXT, SPLITS, Problem, Task
 from rcd_core.tasks.boxed import Aime24, Aime25, BoxedTask, Math, Math500, MinervaMath
@@ -16,7 +17,7 @@ from rcd_core.tasks.stories import Stories
 from rcd_core.tasks.sudoku import SUDOKU, SUDOKU9
 
 GRADERS = ("default", "official")
-_SYNTHETIC: tuple[Task, ...] = (SUDOKU, SUDOKU9, Arithmetic(), Stories(), Chain(), Grid())
+_SYNTHETIC: tuple[Task, ...] = (SUDOKU, SUDOKU9, Arithmetic(), Stories(), Chain(), Grid(), Album())
 _GRADE_SCHOOL: tuple[Task, ...] = (Gsm8k(), Gsm1k(), GsmPlus())
 _BOXED: tuple[Task, ...] = (Math(), Math500(), MinervaMath(), Aime24(), Aime25())
 TASKS: dict[str, Task] = {task.name: task for task in (*_SYNTHETIC, *_GRADE_SCHOOL, *_BOXED, HumanEval(), Qa())}

@@ -45,13 +45,21 @@ class Sudoku:
         self._units = [[c for c, units in enumerate(self._units_of) if unit in units] for unit in range(3 * size)]
 
     def synthetic(self, index: int, split: str, seed: int) -> dict[str, str]:
-        num_order = self.cells * self.size
-
         def make(draws: NDArray[np.float64]) -> tuple[str, str, str]:
-            board = self._fill(draws[:num_order])
-            return board, self._hide(board, draws[num_order:]), board
+            board, puzzle = self.draw(draws)
+            return board, puzzle, board
 
-        return draw_row(self.name, index, split, seed, num_order + self.cells + 1, make)
+        return draw_row(self.name, index, split, seed, self.num_draws, make)
+
+    @property
+    def num_draws(self) -> int:
+        return self.cells * self.size + self.cells + 1
+
+    def draw(self, draws: NDArray[np.float64]) -> tuple[str, str]:
+        """(board, puzzle) from (num_draws,) uniform numbers in [0, 1)."""
+        num_order = self.cells * self.size
+        board = self._fill(draws[:num_order])
+        return board, self._hide(board, draws[num_order:])
 
     def problem(self, row: Mapping[str, str]) -> Problem:
         puzzle, board = row["question"].strip().replace("0", "."), row["answer"].strip()

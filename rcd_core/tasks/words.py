@@ -1,4 +1,4 @@
-"""Names, things and places of the tasks in words."""
+"""Names, animals, trades, things, foods and places of the tasks in words."""
 
 from __future__ import annotations
 
@@ -34,6 +34,37 @@ SINGLE_THINGS = words(
     scale scroll sculpture shield sickle sofa spade spear statue stove sundial sword tambourine tapestry telephone
     telescope thimble torch trombone trophy trumpet trunk typewriter umbrella urn vase viola violin wallet watch
     whistle wreath xylophone"""
+)
+ANIMALS = words(
+    """alpaca ant badger bat bear beaver bee beetle bison boar buffalo butterfly camel cat chamois cheetah
+    chicken cobra cod crab cricket crow deer dingo dog dolphin donkey dove duck eagle eel elephant elk falcon
+    ferret finch fox frog gazelle gecko giraffe goat goose gorilla hamster hare hawk hedgehog heron horse hyena
+    ibex jackal jaguar kangaroo koala lemur leopard lion lizard llama lobster lynx magpie mole monkey moose
+    mouse mule newt octopus ostrich otter owl ox panda parrot pelican penguin pig pigeon pony puffin rabbit
+    raven salmon seal shark sheep shrimp skunk sloth snail snake sparrow spider squid squirrel stork swan tiger
+    toad tortoise trout turkey turtle walrus wasp weasel whale wolf wombat yak zebra"""
+)
+TRADES = words(
+    """actor architect artist author baker banker barber blacksmith bookbinder bookseller brewer bricklayer
+    builder butcher captain carpenter cashier chemist clerk coach cobbler composer conductor cook dancer
+    decorator dentist designer detective diver doctor driver editor electrician engineer farmer firefighter
+    fisherman florist gardener geologist glazier goldsmith grocer guard guide hairdresser historian hunter
+    inspector inventor jeweller joiner journalist judge juggler knitter lawyer librarian lifeguard linguist
+    locksmith magician mason mechanic merchant messenger midwife miller miner minister musician notary novelist
+    nurse optician painter pharmacist photographer physicist pilot plumber poet porter postman potter printer
+    professor ranger referee reporter sailor scholar sculptor secretary shepherd singer smith soldier surgeon
+    surveyor tailor tanner teacher translator trainer vet waiter watchmaker weaver writer"""
+)
+FOODS = words(
+    """almonds apricot aubergine avocado bacon bagel banana barley basil bean beetroot biscuit blackberry bread
+    broccoli butter cabbage cake caramel carrot cauliflower celery cereal cheese cherry chestnut chocolate cinnamon
+    coconut coffee cookie coriander courgette cream cress croissant cucumber currant curry custard dill dumpling
+    fennel fig flour garlic gherkin ginger grape gravy ham hazelnut honey jam jelly kale ketchup kiwi leek lemon
+    lentil lettuce lime macaroni mango margarine marmalade marzipan mayonnaise melon milk mint muesli muffin mustard
+    noodle nutmeg oatmeal olive omelette onion orange oregano pancake papaya paprika parsley parsnip pasta pastry peach
+    peanut pear pepper pickle pie pineapple pizza plum polenta porridge potato pretzel pudding pumpkin quince radish
+    raisin raspberry rhubarb rice risotto rosemary saffron salad salami salt sauce sausage soup spinach stew
+    strawberry sugar tart tea thyme toast tofu tomato treacle turnip vanilla vinegar waffle walnut yoghurt"""
 )
 PLACES = words(
     """airport attic bakery balcony barn beach bridge cabin camp castle cellar chapel church cinema clinic corner

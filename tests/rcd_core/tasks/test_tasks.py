@@ -14,8 +14,9 @@ from rcd_core.tasks import MASK_TEXT, TASKS, Problem, check, get_task, grade
 from rcd_core.tasks.answers import final_number, same_final_number
 from rcd_core.tasks.boxed import INSTRUCTION
 from rcd_core.tasks.sudoku import SUDOKU
+from rcd_core.text.tokenizer import train_tokenizer
 
-GENERATORS = ("sudoku", "sudoku9", "arithmetic", "stories", "chain", "grid")
+GENERATORS = ("sudoku", "sudoku9", "arithmetic", "stories", "chain", "grid", "album")
 
 
 def test_unknown_task_lists_the_names() -> None:
@@ -198,6 +199,34 @@ def test_a_grid_has_one_solution() -> None:
             assert sum(bool(check("grid", fewer, text)) for text in arrangements) > 1, clue
     assert not check("grid", problem.prompt, f"{problem.response} {problem.response}".replace(people[0], "Nobody"))
     assert check("grid", "Who has what?", problem.response) is None
+
+
+def test_an_album_has_one_token_for_each_picture_in_a_vocabulary_of_a_text() -> None:
+    task = get_task("album")
+    problems = [task.problem(task.synthetic(i, "train", 0)) for i in range(3000)]
+    tokenizer = train_tokenizer((f"{p.prompt}\n{p.response}" for p in problems), 2048)
+    assert len(tokenizer) > 1000
+    for text in (text for p in problems[:300] for text in (p.prompt, p.response)):
+        assert len(tokenizer(text)["input_ids"]) == 2 + 36 + 5
+
+
+def test_an_album_accepts_every_answer_that_fits_the_pictures() -> None:
+    task, digits = get_task("album"), "123456456123231564564231312645645312"
+
+    def album(order: str, kinds: str = "person animal trade thing food place") -> str:
+        found = [kinds.split()[order.index(d)] for d in digits]
+        return "Kinds: " + " / ".join(" ".join(found[i : i + 6]) for i in range(0, 36, 6))
+
+    question = "Album: ? otter" + " ?" * 4 + " / ? ? ? ? ? ?" * 5
+    assert task.grade(question, album("123456"), "") and task.grade(question, album("321456"), "")
+    assert not task.grade(question, album("213456"), ""), "the otter would be a person"
+    assert not task.grade(question, album("123456").replace("trade thing", "thing trade", 1), ""), "no board"
+    assert not task.grade(question, album("123456", "person animal trade tool food place"), ""), "no kind"
+    assert not task.grade(question, album("123456") + " person", "") and not task.grade(question, "", "")
+    assert check("album", question.replace("otter", "unicorn"), album("123456")) is None
+    assert "\nthing  food   place  person animal trade\n" in task.layout(album("123456"))
+    with pytest.raises(UserError, match="no album.*Kinds: animal"):
+        task.problem({"question": question, "answer": album("213456")})
 
 
 def test_a_chain_is_followed_from_its_question() -> None:
