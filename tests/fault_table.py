@@ -72,7 +72,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def markdown(rows: list[Row]) -> Iterator[str]:
-    for cells in (_HEADER, ("---",) * len(_HEADER), *(row.cells() for row in rows)):
+    """Equal rows, of one test with several parameters, are one."""
+    for cells in (_HEADER, ("---",) * len(_HEADER), *dict.fromkeys(row.cells() for row in rows)):
         yield f"| {' | '.join(cells)} |"
     yield f"\n{hardware()}"
 
