@@ -3,6 +3,7 @@ arithmetic.
 
     python -m tests.benchmarks.live_blocks ~/rcd-runs/arithmetic          # a finished run: stages target and baseline
     python -m tests.benchmarks.live_blocks DIR --steps 800 2000 500       # trains models here, or takes those of DIR
+    python -m tests.benchmarks.live_blocks DIR --layout multi_block       # both models learn several live blocks
 
 --steps: of the reference, of the base, and of each of the two models that start from the base. A pass of D2F with a
 short prompt is a denoising pass, so the passes that are counted are all passes but the prefill of plain decoding.
@@ -14,13 +15,14 @@ import argparse
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from rcd_core import Decoder, DecodeSettings, load_model
 from rcd_core.evaluation.outcomes import collect, curve
 from rcd_core.families.base import DiffusionModel
+from rcd_core.noise import NoiseSettings
 from rcd_core.tasks import get_task
 from rcd_core.text.encoding import Encoder
 from rcd_core.text.tokenizer import load_tokenizer
@@ -36,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--steps", type=int, nargs=3, default=ARITHMETIC.steps)
+    parser.add_argument("--layout", choices=("single", "multi_block"), default="single", help="noise.layout of both")
     parser.add_argument("--live", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--thresholds", type=float, nargs="+", default=THRESHOLDS)
     parser.add_argument("--add", type=float, default=0.1, help="block_add_threshold")
@@ -44,7 +47,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(header(), flush=True)
-    seqd, target = _models(options.directory, tuple(options.steps))
+    seqd, target = _models(options.directory, tuple(options.steps), options.layout)
     task, tokenizer = get_task("arithmetic"), load_tokenizer(seqd)
     encoder = Encoder(task, tokenizer, ARITHMETIC.block_length, ARITHMETIC.max_length)
     tests = [encoder.test(task.problem(task.synthetic(i, "test", 0))) for i in range(options.num_problems)]
@@ -71,14 +74,15 @@ def main() -> None:
     print(json.dumps(found))
 
 
-def _models(directory: Path, steps: tuple[int, int, int]) -> tuple[str, str]:
+def _models(directory: Path, steps: tuple[int, int, int], layout: Literal["single", "multi_block"]) -> tuple[str, str]:
     """Directories of SeqD and of the RCD model."""
     if (directory / "recipe.yaml").exists():
         return str(directory / "baseline" / "model"), str(directory / "target" / "model")
     baseline, target = directory / "baseline", directory / "target"
     if not (baseline / "config.json").exists():
         recipe = replace(ARITHMETIC, steps=steps)
-        made = make(recipe, directory, None, 16384)
+        noise = NoiseSettings(layout=layout, block_length=None if layout == "single" else ARITHMETIC.block_length)
+        made = make(recipe, directory, None, 16384, noise)
         model: DiffusionModel = load_model(made.start)
         train_model(model, made.files, made.noise, recipe, steps[2], ResidualSettings(source="none"), None)
         model.save_pretrained(baseline, load_tokenizer(made.start))

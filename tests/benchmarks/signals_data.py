@@ -108,8 +108,11 @@ def finished_run(directory: Path) -> Workload:
     )
 
 
-def make(recipe: Recipe, directory: Path, data: Path | None, num_examples: int) -> Workload:
-    """Train tokenizer, reference, base and target on the first examples of a data file, or on synthetic ones."""
+def make(
+    recipe: Recipe, directory: Path, data: Path | None, num_examples: int, target_noise: NoiseSettings | None = None
+) -> Workload:
+    """Train tokenizer, reference, base and target on the first examples of a data file, or on synthetic ones.
+    target_noise: that of the target, if it differs."""
     task = get_task(recipe.task)
     rows = list(islice(_records(task, data), num_examples))
     problems = [task.problem(row) for row in rows]
@@ -130,6 +133,7 @@ def make(recipe: Recipe, directory: Path, data: Path | None, num_examples: int) 
     reference.save_pretrained(saved["reference"], tokenizer)
     train_model(base, files, noise, recipe, recipe.steps[1], ResidualSettings(source="none"), None)
     base.save_pretrained(saved["start"], tokenizer)
+    noise = target_noise or noise
     train_model(base, files, noise, recipe, recipe.steps[2], residual, reference)
     base.save_pretrained(saved["target"], tokenizer)
     return Workload(recipe.task, *saved.values(), files, noise, recipe.block_length, rule)
@@ -197,7 +201,8 @@ def train_model(
     callbacks = Callbacks(log=log, checkpoint=lambda step, save: None)
     rule = SignalRule(top_k=NEAR_DENSE)
     source = ExampleSource(files, noise)
-    train(model, source, settings, residual, recipe.block_length, callbacks, reference=reference, signal_rule=rule)
+    more = {"reference": reference, "signal_rule": rule, "noise": noise}
+    train(model, source, settings, residual, recipe.block_length, callbacks, **more)
 
 
 def random_reference(directory: Path) -> Workload:
