@@ -58,7 +58,8 @@ class Attend(Protocol):
 class _Part(NamedTuple):
     """Requests with about equally many queries, Q with padding. tokens: (n,) theirs in the pass, or a slice if none is
     padded. places (n,): where they stand among the B Q queries. pages: (first page, pages between two requests) to read
-    keys in place, or (B C',) page numbers. bias (B, 1, Q, K) or None: 0 or -inf."""
+    keys in place, or (B C',) page numbers. bias or None: 0 or -inf, (B, 1, Q, K), or with `folded`, where heads of one
+    key head are more queries of it, (B, 1, Q H / G, K)."""
 
     num_requests: int
     num_queries: int
@@ -67,6 +68,7 @@ class _Part(NamedTuple):
     places: Tensor | None
     pages: tuple[int, int] | Tensor
     bias: Tensor | None
+    folded: bool
 
 
 class SdpaAttention:
@@ -101,15 +103,11 @@ class SdpaAttention:
             count, size = part.num_requests, part.num_queries
             if part.places is not None:
                 q = q.new_zeros(count * size, heads, width).index_copy_(0, part.places, q)
-            folded = self.fold > 1 and size <= _FOLDED  # heads of one key head as more queries of it
             q = q.view(count, size, self.groups, -1, width).permute(0, 2, 3, 1, 4)  # (B, G, H / G, Q, d)
-            q = q.reshape(count, self.groups if folded else heads, -1, width)
-            bias = part.bias
-            if folded and bias is not None:
-                bias = bias.repeat(1, 1, self.fold, 1)
+            q = q.reshape(count, self.groups if part.folded else heads, -1, width)
             k, v = (self._read(pool, part) for pool in (keys, values))
             result = nn.functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=bias, scale=scaling, enable_gqa=self.fold > 1 and not folded
+                q, k, v, attn_mask=part.bias, scale=scaling, enable_gqa=self.fold > 1 and not part.folded
             )
             result = result.view(count, self.groups, -1, size, width).permute(0, 3, 1, 2, 4).reshape(-1, heads, width)
             if part.places is not None:
@@ -154,15 +152,18 @@ class SdpaAttention:
         places = row * num_queries + offset
         hidden = np.zeros((count, num_queries), dtype=np.int64)
         hidden.ravel()[places] = num_keys - visible
-        bias = None
+        bias, folded = None, self.fold > 1 and num_queries <= _FOLDED
         if hidden.any():
             mask = np.arange(num_keys) >= (num_keys - hidden)[:, :, None]
             bias = torch.zeros(mask.shape, dtype=self.dtype)
             bias = bias.masked_fill_(torch.from_numpy(mask), float("-inf")).to(self.device)[:, None]
+            bias = bias.repeat(1, 1, self.fold, 1) if folded else bias
         if len(places) == count * num_queries and tokens[-1] - tokens[0] + 1 == len(tokens):
-            return _Part(count, num_queries, num_keys, slice(int(tokens[0]), int(tokens[-1]) + 1), None, pages, bias)
+            return _Part(
+                count, num_queries, num_keys, slice(int(tokens[0]), int(tokens[-1]) + 1), None, pages, bias, folded
+            )
         where = [torch.from_numpy(n).to(self.device) for n in (tokens, places)]
-        return _Part(count, num_queries, num_keys, where[0], where[1], pages, bias)
+        return _Part(count, num_queries, num_keys, where[0], where[1], pages, bias, folded)
 
 
 @dataclass
