@@ -86,7 +86,7 @@ def _arm(name: str, values: dict[str, Any]) -> Arm:
 
 def _experiment(name: str, everything: dict[str, Any], arms: dict[str, Arm]) -> Experiment:
     values = dict(everything[name])
-    if base := values.pop("like", None):
+    while base := values.pop("like", None):
         values = {**everything[base], **values}
     values["target"] = ModelConfig(family="sdar", **values["target"])
     for key in ("base_train", "second_train"):
