@@ -70,10 +70,7 @@ class Encoder:
             chat_texts(tokenizer, "question", "answer")  # a template that no row can use
 
     def problem(self, row: Mapping[str, str]) -> Problem:
-        try:
-            return self.task.problem(row)
-        except UserError as error:
-            raise BadRow("not a problem of this task", str(error)) from error
+        return _problem(self.task, row)
 
     def train_row(self, row: Row) -> tuple[str, TrainExample]:
         """(content id, example) of a row."""
@@ -169,15 +166,19 @@ def example_of(row: Row, task: Task) -> Problem | Conversation:
     if row.bad is not None:
         raise row.bad
     if row.conversation is None:
-        try:
-            return task.problem(row.values or {})
-        except UserError as error:
-            raise BadRow("not a problem of this task", str(error)) from error
+        return _problem(task, row.values or {})
     roles = [message["role"] for message in row.conversation]
     if roles != ["user", "assistant"]:
         return row.conversation
     question, answer = (message["content"] for message in row.conversation)
     return Problem(question, answer, answer)
+
+
+def _problem(task: Task, values: Mapping[str, str]) -> Problem:
+    try:
+        return task.problem(values)
+    except UserError as error:
+        raise BadRow("not a problem of this task", str(error)) from error
 
 
 def content_id(item: Problem | Conversation) -> str:
