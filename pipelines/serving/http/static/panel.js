@@ -109,7 +109,9 @@ export class Panel {
       const group = document.createElement("span");
       group.className = "block";
       group.classList.toggle("current", block === current && tokens.some((t) => t.state === "guess"));
-      group.append(...tokens.map((token) => this.#box(drawToken(token), token.index)));
+      const boxes = tokens.map((token) => this.#box(drawToken(token), token.index));
+      // A line may end between two tokens, but not within one, whose first character is often a space.
+      group.append(...(this.columns ? boxes : boxes.flatMap((box) => [document.createElement("wbr"), box])));
       return group;
     });
   }

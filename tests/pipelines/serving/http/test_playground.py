@@ -91,6 +91,21 @@ def test_denoising_is_drawn_and_replayed_pass_by_pass(page: Page, app: Served) -
     assert len(page.tokens(1, ".committed")) == PUZZLE.count(MASK_TEXT)
 
 
+def test_a_token_is_never_broken_over_two_lines(page: Page) -> None:
+    """Most begin with a space, at which a browser likes to break: its box would be in two pieces."""
+    page.tab.set_viewport_size({"width": 360, "height": 740})
+    page.tab.fill("#prompt", f"the quick fox {MASK_TEXT * 120}")
+    page.run()
+    page.ended()
+    lines = r"(boxes) => boxes.filter((b) => !/\n/.test(b.textContent)).map((b) => b.getClientRects().length)"
+    for number in (1, 2, 1000):
+        page.go_to(number)
+        found = page.tab.eval_on_selector_all(".panel:first-child .canvas .token:not(.given)", lines)
+        assert len(found) > 60 and set(found) == {1}
+        canvas = page.tab.locator(".canvas").first
+        assert canvas.evaluate("(canvas) => canvas.scrollWidth <= canvas.clientWidth")
+
+
 def test_the_first_view_decodes_an_example_and_says_whether_it_is_right(browser: Any) -> None:
     """In step with the replay: before the last pass there is neither the whole text nor a verdict."""
     puzzle = get_task("sudoku").problem(get_task("sudoku").synthetic(3, "test", 0)).prompt
