@@ -19,6 +19,8 @@ _OUTCOMES = {
     (False,): "{0} is wrong",
     (True,): "{0} is right",
 }
+# Characters of a line: more than the first do not fit a column, more than the second are no table's.
+_NARROW, _WIDE = 28, 80
 
 
 def evaluations(results: Results) -> list[Results]:
@@ -124,12 +126,16 @@ def shown_problems(results: Results) -> Iterator[dict[str, Any]]:
             {"title": m["title"], "text": layout(task, a["completion"]), **_mark(a)}
             for m, a in zip(examples["methods"], problem["answers"], strict=True)
         ]
+        prompt, answer = (layout(task, problem[key]) for key in ("prompt", "answer"))
         yield {
             "name": f"problem {problem['example_id'][:12]}",
             "outcome": outcome(examples, [a["correct"] for a in problem["answers"]]),
-            "prompt": layout(task, problem["prompt"]),
-            "answer": layout(task, problem["answer"]),
+            "prompt": prompt,
+            "answer": answer,
             "answers": answers,
+            "wide": any(
+                _NARROW < max(map(len, text.splitlines())) <= _WIDE for text in (prompt, answer) if "\n" in text
+            ),
         }
 
 

@@ -14,6 +14,7 @@ from pipelines.report.examples import MAX_CHARACTERS, examples_of, shortened
 from pipelines.report.markdown import markdown
 from pipelines.report.plots import Plot
 from pipelines.report.summary import shown_problems
+from rcd_core.tasks import get_task
 from tests.pipelines.report.made_results import made
 
 PLOTS = [{"pareto": Plot(b"light", b"dark"), "throughput": Plot(b"light", b"dark")}]
@@ -112,3 +113,14 @@ def test_a_board_is_shown_as_a_grid() -> None:
     assert problem["prompt"].splitlines()[0] == ". . .  . . ." and len(problem["prompt"].splitlines()) == 8
     assert problem["answer"].replace(" ", "").replace("\n", "") == board[1:]
     assert problem["answers"][0]["text"] == "an answer 0", "no board: as it is"
+    assert not problem["wide"]
+
+
+def test_a_table_of_words_gets_wider_columns_and_prose_does_not() -> None:
+    results = made() | {"task": "album"}
+    table = answers(results, {"target/zero": (0,), "seqd": ()})
+    one = get_task("album").problem(get_task("album").synthetic(0, "test", 0))
+    for prompt, wide in ((one.prompt, True), ("a question\n" + "of many words " * 20, False), ("short\nlines", False)):
+        texts = {"prompt": prompt, "answer": one.response if wide else "yes"}
+        results["examples"] = examples_of(results, table, lambda ids, texts=texts: dict.fromkeys(ids, texts))
+        assert next(shown_problems(results))["wide"] is wide
