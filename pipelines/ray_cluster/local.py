@@ -130,11 +130,11 @@ def start_head(state: Path = STATE, dashboard_port: int | None = None, endpoint_
         raise _port_in_use(endpoint_port)
     state.parent.mkdir(parents=True, exist_ok=True)
     log = state.with_suffix(".log")
-    head = _launch(state, log, dashboard_port)
+    head, launched = _launch(state, log, dashboard_port)
     deadline = time.monotonic() + START_TIMEOUT_S
     try:
         while not head.answers():
-            if time.monotonic() > deadline or not head.processes():
+            if time.monotonic() > deadline or launched.poll() is not None:
                 tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
                 raise UserError(f"the local Ray head did not start; its log {log} ends with:\n{tail}")
             time.sleep(0.2)
@@ -180,7 +180,9 @@ def submit_command(head: Head, port: int | None = None) -> str:
     return " ".join(words)
 
 
-def _launch(state: Path, log: Path, dashboard_port: int) -> Head:
+def _launch(state: Path, log: Path, dashboard_port: int) -> tuple[Head, subprocess.Popen[bytes]]:
+    """The process lives as long as the head. `Head.processes` may not find it yet: the environment of a new program
+    cannot be read at once."""
     # Not under $TMPDIR: the path of a Unix socket inside must stay below 104 characters.
     temp_dir = tempfile.mkdtemp(prefix="rcd-", dir="/tmp")
     token = secrets.token_hex(8)
@@ -202,7 +204,7 @@ def _launch(state: Path, log: Path, dashboard_port: int) -> Head:
     head.save(state)  # before it starts, so that stop_head can find it if this process is killed
     # In its own session, so that Ctrl-C in the terminal does not reach the head.
     with open(log, "wb") as output:
-        subprocess.Popen(
+        launched = subprocess.Popen(
             command,
             env=_head_environment(token),
             stdin=subprocess.DEVNULL,
@@ -210,7 +212,7 @@ def _launch(state: Path, log: Path, dashboard_port: int) -> Head:
             stderr=output,
             start_new_session=True,
         )
-    return head
+    return head, launched
 
 
 def _object_store_bytes() -> int:

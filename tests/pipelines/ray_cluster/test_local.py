@@ -26,11 +26,14 @@ def run(*words: str) -> str:
     return done.stdout
 
 
-def test_a_head_takes_jobs_and_leaves_no_process(tmp_path: Path) -> None:
-    state = tmp_path / "local.json"
+def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
+        return int(sock.getsockname()[1])
+
+
+def test_a_head_takes_jobs_and_leaves_no_process(tmp_path: Path) -> None:
+    state, port = tmp_path / "local.json", free_port()
     rcd = [sys.executable, "-m", "pipelines.cli.main"]
     up = [*rcd, "up", "--state", str(state), "--dashboard-port", str(port)]
     try:
@@ -73,6 +76,34 @@ def test_the_object_store_follows_the_machine(
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
     monkeypatch.setattr("shutil.disk_usage", lambda path: shared)
     assert local._object_store_bytes() >> 20 == mib
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A shell script that is started in place of `ray`."""
+    path = tmp_path / "ray"
+    path.touch(mode=0o755)
+    monkeypatch.setattr(local, "_RAY", str(path))
+    return path
+
+
+def test_a_head_that_cannot_be_seen_yet_is_waited_for(
+    tmp_path: Path, program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    answers = iter([False, False, True])
+    with monkeypatch.context() as early:
+        early.setattr(Head, "processes", lambda head: [])
+        early.setattr(Head, "answers", lambda head: next(answers))
+        local.start_head(tmp_path / "local.json", free_port())
+    assert local.stop_head(tmp_path / "local.json")
+
+
+def test_a_head_that_ends_at_once_is_reported_with_its_log(tmp_path: Path, program: Path) -> None:
+    program.write_text("#!/bin/sh\necho no memory left\nexit 1\n")
+    with pytest.raises(UserError, match="did not start(.|\n)*no memory left"):
+        local.start_head(tmp_path / "local.json", free_port())
+    assert not (tmp_path / "local.json").exists()
 
 
 def test_a_taken_dashboard_port_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
