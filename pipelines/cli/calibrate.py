@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
-from typing import Any
 
 from pipelines.calibration.job import CalibrationJob, calibrate_model, store, synthetic_problems
 from pipelines.cli.flags import CalibrateFlags, decode_settings
@@ -20,7 +19,7 @@ from rcd_core.families.loading import checkpoint_directory, describe_checkpoint
 from rcd_core.io import storage
 from rcd_core.noise import NoiseSettings
 from rcd_core.process import ProcessSettings
-from rcd_core.tasks import Problem, get_task
+from rcd_core.tasks import Problem, Task, get_task
 from rcd_core.tasks.rows import check_columns, read_rows
 from rcd_core.training.settings import SignalRule
 
@@ -31,7 +30,8 @@ OWN = ("self", "self_same", "on_policy", "loopholing")
 def calibrate(flags: CalibrateFlags) -> int:
     job = _job(flags)
     report = writable_file("--report", flags.report) if flags.report else None
-    problems = list(islice(_problems(flags), 2 * job.num_examples))  # twice as many, as some may be too long
+    given = read_problems(flags.task, flags.data, flags.field, "--data")
+    problems = list(islice(given, 2 * job.num_examples))  # twice as many, as some may be too long
     result = calibrate_model(job, problems, say=lambda text: print(text, file=sys.stderr))
     name = storage.basename(flags.target)
     if report:
@@ -87,21 +87,23 @@ def _job(flags: CalibrateFlags) -> CalibrationJob:
     )
 
 
-def _problems(flags: CalibrateFlags) -> Iterator[Problem]:
-    if flags.data == SYNTHETIC:
-        yield from synthetic_problems(flags.task, 0)
+def read_problems(task_name: str, source: str, field: Sequence[str], flag: str) -> Iterator[Problem]:
+    """The problems of a file, or endless synthetic ones. flag: that names the source, for messages."""
+    task = get_task(task_name)
+    if source == SYNTHETIC:
+        yield from synthetic_problems(task_name, 0)
         return
-    task, path = get_task(flags.task), absolute_path(flags.data)
-    columns = {name: name for name in task.fields} | _fields(flags, task)
-    check_columns(path, columns, "--data")
+    path = absolute_path(source)
+    columns = {name: name for name in task.fields} | _columns(field, task)
+    check_columns(path, columns, flag)
     for row in read_rows(path, columns):
         with suppress(UserError):  # skip rows that are not problems of the task
             if row.values is not None:
                 yield task.problem(row.values)
 
 
-def _fields(flags: CalibrateFlags, task: Any) -> dict[str, str]:
-    pairs = dict(text.partition("=")[::2] for text in flags.field)
+def _columns(field: Sequence[str], task: Task) -> dict[str, str]:
+    pairs = dict(text.partition("=")[::2] for text in field)
     for name, column in pairs.items():
         if name not in task.fields or not column:
             raise UserError(f"--field {name}={column}: give one of {', '.join(task.fields)} and its column, as a=b")

@@ -242,6 +242,26 @@ class CalibrateFlags:
     decode: DecodeFlags = dataclasses.field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PredictFlags:
+    """Say from a plain checkpoint and prompts whether residuals may pay, before any training.
+
+    It decodes the prompts, with a confidence threshold of 0.9 unless given, and measures what the discarded predictions
+    know. Decode as you will serve: block length and number of new tokens matter.
+
+    rcd predict --baseline CKPT --task gsm8k --test test.jsonl
+    """
+
+    baseline: Annotated[str, CHECKPOINTS("Diffusion model that has learned the task, without residuals.")]
+    no_verify: Annotated[bool, CHECKPOINTS(NO_VERIFY, name="--no-verify")] = False
+    task: Annotated[str, TASK("gsm8k, math, sudoku, qa, ...; a wrong name lists all.")]
+    test: Annotated[str, TASK(".jsonl or .parquet, as data.test of a recipe; or synthetic.", metavar="FILE")]
+    field: Annotated[tuple[str, ...], TASK("As data.fields of a recipe; repeatable.", metavar="OURS=COLUMN")] = ()
+    num_examples: Annotated[Int, TASK("Decode the first N prompts.")] = 256
+    json: Annotated[bool, TASK("Print all numbers as one JSON object.")] = False
+    decode: DecodeFlags = dataclasses.field(default_factory=dict)
+
+
 FLAG = _section("Flags")
 STATE = FLAG("File that remembers the running head.", metavar="FILE")
 

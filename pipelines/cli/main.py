@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "fit": (file_flags.FitFlags, "fit:fit"),
     "generate": (flags.GenerateFlags, "generate:generate"),
     "plan": (plan_flags.PlanFlags, "overview:plan"),
+    "predict": (flags.PredictFlags, "predict:predict"),
     "push": (file_flags.PushFlags, "push:push"),
     "report": (flags.ReportFlags, "report:report"),
     "runs": (flags.RunsFlags, "runs:runs"),

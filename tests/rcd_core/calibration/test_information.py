@@ -62,6 +62,7 @@ def test_measures_agree_with_a_plain_sum_over_all_passes(family: str) -> None:
     assert found["entropy"] == pytest.approx(float(h.mean()), **close)
     assert found["surprise"] == pytest.approx(-float(lp.mean()), **close)
     assert found["information"] == pytest.approx(float(information.mean()), **close)
+    assert found["information_per_token"] == pytest.approx(float(information.sum()) / tokens, **close)
     assert found["open_information"] == pytest.approx(float((information * h).sum() / h.sum()), **close)
     assert found["forgotten"] == pytest.approx(float(gains.max() / pairs), **close)
     assert found["forgotten_weight"] == WEIGHTS[int(gains.argmax())]
