@@ -28,8 +28,8 @@ def predict(flags: PredictFlags) -> int:
         print(json.dumps(found))
         return 0
     value = found.get("information_per_token", 0.0)
-    print(f"thrown away: {value:.2f} nats per generated token")
-    if found:
+    print(f"thrown away: {value:.2f} nats per token, over {found['prompts']} prompts")
+    if value:
         print(f"  ({found['discarded']:.2f} discarded predictions of {found['information']:.2f} nats each)")
     print("\nmodels that were measured: nats per token, and tokens per pass with residuals over those without")
     for title, values, gains in MEASURED:
@@ -79,7 +79,7 @@ def _measure(flags: PredictFlags) -> dict[str, Any]:
     for first in range(0, len(prompts), _BATCH):
         decode(prompts[first : first + _BATCH], settings)
         thrown_away.finish()
-    return thrown_away.report()
+    return {"prompts": len(prompts), **thrown_away.report()}
 
 
 def _span(pair: tuple[float, float]) -> str:

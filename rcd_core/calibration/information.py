@@ -10,11 +10,11 @@ A prediction is discarded if its pass leaves the position masked. y is the token
 discarded distribution, without the mask token, and H its entropy. All values are means over discarded predictions, in
 nats, unless they say otherwise:
 
-- discarded: their number per generated token.
+- discarded: their number per committed token. Padding of an answer's last block counts as committed, too.
 - entropy: H. surprise: -ln p(y). If predictions were calibrated, surprise would equal entropy.
 - information: ln p(y) - ln m(y), with m the mean of all discarded distributions: what p says about y beyond what is
   known about any masked position.
-- information_per_token: the same summed up, per generated token, not per prediction.
+- information_per_token: the same summed up, per committed token.
 - open_information: information with each prediction weighted by H / mean H: what p says while it is still uncertain.
 - forgotten: of all pairs of a discarded prediction q and the next pass's prediction p at the same position, how much
   larger ln r(y) is than ln p(y), r = softmax(ln p + w ln q), with the best weight w of WEIGHTS: what q still says about
@@ -45,7 +45,9 @@ MEASURED = (
     ("6x6 Sudoku in a text, three bases", (2.24, 2.65), (1.26, 1.31)),
     ("6x6 Sudoku, three bases", (4.52, 4.76), (1.36, 1.46)),
 )
-NO_GAIN, GAIN = 0.39, 2.24  # the largest value without a gain, the smallest with one
+_LEAST_GAIN = 1.05
+NO_GAIN = max(high for _, (_, high), (_, most) in MEASURED if most < _LEAST_GAIN)  # the largest value without a gain
+GAIN = min(low for _, (low, _), (least, _) in MEASURED if least >= _LEAST_GAIN)  # the smallest with one
 _TILE_BYTES = 64 << 20
 
 
