@@ -3,6 +3,8 @@ their command runs."""
 
 from __future__ import annotations
 
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -86,9 +88,34 @@ def _command(declared: type, target: str) -> Callable[..., int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit code: 2 and one line on stderr for what the user can correct."""
+    """Run a command. Returns the exit code: 2 and one line on stderr for what the user can correct; 1,
+    without a word, where nobody reads the output any more (`rcd plan --recipe demo | head -1`)."""
+    try:
+        code = _run(argv)
+        sys.stdout.flush()  # here, because an error at the interpreter's exit cannot be caught
+        return code
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return 1  # as rich does
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is what is broken, not another connection. What is left in its buffer is dropped."""
+    output = sys.stdout.fileno()
+    waiting = select.poll()
+    waiting.register(output, 0)
+    if not any(event & select.POLLERR for _, event in waiting.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
         return int(make_app()(argv, exit_on_error=False, print_error=False) or 0)
+    except BrokenPipeError:
+        raise
     except CycloptsError as error:
         command = " ".join(("rcd", *(error.command_chain or ())))
         message: str | None = f"{' '.join(str(error).split())} `{command} --help` lists the flags."

@@ -53,3 +53,14 @@ def test_a_stage_file_shows_its_help_without_them(name: str) -> None:
     words = [sys.executable, "-c", STAGE, file, "--help"]
     result = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert "--redo" in result.stdout and result.stdout.splitlines()[-1] == "imported: 0", result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("command", [["evaluate", "--list_settings"], ["plan", "--recipe", "demo"]], ids=" ".join)
+def test_a_reader_that_leaves_ends_a_command_without_a_word(command: list[str], tmp_path: Path) -> None:
+    """As `rcd plan | head -1`; the first prints, the second leaves it to rich."""
+    words = [sys.executable, "-m", "pipelines.cli.main", *command]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (1, "")
