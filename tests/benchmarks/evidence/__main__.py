@@ -3,6 +3,7 @@
     python -m tests.benchmarks.evidence run --output DIR [--only sudoku6 chain] [--replicates 3] [--minutes 60]
     python -m tests.benchmarks.evidence report --output DIR [--write tests/benchmarks/evidence/results/second]
     python -m tests.benchmarks.evidence predict --output DIR                 # what bases throw away, beside the gains
+    ... run --bases            # the bases only, to measure them before any method is trained
     ... run --done tests/benchmarks/evidence/results/second    # not the replicates that are reported there
     ... --plan tests/benchmarks/evidence/first.yaml       # the first experiment; default: the second
 
@@ -35,6 +36,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no cell after this time")
     parser.add_argument("--plan", type=Path, default=PLAN)
     parser.add_argument("--write", type=Path, help="report, predict: where results.json and the plots go")
+    parser.add_argument("--bases", action="store_true", help="run: train the bases only")
     parser.add_argument("--done", type=Path, help="run: skip the replicates that results.json in this directory has")
     options = parser.parse_args()
     plan = load_plan(options.plan)
@@ -58,7 +60,7 @@ def main() -> int:
     done = {name: replicates(result) for name, result in kept(options.done).items()}
     for cell in cells(plan, names, options.replicates):
         if (cell.base, cell.seed) not in done.get(cell.experiment.name, ()):
-            runner.run(cell)
+            runner.base(cell) if options.bases else runner.run(cell)
     return 0
 
 

@@ -27,14 +27,16 @@ _BATCH = 128
 
 
 def predict(plan: Plan, names: list[str], output: Path, write: Path | None) -> None:
-    """Print what there is, finished replicates or not; with `write`, to predict.json there."""
+    """Print what there is, bases without methods and unfinished replicates too; with `write`, to predict.json there."""
     lines: list[dict[str, Any]] = []
     for name in names:
         experiment = plan.experiments[name]
         gains = _gains(plan, experiment, output)
-        for base, of_base in sorted(gains.items()):
-            lines.append({"experiment": name, "base": base, **measure(experiment, base, output), "gains": of_base})
-            print(json.dumps(lines[-1]), flush=True)
+        for base in sorted({base for base, _ in experiment.replicates}):
+            if (output / name / f"base{base}").exists():
+                found = measure(experiment, base, output)
+                lines.append({"experiment": name, "base": base, **found, "gains": gains.get(base, {})})
+                print(json.dumps(lines[-1]), flush=True)
     if write:
         (write / "predict.json").write_text(json.dumps(lines, indent=1) + "\n")
 

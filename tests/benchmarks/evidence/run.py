@@ -120,12 +120,11 @@ class Runner:
         path = self.output / f"{cell.name}.npz"
         if path.exists() or time.monotonic() > self.deadline:
             return
-        world = self.worlds.setdefault(cell.experiment.name, World(cell.experiment))
         with feedback(cell.arm.feedback):
-            self._run(cell, world, path)
+            self._run(cell, self._world(cell.experiment), path)
 
     def _run(self, cell: Cell, world: World, path: Path) -> None:
-        base = self._base(world, cell.base)
+        base = self.base(cell)
         reference = None if cell.reference == NO_REFERENCE else self._reference(world, cell.reference, cell.base)
         began = time.perf_counter()
         rows = world.rows(1000 * cell.base + cell.seed + 1)
@@ -160,9 +159,12 @@ class Runner:
         self.say(f"{cell.name}: trained {trained:.0f} s, decoded {facts['decode_seconds']:.0f} s, best {best}")
 
     # -- models
-    def _base(self, world: World, base: int) -> DiffusionModel:
-        e = world.experiment
-        return self._plain(world, f"base{base}", e.target, e.base_train, 10_000 + base)
+    def base(self, cell: Cell) -> DiffusionModel:
+        e = cell.experiment
+        return self._plain(self._world(e), f"base{cell.base}", e.target, e.base_train, 10_000 + cell.base)
+
+    def _world(self, experiment: Experiment) -> World:
+        return self.worlds.setdefault(experiment.name, World(experiment))
 
     def _reference(self, world: World, which: str, base: int) -> DiffusionModel:
         """One per base, so that the spread over replicates includes the reference's."""

@@ -14,12 +14,12 @@ from rcd_core.families.base import CheckpointInfo, DiffusionModel
 from rcd_core.families.config import ModelConfig
 from rcd_core.families.loading import new_model
 from rcd_core.noise import NoiseSettings, mask_examples, seed_of
-from rcd_core.tasks import get_task
 from rcd_core.text.encoding import Encoder, PromptExample, content_id
 from rcd_core.text.tokenizer import mask_token_id, stop_token_ids, train_tokenizer
 from rcd_core.training.data.rows import RowOrder, TrainingRow
 from rcd_core.training.objective import IGNORED
 from tests.benchmarks.evidence.plan import Experiment
+from tests.benchmarks.evidence.tasks import find_task
 
 DATA_SEED = 0
 
@@ -57,7 +57,7 @@ class World:
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
-        self.task = get_task(experiment.task)
+        self.task = find_task(experiment.task)
 
     @cached_property
     def _problems(self) -> list:

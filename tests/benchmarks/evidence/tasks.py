@@ -1,0 +1,66 @@
+"""Small tasks that test the measure of `rcd predict`: they were chosen, and their bases measured, before any method was
+trained on them. Each is a canvas of 37 tokens, like 6x6 Sudoku, decoded in many passes; they differ in what a discarded
+prediction is worth.
+
+- latin: Sudoku without boxes. As in Sudoku, a discarded prediction is a list of candidates.
+- shuffles: six rows, each with the digits 1 to 6 in any order. What is discarded is a toss among the digits that the
+  row does not have yet, and these can be read off the row.
+- walk: 18 steps round a ring of six places, "#" and then for each step its length and the place where it ends. A place
+  is certain as soon as the one before it is known, and hardly known before.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rcd_core.tasks import Task, get_task
+from rcd_core.tasks.base import MASK_TEXT, Problem, draw_row
+from rcd_core.tasks.sudoku import ANCHOR, Sudoku
+
+
+class Shuffles(Sudoku):
+    """Boards on which only rows count."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, size=6, box_rows=1, givens=(8, 16))
+        self._units_of = [(row := cell // self.size, row, row) for cell in range(self.cells)]
+        self._units = [[c for c in range(self.cells) if c // self.size == row] for row in range(self.size)]
+
+
+class Walk:
+    """A row: {"question": "3.5.1. ...", "answer": "335253..."}, the places counted from 0 and the start at 0."""
+
+    name = "walk"
+    infill = True
+    fields: tuple[str, ...] = ("question", "answer")
+    steps, places = 18, 6
+
+    def synthetic(self, index: int, split: str, seed: int) -> dict[str, str]:
+        def make(draws: NDArray[np.float64]) -> tuple[str, str, str]:
+            lengths = (draws * self.places).astype(int)
+            ends = lengths.cumsum() % self.places
+            answer = "".join(f"{length}{end}" for length, end in zip(lengths, ends, strict=True))
+            return answer, re.sub(r"(.).", r"\1.", answer), answer
+
+        return draw_row(self.name, index, split, seed, self.steps, make)
+
+    def problem(self, row: Mapping[str, str]) -> Problem:
+        canvas = ANCHOR + row["question"].replace(".", MASK_TEXT)
+        return Problem(prompt=canvas, response=ANCHOR + row["answer"], answer=ANCHOR + row["answer"])
+
+    def grade(self, prompt: str, completion: str, answer: str) -> bool:
+        return completion.strip() == answer
+
+
+_TASKS: dict[str, Task] = {
+    task.name: task for task in (Sudoku("latin", size=6, box_rows=1, givens=(8, 16)), Shuffles("shuffles"), Walk())
+}
+
+
+def find_task(name: str) -> Task:
+    """One of these, or one of the product's. Raises UserError for an unknown name."""
+    return _TASKS[name] if name in _TASKS else get_task(name)
