@@ -15,16 +15,16 @@ nats, unless they say otherwise:
 - information: ln p(y) - ln m(y), with m the mean of all discarded distributions: what p says about y beyond what is
   known about any masked position.
 - information_per_token: the same summed up, per committed token.
-- open_information: information with each prediction weighted by H / mean H: what p says while it is still uncertain.
-- forgotten: of all pairs of a discarded prediction q and the next pass's prediction p at the same position, how much
-  larger ln r(y) is than ln p(y), r = softmax(ln p + w ln q), with the best weight w of WEIGHTS: what q still says about
-  y that the next pass, which sees more tokens, does not. The best weight itself is `forgotten_weight`.
+- resolved: by how much ln p(y) of a discarded prediction rises by the next pass, summed up per committed token; only
+  after passes that committed nothing but tokens of at least `certain` in the block. Such a token tells hardly anything
+  that could not have been inferred without it; after a toss among equals, what the others learn from it is chance.
 
 Shapes: N predictions of a step, V vocabulary, D width.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,6 @@ from rcd_core.decoding.observer import Observed
 from rcd_core.decoding.sequence import LiveBlock
 from rcd_core.families.base import DiffusionModel
 
-WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 # What was measured (tests/benchmarks/evidence/README.md): information_per_token of bases, and how many times SeqD's
 # tokens per pass the demo's method takes at 90 % accuracy (95 % in blocks of 8), both as the smallest and the largest.
 MEASURED = (
@@ -54,36 +53,39 @@ _TILE_BYTES = 64 << 20
 class ThrownAway:
     """An observer that sums the measures up. It keeps the hidden states of all steps until `finish`."""
 
-    def __init__(self, model: DiffusionModel) -> None:
-        self.model = model
+    def __init__(self, model: DiffusionModel, certain: float = 0.9) -> None:
+        self.model, self.certain = model, certain
         self._steps: list[_Step] = []
         self._counts = torch.zeros(model.vocab_size, dtype=torch.float64)  # of y
-        self._weighted_counts = torch.zeros_like(self._counts)  # with weight H
         self._mass = torch.zeros_like(self._counts)  # sum of p
-        self._gains = torch.zeros(len(WEIGHTS), dtype=torch.float64)  # sums of ln r(y) - ln p(y)
-        self._totals = dict.fromkeys(("predictions", "pairs", "tokens", "entropy", "log_p", "weighted_log_p"), 0.0)
+        self._totals = dict.fromkeys(("predictions", "tokens", "entropy", "log_p", "resolved"), 0.0)
 
     def __call__(self, step: Observed) -> None:
         m = step.masked
         blocks = np.array([id(b) for b in m.blocks])[m.owner]
-        self._steps.append(_Step(m.blocks, m.owner, blocks, m.positions, step.discarded, step.hidden.clone()))
+        self._steps.append(
+            _Step(m.blocks, m.owner, blocks, m.positions, step.committed, step.discarded, step.hidden.clone())
+        )
         self._totals["tokens"] += int(step.committed.sum())
 
     @torch.inference_mode()
     def finish(self) -> None:
         """Call when the observed requests are complete; their final tokens are taken from the canvases."""
-        last: dict[tuple[int, int], Tensor] = {}  # (block, position) -> hidden state (D,) of its discarded prediction
+        before: dict[tuple[int, int], float] = {}  # (block, position) -> ln p(y) of its last prediction, if it counts
         rows = max(1, _TILE_BYTES // (8 * self.model.vocab_size))
         for step in self._steps:
             final = torch.from_numpy(step.final())
+            log_p = np.empty(len(final))  # of y
+            for first in range(0, len(final), rows):
+                part = slice(first, first + rows)
+                log_p[part] = self._add(step.hidden[part], final[part], torch.from_numpy(step.discarded[part]))
             keys = list(zip(step.block.tolist(), step.position.tolist(), strict=True))
-            before = [i for i, key in enumerate(keys) if key in last]
-            for part in np.split(np.flatnonzero(step.discarded), range(rows, int(step.discarded.sum()), rows)):
-                self._add(step.hidden[part], final[part])
-            for first in range(0, len(before), rows):
-                pairs = before[first : first + rows]
-                self._add_pairs(torch.stack([last[keys[i]] for i in pairs]), step.hidden[pairs], final[pairs])
-            last |= {keys[i]: step.hidden[i] for i in np.flatnonzero(step.discarded)}
+            self._totals["resolved"] += sum(
+                now - before.pop(key) for key, now in zip(keys, log_p.tolist(), strict=True) if key in before
+            )
+            chances = step.block[step.committed & (log_p < math.log(self.certain))]
+            counts = step.discarded & ~np.isin(step.block, chances)
+            before |= {keys[i]: float(log_p[i]) for i in np.flatnonzero(counts)}
         self._steps.clear()
 
     def report(self) -> dict[str, Any]:
@@ -93,41 +95,29 @@ class ThrownAway:
             return {}
         log_mean = (self._mass / t["predictions"]).clamp(min=1e-300).log()
         information = (t["log_p"] - float(self._counts @ log_mean)) / t["predictions"]
-        open_information = (t["weighted_log_p"] - float(self._weighted_counts @ log_mean)) / max(t["entropy"], 1e-12)
-        gains = (self._gains / max(1.0, t["pairs"])).tolist()
-        best = int(np.argmax(gains))
+        tokens = max(1.0, t["tokens"])
         return {
             "predictions": int(t["predictions"]),
-            "discarded": t["predictions"] / max(1.0, t["tokens"]),
+            "discarded": t["predictions"] / tokens,
             "entropy": t["entropy"] / t["predictions"],
             "surprise": -t["log_p"] / t["predictions"],
             "information": information,
-            "information_per_token": information * t["predictions"] / max(1.0, t["tokens"]),
-            "open_information": open_information,
-            "forgotten": gains[best],
-            "forgotten_weight": WEIGHTS[best],
+            "information_per_token": information * t["predictions"] / tokens,
+            "resolved": t["resolved"] / tokens,
         }
 
-    def _add(self, hidden: Tensor, final: Tensor) -> None:
+    def _add(self, hidden: Tensor, final: Tensor, discarded: Tensor) -> NDArray[np.float64]:
+        """Sum the discarded ones up. Returns ln p(y) (N,) of all."""
         logp = self._logp(hidden)
-        p = logp.exp()
-        entropy = -(p * logp.clamp(min=-1e4)).sum(-1)
         of_final = logp[torch.arange(len(final)), final]
+        logp, final, log_p = logp[discarded], final[discarded], of_final[discarded]
+        p = logp.exp()
         self._totals["predictions"] += len(final)
-        self._totals["entropy"] += float(entropy.sum())
-        self._totals["log_p"] += float(of_final.sum())
-        self._totals["weighted_log_p"] += float(entropy @ of_final)
+        self._totals["entropy"] -= float((p * logp.clamp(min=-1e4)).sum())
+        self._totals["log_p"] += float(log_p.sum())
         self._mass += p.sum(0)
-        self._counts.index_add_(0, final, torch.ones_like(entropy))
-        self._weighted_counts.index_add_(0, final, entropy)
-
-    def _add_pairs(self, before: Tensor, now: Tensor, final: Tensor) -> None:
-        q, p = self._logp(before), self._logp(now)
-        rows = torch.arange(len(final))
-        for i, weight in enumerate(WEIGHTS):
-            r = torch.log_softmax(p + weight * q.clamp(min=-1e4), -1)
-            self._gains[i] += float((r - p)[rows, final].sum())
-        self._totals["pairs"] += len(final)
+        self._counts.index_add_(0, final, torch.ones_like(log_p))
+        return of_final.numpy()
 
     def _logp(self, hidden: Tensor) -> Tensor:
         """(N, D) -> (N, V) fp64 log-probabilities on the CPU; the mask token, which is never committed, has none."""
@@ -137,7 +127,8 @@ class ThrownAway:
 
 
 class _Step:
-    """One step's predictions: owner (N,) index into blocks, block (N,) its id, position (N,), hidden (N, D)."""
+    """One step's predictions: owner (N,) index into blocks, block (N,) its id, position (N,), committed and discarded
+    (N,), hidden (N, D)."""
 
     def __init__(
         self,
@@ -145,11 +136,12 @@ class _Step:
         owner: NDArray[np.int64],
         block: NDArray[np.int64],
         position: NDArray[np.int64],
+        committed: NDArray[np.bool_],
         discarded: NDArray[np.bool_],
         hidden: Tensor,
     ) -> None:
         self.blocks, self.owner, self.block, self.position = blocks, owner, block, position
-        self.discarded, self.hidden = discarded, hidden
+        self.committed, self.discarded, self.hidden = committed, discarded, hidden
 
     def final(self) -> NDArray[np.int64]:
         """(N,) tokens that the positions have now."""

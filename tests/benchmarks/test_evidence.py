@@ -103,7 +103,7 @@ def test_it_goes_on_where_it_stopped_and_reports_whole_replicates(
             assert names and all(np.array_equal(a[n], b[n]) for n in names)
     predict(plan, ["sudoku6"], tmp_path / "one", tmp_path)
     lines = json.loads((tmp_path / "predict.json").read_text())
-    assert [(line["base"], set(line["gains"])) for line in lines] == [(0, {"rcd", "rounds"})]  # base 1 has SeqD only
+    assert [(line["base"], set(line["gains"])) for line in lines] == [(0, {"rcd", "rounds"}), (1, set())]
     assert lines[0]["predictions"] > 0 and {"at_90", "at_best"} == set(lines[0]["gains"]["rounds"])
     capsys.readouterr()
     before = len(said)
