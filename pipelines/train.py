@@ -100,8 +100,10 @@ def _fit(ctx: StageContext, job: TrainJob) -> None:
     resources.max_failures times; training/faults.py says which failures end the training at once."""
     resources = ctx.recipe.resources
     workers = describe_bundles([resources.worker_bundle(ctx.stage)] * resources.worker_counts[0])
-    # Ray Train's controller inherits the driver's environment and reads this.
+    # Ray Train's controller inherits the driver's environment and reads these.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(attempt_s(resources.timeout_s))
+    # Its default of 2 s is how long each stage would wait for its end.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # Any: Ray's annotations lag behind what it accepts.
     scaling: dict[str, Any] = {
         "num_workers": resources.num_workers,  # a pair makes the run elastic
