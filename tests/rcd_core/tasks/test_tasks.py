@@ -229,25 +229,26 @@ def test_an_album_accepts_every_answer_that_fits_the_pictures() -> None:
         task.problem({"question": question, "answer": album("213456")})
 
 
-def test_a_chain_is_followed_from_its_question() -> None:
+def test_a_chain_leads_from_room_to_room() -> None:
     task = get_task("chain")
-    lengths = set()
-    for i in range(200):
-        row = task.synthetic(i, "train", 0)
-        problem = task.problem(row)
-        at, moves = dict(re.findall(r"The (\w+) is in the (\w+)\.", row["question"])), 0
-        for sentence in row["answer"].split("\n")[0].split(". "):
-            before = dict(at)
-            at |= dict(re.findall(r"the (\w+) (?:is )?in the (\w+)", sentence))
-            assert at != before or "and the" in sentence, "a step moves something"
-            moves += 1
-        asked = re.findall(r"Where is the (\w+)", row["question"])[0]
-        lengths.add(moves)
-        assert problem.answer == f"#### {at[asked]}" and check("chain", problem.prompt, problem.response)
-        others = set(at.values()) - {at[asked]}
-        assert not any(check("chain", problem.prompt, f"#### {place}") for place in others)
-    assert lengths == {3, 4, 5, 6}
-    assert grade("chain", "so\n#### Attic.", "#### attic") and not grade("chain", "attic", "#### attic")
+    question = "Hunt from study: baker otter lemon Olga anvil harbour"
+    right = "Rooms: lounge larder pantry study nursery larder"  # +3, -1, 5 - 4, +1, 2 <-> 3, 3 <-> 4 on the ring
+    assert task.grade(question, right, "") and check("chain", question, f" {right} ")
+    assert not task.grade(question, right.replace("nursery", "parlour"), ""), "a wrong room on the way"
+    assert not task.grade(question, right.removesuffix(" larder"), "") and not task.grade(question, "", "")
+    for wrong in (question.replace("otter", "unicorn"), question.replace("study", "harbour"), "Hunt from study:"):
+        assert check("chain", wrong, right) is None
+    with pytest.raises(UserError, match="the rooms.*Rooms: lounge pantry"):
+        task.problem({"question": question, "answer": right.replace("larder pantry", "pantry pantry")})
+
+
+def test_a_chain_has_one_token_for_each_word_in_a_vocabulary_of_a_text() -> None:
+    task = get_task("chain")
+    problems = [task.problem(task.synthetic(i, "train", 0)) for i in range(3000)]
+    tokenizer = train_tokenizer((f"{p.prompt}\n{p.response}" for p in problems), 2048)
+    assert len(tokenizer) > 1000
+    lengths = {tuple(len(tokenizer(text)["input_ids"]) for text in (p.prompt, p.response)) for p in problems[:300]}
+    assert lengths == {(4 + 24, 2 + 24)}
 
 
 # -- math
