@@ -231,15 +231,21 @@ def test_an_album_accepts_every_answer_that_fits_the_pictures() -> None:
 
 def test_a_chain_leads_from_room_to_room() -> None:
     task = get_task("chain")
-    question = "Hunt from study: baker otter lemon Olga anvil harbour"
-    right = "Rooms: lounge larder pantry study nursery larder"  # +3, -1, 5 - 4, +1, 2 <-> 3, 3 <-> 4 on the ring
-    assert task.grade(question, right, "") and check("chain", question, f" {right} ")
-    assert not task.grade(question, right.replace("nursery", "parlour"), ""), "a wrong room on the way"
-    assert not task.grade(question, right.removesuffix(" larder"), "") and not task.grade(question, "", "")
-    for wrong in (question.replace("otter", "unicorn"), question.replace("study", "harbour"), "Hunt from study:"):
-        assert check("chain", wrong, right) is None
-    with pytest.raises(UserError, match="the rooms.*Rooms: lounge pantry"):
-        task.problem({"question": question, "answer": right.replace("larder pantry", "pantry pantry")})
+    row = {"question": "Hunt from study: baker ? otter ? lemon ? Olga ? anvil ? harbour ?"}
+    rooms = "lounge larder pantry study nursery larder".split()  # +3, -1, 5 - 4, +1, 2 <-> 3, 3 <-> 4 on the ring
+
+    def filled(rooms: list[str]) -> str:
+        return row["question"].replace("?", "{}").format(*rooms)
+
+    problem = task.problem(row | {"answer": filled(rooms)})
+    assert problem.prompt == row["question"].replace(" ?", MASK_TEXT)
+    assert task.grade(problem.prompt, filled(rooms), "") and check("chain", problem.prompt, f" {filled(rooms)} ")
+    wrong = [*rooms[:4], "lounge", rooms[5]]
+    assert not task.grade(problem.prompt, filled(wrong), "") and not task.grade(problem.prompt, "", "")
+    for other in (problem.prompt.replace("otter", "unicorn"), problem.prompt.replace("study", "harbour"), "Hunt"):
+        assert check("chain", other, filled(rooms)) is None
+    with pytest.raises(UserError, match="does not have the rooms"):
+        task.problem(row | {"answer": filled(wrong)})
 
 
 def test_a_chain_has_one_token_for_each_word_in_a_vocabulary_of_a_text() -> None:
@@ -247,8 +253,8 @@ def test_a_chain_has_one_token_for_each_word_in_a_vocabulary_of_a_text() -> None
     problems = [task.problem(task.synthetic(i, "train", 0)) for i in range(3000)]
     tokenizer = train_tokenizer((f"{p.prompt}\n{p.response}" for p in problems), 2048)
     assert len(tokenizer) > 1000
-    lengths = {tuple(len(tokenizer(text)["input_ids"]) for text in (p.prompt, p.response)) for p in problems[:300]}
-    assert lengths == {(4 + 24, 2 + 24)}
+    for text in (text for p in problems[:300] for text in (p.prompt, p.response)):
+        assert len(tokenizer(text)["input_ids"]) == 4 + 2 * 24
 
 
 # -- math
