@@ -21,6 +21,7 @@ from rcd_core import load_model
 from rcd_core.errors import UserError
 from rcd_core.ops.reduce import Feedback, Reduced, Table, reduce_greedy
 from rcd_core.signals import ReferenceSignals
+from rcd_core.tasks import MASK_TEXT
 from rcd_core.training import own_signals
 from rcd_core.training.data.examples import ExampleSource
 from tests.benchmarks.evidence import __main__ as evidence
@@ -29,6 +30,7 @@ from tests.benchmarks.evidence.plan import Plan, load_plan
 from tests.benchmarks.evidence.predict import predict
 from tests.benchmarks.evidence.report import report
 from tests.benchmarks.evidence.run import Runner, cells
+from tests.benchmarks.evidence.tasks import find_task
 from tests.benchmarks.evidence.world import World
 
 PLAN = Path(__file__).parent / "evidence" / "second.yaml"
@@ -55,6 +57,29 @@ def test_every_plan_can_be_read() -> None:
     for path in PLAN.parent.glob("*.yaml"):
         plan = load_plan(path)
         assert all(list(cells(plan, [name], 1)) for name in plan.experiments)
+
+
+def test_the_tasks_of_the_measure_differ_in_what_counts() -> None:
+    rows = "123456" * 6  # each row has all digits, no column has two
+    latin, shuffles, walk = (find_task(name) for name in ("latin", "shuffles", "walk"))
+    assert shuffles.grade("#" + MASK_TEXT * 36, "#" + rows, "") and not latin.grade(
+        "#" + MASK_TEXT * 36, "#" + rows, ""
+    )
+    assert not shuffles.grade("#" + MASK_TEXT * 36, "#" + "123455" * 6, "")
+    for task in (latin, shuffles, walk):
+        problem = task.problem(task.synthetic(0, "train", 0))
+        assert task.grade(problem.prompt, problem.response, problem.answer)
+        assert not task.grade(problem.prompt, problem.response[:-1] + "9", problem.answer)
+        assert len(problem.prompt.replace(MASK_TEXT, ".")) == len(problem.response) == 37
+    lengths, places = ([int(c) for c in problem.response[start::2]] for start in (1, 2))
+    assert places == [sum(lengths[: i + 1]) % 6 for i in range(18)]
+
+
+def test_bases_can_be_trained_before_any_method(tmp_path: Path) -> None:
+    runner = Runner(tmp_path, torch.device("cpu"), 1e18, lambda text: None)
+    (cell, *_) = cells(small(tmp_path), ["sudoku6"], 1)
+    assert runner.base(cell).num_parameters() > 0 and not list(tmp_path.glob("sudoku6/*.npz"))
+    assert [path.name for path in (tmp_path / "sudoku6").iterdir()] == ["base0"]
 
 
 def test_an_unknown_key_of_the_plan_is_refused(tmp_path: Path) -> None:

@@ -12,18 +12,16 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from rcd_core.calibration.information import ThrownAway
+from rcd_core.calibration import information
+from rcd_core.calibration.measured import THRESHOLD
 from rcd_core.decode_settings import DecodeSettings
-from rcd_core.decoding.decoder import Decoder
 from rcd_core.evaluation.statistics import compare
 from rcd_core.families.loading import load_model
 from tests.benchmarks.evidence.plan import Experiment, Plan
 from tests.benchmarks.evidence.report import BASELINE, LEVEL, load_cells
 from tests.benchmarks.evidence.world import World
 
-THRESHOLD = 0.9  # the default of decoding
 NUM_PROBLEMS = 512
-_BATCH = 128
 
 
 def predict(plan: Plan, names: list[str], output: Path, write: Path | None) -> None:
@@ -44,9 +42,6 @@ def predict(plan: Plan, names: list[str], output: Path, write: Path | None) -> N
 def measure(experiment: Experiment, base: int, output: Path) -> dict[str, Any]:
     """The measures of one base on the first NUM_PROBLEMS test prompts."""
     world, model = World(experiment), load_model(output / experiment.name / f"base{base}")
-    thrown_away = ThrownAway(model)
-    decoder = Decoder(model, observer=thrown_away)
-    decode = decoder.infill if world.task.infill else decoder.generate
     settings = DecodeSettings(
         block_length=experiment.block_length,
         max_new_tokens=experiment.max_new_tokens,
@@ -54,10 +49,7 @@ def measure(experiment: Experiment, base: int, output: Path) -> dict[str, Any]:
         stop_token_ids=model.info.eos_token_ids,
     )
     prompts = [test.prompt_ids for test in world.tests[:NUM_PROBLEMS]]
-    for first in range(0, len(prompts), _BATCH):
-        decode(prompts[first : first + _BATCH], settings)
-        thrown_away.finish()
-    return thrown_away.report()
+    return information.measure(model, prompts, settings, world.task.infill)
 
 
 def _gains(plan: Plan, experiment: Experiment, output: Path) -> dict[int, dict[str, dict[str, float | None]]]:
