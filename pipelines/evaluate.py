@@ -6,7 +6,8 @@ Methods: SeqD (the baseline, block decoding without residuals) and RCD (every ta
 block length. All methods solve the same problems at the same thresholds, so comparisons are paired. Writes
 results.parquet (a row per method, threshold, problem and sample), results.json (curves, comparisons, settings), two
 plots, report.html and report.md. The entries of evaluate.tasks come after the test examples, each with its own
-results-NAME.parquet; results.json and the reports have all of them. While it runs, parts/ and parts-NAME/ have the
+results-NAME.parquet; results.json and the reports have all of them. thrown_away.json has what the baseline's
+passes discard. While it runs, parts/ and parts-NAME/ have the
 answers decoded so far, from which a killed evaluation resumes.
 """
 
@@ -37,6 +38,7 @@ from pipelines.evaluation.actor import DECODED, ROWS, DecodeActor, Method, Piece
 from pipelines.evaluation.answers import KEY, read_answers
 from pipelines.evaluation.methods import make_methods, uses_t_res, with_t_res
 from pipelines.evaluation.results import analyse
+from pipelines.evaluation.thrown_away import thrown_away
 from pipelines.ray_cluster.placement import placement_groups
 from pipelines.ray_cluster.resources import describe_bundles
 from pipelines.ray_cluster.waiting import WaitReporter
@@ -102,6 +104,7 @@ def _evaluate(ctx: StageContext, task: str | None = None) -> dict[str, Any]:
     return results | {
         "settings_file": provenance(ctx.recipe),
         "examples": examples_of(results, table, partial(_problems, plan.files)),
+        "thrown_away": thrown_away(ctx, plan, suffix),
     }
 
 

@@ -133,7 +133,7 @@ class DecodeActor:
         self.hardware = json.dumps(describe_device(self.device))
         self.tokenizer = load_tokenizer(plan.tokenizer)
         columns = ["example_id", "prompt_ids", "prompt", "answer"]
-        self.examples = pa.concat_tables([_read(file, columns) for file in plan.files])
+        self.examples = pa.concat_tables([read_examples(file, columns) for file in plan.files])
         self.group = RankGroup(plan.bundles, plan.threads, plan.process)
         self.paths: tuple[str | None, ...] = ()  # of the models in memory
         self.model: Any = None
@@ -292,6 +292,6 @@ def _reference_weights(decoder: Decoder, request: Any, output: Any) -> dict[str,
     }
 
 
-def _read(file: str, columns: list[str]) -> pa.Table:
+def read_examples(file: str, columns: list[str]) -> pa.Table:
     with open_parquet(file) as opened:
         return opened.read(columns=columns)

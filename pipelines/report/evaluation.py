@@ -7,7 +7,7 @@ from functools import partial
 
 from rich.console import Console
 
-from pipelines.report import costs, plots, summary, text
+from pipelines.report import costs, plots, prediction, summary, text
 from pipelines.report.markdown import markdown
 from pipelines.report.plots import Look, Plot
 from pipelines.report.render import print_table, render
@@ -60,7 +60,7 @@ def _print_task(results: Results, console: Console) -> None:
     shared = ", ".join(f"{name} {value}" for name, value in text.common_settings(results))
     console.print(f"all methods: {shared}", markup=False, highlight=False)
     console.print(f"hardware: {text.hardware(results)}", markup=False, highlight=False)
-    for line in (text.grader(results), text.settings_file_line(results)):
+    for line in (text.grader(results), text.settings_file_line(results), prediction.line(results)):
         if line:
             console.print(line, soft_wrap=True, markup=False, highlight=False)
 
@@ -100,6 +100,7 @@ def html_report(results: Results, figures: Sequence[Mapping[str, Plot]], referen
         text=text,
         summary=summary,
         costs=costs,
+        prediction=prediction,
         plots=figures,
         reference_failures=reference_failures,
     )

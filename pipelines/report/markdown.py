@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from pipelines.report import costs, glossary, summary, text
+from pipelines.report import costs, glossary, prediction, summary, text
 from pipelines.report.text import Cells, Results
 
 
@@ -56,6 +56,10 @@ def _task(results: Results, name: str) -> Iterator[str]:
         yield f"## {name}Paired comparison with the baseline"
         yield table(text.comparison_table(results, "tokens_per_pass"))
         yield text.scope(results)
+    if found := results.get("thrown_away"):
+        yield f"## {name}What plain decoding throws away"
+        yield f"{prediction.EXPLANATION} {prediction.sentence(found)}"
+        yield table(prediction.table(found, "SeqD here"))
 
 
 def _samples(results: Results, name: str) -> Iterator[str]:

@@ -1,10 +1,6 @@
-"""What plain decoding throws away: candidates for a measure that says before a training whether residuals will pay.
+"""What plain decoding throws away: a measure that says before a training whether residuals will pay.
 
-    thrown_away = ThrownAway(model)
-    for prompts in batches:
-        Decoder(model, observer=thrown_away).generate(prompts, settings)     # without residuals
-        thrown_away.finish()
-    thrown_away.report()
+    found = measure(model, prompts, settings)["useful"]     # decodes without residuals
 
 A prediction is discarded if its pass leaves the position masked. y is the token that the position has at the end, p the
 discarded distribution, without the mask token, and H its entropy. All values are means over discarded predictions, in
@@ -18,6 +14,8 @@ nats, unless they say otherwise:
 - resolved: by how much ln p(y) of a discarded prediction rises by the next pass, summed up per committed token; only
   after passes that committed nothing but tokens of at least `certain` in the block. Such a token tells hardly anything
   that could not have been inferred without it; after a toss among equals, what the others learn from it is chance.
+- useful: the smaller of information_per_token and resolved. Residuals need both: something to hand on, and something
+  that another pass can make of it.
 
 Shapes: N predictions of a step, V vocabulary, D width.
 """
@@ -25,6 +23,7 @@ Shapes: N predictions of a step, V vocabulary, D width.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,22 +31,28 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rcd_core.decode_settings import DecodeSettings
+from rcd_core.decoding.decoder import Decoder
 from rcd_core.decoding.observer import Observed
 from rcd_core.decoding.sequence import LiveBlock
 from rcd_core.families.base import DiffusionModel
 
-# What was measured (tests/benchmarks/evidence/README.md): information_per_token of bases, and how many times SeqD's
-# tokens per pass the demo's method takes at 90 % accuracy (95 % in blocks of 8), both as the smallest and the largest.
-MEASURED = (
-    ("word problems in equations, blocks of 8", (0.11, 0.11), (1.00, 1.00)),
-    ("word problems in equations, blocks of 32", (0.39, 0.39), (0.97, 0.97)),
-    ("6x6 Sudoku in a text, three bases", (2.24, 2.65), (1.26, 1.31)),
-    ("6x6 Sudoku, three bases", (4.52, 4.76), (1.36, 1.46)),
-)
-_LEAST_GAIN = 1.05
-NO_GAIN = max(high for _, (_, high), (_, most) in MEASURED if most < _LEAST_GAIN)  # the largest value without a gain
-GAIN = min(low for _, (low, _), (least, _) in MEASURED if least >= _LEAST_GAIN)  # the smallest with one
+_BATCH = 64  # requests whose steps are held at once
 _TILE_BYTES = 64 << 20
+
+
+def measure(
+    model: DiffusionModel, prompts: Sequence[Sequence[int]], settings: DecodeSettings, infill: bool = False
+) -> dict[str, Any]:
+    """Decode prompts, for infilling canvases, without residuals, and report the measures; {} if nothing was
+    discarded. settings: with measured.THRESHOLD, to compare with measured.py."""
+    thrown_away = ThrownAway(model)
+    decoder = Decoder(model, observer=thrown_away)
+    decode = decoder.infill if infill else decoder.generate
+    for first in range(0, len(prompts), _BATCH):
+        decode(list(prompts[first : first + _BATCH]), settings)
+        thrown_away.finish()
+    return thrown_away.report()
 
 
 class ThrownAway:
@@ -56,7 +61,7 @@ class ThrownAway:
     def __init__(self, model: DiffusionModel, certain: float = 0.9) -> None:
         self.model, self.certain = model, certain
         self._steps: list[_Step] = []
-        self._counts = torch.zeros(model.vocab_size, dtype=torch.float64)  # of y
+        self._counts = torch.zeros(model.vocab_size, dtype=torch.float64, device=model.device)  # of y
         self._mass = torch.zeros_like(self._counts)  # sum of p
         self._totals = dict.fromkeys(("predictions", "tokens", "entropy", "log_p", "resolved"), 0.0)
 
@@ -74,11 +79,13 @@ class ThrownAway:
         before: dict[tuple[int, int], float] = {}  # (block, position) -> ln p(y) of its last prediction, if it counts
         rows = max(1, _TILE_BYTES // (8 * self.model.vocab_size))
         for step in self._steps:
-            final = torch.from_numpy(step.final())
+            final = torch.from_numpy(step.final()).to(self.model.device)
             log_p = np.empty(len(final))  # of y
             for first in range(0, len(final), rows):
                 part = slice(first, first + rows)
-                log_p[part] = self._add(step.hidden[part], final[part], torch.from_numpy(step.discarded[part]))
+                log_p[part] = self._add(
+                    step.hidden[part], final[part], torch.from_numpy(step.discarded[part]).to(final.device)
+                )
             keys = list(zip(step.block.tolist(), step.position.tolist(), strict=True))
             self._totals["resolved"] += sum(
                 now - before.pop(key) for key, now in zip(keys, log_p.tolist(), strict=True) if key in before
@@ -96,20 +103,22 @@ class ThrownAway:
         log_mean = (self._mass / t["predictions"]).clamp(min=1e-300).log()
         information = (t["log_p"] - float(self._counts @ log_mean)) / t["predictions"]
         tokens = max(1.0, t["tokens"])
+        per_token, resolved = information * t["predictions"] / tokens, t["resolved"] / tokens
         return {
             "predictions": int(t["predictions"]),
             "discarded": t["predictions"] / tokens,
             "entropy": t["entropy"] / t["predictions"],
             "surprise": -t["log_p"] / t["predictions"],
             "information": information,
-            "information_per_token": information * t["predictions"] / tokens,
-            "resolved": t["resolved"] / tokens,
+            "information_per_token": per_token,
+            "resolved": resolved,
+            "useful": min(per_token, resolved),
         }
 
     def _add(self, hidden: Tensor, final: Tensor, discarded: Tensor) -> NDArray[np.float64]:
         """Sum the discarded ones up. Returns ln p(y) (N,) of all."""
         logp = self._logp(hidden)
-        of_final = logp[torch.arange(len(final)), final]
+        of_final = logp.gather(1, final[:, None])[:, 0]
         logp, final, log_p = logp[discarded], final[discarded], of_final[discarded]
         p = logp.exp()
         self._totals["predictions"] += len(final)
@@ -117,13 +126,13 @@ class ThrownAway:
         self._totals["log_p"] += float(log_p.sum())
         self._mass += p.sum(0)
         self._counts.index_add_(0, final, torch.ones_like(log_p))
-        return of_final.numpy()
+        return of_final.cpu().numpy()
 
     def _logp(self, hidden: Tensor) -> Tensor:
-        """(N, D) -> (N, V) fp64 log-probabilities on the CPU; the mask token, which is never committed, has none."""
+        """(N, D) -> (N, V) fp64 log-probabilities; the mask token, which is never committed, has none."""
         logits = self.model.head(hidden).double()
         logits[:, self.model.mask_token_id] = -torch.inf
-        return torch.log_softmax(logits, -1).cpu()
+        return torch.log_softmax(logits, -1)
 
 
 class _Step:

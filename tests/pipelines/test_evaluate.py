@@ -22,6 +22,7 @@ from pipelines.recipe.model import Recipe
 from pipelines.run.directory import StageContext
 from pipelines.run.stages import stages_of
 from rcd_core import Decoder, DecodeSettings, load_model
+from rcd_core.calibration.information import measure
 from rcd_core.decoding.engine import Engine
 from rcd_core.errors import UserError
 from rcd_core.tasks import get_task
@@ -77,6 +78,14 @@ def test_results_have_settings_hardware_and_rates(sudoku: StageContext) -> None:
     )
     assert point["mean_reference"] == 1
     assert [c["arm"] for c in made["comparisons"]] == [name for name in arms if name != "seqd"]
+
+
+def test_results_have_what_the_baseline_throws_away(sudoku: StageContext) -> None:
+    examples = pq.read_table(f"{sudoku.input_dir('prepare')}/test/part-00000.parquet")
+    baseline, settings = load_model(sudoku.checkpoint("baseline")), DecodeSettings(confidence_threshold=0.9, seed=0)
+    expected = measure(baseline, examples["prompt_ids"].to_pylist(), settings, infill=True)
+    assert results(sudoku)["thrown_away"] == pytest.approx({"prompts": 12, **expected}, rel=1e-6, abs=1e-9)
+    assert expected["discarded"] > 0
 
 
 @pytest.mark.drill

@@ -10,9 +10,9 @@ import pytest
 
 from pipelines.cli import main as cli
 from pipelines.cli.calibrate import read_problems
-from pipelines.cli.predict import verdict
-from rcd_core import Decoder, DecodeSettings, load_model
-from rcd_core.calibration.information import GAIN, MEASURED, NO_GAIN, ThrownAway
+from rcd_core import DecodeSettings, load_model
+from rcd_core.calibration.information import measure
+from rcd_core.calibration.measured import GAIN, MEASURED, NO_GAIN, outlook
 from rcd_core.tasks import get_task
 from rcd_core.text.encoding import Encoder
 from rcd_core.text.tokenizer import load_tokenizer
@@ -34,28 +34,31 @@ def test_it_measures_plain_decoding_of_the_first_prompts(tiny_models: Path, caps
     model = load_model(tiny_models / "baseline")
     problems = read_problems("sudoku", "synthetic", (), "--test")
     encoder = Encoder(get_task("sudoku"), load_tokenizer(tiny_models / "baseline"), 37, 64)
-    thrown_away = ThrownAway(model)
     canvases = [encoder.test(next(problems)).prompt_ids for _ in range(NUM)]
-    Decoder(model, observer=thrown_away).infill(canvases, DecodeSettings(confidence_threshold=0.9))
-    thrown_away.finish()
+    expected = measure(model, canvases, DecodeSettings(confidence_threshold=0.9), infill=True)
     found = printed(capsys, *command(tiny_models / "baseline", "--test", "synthetic"))
-    assert found == pytest.approx({"prompts": NUM, **thrown_away.report()}, rel=1e-6, abs=1e-9)
+    assert found == pytest.approx({"prompts": NUM, **expected}, rel=1e-6, abs=1e-9)
     assert found["information_per_token"] == pytest.approx(found["information"] * found["discarded"])
+    assert found["useful"] == min(found["information_per_token"], found["resolved"])
 
 
 def test_nothing_thrown_away_is_no_gain(tiny_models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With a threshold of 0 a pass commits every position."""
     assert cli.main(command(tiny_models / "baseline", "--test", "synthetic", "--confidence_threshold", "0")) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith("thrown away: 0.00 nats") and "No gain is to be expected" in shown
-    assert all(title in shown for title, *_ in MEASURED)
+    assert "The smaller of the two is 0.00. No gain is to be expected" in " ".join(shown.split())
 
 
 def test_between_the_values_that_were_measured_nothing_is_claimed() -> None:
     assert 0 < NO_GAIN < GAIN
-    assert "No gain" in verdict(NO_GAIN) and "likely" in verdict(GAIN)
-    for value in (NO_GAIN + 0.01, GAIN - 0.01):
-        assert verdict(value).startswith("Not known")
+    assert "No gain" in outlook(NO_GAIN) and "likely" in outlook(GAIN)
+    assert outlook((NO_GAIN + GAIN) / 2).startswith("Not known")
+
+
+def test_the_measure_orders_the_models_that_were_measured() -> None:
+    """Else it would have to be dropped: every model that gained has more of it than every one that did not."""
+    gained = [m.useful[0] for m in MEASURED if m.gain[0] > 1.05]
+    assert max(m.useful[1] for m in MEASURED if m.gain[0] <= 1.05) < min(gained) and len(gained) < len(MEASURED)
 
 
 def test_a_file_and_its_columns(tiny_models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -157,3 +157,18 @@ def test_results_of_older_releases_are_shown_without_a_grader() -> None:
     results = made()
     del results["grader"]
     assert "grader" not in page_of(results) and "grader" not in terminal(results)
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ({"information_per_token": 3.1, "resolved": 0.0, "useful": 0.0}, "is 0.00. No gain is to be expected"),
+        ({"information_per_token": 4.5, "resolved": 0.41, "useful": 0.41}, "is 0.41. A gain is likely"),
+        ({}, "is 0.00. No gain is to be expected"),  # nothing was discarded
+    ],
+)
+def test_page_and_terminal_say_what_the_baseline_throws_away(found: dict[str, float], words: str) -> None:
+    results = made() | {"thrown_away": {"prompts": 64, **found}}
+    assert all(words in " ".join(plain(shown).split()) for shown in (page_of(results), markdown(results)))
+    assert words in " ".join(terminal(results).split())
+    assert "SeqD here, 64 prompts" in page_of(results) and "throws away" not in terminal(made())
