@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rcd_core.decoding.chunk import Positions
-from rcd_core.decoding.generation import Step
 from rcd_core.decoding.masked_positions import MaskedPositions
 from rcd_core.decoding.sequence import LiveBlock, Sequence
 
@@ -44,16 +43,8 @@ class EditingSequence(Sequence):
         super().open_block(index)
         return EditedBlock(self, index, *self.blocks[index], self.settings)
 
-    def apply_commits(
-        self, block: LiveBlock, positions: Positions, tokens: Positions, still_masked: Positions, step: Step | None
-    ) -> None:
+    def _write(self, block: LiveBlock, positions: Positions, tokens: Positions, still_masked: Positions) -> None:
         assert isinstance(block, EditedBlock)
-        block.has_residual |= self.feedback is not None or self.loopholing
-        if block.is_start_pass:
-            block.started = True
-            return
-        if step is not None:
-            self.steps.append(step)
         any_edited = bool((self.canvas[positions] != self.mask_token_id).any())
         began_masked = len(block.masked_positions) > 0
         self.canvas[positions] = tokens

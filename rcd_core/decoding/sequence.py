@@ -223,16 +223,13 @@ class Sequence:
     @property
     def num_masked(self) -> int:
         """Positions that a denoising pass predicts."""
-        if len(self.live) == 1:
-            return len(self.live[0].predicted)
         return sum([len(block.predicted) for block in self.live])
 
     def restart(self) -> None:
         """Begin the first live block again, with nothing stored, as if no other had been opened."""
         block = self.live[0]
-        self.canvas[block.start :] = np.where(
-            self.initially_masked[block.start :], self.model.mask_token_id, self.canvas[block.start :]
-        )
+        rest = slice(block.start, None)
+        self.canvas[rest] = np.where(self.initially_masked[rest], self.model.mask_token_id, self.canvas[rest])
         *forwards, num_steps = self._before
         self.stored, self.forwards, self.steps = 0, Forwards(*forwards), self.steps[:num_steps]
         self.live = [self.open_block(block.index)]
@@ -290,6 +287,9 @@ class Sequence:
             return
         if step is not None:
             self.steps.append(step)
+        self._write(block, positions, tokens, still_masked)
+
+    def _write(self, block: LiveBlock, positions: Positions, tokens: Positions, still_masked: Positions) -> None:
         if len(positions):
             self.canvas[positions] = tokens
             block.masked_positions = still_masked
