@@ -71,6 +71,15 @@ def test_the_tasks_of_the_measure_differ_in_what_counts() -> None:
         assert task.grade(problem.prompt, problem.response, problem.answer)
         assert not task.grade(problem.prompt, problem.response[:-1] + "9", problem.answer)
         assert len(problem.prompt.replace(MASK_TEXT, ".")) == len(problem.response) == 37
+    unique = find_task("unique")
+    rows_of_it = [unique.synthetic(i, "train", 0) for i in range(20)]
+    for row in rows_of_it:
+        cells = [i for i, digit in enumerate(row["question"]) if digit == "."]
+        for cell in cells:  # no digit but the answer's leaves a solution
+            seen = {row["question"][other] for unit in unique._units_of[cell] for other in unique._units[unit]}
+            for digit in set("123456") - {row["answer"][cell]} - seen:
+                assert not unique._solutions(row["question"][:cell] + digit + row["question"][cell + 1 :])
+        assert unique.problem(row)
     lengths, places = ([int(c) for c in problem.response[start::2]] for start in (1, 2))
     assert places == [sum(lengths[: i + 1]) % 6 for i in range(18)]
 

@@ -7,11 +7,16 @@ prediction is worth.
   row does not have yet, and these can be read off the row.
 - walk: 18 steps round a ring of six places, "#" and then for each step its length and the place where it ends. A place
   is certain as soon as the one before it is known, and hardly known before.
+
+And one that was chosen when every candidate had failed on one of these or on the text task `chain`:
+
+- unique: 6x6 Sudoku with as many givens as leave one solution, so that nothing is a matter of choice.
 """
 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Mapping
 
 import numpy as np
@@ -29,6 +34,39 @@ class Shuffles(Sudoku):
         super().__init__(name, size=6, box_rows=1, givens=(8, 16))
         self._units_of = [(row := cell // self.size, row, row) for cell in range(self.cells)]
         self._units = [[c for c in range(self.cells) if c // self.size == row] for row in range(self.size)]
+
+
+class Unique(Sudoku):
+    """Boards with the first givens of a random order that leave one solution, and at least givens[0] of them."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, size=6, box_rows=2, givens=(12, 12))
+
+    def _hide(self, board: str, draws: NDArray[np.float64]) -> str:
+        order = draws[1:].argsort().tolist()
+
+        def puzzle(count: int) -> str:
+            known = set(order[:count])
+            return "".join(digit if cell in known else "." for cell, digit in enumerate(board))
+
+        least = range(self.num_givens[0], self.cells + 1)  # more givens never leave more solutions
+        return puzzle(least[bisect_left(least, 1, key=lambda count: 2 - self._solutions(puzzle(count)))])
+
+    def _solutions(self, puzzle: str, most: int = 2) -> int:
+        """The number of solutions, at most `most`. Fills in the cell with the fewest digits that fit first."""
+        fitting = {
+            cell: set(self.digits) - {puzzle[other] for unit in self._units_of[cell] for other in self._units[unit]}
+            for cell, digit in enumerate(puzzle)
+            if digit == "."
+        }
+        if not fitting:
+            return 1
+        cell, found = min(fitting, key=lambda cell: len(fitting[cell])), 0
+        for digit in fitting[cell]:
+            found += self._solutions(puzzle[:cell] + digit + puzzle[cell + 1 :], most - found)
+            if found >= most:
+                break
+        return found
 
 
 class Walk:
@@ -57,7 +95,13 @@ class Walk:
 
 
 _TASKS: dict[str, Task] = {
-    task.name: task for task in (Sudoku("latin", size=6, box_rows=1, givens=(8, 16)), Shuffles("shuffles"), Walk())
+    task.name: task
+    for task in (
+        Sudoku("latin", size=6, box_rows=1, givens=(8, 16)),
+        Shuffles("shuffles"),
+        Walk(),
+        Unique("unique"),
+    )
 }
 
 
