@@ -9,18 +9,18 @@ from pipelines.report.text import Cells, Results
 from rcd_core.calibration.measured import MEASURED, outlook
 
 EXPLANATION = (
-    "Nats per committed token. Thrown away: what discarded predictions say about the tokens that are committed in the "
-    "end. Resolved: what masked positions learn from tokens that were nearly certain and could have been inferred "
-    "without them. Residuals need both."
+    "What masked positions learn from what a pass commits, in nats per committed token. Resolved: from passes that "
+    "committed only tokens of 90 % or more, so that it could have been inferred without them. Chosen: from passes that "
+    "had to commit a less certain token. Of the tiny models here, those with both gained from residuals."
 )
 
 
 def table(found: Mapping[str, Any], name: str) -> Cells:
     """found: measures of information.py and `prompts`. name: of the model that they are of."""
-    rows = [[m.task, *map(_span, (m.thrown_away, m.resolved, m.gain))] for m in MEASURED]
-    values = [f"{found.get(key, 0.0):.2f}" for key in ("information_per_token", "resolved")]
+    rows = [[m.task, *map(_span, (m.resolved, m.chosen, m.gain))] for m in MEASURED]
+    values = [f"{found.get(key, 0.0):.2f}" for key in ("resolved", "chosen")]
     rows.append([f"{name}, {found['prompts']} prompts", *values, ""])
-    return ["model of", "thrown away", "resolved", "tokens per pass, RCD over SeqD"], rows
+    return ["model of", "resolved", "chosen", "tokens per pass, RCD over SeqD"], rows
 
 
 def sentence(found: Mapping[str, Any]) -> str:
@@ -33,9 +33,8 @@ def line(results: Results) -> str:
     found = results.get("thrown_away")
     if not found:
         return ""
-    thrown_away, resolved = (found.get(key, 0.0) for key in ("information_per_token", "resolved"))
-    measured = f"SeqD throws away {thrown_away:.2f} nats per token, and certain tokens resolve {resolved:.2f}."
-    return f"{measured} {sentence(found)}"
+    resolved, chosen = (found.get(key, 0.0) for key in ("resolved", "chosen"))
+    return f"What plain decoding throws away: resolved {resolved:.2f}, chosen {chosen:.2f}. {sentence(found)}"
 
 
 def _span(pair: tuple[float, float]) -> str:

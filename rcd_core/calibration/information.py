@@ -11,11 +11,11 @@ nats, unless they say otherwise:
 - information: ln p(y) - ln m(y), with m the mean of all discarded distributions: what p says about y beyond what is
   known about any masked position.
 - information_per_token: the same summed up, per committed token.
-- resolved: by how much ln p(y) of a discarded prediction rises by the next pass, summed up per committed token; only
-  after passes that committed nothing but tokens of at least `certain` in the block. Such a token tells hardly anything
-  that could not have been inferred without it; after a toss among equals, what the others learn from it is chance.
-- useful: the smaller of information_per_token and resolved. Residuals need both: something to hand on, and something
-  that another pass can make of it.
+- resolved: by how much ln p(y) of a discarded prediction rises by the next pass, summed up per committed token, after
+  passes that committed nothing but tokens of at least `certain` in the block. Such a token tells hardly anything that
+  could not have been inferred without it.
+- chosen: the same after the other passes, which had to choose among tokens that were less certain.
+- useful: the smaller of resolved and chosen.
 
 Shapes: N predictions of a step, V vocabulary, D width.
 """
@@ -63,7 +63,7 @@ class ThrownAway:
         self._steps: list[_Step] = []
         self._counts = torch.zeros(model.vocab_size, dtype=torch.float64, device=model.device)  # of y
         self._mass = torch.zeros_like(self._counts)  # sum of p
-        self._totals = dict.fromkeys(("predictions", "tokens", "entropy", "log_p", "resolved"), 0.0)
+        self._totals = dict.fromkeys(("predictions", "tokens", "entropy", "log_p", "resolved", "chosen"), 0.0)
 
     def __call__(self, step: Observed) -> None:
         m = step.masked
@@ -76,7 +76,8 @@ class ThrownAway:
     @torch.inference_mode()
     def finish(self) -> None:
         """Call when the observed requests are complete; their final tokens are taken from the canvases."""
-        before: dict[tuple[int, int], float] = {}  # (block, position) -> ln p(y) of its last prediction, if it counts
+        # (block, position) -> ln p(y) of its last prediction, which was discarded, and the sum that its rise belongs to
+        before: dict[tuple[int, int], tuple[float, str]] = {}
         rows = max(1, _TILE_BYTES // (8 * self.model.vocab_size))
         for step in self._steps:
             final = torch.from_numpy(step.final()).to(self.model.device)
@@ -87,12 +88,13 @@ class ThrownAway:
                     step.hidden[part], final[part], torch.from_numpy(step.discarded[part]).to(final.device)
                 )
             keys = list(zip(step.block.tolist(), step.position.tolist(), strict=True))
-            self._totals["resolved"] += sum(
-                now - before.pop(key) for key, now in zip(keys, log_p.tolist(), strict=True) if key in before
-            )
-            chances = step.block[step.committed & (log_p < math.log(self.certain))]
-            counts = step.discarded & ~np.isin(step.block, chances)
-            before |= {keys[i]: float(log_p[i]) for i in np.flatnonzero(counts)}
+            for key, now in zip(keys, log_p.tolist(), strict=True):
+                if key in before:
+                    last, which = before.pop(key)
+                    self._totals[which] += now - last
+            choices = step.block[step.committed & (log_p < math.log(self.certain))]
+            which_sum = np.where(np.isin(step.block, choices), "chosen", "resolved").tolist()
+            before |= {keys[i]: (float(log_p[i]), which_sum[i]) for i in np.flatnonzero(step.discarded)}
         self._steps.clear()
 
     def report(self) -> dict[str, Any]:
@@ -103,16 +105,17 @@ class ThrownAway:
         log_mean = (self._mass / t["predictions"]).clamp(min=1e-300).log()
         information = (t["log_p"] - float(self._counts @ log_mean)) / t["predictions"]
         tokens = max(1.0, t["tokens"])
-        per_token, resolved = information * t["predictions"] / tokens, t["resolved"] / tokens
+        resolved, chosen = t["resolved"] / tokens, t["chosen"] / tokens
         return {
             "predictions": int(t["predictions"]),
             "discarded": t["predictions"] / tokens,
             "entropy": t["entropy"] / t["predictions"],
             "surprise": -t["log_p"] / t["predictions"],
             "information": information,
-            "information_per_token": per_token,
+            "information_per_token": information * t["predictions"] / tokens,
             "resolved": resolved,
-            "useful": min(per_token, resolved),
+            "chosen": chosen,
+            "useful": min(resolved, chosen),
         }
 
     def _add(self, hidden: Tensor, final: Tensor, discarded: Tensor) -> NDArray[np.float64]:

@@ -8,9 +8,10 @@ prediction is worth.
 - walk: 18 steps round a ring of six places, "#" and then for each step its length and the place where it ends. A place
   is certain as soon as the one before it is known, and hardly known before.
 
-And one that was chosen when every candidate had failed on one of these or on the text task `chain`:
+And two that were chosen when every candidate had failed on one of these or on the text task `chain`:
 
 - unique: 6x6 Sudoku with as many givens as leave one solution, so that nothing is a matter of choice.
+- colours: a map of 6 x 6 cells in three colours, of which neighbours have different ones. Many colourings are right.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Mapping
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +71,29 @@ class Unique(Sudoku):
         return found
 
 
+class Colours(Sudoku):
+    """Boards of the digits 1 to 3, on which cells that share an edge differ."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, size=6, box_rows=1, givens=(8, 16))
+        self.digits = "123"
+
+    def is_valid(self, board: str) -> bool:
+        rows = [board[i : i + self.size] for i in range(0, self.cells, self.size)]
+        lines = [*rows, *("".join(column) for column in zip(*rows, strict=False))]
+        if len(board) != self.cells or not set(board) <= set(self.digits):
+            return False
+        return all(one != other for line in lines for one, other in pairwise(line))
+
+    def _fill(self, draws: NDArray[np.float64]) -> str:
+        board = ""
+        for cell in range(self.cells):
+            above = board[cell - self.size] if cell >= self.size else ""
+            fitting = [d for d in self.digits if d not in (above, board[-1] if cell % self.size else "")]
+            board += fitting[int(draws[cell] * len(fitting))]
+        return board
+
+
 class Walk:
     """A row: {"question": "3.5.1. ...", "answer": "335253..."}, the places counted from 0 and the start at 0."""
 
@@ -101,6 +126,7 @@ _TASKS: dict[str, Task] = {
         Shuffles("shuffles"),
         Walk(),
         Unique("unique"),
+        Colours("colours"),
     )
 }
 

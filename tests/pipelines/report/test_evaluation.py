@@ -162,8 +162,8 @@ def test_results_of_older_releases_are_shown_without_a_grader() -> None:
 @pytest.mark.parametrize(
     ("found", "words"),
     [
-        ({"information_per_token": 3.1, "resolved": 0.0, "useful": 0.0}, "is 0.00. No gain is to be expected"),
-        ({"information_per_token": 4.5, "resolved": 0.41, "useful": 0.41}, "is 0.41. A gain is likely"),
+        ({"resolved": 0.0, "chosen": 0.6, "useful": 0.0}, "is 0.00. No gain is to be expected"),
+        ({"resolved": 0.45, "chosen": 0.41, "useful": 0.41}, "is 0.41. A gain is likely"),
         ({}, "is 0.00. No gain is to be expected"),  # nothing was discarded
     ],
 )

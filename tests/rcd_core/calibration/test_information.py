@@ -25,7 +25,7 @@ def test_measures_agree_with_a_plain_sum_over_all_passes(family: str) -> None:
     found = thrown_away.report()
 
     entropies, log_p, masses, finals = [], [], [], []
-    resolved, pairs, tokens = 0.0, 0, 0
+    resolved, chosen, pairs, tokens = 0.0, 0.0, 0, 0
     for prompt, out in zip(PROMPTS, outputs, strict=True):
         canvas = torch.tensor(out.canvas_ids)
         unknown = [p for step in out.steps for p in step.masked]
@@ -40,9 +40,10 @@ def test_measures_agree_with_a_plain_sum_over_all_passes(family: str) -> None:
             logits[:, target.mask_token_id] = -torch.inf
             logp = torch.log_softmax(logits, -1)
             for p in step.masked:
-                if p in before and certain:
-                    pairs += 1
-                    resolved += float(logp[p][canvas[p]] - before[p][canvas[p]])
+                if p in before:
+                    rise = float(logp[p][canvas[p]] - before[p][canvas[p]])
+                    pairs += certain
+                    resolved, chosen = (resolved + rise, chosen) if certain else (resolved, chosen + rise)
             certain = all(logp[p][canvas[p]].exp() >= CERTAIN for p in step.committed)
             before = {p: logp[p] for p in step.masked if p not in step.committed}
             for p, row in before.items():
@@ -64,6 +65,8 @@ def test_measures_agree_with_a_plain_sum_over_all_passes(family: str) -> None:
     assert found["information"] == pytest.approx(float(information.mean()), **close)
     assert found["information_per_token"] == pytest.approx(float(information.sum()) / tokens, **close)
     assert 20 < pairs < len(h) and found["resolved"] == pytest.approx(resolved / tokens, **close)
+    assert found["chosen"] == pytest.approx(chosen / tokens, **close)
+    assert found["useful"] == min(found["resolved"], found["chosen"])
 
 
 def step_end(step: object, prompt: int, family: str, length: int) -> int:
