@@ -246,8 +246,8 @@ class CalibrateFlags:
 class PredictFlags:
     """Say from a plain checkpoint and prompts whether residuals may pay, before any training.
 
-    It decodes the prompts, with a confidence threshold of 0.9 unless given, and measures what the discarded predictions
-    know. Decode as you will serve: block length and number of new tokens matter.
+    It decodes the prompts, with a confidence threshold of 0.9 unless given, and measures how much masked positions
+    learn from certain tokens and from choices. Decode as you will serve: block length and number of new tokens matter.
 
     rcd predict --baseline CKPT --task gsm8k --test test.jsonl
     """

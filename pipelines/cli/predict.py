@@ -1,4 +1,4 @@
-"""`rcd predict`: what a plain checkpoint throws away, beside the gains of others that throw away as much. No Ray."""
+"""`rcd predict`: whether residuals may pay, from a plain checkpoint and prompts, beside what others gained. No Ray."""
 
 from __future__ import annotations
 
