@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import ray.data
 from pipelines import evaluate
 from pipelines.evaluation.actor import DecodeActor, Plan, request_seed
 from pipelines.evaluation.shared_engine import SharedEngine
+from pipelines.evaluation.thrown_away import thrown_away
 from pipelines.ray_cluster import waiting
 from pipelines.recipe.model import Recipe
 from pipelines.run.directory import StageContext
@@ -86,6 +88,18 @@ def test_results_have_what_the_baseline_throws_away(sudoku: StageContext) -> Non
     expected = measure(baseline, examples["prompt_ids"].to_pylist(), settings, infill=True)
     assert results(sudoku)["thrown_away"] == pytest.approx({"prompts": 12, **expected}, rel=1e-6, abs=1e-9)
     assert expected["discarded"] > 0
+
+
+def test_what_is_thrown_away_is_measured_once_and_not_of_split_models(sudoku: StageContext) -> None:
+    ctx = replace(sudoku, stage="elsewhere")
+    directory = Path(ctx.directory)
+    directory.mkdir()
+    plan = evaluate.make_plan(ctx, tuple(evaluate.make_methods(ctx)), set())
+    assert thrown_away(ctx, replace(plan, bundles=2 * plan.bundles), "") is None
+    assert thrown_away(ctx, replace(plan, methods=plan.methods[1:]), "") is None, "without a baseline"
+    (directory / "thrown_away-more.json").write_text('{"prompts": 3}')
+    assert thrown_away(ctx, plan, "-more") == {"prompts": 3}
+    assert [path.name for path in directory.iterdir()] == ["thrown_away-more.json"]
 
 
 @pytest.mark.drill
