@@ -6,9 +6,9 @@ Methods: SeqD (the baseline, block decoding without residuals) and RCD (every ta
 block length. All methods solve the same problems at the same thresholds, so comparisons are paired. Writes
 results.parquet (a row per method, threshold, problem and sample), results.json (curves, comparisons, settings), two
 plots, report.html and report.md. The entries of evaluate.tasks come after the test examples, each with its own
-results-NAME.parquet; results.json and the reports have all of them. thrown_away.json has what the baseline's
-passes discard. While it runs, parts/ and parts-NAME/ have the
-answers decoded so far, from which a killed evaluation resumes.
+results-NAME.parquet; results.json and the reports have all of them. thrown_away.json measures what the
+baseline's passes discard. While it runs, parts/ and parts-NAME/ have the answers decoded so far, from which a killed
+evaluation resumes.
 """
 
 from __future__ import annotations

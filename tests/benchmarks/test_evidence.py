@@ -60,7 +60,7 @@ def test_every_plan_can_be_read() -> None:
 
 
 def test_the_tasks_of_the_measure_differ_in_what_counts() -> None:
-    rows = "123456" * 6  # each row has all digits, no column has two
+    rows = "123456" * 6  # each row has all digits, each column one of them six times
     latin, shuffles, walk = (find_task(name) for name in ("latin", "shuffles", "walk"))
     assert shuffles.grade("#" + MASK_TEXT * 36, "#" + rows, "") and not latin.grade(
         "#" + MASK_TEXT * 36, "#" + rows, ""

@@ -1,6 +1,5 @@
-"""Small tasks that test the measure of `rcd predict`: they were chosen, and their bases measured, before any method was
-trained on them. Each is a canvas of 37 tokens, like 6x6 Sudoku, decoded in many passes; they differ in what a discarded
-prediction is worth.
+"""Small tasks that test the measure of `rcd predict`: their bases were measured before any result of a method there was
+known. Each is a canvas of 37 tokens, like 6x6 Sudoku; they differ in what a discarded prediction is worth.
 
 - latin: Sudoku without boxes. As in Sudoku, a discarded prediction is a list of candidates.
 - shuffles: six rows, each with the digits 1 to 6 in any order. What is discarded is a toss among the digits that the
