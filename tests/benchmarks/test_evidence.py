@@ -84,6 +84,28 @@ def test_the_tasks_of_the_measure_differ_in_what_counts() -> None:
     assert places == [sum(lengths[: i + 1]) % 6 for i in range(18)]
 
 
+@pytest.mark.parametrize(
+    ("name", "valid", "invalid"),
+    [
+        ("dominoes", "RL" * 18, "RLRLRL" * 5 + "RLRLDD"),
+        ("dominoes", ("D" * 6 + "U" * 6) * 3, ("D" * 6 + "U" * 6) * 2 + "U" * 6 + "D" * 6),
+        ("dominoes", "RLRLRL" * 5 + "RLRLRL", "DRLRLD" + "URLRLR" + "RLRLRL" * 4),
+        ("sorted", "112233" * 6, "112233" * 5 + "112232"),  # the last column falls, and the last row
+        ("sorted", "111111" * 3 + "666666" * 3, "666666" + "111111" * 5),
+        ("halves", "123456" * 3 + "11" + "01" * 8, "123455" * 3 + "11" + "01" * 8),
+        ("halves", "654321" * 3 + "551022" + "02" * 6, "654321" * 3 + "551022" + "02" * 5 + "03"),
+    ],
+)
+def test_boards_of_further_tasks(name: str, valid: str, invalid: str) -> None:
+    task = find_task(name)
+    canvas = "#" + MASK_TEXT * 36
+    assert task.grade(canvas, "#" + valid, "") and not task.grade(canvas, "#" + invalid, "")
+    for index in range(50):
+        problem = task.problem(task.synthetic(index, "train", 0))
+        assert task.grade(problem.prompt, problem.response, problem.answer)
+        assert len(problem.prompt.replace(MASK_TEXT, ".")) == len(problem.response) == 37
+
+
 def test_bases_can_be_trained_before_any_method(tmp_path: Path) -> None:
     runner = Runner(tmp_path, torch.device("cpu"), 1e18, lambda text: None)
     (cell, *_) = cells(small(tmp_path), ["sudoku6"], 1)

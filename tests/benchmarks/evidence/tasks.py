@@ -11,6 +11,13 @@ And two that were chosen when every candidate had failed on one of these or on t
 
 - unique: 6x6 Sudoku with as many givens as leave one solution, so that nothing is a matter of choice.
 - colours: a map of 6 x 6 cells in three colours, of which neighbours have different ones. Many colourings are right.
+
+And three that were chosen after those, with two ways in which the measure could be wrong:
+
+- dominoes: a board of 6 x 6 cells tiled with dominoes; each cell says where its other half is. Like Sudoku it leaves
+  choices and lets others be inferred, but next to a cell, not in a row.
+- sorted: digits 1 to 6 that fall in no row and no column. A discarded prediction is a range.
+- halves: three rows of `shuffles` and nine steps of `walk`. One half leaves choices and the other lets be inferred.
 """
 
 from __future__ import annotations
@@ -93,6 +100,69 @@ class Colours(Sudoku):
         return board
 
 
+class Dominoes(Sudoku):
+    """Boards of R, L, D and U: the other half of the cell's domino is to its right, left, below or above."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, size=6, box_rows=1, givens=(8, 16))
+        self.digits = "RLDU"
+
+    def is_valid(self, board: str) -> bool:
+        if len(board) != self.cells or not set(board) <= set(self.digits):
+            return False
+        return all(self._is_matched(board, cell) for cell in range(self.cells))
+
+    def _is_matched(self, board: str, cell: int) -> bool:
+        row, column = divmod(cell, self.size)
+        down, right, other = {"R": (0, 1, "L"), "L": (0, -1, "R"), "D": (1, 0, "U"), "U": (-1, 0, "D")}[board[cell]]
+        inside = 0 <= row + down < self.size and 0 <= column + right < self.size
+        return inside and board[cell + down * self.size + right] == other
+
+    def _fill(self, draws: NDArray[np.float64]) -> str:
+        board = [""] * self.cells
+
+        def fill(cell: int) -> bool:  # the cells before it are covered
+            while cell < self.cells and board[cell]:
+                cell += 1
+            if cell == self.cells:
+                return True
+            ways = {
+                "RL": cell + 1 if (cell + 1) % self.size and not board[cell + 1] else None,
+                "DU": cell + self.size if cell + self.size < self.cells else None,
+            }
+            for way in ("RL", "DU") if draws[cell] < 0.5 else ("DU", "RL"):
+                if (other := ways[way]) is not None:
+                    board[cell], board[other] = way
+                    if fill(cell + 1):
+                        return True
+                    board[cell] = board[other] = ""
+            return False
+
+        fill(0)
+        return "".join(board)
+
+
+class Sorted(Sudoku):
+    """Boards whose digits fall in no row and no column."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, size=6, box_rows=1, givens=(8, 16))
+
+    def is_valid(self, board: str) -> bool:
+        rows = [board[i : i + self.size] for i in range(0, self.cells, self.size)]
+        lines = [*rows, *("".join(column) for column in zip(*rows, strict=False))]
+        return (
+            len(board) == self.cells
+            and set(board) <= set(self.digits)
+            and all("".join(sorted(line)) == line for line in lines)
+        )
+
+    def _fill(self, draws: NDArray[np.float64]) -> str:
+        numbers = draws[: self.cells].reshape(self.size, self.size)  # columns sorted after rows leave rows sorted
+        numbers = np.sort(np.sort(numbers, axis=1), axis=0)
+        return "".join(self.digits[int(number * self.size)] for number in numbers.ravel())
+
+
 class Walk:
     """A row: {"question": "3.5.1. ...", "answer": "335253..."}, the places counted from 0 and the start at 0."""
 
@@ -118,6 +188,35 @@ class Walk:
         return completion.strip() == answer
 
 
+class Halves(Sudoku):
+    """Boards with three rows of the digits 1 to 6 in any order, 4 to 8 of them known, and nine steps of `walk`."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, size=6, box_rows=1, givens=(4, 8))
+        self.digits = "0123456"
+        self.half = self.cells // 2
+
+    def is_valid(self, board: str) -> bool:
+        rows = [board[i : i + self.size] for i in range(0, self.half, self.size)]
+        if len(board) != self.cells or any(set(row) != set("123456") for row in rows):
+            return False
+        steps = [int(digit) for digit in board[self.half :]]
+        ends = [0, *steps[1::2]]
+        return all((start + length) % 6 == end for start, length, end in zip(ends, steps[::2], ends[1:], strict=False))
+
+    def _fill(self, draws: NDArray[np.float64]) -> str:
+        rows = draws[: self.half].reshape(-1, self.size).argsort(axis=1).ravel() + 1
+        lengths = (draws[self.half : self.half + self.half // 2] * 6).astype(int)
+        steps = zip(lengths.tolist(), (lengths.cumsum() % 6).tolist(), strict=True)
+        return "".join(map(str, rows.tolist())) + "".join(f"{length}{end}" for length, end in steps)
+
+    def _hide(self, board: str, draws: NDArray[np.float64]) -> str:
+        fewest, most = self.num_givens
+        givens = set(draws[1 : 1 + self.half].argsort()[: fewest + int(draws[0] * (most - fewest + 1))].tolist())
+        givens |= set(range(self.half, self.cells, 2))
+        return "".join(digit if cell in givens else "." for cell, digit in enumerate(board))
+
+
 _TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -126,6 +225,9 @@ _TASKS: dict[str, Task] = {
         Walk(),
         Unique("unique"),
         Colours("colours"),
+        Dominoes("dominoes"),
+        Sorted("sorted"),
+        Halves("halves"),
     )
 }
 
