@@ -87,9 +87,9 @@ def test_the_tasks_of_the_measure_differ_in_what_counts() -> None:
 @pytest.mark.parametrize(
     ("name", "valid", "invalid"),
     [
-        ("dominoes", "RL" * 18, "RLRLRL" * 5 + "RLRLDD"),
-        ("dominoes", ("D" * 6 + "U" * 6) * 3, ("D" * 6 + "U" * 6) * 2 + "U" * 6 + "D" * 6),
-        ("dominoes", "RLRLRL" * 5 + "RLRLRL", "DRLRLD" + "URLRLR" + "RLRLRL" * 4),
+        ("dominoes", "12" * 18, "121212" * 5 + "121233"),
+        ("dominoes", ("3" * 6 + "4" * 6) * 3, ("3" * 6 + "4" * 6) * 2 + "4" * 6 + "3" * 6),
+        ("dominoes", "121212" * 5 + "121212", "312123" + "412121" + "121212" * 4),
         ("sorted", "112233" * 6, "112233" * 5 + "112232"),  # the last column falls, and the last row
         ("sorted", "111111" * 3 + "666666" * 3, "666666" + "111111" * 5),
         ("halves", "123456" * 3 + "11" + "01" * 8, "123455" * 3 + "11" + "01" * 8),

@@ -101,11 +101,11 @@ class Colours(Sudoku):
 
 
 class Dominoes(Sudoku):
-    """Boards of R, L, D and U: the other half of the cell's domino is to its right, left, below or above."""
+    """Boards of the digits 1 to 4: the other half of the cell's domino is to its right, left, below or above."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name, size=6, box_rows=1, givens=(8, 16))
-        self.digits = "RLDU"
+        self.digits = "1234"
 
     def is_valid(self, board: str) -> bool:
         if len(board) != self.cells or not set(board) <= set(self.digits):
@@ -114,7 +114,7 @@ class Dominoes(Sudoku):
 
     def _is_matched(self, board: str, cell: int) -> bool:
         row, column = divmod(cell, self.size)
-        down, right, other = {"R": (0, 1, "L"), "L": (0, -1, "R"), "D": (1, 0, "U"), "U": (-1, 0, "D")}[board[cell]]
+        down, right, other = {"1": (0, 1, "2"), "2": (0, -1, "1"), "3": (1, 0, "4"), "4": (-1, 0, "3")}[board[cell]]
         inside = 0 <= row + down < self.size and 0 <= column + right < self.size
         return inside and board[cell + down * self.size + right] == other
 
@@ -127,10 +127,10 @@ class Dominoes(Sudoku):
             if cell == self.cells:
                 return True
             ways = {
-                "RL": cell + 1 if (cell + 1) % self.size and not board[cell + 1] else None,
-                "DU": cell + self.size if cell + self.size < self.cells else None,
+                "12": cell + 1 if (cell + 1) % self.size and not board[cell + 1] else None,
+                "34": cell + self.size if cell + self.size < self.cells else None,
             }
-            for way in ("RL", "DU") if draws[cell] < 0.5 else ("DU", "RL"):
+            for way in ("12", "34") if draws[cell] < 0.5 else ("34", "12"):
                 if (other := ways[way]) is not None:
                     board[cell], board[other] = way
                     if fill(cell + 1):
