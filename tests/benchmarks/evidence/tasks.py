@@ -12,10 +12,11 @@ And two that were chosen when every candidate had failed on one of these or on t
 - unique: 6x6 Sudoku with as many givens as leave one solution, so that nothing is a matter of choice.
 - colours: a map of 6 x 6 cells in three colours, of which neighbours have different ones. Many colourings are right.
 
-And three that were chosen after those, with two ways in which the measure could be wrong:
+And four that were chosen after those. Two are meant to leave choices and let others be inferred, one has ranges, and
+one could mislead a measure that sums over a whole board:
 
-- dominoes: a board of 6 x 6 cells tiled with dominoes; each cell says where its other half is. Like Sudoku it leaves
-  choices and lets others be inferred, but next to a cell, not in a row.
+- dominoes: a board of 6 x 6 cells tiled with dominoes; each cell says where its other half is.
+- binary: a board of ones and twos, three of each in every row and column, nowhere three of a kind next to each other.
 - sorted: digits 1 to 6 that fall in no row and no column. A discarded prediction is a range.
 - halves: three rows of `shuffles` and nine steps of `walk`. One half leaves choices and the other lets be inferred.
 """
@@ -142,6 +143,34 @@ class Dominoes(Sudoku):
         return "".join(board)
 
 
+class Binary(Sudoku):
+    """Boards of ones and twos: as many of each in every row and column, and no three of a kind in a line."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, size=6, box_rows=1, givens=(8, 16))
+        self.digits = "12"
+
+    def is_valid(self, board: str) -> bool:
+        return len(board) == self.cells and set(board) <= set(self.digits) and self._is_open(board)
+
+    def _is_open(self, board: str) -> bool:
+        """Whether no rule is broken by the first cells of a board, row by row."""
+        rows = [board[i : i + self.size] for i in range(0, len(board), self.size)]
+        lines = [*rows, *(board[column :: self.size] for column in range(self.size))]
+        return not any(line.count(d) > self.size // 2 or 3 * d in line for line in lines for d in self.digits)
+
+    def _fill(self, draws: NDArray[np.float64]) -> str:
+        def fill(board: str) -> str:
+            if len(board) == self.cells:
+                return board
+            for digit in "12" if draws[len(board)] < 0.5 else "21":
+                if self._is_open(board + digit) and (found := fill(board + digit)):
+                    return found
+            return ""
+
+        return fill("")
+
+
 class Sorted(Sudoku):
     """Boards whose digits fall in no row and no column."""
 
@@ -226,6 +255,7 @@ _TASKS: dict[str, Task] = {
         Unique("unique"),
         Colours("colours"),
         Dominoes("dominoes"),
+        Binary("binary"),
         Sorted("sorted"),
         Halves("halves"),
     )
