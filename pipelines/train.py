@@ -60,7 +60,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     return {
         **goes_on,
         "steps": job.last_step,
-        "loss": round(exported["loss"], 6),
+        "loss": None if exported["loss"] is None else round(exported["loss"], 6),  # its line could not be stored
         "rcd": config.get("rcd"),
         "weights_sha256": digest,
         "fingerprint": [digest, config.get("rcd")],

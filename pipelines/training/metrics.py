@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 class MetricsLog:
     """Logs on rank 0 only. After a restart, lines past the resumed step are dropped, because those steps run again.
 
-    problem: why lines are missing in the file, "" if none are.
+    last: the newest metrics, after a restart those of the kept lines. problem: why lines are missing in the file, "" if none are.
     """
 
     def __init__(self, run: str, stage: str, directory: str, rank: int, resumed_step: int) -> None:
@@ -43,8 +43,13 @@ class MetricsLog:
         self._hurry = False
         if self._active:
             self._file = _Parts(directory) if storage.is_uri(directory) else _Appended(directory)
-            self._guarded(lambda: self._file.start(_lines_until(directory, resumed_step)))
+            self._guarded(lambda: self._start(_lines_until(directory, resumed_step)))
             threading.Thread(target=self._write, name="metrics", daemon=True).start()
+
+    def _start(self, lines: list[str]) -> None:
+        if lines:  # of a training that had only its export left, there are no others
+            self.last = json.loads(lines[-1])
+        self._file.start(lines)
 
     def log(self, metrics: dict[str, float]) -> None:
         if not self._active:

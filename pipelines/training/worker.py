@@ -106,7 +106,7 @@ def _train(job: TrainJob) -> None:
         )
     if rank == 0:
         _export(job, _finished(job, model, weights))
-        mark = {"loss": metrics.last["loss"], "metrics_problem": metrics.close()}
+        mark = {"loss": metrics.last.get("loss"), "metrics_problem": metrics.close()}
         storage.write_json(storage.join(job.directory, EXPORTED), mark)
 
 

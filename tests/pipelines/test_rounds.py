@@ -92,6 +92,11 @@ def test_a_run_in_two_rounds(on_policy: float, ray_cluster: str, tmp_path: Path)
     train_tokenizer(["1 2 3"], 300).save_pretrained(prepare / "tokenizer")
     run_stage(recipe, "signals", precompute.run)
     first = run_stage(recipe, "round-1", train_stage.run)
+    loss = first.run.manifest("round-1")["summary"]["loss"]  # type: ignore[index]
+    (Path(first.directory) / "exported.json").unlink()  # as after a kill between the last checkpoint and the export
+    shutil.rmtree(Path(first.directory) / "model")
+    assert run_stage(recipe, "round-1", train_stage.run) and loss > 0
+    assert first.run.manifest("round-1")["summary"]["loss"] == loss  # type: ignore[index]
     own = run_stage(recipe, "signals-2", precompute.run)
     summary = own.run.manifest("signals-2")["summary"]  # type: ignore[index]
     assert summary["first_row"] == 60 and summary["rows"] == 60 and summary["own"]
