@@ -1,6 +1,6 @@
 """What plain decoding throws away: a measure that says before a training whether residuals will pay.
 
-    found = measure(model, prompts, settings)["useful"]     # decodes without residuals
+    found = measure(model, prompts, settings)["both"]       # decodes without residuals
 
 A prediction is discarded if its pass leaves the position masked. y is the token that the position has at the end, p the
 discarded distribution, without the mask token, and H its entropy. All values are means over discarded predictions, in
@@ -15,7 +15,8 @@ nats, unless they say otherwise:
   passes that committed nothing but tokens of at least `certain` in the block. Such a token tells hardly anything that
   could not have been inferred without it.
 - chosen: the same after the other passes, which had to choose among tokens that were less certain.
-- useful: the smaller of resolved and chosen.
+- both: the smaller of the two at each position, summed up per committed token. It is high where the same positions learn
+  from inference and from choices.
 
 Shapes: N predictions of a step, V vocabulary, D width.
 """
@@ -23,6 +24,7 @@ Shapes: N predictions of a step, V vocabulary, D width.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,7 +65,7 @@ class ThrownAway:
         self._steps: list[_Step] = []
         self._counts = torch.zeros(model.vocab_size, dtype=torch.float64, device=model.device)  # of y
         self._mass = torch.zeros_like(self._counts)  # sum of p
-        self._totals = dict.fromkeys(("predictions", "tokens", "entropy", "log_p", "resolved", "chosen"), 0.0)
+        self._totals = dict.fromkeys(("predictions", "tokens", "entropy", "log_p", "resolved", "chosen", "both"), 0.0)
 
     def __call__(self, step: Observed) -> None:
         m = step.masked
@@ -78,6 +80,7 @@ class ThrownAway:
         """Call when the observed requests are complete; their final tokens are taken from the canvases."""
         # (block, position) -> ln p(y) of its last prediction, which was discarded, and the sum that its rise belongs to
         before: dict[tuple[int, int], tuple[float, str]] = {}
+        rises: dict[tuple[int, int], dict[str, float]] = defaultdict(lambda: {"resolved": 0.0, "chosen": 0.0})
         rows = max(1, _TILE_BYTES // (8 * self.model.vocab_size))
         for step in self._steps:
             final = torch.from_numpy(step.final()).to(self.model.device)
@@ -91,10 +94,13 @@ class ThrownAway:
             for key, now in zip(keys, log_p.tolist(), strict=True):
                 if key in before:
                     last, which = before.pop(key)
-                    self._totals[which] += now - last
+                    rises[key][which] += now - last
             choices = step.block[step.committed & (log_p < math.log(self.certain))]
             which_sum = np.where(np.isin(step.block, choices), "chosen", "resolved").tolist()
             before |= {keys[i]: (float(log_p[i]), which_sum[i]) for i in np.flatnonzero(step.discarded)}
+        for name in ("resolved", "chosen"):
+            self._totals[name] += sum(rise[name] for rise in rises.values())
+        self._totals["both"] += sum(min(rise.values()) for rise in rises.values())
         self._steps.clear()
 
     def report(self) -> dict[str, Any]:
@@ -105,7 +111,6 @@ class ThrownAway:
         log_mean = (self._mass / t["predictions"]).clamp(min=1e-300).log()
         information = (t["log_p"] - float(self._counts @ log_mean)) / t["predictions"]
         tokens = max(1.0, t["tokens"])
-        resolved, chosen = t["resolved"] / tokens, t["chosen"] / tokens
         return {
             "predictions": int(t["predictions"]),
             "discarded": t["predictions"] / tokens,
@@ -113,9 +118,7 @@ class ThrownAway:
             "surprise": -t["log_p"] / t["predictions"],
             "information": information,
             "information_per_token": information * t["predictions"] / tokens,
-            "resolved": resolved,
-            "chosen": chosen,
-            "useful": min(resolved, chosen),
+            **{name: t[name] / tokens for name in ("resolved", "chosen", "both")},
         }
 
     def _add(self, hidden: Tensor, final: Tensor, discarded: Tensor) -> NDArray[np.float64]:

@@ -201,7 +201,8 @@ class Collator:
             return same_masks(row.masked, len(u))
         assert self.noise is not None
         gaps = [GAP[0] + float(x) * (GAP[1] - GAP[0]) for x in u]
-        return nested_masks(row.labels != IGNORED, row.example_id, row.draw, self.noise, gaps)
+        noisier = nested_masks(row.labels != IGNORED, row.example_id, row.draw, self.noise, gaps)
+        return [mask | row.masked for mask in noisier]  # a row with an on-policy mask has another than its draw's
 
 
 def prefetch(

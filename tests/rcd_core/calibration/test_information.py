@@ -25,8 +25,9 @@ def test_measures_agree_with_a_plain_sum_over_all_passes(family: str) -> None:
     found = thrown_away.report()
 
     entropies, log_p, masses, finals = [], [], [], []
-    resolved, chosen, pairs, tokens = 0.0, 0.0, 0, 0
-    for prompt, out in zip(PROMPTS, outputs, strict=True):
+    rises: dict[tuple[int, int], list[float]] = {}  # (prompt, position) -> [resolved, chosen]
+    pairs, tokens = 0, 0
+    for number, (prompt, out) in enumerate(zip(PROMPTS, outputs, strict=True)):
         canvas = torch.tensor(out.canvas_ids)
         unknown = [p for step in out.steps for p in step.masked]
         state = canvas.clone()
@@ -43,7 +44,7 @@ def test_measures_agree_with_a_plain_sum_over_all_passes(family: str) -> None:
                 if p in before:
                     rise = float(logp[p][canvas[p]] - before[p][canvas[p]])
                     pairs += certain
-                    resolved, chosen = (resolved + rise, chosen) if certain else (resolved, chosen + rise)
+                    rises.setdefault((number, p), [0.0, 0.0])[0 if certain else 1] += rise
             certain = all(logp[p][canvas[p]].exp() >= CERTAIN for p in step.committed)
             before = {p: logp[p] for p in step.masked if p not in step.committed}
             for p, row in before.items():
@@ -64,9 +65,11 @@ def test_measures_agree_with_a_plain_sum_over_all_passes(family: str) -> None:
     assert found["surprise"] == pytest.approx(-float(lp.mean()), **close)
     assert found["information"] == pytest.approx(float(information.mean()), **close)
     assert found["information_per_token"] == pytest.approx(float(information.sum()) / tokens, **close)
-    assert 20 < pairs < len(h) and found["resolved"] == pytest.approx(resolved / tokens, **close)
-    assert found["chosen"] == pytest.approx(chosen / tokens, **close)
-    assert found["useful"] == min(found["resolved"], found["chosen"])
+    resolved, chosen = (sum(column) / tokens for column in zip(*rises.values(), strict=True))
+    assert 20 < pairs < len(h) and found["resolved"] == pytest.approx(resolved, **close)
+    assert found["chosen"] == pytest.approx(chosen, **close)
+    both = sum(min(pair) for pair in rises.values()) / tokens
+    assert found["both"] == pytest.approx(both, **close) and both < min(resolved, chosen)
 
 
 def step_end(step: object, prompt: int, family: str, length: int) -> int:

@@ -220,6 +220,20 @@ def test_signals_and_self_residual_mixed(model: Any) -> None:
         replace(mixed, source="none")
 
 
+def test_self_residual_on_rows_with_on_policy_masks(model: Any) -> None:
+    """The noisier inputs of such a row mask at least what the row masks."""
+    maker = OwnSignals(model, ResidualSettings(source="none"), SignalRule(top_k=16), NOISE, 4, seed=7, on_policy=1.0)
+    rows, _ = maker(training_rows())
+    own = OwnSignals(model, ResidualSettings(source="self", dropout=0.0), SignalRule(), NOISE, 4, seed=0)
+    (micro,) = own.collator.micro_batches(rows)
+    assert micro.noisier_masks is not None and not (micro.batch.masked & ~micro.noisier_masks).any()
+    drawn = own.collator.micro_batches(training_rows())[0].batch.masked
+    assert (micro.batch.masked != drawn).any(), "the rows have other masks than their draws"
+    with torch.no_grad():
+        loss = LossModule(model, "uniform", own.collator.residual)(micro, micro.signals)[0]
+    assert torch.isfinite(loss)
+
+
 def reference_rows(model: Any, row: TrainingRow) -> ReferenceSignals:
     batch, _ = collate([row], mask_token_id=model.mask_token_id, pad_token_id=0, block_length=4)
     return reference_signals(model, batch, SignalRule(top_k=16))
