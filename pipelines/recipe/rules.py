@@ -100,6 +100,9 @@ def _loopholing_problems(recipe: Recipe, key: str) -> Iterator[str]:
 def _signal_problems(recipe: Recipe) -> Iterator[str]:
     """Rules for alpha that need a probability which stored signals do not have (rcd_core.signals)."""
     signals, vocab_size = recipe.signals, recipe.tokenizer.vocab_size
+    for key, residual in recipe.residuals().items():
+        if residual.source in ("signals", "online") and residual.top_k and residual.top_k > signals.top_k:
+            yield f"{key}.top_k is {residual.top_k}, more than signals.top_k of {signals.top_k}; lower it, or raise that"
     all_ids = signals.keep_mass is None and recipe.tokenizer.path is None and signals.top_k >= vocab_size
     if signals.alpha_temperature == signals.delta_temperature or all_ids:
         return
@@ -138,6 +141,9 @@ def _training_problems(recipe: Recipe) -> Iterator[str]:
             yield f"{key}.train.distill is true but {key} is trained before there is a reference; set it to false"
         if stage and stage.train and stage.train.lora and isinstance(stage.start, ModelConfig):
             yield f"{key}.train.lora is given but {key}.start is a new model, whose weights it would freeze; remove it"
+    for key, residual in recipe.residuals().items() if target.train and target.train.distill else ():
+        if residual.source == "on_policy":
+            yield f"target.train.distill is true but {key}.source is 'on_policy', whose masks are others; set one"
     if recipe.base and recipe.base.convert:
         if not isinstance(recipe.base.start, str):
             yield "base.convert is given but base.start is no checkpoint; give an autoregressive one, or remove convert"
@@ -180,6 +186,17 @@ def _evaluate_problems(recipe: Recipe) -> Iterator[str]:
     for key, values in (("thresholds", evaluate.thresholds), ("block_lengths", lengths or ())):
         if len(set(values)) < len(values):
             yield f"evaluate.{key} is {list(values)}, which contains a value twice; give each once"
+    if decode.start is not None or decode.residual:
+        name = "residual" if decode.start is None else "start"
+        yield (
+            f"evaluate.decode.{name} is {getattr(decode, name)!r}, but the methods decide that; give evaluate.starts, or "
+            "a method of its own in evaluate.arms"
+        )
+    if decode.confidence_threshold not in (*evaluate.thresholds, DecodeSettings().confidence_threshold):
+        yield (
+            f"evaluate.decode.confidence_threshold is {decode.confidence_threshold:g}, but evaluate.thresholds are "
+            "swept; give it there"
+        )
     if lengths and decode.block_length:
         yield "evaluate.block_lengths and evaluate.decode.block_length are both given; remove one"
     if lengths and decode.denoising_steps and decode.denoising_steps > min(lengths):

@@ -79,9 +79,7 @@ def _count_problems(recipe: Recipe) -> Iterator[str]:
 def _attention_problems(recipe: Recipe) -> Iterator[str]:
     gpus = recipe.resources.gpus_per_worker
     chosen: list[tuple[str, str]] = [("evaluate", recipe.evaluate.attention), ("deploy", recipe.deploy.attention)]
-    for key, section in (("base", recipe.base), ("reference", recipe.reference), ("target", recipe.target)):
-        if section is not None and section.train is not None:
-            chosen.append((f"{key}.train", section.train.attention))
+    chosen += [(key, train.attention) for key, train in trainings(recipe).items()]
     for key, name in chosen:
         if name in ("flex", "flash", "varlen") and not gpus:
             yield f"{key}.attention is {name!r}, which needs a GPU, but resources.gpus_per_worker is 0; use 'sdpa'"

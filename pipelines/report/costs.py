@@ -58,7 +58,7 @@ def _stage(recipe: Recipe, run: RunDirectory, name: str) -> dict[str, Any] | Non
         maker = next((s for s in manifest["material"]["inputs"] if s != "prepare"), "reference")
         cost["tokens"], shape = summary["tokens"], _shape(run, maker)
         if shape:
-            passes = 2 if recipe.signals.on_policy else 1
+            passes = 1 if name == "signals" else 2  # the target's own come after a pass over a still noisier version
             cost["flops"] = passes * forward_flops(shape, summary["tokens"], summary["masked_tokens"])
     elif "steps" in summary:
         cost |= _training(recipe, run, name, summary["steps"], (prepared or {}).get("summary", {}).get("chunks"), shape)
@@ -85,8 +85,9 @@ def _training(
 
 
 def _shape(run: RunDirectory, stage: str) -> ModelShape | None:
-    """Of the model that a stage made; None if it made none."""
-    path = storage.join(run.stage_directory(stage), "model", "config.json")
+    """Of the model that a stage made, or uses unchanged; None if it is not known."""
+    used = (run.manifest(stage) or {"summary": {}})["summary"].get("checkpoint")
+    path = storage.join(used or storage.join(run.stage_directory(stage), "model"), "config.json")
     try:
         config, directory = storage.read_json(path), Path(path).parent
         family = family_of(config, directory)

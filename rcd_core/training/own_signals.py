@@ -94,13 +94,13 @@ def _last_pass(
     assert micro.noisier_masks is not None and micro.num_passes is not None
     temperatures = {"alpha_temperature": rule.alpha_temperature, "delta_temperature": rule.delta_temperature}
     residual: tuple[Tensor, Tensor] | None = None
-    masks = list(micro.noisier_masks)
+    masks = list(micro.noisier_masks if settings.feeds_back else micro.noisier_masks[-1:])
     for number, masked in enumerate(masks):
         batch = micro.batch.remasked(masked, model.mask_token_id)
         hidden = masked_hidden(model, batch, residual)  # (N', D)
         signals = encoded(model, hidden, rule.top_k, rule.keep_mass, **temperatures)
-        if number + 1 == len(masks) or not settings.feeds_back:
-            continue
+        if number + 1 == len(masks):
+            break
         following = masks[number + 1]
         after = micro.batch.remasked(following, model.mask_token_id)
         alpha, delta = own_residual(model, signals[following[masked]], after, settings)

@@ -118,6 +118,8 @@ class TrainSettings:
             ("muon_learning_rate", self.muon_learning_rate > 0, "be above 0"),
             ("warmup", 0.0 <= self.warmup < 1.0, "lie in [0, 1): a share of the steps"),
             ("clip_norm", self.clip_norm > 0, "be above 0"),
+            ("weight_decay", self.weight_decay >= 0.0, "be at least 0"),
+            ("betas", all(0.0 <= beta < 1.0 for beta in self.betas), "be two numbers in [0, 1)"),
         ):
             if not valid:
                 raise UserError(f"train.{name} is {getattr(self, name)}; it must {range_}")
@@ -126,6 +128,12 @@ class TrainSettings:
             raise UserError(
                 f"train.shard_size is {self.shard_size} but train.strategy is {self.strategy}; use fsdp2 or null"
             )
+
+        if self.cpu_offload and self.strategy != "fsdp2":
+            other = "use fsdp2"
+            if self.strategy == "deepspeed":
+                other += ", or zero_optimization.offload_optimizer in train.deepspeed"
+            raise UserError(f"train.cpu_offload is true but train.strategy is {self.strategy}; {other}")
 
         if self.optimizer == "muon" and self.strategy == "deepspeed":
             raise UserError("train.optimizer is muon but train.strategy is deepspeed; use ddp or fsdp2")

@@ -120,6 +120,15 @@ def test_variants_change_only_what_they_name() -> None:
             "evaluate.arms.x={model: target, decode: {residual: true, alpha: learned}}",
             "evaluate.arms.x.decode.alpha is 'learned'",
         ),
+        ("baselines.x={attention: flex}", "baselines.x.attention is 'flex', which needs a GPU"),
+        ("target.train.cpu_offload=true", "train.cpu_offload is true but train.strategy is ddp; use fsdp2"),
+        ("target.train={batch_size: 8, steps: 2, strategy: deepspeed, cpu_offload: true}", "offload_optimizer"),
+        ("target.train.betas=[0.9, 1.5]", "target.train.betas is (0.9, 1.5)"),
+        ("target.train.weight_decay=-1", "target.train.weight_decay is -1.0"),
+        ("variants.x={source: signals, top_k: 500}", "variants.x.top_k is 500, more than signals.top_k of 32"),
+        ("evaluate.decode.start=zero", "evaluate.decode.start is 'zero', but the methods decide that"),
+        ("evaluate.decode.residual=true", "evaluate.decode.residual is True, but the methods decide that"),
+        ("evaluate.decode.confidence_threshold=0.3", "evaluate.decode.confidence_threshold is 0.3, but evaluate.thr"),
         ("baselines.x={stepz: 3}", "baselines.x.stepz: unknown key; did you mean 'steps'?"),
         ("baselines.x={batch_size: 63}", "baselines.x.batch_size is 63"),
         ("name.x=1", "--set 'name.x=1': name is 'sudoku-reference'"),
@@ -206,6 +215,12 @@ def test_stored_signals_lack_what_a_rule_needs_at_another_temperature(rule: str)
     load_recipe("sudoku-reference", [*apart, "signals.delta_temperature=2"])
     load_recipe("sudoku-reference", [*apart, "signals.keep_mass=null", "signals.top_k=512"])  # every id
     load_recipe("sudoku-reference", [*apart, "target.residual.source=online"])
+
+
+def test_a_teacher_needs_the_masks_that_it_saw() -> None:
+    changes = ["target.train.distill=true", "variants={}", "target.residual={source: on_policy}"]
+    with pytest.raises(UserError, match="target.train.distill is true but target.residual.source is 'on_policy'"):
+        load_recipe("sudoku-reference", changes)
 
 
 def test_hub_ids() -> None:

@@ -77,6 +77,21 @@ def test_signals_and_their_reference_count_for_a_target_that_trains_on_them(run:
     assert stages["signals"]["flops"] > 0 and stages["target"]["flops"] == stages["baseline"]["flops"]
 
 
+def test_signals_of_an_unchanged_base_and_of_the_target_itself(run: RunDirectory) -> None:
+    """The base may be the reference. The target's own signals, a pass after one over noisier rows, cost twice as much."""
+    own = costs(run, "target.residual={source: signals}")["stages"]["signals"]["flops"]
+    base = storage.join(run.stage_directory("base"), "model")
+    run.finish("reference", {"inputs": {}}, {"checkpoint": base}, datetime.now().astimezone(), 0.1)
+    storage.remove(storage.join(run.stage_directory("reference"), "model"))
+    for name, maker in (("round-1", ""), ("signals-2", "round-1")):
+        summary = {"steps": 15} if name == "round-1" else {"tokens": 1000, "masked_tokens": 250}
+        run.finish(name, {"inputs": {maker: "x"} if maker else {}}, summary, datetime.now().astimezone(), 1.0)
+    storage.write_json(storage.join(run.stage_directory("round-1"), "model", "config.json"), CONFIG)
+    more = ("target.rounds=2", "reference={start: null, train: null}", "signals.on_policy=1.0")
+    stages = costs(run, "target.residual={source: signals}", *more)["stages"]
+    assert stages["signals"]["flops"] == own > 0 and stages["signals-2"]["flops"] == 2 * own
+
+
 def test_gains_and_costs_stand_side_by_side(run: RunDirectory) -> None:
     results = made() | {"costs": costs(run)}
     head, rows = at_a_glance(results) or ([], [])
