@@ -22,7 +22,7 @@ from rcd_core.alpha import LearnedAlpha
 from rcd_core.errors import UserError
 from rcd_core.families.base import DiffusionModel
 from rcd_core.loopholing import Loophole
-from rcd_core.noise import NoiseSettings
+from rcd_core.noise import NoiseSettings, seed_of
 from rcd_core.signals import ReferenceSignals
 from rcd_core.training.data.batches import Collator, MicroBatch, prefetch
 from rcd_core.training.data.rows import RowSource
@@ -137,7 +137,7 @@ def train(
         block_warmup=block_warmup,
     )
     if settings.lora is not None:
-        add_adapters(model, settings.lora)
+        add_adapters(model, settings.lora, settings.seed)
     if not residual.learns_alpha:
         model.learned_alpha = None
     elif model.learned_alpha is None:
@@ -170,6 +170,8 @@ def train(
         for step, micro_batches in prefetch(source, collator, rank, world, first, end):
             meter.waited += time.perf_counter() - wait_start
             rate = learning_rate(step, settings)
+            if settings.lora is not None and settings.lora.dropout:
+                torch.manual_seed(seed_of(settings.seed, "lora", "dropout", step, rank))
             norm = run.step(micro_batches, rate, meter)
             done = step + 1
             if not math.isfinite(norm):

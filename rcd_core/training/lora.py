@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rcd_core.errors import UserError
 from rcd_core.families.adapters import merge, save_adapter
 from rcd_core.families.base import DiffusionModel
+from rcd_core.noise import seed_of
 from rcd_core.training.settings import LoraSettings
 
 _SHIFT = "mask_shift"
@@ -30,8 +31,9 @@ def require_peft() -> None:
         raise UserError("train.lora needs the package peft: pip install 'rcd-ray[lora]'") from error
 
 
-def add_adapters(model: DiffusionModel, settings: LoraSettings) -> None:
-    """Freeze the model, and add adapters to its linear layers in place. Raises UserError for an unknown layer."""
+def add_adapters(model: DiffusionModel, settings: LoraSettings, seed: int = 0) -> None:
+    """Freeze the model, and add adapters to its linear layers in place. seed: of what PEFT draws. Raises UserError for
+    an unknown layer."""
     require_peft()
     from peft import inject_adapter_in_model
 
@@ -40,7 +42,9 @@ def add_adapters(model: DiffusionModel, settings: LoraSettings) -> None:
     if unknown := sorted(set(settings.modules) - names):
         raise UserError(f"train.lora.modules has {unknown[0]!r}; the linear layers are {', '.join(sorted(names))}")
     model.requires_grad_(False)
-    inject_adapter_in_model(peft_config(settings), model.backbone)
+    with torch.random.fork_rng(devices=[]):  # drawn on the CPU
+        torch.manual_seed(seed_of(seed, "lora", "weights"))
+        inject_adapter_in_model(peft_config(settings), model.backbone)
     model.mask_shift = nn.Parameter(torch.zeros_like(model.embedding.weight[0]))
 
 
