@@ -22,7 +22,7 @@ from rcd_core.families.config import ModelConfig
 from rcd_core.training.settings import ResidualSettings, SignalRule
 
 TEMPORARY = ("ray", "exported.json")  # checkpoints of a training, and the mark that its model is written
-_TRAINING = ("block_length", "noise", "seed")
+_TRAINING = ("block_length", "noise", "seed", "deterministic")
 
 
 def stages_of(recipe: Recipe) -> dict[str, Stage]:
@@ -192,7 +192,7 @@ def _calibrate(recipe: Recipe, models: tuple[str, ...]) -> Stage:
         name="calibrate",
         function="pipelines.calibrate:run",
         inputs=("prepare", *inspected, *(("reference",) if trained_on_reference else ())),
-        sections=("calibrate", "block_length", "noise", "data.task", "seed", *temperatures),
+        sections=("calibrate", "block_length", "noise", "data.task", "seed", "deterministic", *temperatures),
         bundles=_workers(recipe, "calibrate", min(recipe.resources.evaluate_actors, len(inspected))),
         report="pipelines.calibrate:report",
     )
@@ -200,6 +200,9 @@ def _calibrate(recipe: Recipe, models: tuple[str, ...]) -> Stage:
 
 def _evaluate(recipe: Recipe, models: tuple[str, ...], using_reference: set[str]) -> Stage:
     base = ("base",) if any(arm.model == "base" for arm in recipe.evaluate.arms.values()) else ()
+    # How a target was trained is part of its stage's key; of one from outside the recipe says whether it is RCD.
+    other = recipe.checkpoint("target") is not None and not recipe.target.residual.has_alpha
+    outside = ("target.residual.source",) if other else ()
     return Stage(
         name="evaluate",
         function="pipelines.evaluate:run",
@@ -212,7 +215,7 @@ def _evaluate(recipe: Recipe, models: tuple[str, ...], using_reference: set[str]
             *_calibrated(recipe),
             *(("reference",) if "evaluate" in using_reference else ()),
         ),
-        sections=("evaluate", "block_length", "data.task", "data.test_task", "seed"),
+        sections=("evaluate", "block_length", "data.task", "data.test_task", "seed", "deterministic", *outside),
         bundles=_workers(recipe, "evaluate", recipe.resources.evaluate_actors * recipe.resources.tensor_parallel),
         report="pipelines.evaluate:report",
     )
