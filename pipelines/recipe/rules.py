@@ -102,7 +102,7 @@ def _signal_problems(recipe: Recipe) -> Iterator[str]:
     signals, vocab_size = recipe.signals, recipe.tokenizer.vocab_size
     for key, residual in recipe.residuals().items():
         if residual.source in ("signals", "online") and residual.top_k and residual.top_k > signals.top_k:
-            yield f"{key}.top_k is {residual.top_k}, more than signals.top_k of {signals.top_k}; lower it, or raise that"
+            yield f"{key}.top_k is {residual.top_k}, more than signals.top_k of {signals.top_k}; change one"
     all_ids = signals.keep_mass is None and recipe.tokenizer.path is None and signals.top_k >= vocab_size
     if signals.alpha_temperature == signals.delta_temperature or all_ids:
         return
@@ -189,8 +189,8 @@ def _evaluate_problems(recipe: Recipe) -> Iterator[str]:
     if decode.start is not None or decode.residual:
         name = "residual" if decode.start is None else "start"
         yield (
-            f"evaluate.decode.{name} is {getattr(decode, name)!r}, but the methods decide that; give evaluate.starts, or "
-            "a method of its own in evaluate.arms"
+            f"evaluate.decode.{name} is {getattr(decode, name)!r}, but the methods decide that; give evaluate.starts, "
+            "or a method of its own in evaluate.arms"
         )
     if decode.confidence_threshold not in (*evaluate.thresholds, DecodeSettings().confidence_threshold):
         yield (

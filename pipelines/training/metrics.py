@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 class MetricsLog:
     """Logs on rank 0 only. After a restart, lines past the resumed step are dropped, because those steps run again.
 
-    last: the newest metrics, after a restart those of the kept lines. problem: why lines are missing in the file, "" if none are.
+    last: the newest metrics, after a restart those of the kept lines. problem: why lines are missing in the file, "" if
+    none are.
     """
 
     def __init__(self, run: str, stage: str, directory: str, rank: int, resumed_step: int) -> None:

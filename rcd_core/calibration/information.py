@@ -15,8 +15,8 @@ nats, unless they say otherwise:
   passes that committed nothing but tokens of at least `certain` in the block. Such a token tells hardly anything that
   could not have been inferred without it.
 - chosen: the same after the other passes, which had to choose among tokens that were less certain.
-- both: the smaller of the two at each position, summed up per committed token. It is high where the same positions learn
-  from inference and from choices.
+- both: the smaller of the two at each position, summed up per committed token. It is high where the same positions
+  learn from inference and from choices.
 
 Shapes: N predictions of a step, V vocabulary, D width.
 """

@@ -78,7 +78,7 @@ def test_signals_and_their_reference_count_for_a_target_that_trains_on_them(run:
 
 
 def test_signals_of_an_unchanged_base_and_of_the_target_itself(run: RunDirectory) -> None:
-    """The base may be the reference. The target's own signals, a pass after one over noisier rows, cost twice as much."""
+    """The base may be the reference. The target's own, a pass after one over noisier rows, cost twice as much."""
     own = costs(run, "target.residual={source: signals}")["stages"]["signals"]["flops"]
     base = storage.join(run.stage_directory("base"), "model")
     run.finish("reference", {"inputs": {}}, {"checkpoint": base}, datetime.now().astimezone(), 0.1)
