@@ -11,21 +11,24 @@ from rcd_core.calibration.measured import MEASURED, outlook
 EXPLANATION = (
     "What masked positions learn from what a pass commits, in nats per committed token. Resolved: from passes that "
     "committed only tokens of 90 % or more, so that it could have been inferred without them. Chosen: from passes that "
-    "had to commit a less certain token. Of the tiny models here, those with both gained from residuals."
+    "had to commit a less certain token. Both: the smaller of the two at each position, summed up. Of the tiny models "
+    "here, those whose positions learn in both ways gained from residuals."
 )
 
 
 def table(found: Mapping[str, Any], name: str) -> Cells:
     """found: measures of information.py and `prompts`. name: of the model that they are of."""
-    rows = [[m.task, *map(_span, (m.resolved, m.chosen, m.gain))] for m in MEASURED]
-    values = [f"{found.get(key, 0.0):.2f}" for key in ("resolved", "chosen")]
+    rows = [[m.task, *map(_span, (m.resolved, m.chosen)), _span(m.both, digits=3), _span(m.gain)] for m in MEASURED]
+    values = [f"{found.get(key, 0.0):.{digits}f}" for key, digits in (("resolved", 2), ("chosen", 2), ("both", 3))]
     rows.append([f"{name}, {found['prompts']} prompts", *values, ""])
-    return ["model of", "resolved", "chosen", "tokens per pass, RCD over SeqD"], rows
+    return ["model of", "resolved", "chosen", "both", "tokens per pass, RCD over SeqD"], rows
 
 
 def sentence(found: Mapping[str, Any]) -> str:
-    useful = found.get("useful", 0.0)
-    return f"The smaller of the two is {useful:.2f}. {outlook(useful)}"
+    if "predictions" in found and "both" not in found:
+        return "An older release measured this; `rcd predict` measures it again."
+    both = found.get("both", 0.0)
+    return f"At the same positions, both: {both:.3f}. {outlook(both)}"
 
 
 def line(results: Results) -> str:
@@ -37,6 +40,6 @@ def line(results: Results) -> str:
     return f"What plain decoding throws away: resolved {resolved:.2f}, chosen {chosen:.2f}. {sentence(found)}"
 
 
-def _span(pair: tuple[float, float]) -> str:
-    low, high = (f"{value:.2f}" for value in pair)
+def _span(pair: tuple[float, float], digits: int = 2) -> str:
+    low, high = (f"{value:.{digits}f}" for value in pair)
     return low if low == high else f"{low} to {high}"

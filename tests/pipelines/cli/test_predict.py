@@ -45,7 +45,7 @@ def test_nothing_thrown_away_is_no_gain(tiny_models: Path, capsys: pytest.Captur
     """With a threshold of 0 a pass commits every position."""
     assert cli.main(command(tiny_models / "baseline", "--test", "synthetic", "--confidence_threshold", "0")) == 0
     shown = capsys.readouterr().out
-    assert "The smaller of the two is 0.00. No gain is to be expected" in " ".join(shown.split())
+    assert "both: 0.000. No gain is to be expected" in " ".join(shown.split())
 
 
 def test_between_the_values_that_were_measured_nothing_is_claimed() -> None:
@@ -56,8 +56,8 @@ def test_between_the_values_that_were_measured_nothing_is_claimed() -> None:
 
 def test_the_measure_orders_the_models_that_were_measured() -> None:
     """Else it would have to be dropped: every model that gained has more of it than every one that did not."""
-    gained = [m.useful[0] for m in MEASURED if m.gain[0] > 1.05]
-    assert max(m.useful[1] for m in MEASURED if m.gain[0] <= 1.05) < min(gained) and len(gained) < len(MEASURED)
+    gained = [m.both[0] for m in MEASURED if m.gain[0] > 1.05]
+    assert max(m.both[1] for m in MEASURED if m.gain[0] <= 1.05) < min(gained) and len(gained) < len(MEASURED)
 
 
 def test_a_file_and_its_columns(tiny_models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -162,9 +162,10 @@ def test_results_of_older_releases_are_shown_without_a_grader() -> None:
 @pytest.mark.parametrize(
     ("found", "words"),
     [
-        ({"resolved": 0.0, "chosen": 0.6, "useful": 0.0}, "is 0.00. No gain is to be expected"),
-        ({"resolved": 0.45, "chosen": 0.41, "useful": 0.41}, "is 0.41. A gain is likely"),
-        ({}, "is 0.00. No gain is to be expected"),  # nothing was discarded
+        ({"resolved": 0.4, "chosen": 0.3, "both": 0.001}, "both: 0.001. No gain is to be expected"),
+        ({"resolved": 0.45, "chosen": 0.41, "both": 0.041}, "both: 0.041. A gain is likely"),
+        ({"predictions": 3, "resolved": 0.45, "chosen": 0.41}, "An older release measured this"),
+        ({}, "both: 0.000. No gain is to be expected"),  # nothing was discarded
     ],
 )
 def test_page_and_terminal_say_what_the_baseline_throws_away(found: dict[str, float], words: str) -> None:
