@@ -227,12 +227,8 @@ class ModelRunner:
             index = packed.place[_predicted(self.model, requests, masked, part, first_block)]
             unconditional = None
             if any(r.sequence.settings.cfg_scale for r in requests):
-                without_prompt = [
-                    (r.sequence.slot, [_without_prompt(r.sequence, c) for c in r.chunks]) for r in requests
-                ]
-                kept = states.clone() if fixed else states
-                unconditional = self.forward.hidden(self.forward.pack(without_prompt))
-                states = kept
+                states = states.clone() if fixed else states
+                unconditional = self._unconditional(requests, packed, states)
             self.sampler.predict(masked, part, states, index, unconditional, results, self.graphs if fixed else None)
             if needs_hidden:
                 hidden.append(states[torch.from_numpy(index).to(states.device)])
@@ -244,6 +240,20 @@ class ModelRunner:
         found: NDArray[np.float32] = self.model.ranks.agree(results).cpu().numpy()
         self.statistics.spend("choose", time.perf_counter() - begun)
         return found, torch.cat(hidden) if needs_hidden else None
+
+    def _unconditional(self, requests: Many[RequestPass], packed: Packed, states: Tensor) -> Tensor:
+        """(T, D) like `states`, of guided requests without the prompt. The others take no part: their pages keep what
+        they have. A guided request has no cache, so its own pages are written again in every pass."""
+        guided = np.array([bool(r.sequence.settings.cfg_scale) for r in requests])
+        without = [
+            (r.sequence.slot, [_without_prompt(r.sequence, c) for c in r.chunks])
+            for r in requests
+            if r.sequence.settings.cfg_scale
+        ]
+        tokens = packed.place[np.repeat(guided, [r.num_tokens for r in requests])]
+        result = states.clone()
+        result[torch.from_numpy(tokens).to(states.device)] = self.forward.hidden(self.forward.pack(without))
+        return result
 
     def _run_fixed(self, packed: Packed) -> Tensor:
         shape, rows = packed.shape, packed.rows

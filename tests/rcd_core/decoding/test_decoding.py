@@ -49,6 +49,8 @@ def any_settings(draw: st.DrawFn, family: str) -> DecodeSettings:
     editing = draw(st.sampled_from([None, None, 0.0, 0.3])) if single else None
     residual = draw(st.booleans())
     temperature = draw(st.sampled_from([0.0, 0.0, 0.8]))
+    cache = draw(st.sampled_from(caches))
+    guided = family == "llada" and cache == "none" and live_blocks is None
     return DecodeSettings(
         block_length=block_length,
         sub_block_length=sub_block,
@@ -65,7 +67,8 @@ def any_settings(draw: st.DrawFn, family: str) -> DecodeSettings:
         top_p=draw(st.sampled_from([None, 0.9])),
         seed=draw(st.integers(0, 9)),
         stop_token_ids=draw(st.sampled_from([None, (), (91, 331)])),
-        cache=draw(st.sampled_from(caches)),  # type: ignore[arg-type]
+        cache=cache,  # type: ignore[arg-type]
+        cfg_scale=draw(st.sampled_from([0.0, 1.5])) if guided else 0.0,
         max_live_blocks=live_blocks,
         block_add_threshold=draw(st.sampled_from([0.0, 0.3, 1.0])),
         decoded_token_threshold=draw(st.sampled_from([0.0, 0.5, 1.0])),

@@ -42,6 +42,17 @@ def test_fixed_shapes_change_no_token(family: str, data: st.DataObject) -> None:
         assert out.token_ids == alone.token_ids and out.num_forwards.denoise == alone.num_forwards.denoise
 
 
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("own", [{"cache": "prefix"}, {"cache": "dual"}, {"max_live_blocks": 2}, {"cache": "none"}])
+def test_guidance_of_one_request_leaves_the_others_alone(own: dict[str, Any], fixed: bool) -> None:
+    """Its passes without a prompt write no page of theirs, and passes of fixed shape find its states."""
+    plain = DecodeSettings(block_length=4, max_new_tokens=24, stop_token_ids=())
+    several = [([*range(20, 52)], replace(plain, **own)), ([7, 8, 9], replace(plain, cfg_scale=1.5, cache="none"))]
+    found = decode("llada", several, engine("llada", max_batch=5, fixed_shapes=fixed))
+    for (prompt, s), out in zip(several, found, strict=True):
+        assert out.token_ids == decoder("llada").generate([prompt], s)[0].token_ids
+
+
 class Recorded(GraphCache):
     """Records the keys, and runs the warmup first, as a capture does; it must change nothing."""
 
