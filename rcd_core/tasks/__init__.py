@@ -52,7 +52,7 @@ def check(task: str, prompt: str, completion: str) -> bool | None:
     judge = getattr(get_task(task), "check", None)
     try:
         return None if judge is None else judge(prompt, completion)
-    except UserError:  # the prompt is no problem of this task
+    except (UserError, ValueError):  # the prompt is no problem of this task; ValueError: a number of 4,300 digits
         return None
 
 

@@ -16,9 +16,15 @@ _MIXED = re.compile(rf"(\d+)(?:\s+(\d+)\s*/\s*(\d+)|\s*{_FRAC})")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar)\s*(?:\{(\d+)\}|(\d))")
 
 
+MOST_DIGITS = 4000  # Python refuses to read more than 4,300 by default
+
+
 def exact_number(text: str) -> Fraction | None:
-    """The value of one number with an optional sign; None for anything else, lists and expressions included."""
+    """The value of one number with an optional sign; None for anything else, lists and expressions included, and for a
+    number so long that Python does not read it."""
     text = text.strip()
+    if len(text) > MOST_DIGITS:
+        return None
     sign = -1 if text.startswith("-") else 1
     value = _magnitude(text[1:].lstrip() if text.startswith(("-", "+")) else text)
     return None if value is None else sign * value

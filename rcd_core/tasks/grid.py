@@ -30,7 +30,6 @@ _ORDERS = list(permutations(range(_SIZE)))
 _WORLDS = [(tuple(range(_SIZE)), things, places) for things in _ORDERS for places in _ORDERS]  # by person
 World = tuple[tuple[int, ...], ...]
 Clue = tuple[int, int, int, frozenset[int]]  # kind and number of an item; the kind and the numbers it may go with
-_GIVEN = re.compile(r"(.*?) have (.*?) in (.*?)\. ")
 _CLUE = re.compile(r"(?:The )?(\w+) (has|does not have|is in|is not in) the (\w+)(?: or the (\w+))?\.")
 _STATEMENT = re.compile(r"(\w+) has the (\w+) in the (\w+)")
 
@@ -56,22 +55,26 @@ class Grid:
 
     def check(self, prompt: str, completion: str) -> bool:
         """Raises UserError for a prompt that is no problem of this task."""
-        given = _GIVEN.match(prompt)
-        if given is None:
+        given, stop, clues = prompt.partition(". ")
+        people, have, rest = given.partition(" have ")
+        things, inside, places = rest.partition(" in ")
+        if not (stop and have and inside):
             raise UserError(f"the prompt is no problem of {self.name}: {prompt[:80]!r}")
-        names = [re.findall(r"\b(?!and\b|the\b)\w+", part) for part in given.groups()]
+        names = [re.findall(r"\b(?!and\b|the\b)\w+", part) for part in (people, things, places)]
         answers = {person: (thing, place) for person, thing, place in _STATEMENT.findall(completion)}
         by_person = [answers.get(person, ("", "")) for person in names[0]]
         found = [names[0], [thing for thing, _ in by_person], [place for _, place in by_person]]
         if len(answers) != _SIZE or any(set(a) != set(b) for a, b in zip(found, names, strict=True)):
             return False
-        return all(_agrees(clue, found) for clue in _CLUE.findall(prompt[given.end() :]))
+        return all(_agrees(clue, found) for clue in _CLUE.findall(clues))
 
 
 def _agrees(clue: Sequence[str], found: Sequence[Sequence[str]]) -> bool:
     """clue: subject, verb, one or two objects. found: people, their things, their places."""
     subject, verb, one, other = clue
-    kind = next((k for k, names in enumerate(found) if subject in names), 0)
+    kind = next((k for k, names in enumerate(found) if subject in names), None)
+    if kind is None:
+        raise UserError(f"a clue is about {subject!r}, which the prompt does not introduce")
     value = found[1 if "ha" in verb else 2][found[kind].index(subject)]
     return (value in (one, other)) != ("not" in verb)
 

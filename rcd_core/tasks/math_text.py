@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 
+from rcd_core.tasks.exact import MOST_DIGITS
+
 _CHARACTERS = {
     "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "⁄": "/", "∕": "/",
     "±": r"\pm ", "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\neq ", "≈": r"\approx ",
@@ -120,6 +122,8 @@ def _call(text: str, name: str, opening: str) -> str:
 
 def _repeating(match: re.Match[str]) -> str:
     whole, head, period = match[1] or "0", match[2], match[3] or match[4]
+    if len(whole + head + period) > MOST_DIGITS:
+        return match[0]
     bottom = (10 ** len(period) - 1) * 10 ** len(head)
     top = int(whole + head + period) - int(whole + head)
     return f"\\frac{{{top}}}{{{bottom}}}"

@@ -26,7 +26,9 @@ _TRAILING_WORDS = re.compile(
     r"(.*?[\d})\]])(\s*)"
     r"((?:(?:sq\.?|square|cubic)\s+)?[A-Za-z]+(?:[\s/·^{}]|\\cdot |-?\d)*(?:[A-Za-z]|[\s/·^{}]|\\cdot |-?\d)*)"
 )
-_ORDINAL = re.compile(r"(\d+)\s*\^?\s*\{?\s*(?:\\(?:text|mathrm|textrm|textsuperscript)\s*\{)?\s*(st|nd|rd|th)\s*\}*")
+_ORDINAL = re.compile(
+    r"(\d{1,18})\s*\^?\s*\{?\s*(?:\\(?:text|mathrm|textrm|textsuperscript)\s*\{)?\s*(st|nd|rd|th)\s*\}*"
+)
 
 
 def split_unit(text: str) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from contextlib import suppress
 from itertools import permutations
 
 import pytest
@@ -293,3 +294,26 @@ def test_the_word_proof_is_no_answer(answer: str) -> None:
         get_task("math").problem({"question": "Show it.", "solution": "Clear.", "answer": answer})
     row = {"question": "Which paper is 80 percent of proof?", "solution": "It.", "answer": "waterproof"}
     assert get_task("math").problem(row).answer == "waterproof"
+
+
+LONG = "3" * 5000  # Python reads no more than 4,300 digits
+RUNAWAY = [
+    *(LONG, f"0.{LONG}", f"{LONG} / 7", f"{LONG}%", f"#### 1{LONG}", f"\\boxed{{{LONG}}}", f"\\boxed{{0.{LONG}}}"),
+    *(f"\\boxed{{{LONG}th}}", f"\\boxed{{\\frac{{{LONG}}}{{7}}}}", f"\\boxed{{0.\\overline{{{LONG}}}}}"),
+]
+
+
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_an_answer_that_repeats_a_digit_is_wrong_and_ends_nothing(task: str) -> None:
+    for completion in RUNAWAY:
+        with suppress(UserError):  # of tasks whose prompts are problems
+            assert not grade(task, completion, "7", "a prompt")
+        assert not check(task, f"Ben has {LONG} pears. He finds 3 more. How many pears does Ben have now?", completion)
+
+
+def test_a_grid_that_is_none_is_not_judged() -> None:
+    given = "Ben, Mia and Tom have the lamp, the key and the pen in Rome, Oslo and Bern."
+    answer = "Ben has the lamp in the Rome, Mia has the key in the Oslo, Tom has the pen in the Bern."
+    assert check("grid", f"{given} The lamp is in the Rome.", answer) is True
+    assert check("grid", f"{given} Zed does not have the lamp.", answer) is None
+    assert check("grid", "a have b in " * 20_000, answer) is None  # in milliseconds
