@@ -108,7 +108,7 @@ def _reply(client: Endpoint, flags: ChatFlags, messages: list[dict[str, str]]) -
 
 def _request(flags: ChatFlags, messages: list[dict[str, str]], live: bool) -> tuple[str, dict[str, Any]]:
     body: dict[str, Any] = {"model": flags.model, "stream_options": {"include_usage": True}}
-    body |= decode_settings(flags.decode)
+    body |= flags.decode  # as given: a top_k of 0 means off here too, and null the server's default
     if live:
         body["return_trace"] = "steps"
     if flags.infill:

@@ -6,6 +6,7 @@ report. The same command therefore resumes, and raises if the directory holds re
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
@@ -80,9 +81,12 @@ def _list_settings() -> int:
 
 
 def _evaluate_endpoint(url: str, model: str, flags: EvaluateFlags) -> int:
-    for name in ("target", "baseline", "reference", "also", "address", "actors", "gpus", "redo"):
+    checkpoints_only = ("target", "baseline", "reference", "residual_off", "deterministic", "also", "address", "actors")
+    for name in (*checkpoints_only, "gpus", "redo", "dry_run"):
         if getattr(flags, name):
             raise UserError(f"--{name} goes with checkpoints, not with --url; models of an endpoint are --model ID")
+    if not 0 <= flags.reference_flops_weight < math.inf:
+        raise UserError(f"--reference_flops_weight is {flags.reference_flops_weight:g}; it must be at least 0")
     raw: dict[str, Any] = {
         **output_of(flags),
         "seed": flags.seed,
@@ -112,6 +116,8 @@ def _command(flags: EvaluateFlags) -> str:
     for name in ("url", "model", "baseline_model", "task", "settings", "samples", "num_examples", "grader", "seed"):
         if (value := getattr(flags, name)) is not None:
             words += [f"--{name}", str(value)]
+    if flags.reference_flops_weight != 1.0:
+        words += ["--reference_flops_weight", f"{flags.reference_flops_weight:g}"]
     for name in ("thresholds", "starts", "block_lengths"):
         if values := getattr(flags, name):
             words += [f"--{name}", *map(str, values)]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -93,7 +94,7 @@ def check_flags(flags: TrainPlanFlags | PlanFlags) -> None:
         raise UserError(f"--mfu is {flags.mfu}; it must be in (0, 1]")
     for name in ("gpus", "examples", "example_tokens", "vocab_size"):
         value = getattr(flags, name)
-        if value is not None and value < 1:
+        if value is not None and not 1 <= value < math.inf:
             raise UserError(f"--{name} is {value}; it must be at least 1")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rich.console import Console
@@ -16,9 +17,13 @@ from rcd_core.families.config import ModelConfig
 
 
 def plan_signals(flags: SignalsPlanFlags) -> int:
-    for name in ("peak_tflops", "mfu"):
-        if not getattr(flags, name) > 0:
-            raise UserError(f"--{name} is {getattr(flags, name)}; it must be above 0")
+    for name, valid, range_ in (
+        ("peak_tflops", 0 < flags.peak_tflops < math.inf, "above 0"),
+        ("mfu", 0 < flags.mfu <= 1, "in (0, 1]"),
+        ("storage_hours", 0 <= flags.storage_hours < math.inf, "at least 0"),
+    ):
+        if not valid:
+            raise UserError(f"--{name} is {getattr(flags, name)}; it must be {range_}")
     recipe = load_recipe(flags.recipe, flags.set)
     if recipe.reference is None:
         raise UserError(f"recipe {recipe.name} has no reference, so there are no signals to plan; add the section")

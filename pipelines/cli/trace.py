@@ -27,7 +27,7 @@ _REMEDY = "save one with `rcd generate --trace_file FILE`, or on the playground"
 
 def trace(flags: TraceFlags) -> int:
     """Serve the page with a trace until Ctrl-C, or until nobody has asked for it for a while."""
-    if flags.idle_minutes <= 0:
+    if not flags.idle_minutes > 0:
         raise UserError(f"--idle_minutes is {flags.idle_minutes:g}; it must be more than 0")
     content = _read(flags.file)
     with trace_server(content, storage.basename(flags.file), flags.port) as server:

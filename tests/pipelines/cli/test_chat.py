@@ -17,6 +17,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, StreamingRespon
 from starlette.routing import Route
 
 from pipelines.cli import main as cli
+from pipelines.cli.chat import _request
+from pipelines.cli.flags import ChatFlags
 from pipelines.cli.live_view import TraceCanvas, printable
 from pipelines.client import Endpoint
 from rcd_core import Decoder
@@ -68,6 +70,12 @@ def test_infill_returns_the_filled_text(app: Served, capsys: pytest.CaptureFixtu
     decoder = Decoder(app.engines[MODEL].model)
     [filled] = decoder.infill([app.ids(text)], replace(SETTINGS, residual=False))
     assert capsys.readouterr().out == app.tokenizer.decode(filled.canvas_ids) + "\n"
+
+
+def test_a_top_k_of_0_is_sent_as_such() -> None:
+    """null means the server's default."""
+    flags = ChatFlags(url="http://x", decode={"top_k": 0, "temperature": 1.0})
+    assert _request(flags, [{"role": "user", "content": "x"}], live=False)[1]["top_k"] == 0
 
 
 # -- mistakes

@@ -129,6 +129,19 @@ def test_further_tasks(checkpoints: Path, tmp_path: Path) -> None:
     [
         (["--task=qa", "--test=TEST", "--output=/tmp/x", "--target=/x", "--also=math500"], "--also is 'math500'"),
         (["--task=qa", "--test=TEST", "--output=/tmp/x", "--url=http://x", "--model=m", "--also=qa=/q"], "--also goes"),
+        (["--task=qa", "--test=TEST", "--output=/tmp/x", "--url=http://x", "--model=m", "--dry_run"], "--dry_run goes"),
+        (["--task=qa", "--test=TEST", "--output=/tmp/x", "--url=http://x", "--model=m", "--deterministic"], "--determ"),
+        (
+            [
+                "--task=qa",
+                "--test=TEST",
+                "--output=/tmp/x",
+                "--url=http://x",
+                "--model=m",
+                "--reference_flops_weight=-3",
+            ],
+            "--reference_flops_weight is -3",
+        ),
         (["--task=qa"], "--test, --output"),
         (["--task=qa", "--test=TEST", "--output=/tmp/x"], "--target nor --baseline"),
         (["--task=qa", "--test=TEST", "--output=/tmp/x", "--target=/none"], "'/none'"),

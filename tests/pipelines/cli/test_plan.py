@@ -216,3 +216,6 @@ def test_a_plan_that_lacks_counts_names_the_key(tmp_path: Path) -> None:
         volume(load_recipe("sudoku-reference", [here, f"tokenizer.path={GOLDEN / 'sdar_tiny'}"]))
     with pytest.raises(UserError, match="--mfu is 0"):
         plan_signals("--recipe", "sudoku-reference", "--set", here, "--mfu", "0")
+    with pytest.raises(UserError, match="--storage_hours is -3"):
+        plan_signals("--recipe", "sudoku-reference", "--set", here, "--storage_hours", "-3")
+    assert main(["plan", "--recipe", "demo", "--examples", "100", "--example_tokens", "nan"]) == 2

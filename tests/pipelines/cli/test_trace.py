@@ -98,7 +98,8 @@ def test_flags_of_the_server_are_checked(tmp_path: Path, capsys: pytest.CaptureF
         assert cli.main(["trace", str(path), "--port", str(port)]) == 2
     assert f"--port is {port}" in capsys.readouterr().err
     assert cli.main(["trace", str(path), "--port", "70000"]) == 2
-    assert cli.main(["trace", str(path), "--idle_minutes", "0"]) == 2
+    for minutes in ("0", "nan"):
+        assert cli.main(["trace", str(path), "--idle_minutes", minutes]) == 2
     assert "--idle_minutes" in capsys.readouterr().err
 
 
