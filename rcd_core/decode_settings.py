@@ -126,6 +126,7 @@ class DecodeSettings:
         for name in SHARES:
             self._require(name, lambda v: 0.0 <= v <= 1.0, "a number in [0, 1]")
         self._require("max_post_steps", lambda v: isinstance(v, int) and v >= 0, "an integer of at least 0")
+        self._require("seed", lambda v: isinstance(v, int) and -(1 << 63) <= v < 1 << 63, "an integer of 64 bits")
         self._require("top_p", lambda v: 0.0 < v <= 1.0, "a number in (0, 1]")
         for name in ("temperature", "cfg_scale"):
             self._require(name, lambda v: 0.0 <= v < float("inf"), "a finite number of at least 0")

@@ -51,6 +51,8 @@ def check_host(name: str, host: str, keys: tuple[str, ...], allow_without_keys: 
 
 def _require_keys(keys: list[str], source: str) -> list[str]:
     keys = [key.strip() for key in keys if key.strip()]
+    if any(not key.isascii() or not key.isprintable() for key in keys):
+        raise UserError(f"{source} has a key with a character that HTTP headers do not carry; use printable ASCII")
     if not keys:
         raise UserError(f"{source} has no key; add one, or unset the variable to serve this machine only, without keys")
     return keys

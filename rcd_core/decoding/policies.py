@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,7 +110,7 @@ def planned_commits(s: ResolvedSettings, masked: int | None, first_alone: bool) 
     return [1, *plan] if first_alone else plan
 
 
-@cache
+@lru_cache(1024)
 def even_commits(masked: int, steps: int) -> list[int]:
     """As equal as possible, the larger ones first, and at least 1."""
     each, extra = divmod(masked, steps)
@@ -148,7 +148,7 @@ def planned_share(step: int, steps: int, by_time: bool) -> float:
     return float(np.float32(1.0) - _times(steps)[step + 1] / _times(steps)[step]) if by_time else 1.0 / (steps - step)
 
 
-@cache
+@lru_cache(64)
 def _times(steps: int) -> NDArray[np.float32]:
     """torch.linspace(1, .001, steps + 1), but for its last bit, which depends on the CPU."""
     first, last = np.float32(1.0), np.float32(1e-3)

@@ -18,6 +18,7 @@ from rcd_core.families.base import DiffusionModel
 from rcd_core.noise import NUM_SEED_BITS
 
 # A block that is not activated commits by a bound; blocks behind it are not seen, and a cached pass has no second one.
+MAX_PLANNED_STEPS = 8192  # of a block, by a schedule that may plan more passes than tokens
 _WITH_LIVE_BLOCKS: dict[str, tuple[Any, ...]] = {
     "policy": ("low_confidence_dynamic", "entropy_bounded"),
     "residual_scope": ("block",),
@@ -58,8 +59,13 @@ def resolve_settings(settings: DecodeSettings, model: DiffusionModel, has_refere
         _check_editing(settings, model, sub_length)
     steps = settings.denoising_steps or block_length
     schedule = settings.schedule or model.default_schedule
-    if steps > block_length and schedule == "even":
-        raise UserError(f"denoising_steps is {steps}; it must be at most block_length, {block_length}")
+    most = block_length if schedule == "even" else max(block_length, MAX_PLANNED_STEPS)
+    if steps > most:
+        limit = f"block_length, {block_length}" if schedule == "even" else str(most)
+        raise UserError(f"denoising_steps is {steps}; it must be at most {limit}")
+    for token in settings.stop_token_ids or ():
+        if not 0 <= token < model.vocab_size:
+            raise UserError(f"stop_token_ids holds {token}; ids run from 0 to {model.vocab_size - 1}")
     start: Start = settings.start or rcd.get("start") or model.default_start
     if model.loophole is not None and settings.residual:
         _check_loopholing(settings, start, live_blocks, sub_length)
@@ -176,7 +182,11 @@ def make_sequence(
     """
     name = "canvas" if infill else "prompt"
     resolved = resolve_settings(settings, model, has_reference)
-    given = np.asarray(ids, dtype=np.int64)
+    try:
+        given = np.asarray(ids, dtype=np.int64)
+    except OverflowError:
+        known = f"ids run from 0 to {model.vocab_size - 1}"
+        raise UserError(f"the {name} holds a token id of more than 64 bits; {known}") from None
     if given.ndim != 1 or not len(given):
         raise UserError(f"the {name} is empty; give at least one token")
     if given.min() < 0 or given.max() >= model.vocab_size:

@@ -39,6 +39,7 @@ from pipelines.serving.http.sse import EventStream, frames, while_connected
 from rcd_core.errors import UserError
 
 READY_TIMEOUT_S = 5.0
+READING_S = 10.0  # beyond its deadline, in which a client can take the rest of a stream
 # itemSchema (OpenAPI 3.2) describes each event; data is a chunk as JSON, or [DONE].
 _EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 _SSE = {
@@ -125,7 +126,7 @@ def _openai_routes(
             # A refusal is the first event, and comes at once: it can still set the status.
             first = await while_connected(http.receive, streams.next(limits.ping_s))
             content = frames(answer, streams, first, metrics.stream_failed, limits.ping_s)
-            return EventStream(content, closing.pop_all())
+            return EventStream(content, closing.pop_all(), limit_s + READING_S)
 
     @router.post("/completions", response_model=Completion, response_model_exclude_unset=True, responses=decoding)
     async def complete(request: CompletionRequest, http: HttpRequest) -> Any:

@@ -26,6 +26,7 @@ DECODE_FIELDS = tuple(f.name for f in fields(DecodeSettings) if f.name != "trace
 MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
+MAX_STOP_TOKEN_IDS = 256
 MAX_INT = 2**31 - 1
 SEED_LIMIT = 2**63
 
@@ -67,7 +68,8 @@ NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 # DecodeSettings checks these bounds too; here they are part of /openapi.json.
 _BOUNDED: dict[str, Any] = {
     "seed": Seed,
-    "stop_token_ids": Annotated[tuple[TokenId, ...], Field(strict=False)],  # JSON has lists, strict tuples reject them
+    # JSON has lists, strict tuples reject them.
+    "stop_token_ids": Annotated[tuple[TokenId, ...], Field(strict=False, max_length=MAX_STOP_TOKEN_IDS)],
     **dict.fromkeys(COUNTS, Count),
     **dict.fromkeys(("temperature", "cfg_scale"), Annotated[float, Field(ge=0)]),
     **dict.fromkeys(("entropy_bound", "residual_temperature", "alpha_scale"), Annotated[float, Field(gt=0)]),
@@ -152,6 +154,7 @@ class Request(_BodyFields):  # type: ignore[misc]
     def check_size(self, most: int) -> None:
         """Raises UserError if the prompts of all choices have more than `most` characters and token ids."""
         field, size = self._size()
+        size += sum(map(len, self.stops()))
         if size * self.n > most:
             choices = f" for each of {self.n} choices" if self.n > 1 else ""
             raise UserError(f"{field} has {size} characters{choices}; at most {most} in all: shorten it")
@@ -212,6 +215,8 @@ class CompletionRequest(Request):
     def decode_requests(self, defaults: DecodeSettings) -> Iterator[DecodeRequest]:
         if self.infill and (self.length() is not None or self.stops()):
             raise UserError("max_tokens and stop do not go with infill, which only fills masks")
+        if self.infill and getattr(self, "stop_token_ids", None):
+            raise UserError("stop_token_ids do not go with infill, which only fills masks; leave them out")
         prompts = self.prompts()
         if len(prompts) * self.n > MAX_CHOICES:
             raise UserError(
@@ -294,10 +299,15 @@ def _choices(
             prompt=prompt,
             messages=messages,
             infill=infill,
-            settings=settings if settings.seed is None else replace(settings, seed=settings.seed + i),
+            settings=settings if settings.seed is None else replace(settings, seed=_following(settings.seed, i)),
             fixed_length=request.length() is not None,
             stop=request.stops(),
             streamed=request.stream,
             logprobs=request.num_logprobs(),
             candidates=request.trace_candidates,
         )
+
+
+def _following(seed: int, i: int) -> int:
+    """The seed of choice i; the largest one of 64 bits is followed by the smallest."""
+    return (seed + i + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -54,20 +54,21 @@ async def frames(
 
 
 class EventStream(Response):
-    """Sends frames as they come, and stops at once when the client disconnects. closing: closed at the end in every
-    case."""
+    """Sends frames as they come, and stops at once when the client disconnects, or after limit_s seconds in which a
+    client that does not read holds them up. closing: closed at the end in every case."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, content: AsyncGenerator[bytes, None], closing: AsyncExitStack) -> None:
+    def __init__(self, content: AsyncGenerator[bytes, None], closing: AsyncExitStack, limit_s: float) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})  # proxies must not buffer
         del self.headers["content-length"]
-        self._content, self._closing = content, closing
+        self._content, self._closing, self._limit_s = content, closing, limit_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._closing:
-            with suppress(ClientGone):
-                await while_connected(receive, self._send(send))
+            with suppress(ClientGone, TimeoutError):
+                async with asyncio.timeout(self._limit_s):
+                    await while_connected(receive, self._send(send))
 
     async def _send(self, send: Send) -> None:
         async with aclosing(self._content) as content:

@@ -22,6 +22,7 @@ def test_keys_come_from_the_environment_and_a_file(tmp_path: Path) -> None:
         ("RCD_API_KEYS", " , "),
         ("RCD_API_KEYS_FILE", str(file)),
         ("RCD_API_KEYS_FILE", str(tmp_path / "none")),
+        ("RCD_API_KEYS", "schl\u00fcssel"),  # clients encode it in different ways
     ):
         with pytest.raises(UserError, match=f"^{name} "):
             api_keys({name: value})

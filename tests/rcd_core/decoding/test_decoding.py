@@ -66,7 +66,7 @@ def any_settings(draw: st.DrawFn, family: str) -> DecodeSettings:
         top_k=draw(st.sampled_from([None, 5])),
         top_p=draw(st.sampled_from([None, 0.9])),
         seed=draw(st.integers(0, 9)),
-        stop_token_ids=draw(st.sampled_from([None, (), (91, 331)])),
+        stop_token_ids=draw(st.sampled_from([None, (), (91, 231)])),
         cache=cache,  # type: ignore[arg-type]
         cfg_scale=draw(st.sampled_from([0.0, 1.5])) if guided else 0.0,
         max_live_blocks=live_blocks,
@@ -234,6 +234,7 @@ def test_remote_reference_equals_local(family: str, source: str) -> None:
         {"max_new_tokens": True},
         {"residual_temperature": 0.0},
         {"start": "warm"},
+        {"seed": 1 << 63},
     ],
 )
 def test_a_bad_setting_is_named(field: dict[str, Any]) -> None:
@@ -256,6 +257,9 @@ def test_entropy_bounded_needs_a_bound() -> None:
         ([1], {"max_new_tokens": 2000}, "max_new_tokens 2000"),
         ([1], {"cache": "dual"}, "cache is 'dual'; allowed for sdar: none, block"),
         ([1], {"denoising_steps": 9, "block_length": 4}, "denoising_steps is 9"),
+        ([1], {"denoising_steps": 8193, "schedule": "time"}, "denoising_steps is 8193; it must be at most 8192"),
+        ([1 << 64], {}, "token id of more than 64 bits"),
+        ([1], {"stop_token_ids": (2, 512)}, "stop_token_ids holds 512; ids run from 0 to 511"),
         ([1], {"cfg_scale": 1.0}, "cfg_scale"),
         ([1], {"residual": True, "start": "reference"}, "start is 'reference'"),
         ([1], {"residual": True, "alpha": "calibrated_entropy"}, "alpha_scale"),

@@ -76,6 +76,8 @@ def test_settings_of_a_request_override_the_defaults(client: TestClient, echo: E
 
 
 def test_choices_of_prompts_and_n(client: TestClient, echo: Echo) -> None:
+    largest = complete(client, n=2, seed=2**63 - 1).json()
+    assert [c["rcd"]["seed"] for c in largest["choices"]] == [2**63 - 1, -(2**63)]
     body = complete(client, prompt=["a", "b"], n=2, seed=10, return_trace="steps").json()
     assert [c["text"] for c in body["choices"]] == ["<a>", "<a>", "<b>", "<b>"]
     assert [c["rcd"]["seed"] for c in body["choices"]] == [10, 11, 10, 11]
@@ -153,6 +155,8 @@ def test_openai_client_sends_null(client: TestClient, echo: Echo) -> None:
         ({"prompt": ["a"] * 65, "n": 2}, "prompt", "128"),
         ({"stop": ["x"] * 17}, "stop", "16"),
         ({"infill": True, "max_tokens": 5}, "max_tokens", "infill"),
+        ({"infill": True, "stop_token_ids": [3]}, "stop_token_ids", "infill"),
+        ({"stop_token_ids": [3] * 257}, "stop_token_ids", "256"),
         ({"prompt": "forbidden"}, "temperature", "this model refuses it"),
     ],
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import AsyncExitStack
 from typing import Any
 
 import httpx
@@ -13,6 +15,7 @@ import pytest
 from httpx_sse import EventSource
 
 from pipelines.serving.http.guard import ApiLimits
+from pipelines.serving.http.sse import EventStream
 from tests.pipelines.serving.http.fake_backend import STEP, Echo, app_of
 from tests.pipelines.serving.served_app import listening
 
@@ -184,3 +187,35 @@ def test_a_disconnect_cancels_the_request(url: str, echo: Echo) -> None:
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{url}/v1/completions", json={**body, "stream": False}, timeout=0.3)
     assert becomes_idle(echo)
+
+
+def test_a_client_that_does_not_read_is_dropped_after_the_deadline() -> None:
+    closed: list[str] = []
+
+    async def content() -> AsyncGenerator[bytes, None]:
+        try:
+            while True:
+                yield b"data: x\n\n"
+        finally:
+            closed.append("content")
+
+    async def never(*_: Any) -> Any:
+        await asyncio.sleep(60)
+
+    async def respond() -> None:
+        closing = AsyncExitStack()
+        closing.callback(closed.append, "request")
+        stream = EventStream(content(), closing, limit_s=0.2)
+        sent = 0
+
+        async def send(message: Any) -> None:  # the socket's buffer takes three parts
+            nonlocal sent
+            sent += 1
+            if sent > 3:
+                await never()
+
+        await asyncio.wait_for(stream({"type": "http"}, never, send), 10)
+        assert sent == 4
+
+    asyncio.run(respond())
+    assert closed == ["content", "request"]
