@@ -63,7 +63,7 @@ def _subject(results: Results) -> tuple[str, _Finding | None, dict[str, Any] | N
     partly = [(f, level) for f in found for level in f.levels if (level["ratio"]["low"] or 0.0) > 1.0]
     if partly:
         return "partly", *max(partly, key=lambda pair: pair[1]["ratio"]["value"])
-    slower = [f for f in found if f.never or (f.high is not None and f.high < 1.0)]
+    slower = [f for f in found if f.worse or (f.high is not None and f.high < 1.0)]
     if len(slower) == len(found):
         return "slower", max(found, key=_by_ratio), None
     return "unclear", max((f for f in found if f not in slower), key=_by_ratio), None
@@ -80,6 +80,9 @@ class _Finding:
         ratio = measured["best"]["ratio"]
         self.ratio, self.low, self.high = ratio["value"], ratio["low"], ratio["high"]
         self.never, self.always = (measured["best"]["arm"] == side for side in ("below", "above"))
+        # Not in results of older releases. A best accuracy is a maximum: every second equal method never reaches it.
+        self.difference: dict[str, float] | None = measured.get("best_difference")
+        self.worse = self.never and (self.difference is None or self.difference["high"] < 0.0)
         self.levels: list[dict[str, Any]] = measured["levels"]
         self.curve = next(method["curve"] for method in results["arms"] if method["name"] == comparison["arm"])
 
@@ -88,10 +91,17 @@ class _Finding:
         if self.always:
             return "its accuracy is above that at every threshold, so evaluate.thresholds needs lower ones to tell"
         if self.ratio is None:
-            return "its accuracy is below that at every threshold" if self.never else "the curves do not meet there"
+            return self._below if self.never else "the curves do not meet there"
         if self.low is None:
             return f"{self.ratio:.2f} times the tokens per pass there (no interval)"
         return f"{self.ratio:.2f} times the tokens per pass there ({self.low:.2f} to {self.high:.2f})"
+
+    @property
+    def _below(self) -> str:
+        if self.difference is None:
+            return "its accuracy is below that at every threshold"
+        value, low, high = (100 * self.difference[end] for end in ("value", "low", "high"))
+        return f"its own best accuracy differs by {value:+.1f} percentage points ({low:+.1f} to {high:+.1f})"
 
 
 def _by_ratio(f: _Finding) -> float:

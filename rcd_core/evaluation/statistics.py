@@ -78,13 +78,15 @@ class Gain:
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """levels: at the requested accuracies. best: at the baseline's highest accuracy over the thresholds, of each
-    resample. gains: at evenly spaced rates inside the range that both curves cover. aup: the method's - the baseline's.
+    resample. best_difference: the method's highest accuracy - the baseline's. gains: at evenly spaced rates inside the
+    range that both curves cover. aup: the method's - the baseline's.
     """
 
     measure: Measure
     num_problems: int
     levels: tuple[Level, ...]
     best: Level
+    best_difference: Estimate
     gains: tuple[Gain, ...]
     aup: Estimate
 
@@ -133,6 +135,7 @@ def compare(
         num_problems=len(method.example_ids),
         levels=tuple(_level(baseline, method, measure, np.asarray(level)) for level in accuracy_levels),
         best=_level(baseline, method, measure, baseline.accuracy.max(axis=1)),
+        best_difference=estimate(method.accuracy.max(axis=1) - baseline.accuracy.max(axis=1)),
         gains=tuple(gains),
         aup=estimate(areas[1] - areas[0]),
     )

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipelines.report.markdown import markdown, table
 from pipelines.report.verdict import verdict
+from rcd_core.evaluation.outcomes import Array, Outcomes
+from rcd_core.evaluation.statistics import compare, resample
 from tests.pipelines.report.made_results import made
 
 
@@ -44,6 +48,35 @@ def test_results_of_older_releases_say_that_the_threshold_was_chosen_on_the_same
 )
 def test_what_else_there_is_to_say(changes: dict[str, Any], opening: str) -> None:
     assert verdict(made(**changes)).startswith(opening)
+
+
+def test_equal_methods_are_not_called_slower() -> None:
+    """Of two equal methods every second one never reaches the other's best accuracy, a maximum over thresholds."""
+    generator = np.random.default_rng(0)
+    accuracy, rate, num_problems = [0.6, 0.72, 0.82, 0.88, 0.905, 0.91], [6, 5, 4, 3.2, 2.6, 2.2], 400
+    said = []
+    for _ in range(40):
+        difficulty = generator.random(num_problems)
+        curves = []
+        for _ in range(2):
+            mixed = 0.6 * difficulty + 0.4 * generator.random((len(rate), num_problems))
+            cuts = np.quantile(mixed.ravel(), accuracy)
+            curves.append(resample(outcomes((mixed < cuts[:, None]).astype(float), np.array(rate)), 300))
+        results = made()
+        results["comparisons"][0]["tokens_per_pass"] = asdict(compare(*curves))
+        said.append(verdict(results))
+    assert any("its own best accuracy differs by -" in text for text in said)
+    assert sum(text.startswith("No method is faster") for text in said) <= 4
+
+
+def outcomes(correct: Array, rate: Array) -> Outcomes:
+    """correct (T, N), tokens per pass (T,)."""
+    tokens, none = np.full(correct.shape, 36.0), np.zeros(correct.shape)
+    counts = {"tokens": tokens, "denoise": tokens / rate[:, None], "correct": correct[:, :, None]}
+    rest = ("reference", "prefill", "store", "reference_cost", "reference_cost_by_parameters", "seconds")
+    ids = tuple(f"{i:04d}" for i in range(correct.shape[1]))
+    thresholds = tuple(np.linspace(0.5, 0.99, len(rate)).tolist())
+    return Outcomes(thresholds=thresholds, example_ids=ids, **counts, **dict.fromkeys(rest, none))
 
 
 def test_a_gain_below_the_best_accuracy_is_no_gain_at_it() -> None:
