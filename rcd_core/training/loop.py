@@ -176,6 +176,12 @@ def train(
             done = step + 1
             if not math.isfinite(norm):
                 skipped += 1
+                rows = [row for micro in micro_batches for row in micro.rows]
+                if rows and all(row.reason for row in rows):
+                    raise UserError(
+                        f"none of the rows of step {step} can be trained on: {rows[0].reason} (rank {rank}, row "
+                        f"{rows[0].example_id}, ...); remove such examples, or fit the model to them"
+                    )
                 if skipped > settings.max_skipped_steps:
                     ids = ", ".join(row.example_id for micro in micro_batches for row in micro.rows[:4])
                     raise UserError(

@@ -37,15 +37,16 @@ def test_a_recipe_says_it_once_for_all_stages() -> None:
     assert load_recipe("sudoku-reference").process == ProcessSettings()
 
 
-def test_results_stay_done_and_only_a_live_application_is_replaced() -> None:
+def test_results_that_are_not_deterministic_are_not_taken_for_such_and_verification_changes_none() -> None:
     def keys(changes: list[str]) -> dict[str, Any]:
         recipe = load_recipe("sudoku-reference", changes)
         stages = stages_of(recipe)
         return {name: key_material(stage, recipe, {})["recipe"] for name, stage in stages.items()}
 
     plain, chosen = keys([]), keys(BOTH)
-    assert [name for name in plain if plain[name] != chosen[name]] == ["deploy"]
-    assert "deterministic" not in plain["deploy"], "keys of applications made before stay valid"
+    assert [name for name in plain if plain[name] == chosen[name]] == ["prepare"]
+    assert not any("deterministic" in values for values in plain.values()), "keys of runs made before stay valid"
+    assert keys(["verify_weights=false"]) == plain
 
 
 @pytest.mark.parametrize("change", ["compile=true", "attention=flex", "strategy=deepspeed"])

@@ -84,6 +84,7 @@ def test_variants_change_only_what_they_name() -> None:
         ("data.test=hf://gsm8k", "data.test is 'hf://gsm8k'"),
         ("data.num_train=null", "data.num_train is null"),
         ("data.pad_multiple=40", "data.pad_multiple is 40"),
+        ("base.start.max_positions=16", "data.max_length is 37, above base.start.max_positions 16"),
         ("storage=runs", "storage is 'runs', a relative path"),
         ("reference.start=./model", "reference.start is './model', a relative path"),
         ("reference.start=owner/name", "tokenizer.path is null but reference.start"),

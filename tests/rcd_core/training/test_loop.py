@@ -15,7 +15,7 @@ import torch
 from rcd_core import UserError, load_model
 from rcd_core.noise import NoiseSettings
 from rcd_core.training.data.batches import collate
-from rcd_core.training.data.examples import ExampleSource
+from rcd_core.training.data.examples import ExampleSource, Limits
 from rcd_core.training.data.rows import TrainingRow
 from rcd_core.training.disk import checkpoint_bytes
 from rcd_core.training.loop import Callbacks, learning_rate, train
@@ -200,3 +200,9 @@ def test_schedules() -> None:
     cosine, linear = replace(s, schedule="cosine"), replace(s, schedule="linear")
     assert learning_rate(55, cosine) == learning_rate(55, linear) == pytest.approx(0.5)
     assert learning_rate(99, linear) == pytest.approx(1 / 90)
+
+
+def test_a_step_without_a_row_to_train_on_says_why(examples: str) -> None:
+    source = ExampleSource([examples], NoiseSettings(), limits=Limits(vocab_size=512, max_positions=2))
+    with pytest.raises(UserError, match="none of the rows of step 0 can be trained on: too long for the model's"):
+        run(examples, source=source)
