@@ -66,11 +66,22 @@ def run(ctx: StageContext) -> dict[str, Any]:
     return summary.manifest()
 
 
+def _were_removed(ctx: StageContext) -> bool:
+    """Whether these are a target's own signals, which the training that used them removes."""
+    number = int(ctx.stage.removeprefix("signals-")) if ctx.stage != "signals" else None
+    if number is None or ctx.recipe.target.keep_rounds:
+        return False
+    return ctx.run.manifest("target" if number == ctx.recipe.target.rounds else f"round-{number}") is not None
+
+
 def repair(ctx: StageContext) -> dict[str, Any] | None:
     """Check the bytes of every shard of a finished stage. Returns the new summary if any had to be computed again."""
     job, manifest = make_job(ctx), ctx.run.manifest(ctx.stage)
     if manifest is None:
         raise UserError(f"--repair: {job.directory} has no manifest, so the stage is not done; run without --repair")
+    if _were_removed(ctx):
+        ctx.console.print(f"  {ctx.stage}: its shards were removed when they had been used (target.keep_rounds: false)")
+        return None
     old, num_damaged = manifest["summary"], 0
     complete = dict(Sidecars(job).complete(storage.listing(job.directory)))
     paths = [storage.join(job.directory, name) for name in old["shards"]]

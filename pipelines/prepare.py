@@ -41,6 +41,7 @@ from pipelines.data.sources import (
     training_texts,
 )
 from pipelines.recipe.model import Recipe
+from pipelines.recipe.sources import SYNTHETIC, source_list
 from pipelines.run.directory import StageContext
 from pipelines.run.progress import Countdown, StillWorking
 from rcd_core.errors import UserError
@@ -57,6 +58,9 @@ TOKENIZER_ROWS = 10_000  # good rows that the tokenizer is trained on
 def run(ctx: StageContext) -> dict[str, Any]:
     """Write train/, validation/, test/, tokenizer/ and bad.parquet. Returns file names in order, counts and digests."""
     check_sources(ctx.recipe)
+    if shared := sorted({*source_list(ctx.recipe.data.train)} & {*source_list(ctx.recipe.data.test)} - {SYNTHETIC}):
+        text = f"data.train and data.test both have {shared[0]}: models are tested on their training examples"
+        ctx.console.print(f"  warning: {text}", markup=False, soft_wrap=True)
     for split in SPLITS:
         storage.remove(storage.join(ctx.directory, split))
     storage.remove(storage.join(ctx.directory, VALIDATION))

@@ -74,6 +74,7 @@ def test_other_problems_are_tested_than_trained_on(
     data = {"train": train, "fields": {"answer": "answer"}, "test": test, "test_task": "math500"}
     ctx = context(data)
     summary = prepare.run(ctx)
+    assert "warning" not in ctx.console.file.getvalue()  # type: ignore[attr-defined]
     (row,) = rows_of(ctx, "test", summary)
     assert row["prompt"] == "Which digit?" + INSTRUCTION and row["answer"] == "$4$"
     assert "#### 1" in str(load_tokenizer(f"{ctx.directory}/tokenizer").decode(_labelled(ctx, summary)))
@@ -316,6 +317,8 @@ def test_examples_are_held_out_of_training(
     data = {"train": path, "test": path, "max_length": 128}
     whole, split = context(data), context({**data, "num_validation": 20}, name="split")
     before, after = prepare.run(whole), prepare.run(split)
+    said = whole.console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"warning: data.train and data.test both have {path}" in said
     held, kept = (rows_of(split, name, after) for name in ("validation", "train"))
     assert len(held) == 20 and len(kept) == 40 == sum(after["chunks"]["rows"])
     assert held + kept == rows_of(whole, "train", before) and before["validation"] == []

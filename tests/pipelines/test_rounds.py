@@ -121,6 +121,8 @@ def test_a_run_in_two_rounds(on_policy: float, ray_cluster: str, tmp_path: Path)
 
     last = run_stage(recipe, "target", train_stage.run)
     assert not list(Path(own.directory).glob("shard-*.parquet")) and not state.exists()
+    assert precompute.repair(context(recipe, "signals-2")) is None, "what was removed on purpose is not damaged"
+    assert precompute.repair(context(recipe, "signals")) is None
     alone = load_model(GOLDEN / "sdar_tiny").requires_grad_(True)
     silent, done = Callbacks(lambda line: None, lambda step, save: None), make_job(last)
     torch.set_num_threads(1)
