@@ -30,6 +30,7 @@ from rcd_core.tasks import MASK_TEXT
 from rcd_core.text.tokenizer import render_chat, stop_token_ids
 from rcd_core.training.plan import ModelShape
 
+MAX_TRACED = 1 << 21  # predictions that the trace of a choice may hold, candidates included: about 100 MB of JSON
 # Beyond these bounds the scaled logits overflow float32, and no token is ever committed.
 _BOUNDS = {"temperature": (1e-4, 1e4), "residual_temperature": (1e-4, 1e4), "cfg_scale": (0.0, 1e4)}
 
@@ -76,7 +77,7 @@ class RequestText:
         elif len(ids) > self.max_length:
             raise UserError(f"{field} has {len(ids)} tokens; this server takes at most {self.max_length}: shorten it")
         committed = self._reusable(request, settings, len(ids), block_length)
-        return make_sequence(
+        sequence = make_sequence(
             self.model,
             ids,
             settings,
@@ -86,6 +87,9 @@ class RequestText:
             num_logprobs=request.logprobs,
             num_candidates=request.candidates,
         )
+        if settings.trace:
+            _check_trace(sequence, request.candidates)
+        return sequence
 
     def _limit_length(
         self, field: str, num_prompt: int, block_length: int, request: DecodeRequest, settings: DecodeSettings
@@ -254,3 +258,15 @@ class AnswerText:
 
 def _known(tokens: list[NewToken | None]) -> list[NewToken]:
     return [token for token in tokens if token is not None]
+
+
+def _check_trace(sequence: Sequence, candidates: int) -> None:
+    """Raise UserError for a trace that would fill the server's memory: a block is predicted in every of its passes."""
+    steps = sequence.settings.denoising_steps
+    lengths = [end - start for start, end in sequence.blocks]
+    most = sum(length * max(length, steps) for length in lengths) * (1 + candidates)
+    if most > MAX_TRACED:
+        raise UserError(
+            f"return_trace would report up to {most:,} predictions of a choice, at most {MAX_TRACED:,} are possible; "
+            "lower trace_candidates, block_length or max_tokens, or leave return_trace out"
+        )

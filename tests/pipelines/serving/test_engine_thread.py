@@ -201,6 +201,10 @@ def test_a_full_queue_is_reported_at_once() -> None:
         (request([5], replace(OK, stop_token_ids=(-1,))), "^stop_token_ids .* -1"),
         (request([5], replace(OK, temperature=1e-40)), "^temperature is 1e-40.* 0.0001"),
         (request([5], replace(WARM, residual_temperature=1e-300)), "^residual_temperature is 1e-300"),
+        (
+            request([5], replace(OK, trace=True, schedule="time", denoising_steps=8000), candidates=20),
+            "^return_trace would .* lower trace_candidates",
+        ),
         (request([5, 511]), "infill"),
         (request([]), "prompt"),
         (request([5], infill=True), "511"),
