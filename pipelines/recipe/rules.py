@@ -51,11 +51,9 @@ def problems(recipe: Recipe) -> Iterator[str]:
         yield f"data.max_length is {data.max_length}; it must hold at least {multiple} tokens, the padding multiple"
     if data.min_length is not None and data.min_length > data.max_length:
         yield f"data.min_length is {data.min_length}, above data.max_length {data.max_length}; no example would be left"
-    starts = {"base": recipe.base and recipe.base.start, "reference": reference and reference.start}
-    for key, start in (starts | {"target": target.start}).items():
-        if isinstance(start, ModelConfig) and start.max_positions < data.max_length:
-            most = f"{key}.start.max_positions {start.max_positions}"
-            yield f"data.max_length is {data.max_length}, above {most}; change one"
+    new = recipe.base.start if recipe.base else None
+    if isinstance(new, ModelConfig) and new.max_positions < data.max_length:
+        yield f"data.max_length is {data.max_length}, above base.start.max_positions {new.max_positions}; change one"
     for key, start in checkpoints(recipe).items():
         yield from checkpoint_problems(key, start)
         if recipe.tokenizer_source is None:
