@@ -44,7 +44,7 @@ GAIN = 1.5 * NO_GAIN
 def outlook(both: float) -> str:
     """What to expect of residuals, for `both` of information.py."""
     if both <= NO_GAIN:
-        return f"No gain is to be expected: models with up to {NO_GAIN:.3f} gained nothing."
+        return f"No gain is to be expected: models with up to {NO_GAIN:.3f} gained nothing from them."
     if both >= GAIN:
         return f"A gain is likely: models with {GAIN:.3f} or more gained. They were tiny; a pilot run will tell."
     return f"Not known: between {NO_GAIN:.3f} and {GAIN:.3f} the measure is not fine enough."

@@ -157,7 +157,8 @@ class Request(_BodyFields):  # type: ignore[misc]
         size += sum(map(len, self.stops()))
         if size * self.n > most:
             choices = f" for each of {self.n} choices" if self.n > 1 else ""
-            raise UserError(f"{field} has {size} characters{choices}; at most {most} in all: shorten it")
+            what = f"{field} and stop have" if self.stops() else f"{field} has"
+            raise UserError(f"{what} {size} characters{choices}; at most {most} in all: shorten it")
 
     @abstractmethod
     def _size(self) -> tuple[str, int]:

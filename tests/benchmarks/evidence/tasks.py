@@ -20,7 +20,8 @@ one could mislead a measure that sums over a whole board:
 - sorted: digits 1 to 6 that fall in no row and no column. A discarded prediction is a range.
 - halves: three rows of `shuffles` and nine steps of `walk`. One half leaves choices and the other lets be inferred.
 
-sudoku9_easy is 9x9 Sudoku with 46 to 56 givens: a base of 1,600 steps did not learn the product's task, with 32 to 48.
+sudoku9_easy is 9x9 Sudoku, of 82 tokens, with 46 to 56 givens: a base of 1,600 steps did not learn the product's task,
+with 32 to 48.
 """
 
 from __future__ import annotations
