@@ -1,4 +1,6 @@
-"""The exception for errors that the user can fix."""
+"""The exception for errors that the user can fix, and the note on the others that a training adds."""
+
+STEP_NOTE = "optimiser steps done before this error: "  # begins a note on exceptions from the training loop
 
 
 class UserError(ValueError):

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pipelines.ray_cluster import hub_token
+from pipelines.ray_cluster import hub_token, worker_start
 from pipelines.ray_cluster.local import STATE, Head
 from rcd_core.errors import UserError
 
@@ -47,8 +47,12 @@ def connect(verbose: bool = False) -> None:
     _require_answer(address or "")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        token = hub_token.runtime_env()
-        ray.init(address=address or "auto", logging_level=_log_level(verbose), log_to_driver=verbose, runtime_env=token)
+        ray.init(
+            address=address or "auto",
+            logging_level=_log_level(verbose),
+            log_to_driver=verbose,
+            runtime_env=worker_start.runtime_env(),
+        )
         hub_token.give()
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = f"at {address}" if address else "on this machine"

@@ -1,24 +1,23 @@
 """The driver's token for the Hugging Face hub (HF_TOKEN), in every worker of its jobs, for gated checkpoints and data.
 
 The environment of a runtime env would also bring it there, but Ray shows that on the dashboard and writes it to its
-logs. So the token lies in the cluster's key-value store, and a hook takes it when a worker starts, where the node's
-environment has none.
+logs. So the token lies in the cluster's key-value store, and a worker takes it when it starts (worker_start.py), where
+the node's environment has none.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from typing import Any
 
 TOKEN = "HF_TOKEN"
 _NAMESPACE, _KEY = b"rcd", b"hub token"
 _WAIT_S = 10.0  # a worker may start before the driver has stored the token
 
 
-def runtime_env() -> dict[str, Any] | None:
-    """For ray.init. None without a token."""
-    return {"worker_process_setup_hook": f"{__name__}.take"} if os.environ.get(TOKEN) else None
+def has() -> bool:
+    """Whether this process has a token."""
+    return bool(os.environ.get(TOKEN))
 
 
 def give() -> None:

@@ -247,6 +247,7 @@ def _head_environment(token: str) -> dict[str, str]:
     env["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # Ray's next default; unset, each driver prints a warning
     # Despite its name, this makes Ray keep 127.0.0.1 instead of the outward address.
     env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    env["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process per training; no node of this head is ever drained
     env["PYTHONUNBUFFERED"] = "1"  # a job's output goes to a file: do not buffer it
     return env
 

@@ -28,9 +28,8 @@ from ray.train.v2._internal.execution.controller.state import (
 )
 
 from pipelines.run.messages import causes, is_full_disk
-from rcd_core.errors import UserError
+from rcd_core.errors import STEP_NOTE, UserError
 from rcd_core.io import storage
-from rcd_core.training.loop import STEP_NOTE
 
 LOST = (RayActorError, WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError)
 _PEER_GONE = ("by peer", "Broken pipe", "NCCL error", "TCPStore")  # torch, where another rank's loss is seen first

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rcd_core.alpha import LearnedAlpha
-from rcd_core.errors import UserError
+from rcd_core.errors import STEP_NOTE, UserError
 from rcd_core.families.base import DiffusionModel
 from rcd_core.loopholing import Loophole
 from rcd_core.noise import NoiseSettings, seed_of
@@ -34,7 +34,6 @@ from rcd_core.training.settings import ResidualSettings, SignalRule, TrainSettin
 from rcd_core.training.strategies import Strategy, compile_layers, make_strategy, read_progress, write_progress
 
 DEFAULT_RULE = SignalRule()
-STEP_NOTE = "optimiser steps done before this error: "  # begins a note on exceptions from the loop
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from pipelines.training.checkpoints import finished_steps
 from pipelines.training.faults import EndHopelessRuns, is_disk_full, user_error
-from rcd_core.errors import UserError
-from rcd_core.training.loop import STEP_NOTE
+from rcd_core.errors import STEP_NOTE, UserError
 
 
 def full_disk() -> OSError:

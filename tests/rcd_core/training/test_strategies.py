@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from rcd_core import UserError, load_model
 from rcd_core.noise import NoiseSettings
 from rcd_core.training.data.examples import ExampleSource
 from rcd_core.training.loop import Callbacks, train
+from rcd_core.training.optimizers import SmallMuon, make_optimizers
 from rcd_core.training.settings import LoraSettings, ResidualSettings, TrainSettings
 from rcd_core.training.strategies import read_progress
 from tests.rcd_core.training.helpers import BLOCK, GOLDEN, spawn, write_examples
@@ -116,6 +119,32 @@ def test_muon_trains_the_layers_matrices_and_resumes_exactly(examples: str, tmp_
         more = (faster[name] - start[name]).norm() / faster[name].numel() ** 0.5 / moved[name]
         assert (more > 3) == (".layers." in name and whole[name].ndim == 2), name
     assert logged[-1]["learning_rate"] == pytest.approx(1e-3 / 3)
+
+
+def test_small_matrices_are_trained_as_by_torch() -> None:
+    """With one optimiser's state in the other."""
+    torch.manual_seed(0)
+    shapes = [(6, 4), (4, 6), (6, 4), (5, 5), (1, 3)]
+    ours, theirs = ([nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    small, whole = SmallMuon(ours, lr=0.02, weight_decay=0.1), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)
+    for step in range(4):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn_like(one) if (step, one.shape) != (1, (1, 3)) else None
+            other.grad = one.grad
+        if step == 2:
+            small.load_state_dict(deepcopy(whole.state_dict()))
+        small.step()
+        whole.step()
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one - 1).abs().max() > 0.02
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=0)
+
+
+def test_large_matrices_are_left_to_torch() -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(300, 300), nn.Linear(8, 8)])})
+    optimizers = make_optimizers(nn.ModuleDict({"model": model}), settings(**MUON))
+    found = [(type(o), [p.shape[0] for g in o.param_groups for p in g["params"]]) for o in optimizers[1:]]
+    assert found == [(SmallMuon, [8]), (torch.optim.Muon, [300])]
 
 
 @pytest.mark.parametrize("changes", [{"strategy": "deepspeed"}, {"lora": LoraSettings()}])
