@@ -37,6 +37,7 @@ START_TIMEOUT_S = 90
 STOP_TIMEOUT_S = 30
 _STORE_BYTES = (400 << 20, 16 << 30)  # bounds of the object store
 _STORE_SHARE = 0.1  # of the memory: blocks of Ray Data are in it; models and their workers need the rest
+_KEPT_BYTES = 256 << 20  # most memory that a process keeps after it was freed
 JOB_STOP_S = 10  # between SIGTERM and SIGKILL; Ray's default of 3 s is too short to close training workers
 _RAY_ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")  # set, they override --address of `ray job submit`
 
@@ -248,6 +249,9 @@ def _head_environment(token: str) -> dict[str, str]:
     # Despite its name, this makes Ray keep 127.0.0.1 instead of the outward address.
     env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     env["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process per training; no node of this head is ever drained
+    env["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"  # how late the end of a training is seen
+    # A process keeps what it frees: in a virtual machine, to get a page again takes longer than what is computed on it.
+    env |= {"MALLOC_MMAP_THRESHOLD_": str(_KEPT_BYTES), "MALLOC_TRIM_THRESHOLD_": str(_KEPT_BYTES)}
     env["PYTHONUNBUFFERED"] = "1"  # a job's output goes to a file: do not buffer it
     return env
 

@@ -159,7 +159,9 @@ class DataParallel(_Native):
         super().__init__(module, settings)
         self.device_type = device.type
         if dist.is_initialized() and dist.get_world_size() > 1:
-            self.module = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+            devices = [device.index] if device.type == "cuda" else None
+            # No training changes the buffers.
+            self.module = DistributedDataParallel(module, device_ids=devices, forward_sync_buffers=False)
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         if last or not isinstance(self.module, DistributedDataParallel):
