@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any, NoReturn
@@ -74,13 +72,6 @@ def run_recipe(
 def stage_main(*only: str) -> NoReturn:
     """The main function of a stage file: `if __name__ == "__main__": stage_main("prepare")`."""
     sys.exit(main(only=only))
-
-
-def _import_early(functions: Sequence[str]) -> None:
-    """Import the files of later stages, which takes seconds each, while the first stage waits for its workers."""
-    for function in functions:
-        with suppress(Exception):  # which comes again, and is reported, when the stage starts
-            resolve(function)
 
 
 def _spelled(argument: str) -> str:
@@ -201,8 +192,6 @@ class _Job:
         for name in reversed(self.redo):  # dependents first, so that a kill leaves no stale results
             self.run.remove_stage(name)
         self.run.write_recipe(self.recipe)
-        functions = [stage.function for stage in to_run]
-        threading.Thread(target=_import_early, args=(functions,), name="imports", daemon=True).start()
         started = time.monotonic()
         table = Table("stage", "state", "seconds")
         for name in self.chosen:

@@ -1,20 +1,23 @@
-"""Logic grids in words: three people, each with one of three things in one of three places. Clues exclude a pair, offer
-two, or link a thing with a place; together they have one solution, which the answer names pair by pair.
+"""Logic grids in words: three people, each with a thing, a food or an animal, in a room, a building or a landscape. The
+question has a place for a clue about what each person has, where each person is, and where each possession is: "is"
+says it, "not" excludes one, two words offer two, and "? ?" says nothing. Together the clues have one solution; the
+answer names all pairs, by kind.
 
-A row looks like this:
+A row looks like this ("/" ends a line):
 
-    {"question": "Mia, Tom and Ida have the drum, the lamp and the vase in the attic, the mill and the garden. Mia does
-                  not have the lamp. Tom has the drum or the vase. The drum is not in the mill. The vase is in the
-                  garden. Ida is in the attic or the mill. Tom is not in the garden. Who has what, and where?",
-     "answer": "Mia has the vase in the garden. Tom has the drum in the attic. Ida has the lamp in the mill."}
+    {"question": "Grid: Selma is pig ? ? / Oscar ? ? not lobby / Felix salad frog study school / thing ? ? / food ? ? /
+                  animal is pantry",
+     "answer": "Pairs: Selma the animal the room / Oscar the thing the landscape / Felix the food the building /
+                thing the landscape / food the building / animal the room"}
 
-Train and test differ in solution and clues, whatever the names.
+So Selma has an animal, which is in a room; Felix has a food or an animal, and is in a room or a building. Train and
+test differ in solution and clues, whatever the words.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from itertools import combinations, permutations
 
 import numpy as np
@@ -22,128 +25,144 @@ from numpy.typing import NDArray
 
 from rcd_core.errors import UserError
 from rcd_core.tasks.base import Problem, draw_row
-from rcd_core.tasks.words import PEOPLE, PLACES, SINGLE_THINGS, pick_several
+from rcd_core.tasks.words import ANIMALS, BUILDINGS, FOODS, LANDSCAPES, PEOPLE, ROOMS, SINGLE_THINGS, pick
 
 _SIZE = 3
-_KINDS = ("person", "thing", "place")
-_ORDERS = list(permutations(range(_SIZE)))
-_WORLDS = [(tuple(range(_SIZE)), things, places) for things in _ORDERS for places in _ORDERS]  # by person
-World = tuple[tuple[int, ...], ...]
-Clue = tuple[int, int, int, frozenset[int]]  # kind and number of an item; the kind and the numbers it may go with
-_CLUE = re.compile(r"(?:The )?(\w+) (has|does not have|is in|is not in) the (\w+)(?: or the (\w+))?\.")
-_STATEMENT = re.compile(r"(\w+) has the (\w+) in the (\w+)")
+_POSSESSIONS = {"thing": SINGLE_THINGS, "food": FOODS, "animal": ANIMALS}
+_PLACES = {"room": ROOMS, "building": BUILDINGS, "landscape": LANDSCAPES}
+_QUESTION, _ANSWER, _END, _NOTHING = "Grid:", "Pairs:", " / ", "? ?"
+_KINDS = [_POSSESSIONS, _PLACES] * _SIZE + [_PLACES] * _SIZE  # of each clue: of the people's, then of the possessions'
+_NUM_CLUES = len(_KINDS)
+Allowed = frozenset[int]  # numbers of kinds
 
 
 class Grid:
     name = "grid"
-    about = "logic grids. A prompt has people, things, places and clues; the answer says who has what where."
+    about = (
+        "logic grids: three people, each with a thing, a food or an animal in a room, a building or a landscape. A "
+        f"prompt is {_QUESTION} and a line for each person and possession, with / between them. Each line has clues of "
+        f"two words: is and a word, not and a word, two words, or {_NOTHING}; the answer has the kinds."
+    )
     infill = False
     fields: tuple[str, ...] = ("question", "answer")
 
     def synthetic(self, index: int, split: str, seed: int) -> dict[str, str]:
-        return draw_row(self.name, index, split, seed, 1 + 3 * _SIZE + len(_CLUES), _make)
+        return draw_row(self.name, index, split, seed, 2 + len(_possible()) + _SIZE + 3 * _NUM_CLUES, _make)
 
     def problem(self, row: Mapping[str, str]) -> Problem:
-        answer = row["answer"].strip()
-        if len(_pairs(answer)) != _SIZE:
-            raise UserError(f"the answer does not name {_SIZE} people, each with a thing and a place: {answer[:80]!r}")
-        return Problem(prompt=row["question"].strip(), response=answer, answer=answer)
+        question, answer = row["question"].strip(), row["answer"].strip()
+        if not self.check(question, answer):
+            raise UserError(
+                f"the answer has not the {_NUM_CLUES} pairs that the question's clues leave: {answer[:80]!r}"
+            )
+        return Problem(prompt=question, response=answer, answer=answer)
 
     def grade(self, prompt: str, completion: str, answer: str) -> bool:
-        found = _STATEMENT.findall(completion)
-        return len(found) == _SIZE and {tuple(pair) for pair in found} == _pairs(answer)
+        return completion.split() == answer.split()
 
     def check(self, prompt: str, completion: str) -> bool:
         """Raises UserError for a prompt that is no problem of this task."""
-        given, stop, clues = prompt.partition(". ")
-        people, have, rest = given.partition(" have ")
-        things, inside, places = rest.partition(" in ")
-        if not (stop and have and inside):
+        lines = _lines(prompt, _QUESTION)
+        if lines is None:
             raise UserError(f"the prompt is no problem of {self.name}: {prompt[:80]!r}")
-        names = [re.findall(r"\b(?!and\b|the\b)\w+", part) for part in (people, things, places)]
-        answers = {person: (thing, place) for person, thing, place in _STATEMENT.findall(completion)}
-        by_person = [answers.get(person, ("", "")) for person in names[0]]
-        found = [names[0], [thing for thing, _ in by_person], [place for _, place in by_person]]
-        if len(answers) != _SIZE or any(set(a) != set(b) for a, b in zip(found, names, strict=True)):
+        words = [word for line in lines for word in line[1:]]
+        clues = zip(words[::2], words[1::2], _KINDS, strict=True)
+        allowed = [_allowed(first, second, kinds) for first, second, kinds in clues]
+        found = _lines(completion, _ANSWER)
+        if found is None or [line[0] for line in found] != [line[0] for line in lines]:
             return False
-        return all(_agrees(clue, found) for clue in _CLUE.findall(clues))
+        words = [word for line in found for word in line[1:]]
+        if set(words[::2]) != {"the"}:
+            return False
+        world = [
+            list(kinds).index(word) if word in kinds else -1 for word, kinds in zip(words[1::2], _KINDS, strict=True)
+        ]
+        return world in _worlds().tolist() and all(n in a for n, a in zip(world, allowed, strict=True))
+
+    def layout(self, text: str) -> str:
+        """A question or an answer as lines for people."""
+        return text.replace(_END, "\n")
 
 
-def _agrees(clue: Sequence[str], found: Sequence[Sequence[str]]) -> bool:
-    """clue: subject, verb, one or two objects. found: people, their things, their places."""
-    subject, verb, one, other = clue
-    kind = next((k for k, names in enumerate(found) if subject in names), None)
-    if kind is None:
-        raise UserError(f"a clue is about {subject!r}, which the prompt does not introduce")
-    value = found[1 if "ha" in verb else 2][found[kind].index(subject)]
-    return (value in (one, other)) != ("not" in verb)
+def _lines(text: str, begin: str) -> list[list[str]] | None:
+    """The words of each line, the first of which is the person or the kind of possession; None for another form."""
+    first, *words = text.split() or [""]
+    lines = [line.split() for line in " ".join(words).split(_END)]
+    fits = first == begin and [len(line) for line in lines] == [5] * _SIZE + [3] * _SIZE
+    return lines if fits and [line[0] for line in lines[_SIZE:]] == list(_POSSESSIONS) else None
 
 
-def _pairs(text: str) -> set[tuple[str, ...]]:
-    return {tuple(found) for found in _STATEMENT.findall(text)}
+@cache
+def _worlds() -> NDArray[np.int64]:
+    """(36, 9): for each arrangement the kind that each clue is about."""
+    orders, people = list(permutations(range(_SIZE))), range(_SIZE)
+    return np.array(
+        [
+            [kind for i in people for kind in (has[i], where[i])] + [where[has.index(kind)] for kind in range(_SIZE)]
+            for has in orders
+            for where in orders
+        ]
+    )
 
 
-def _possible() -> Iterator[Clue]:
-    """Every clue: an item of one kind goes with one or two of the three items of a later kind."""
-    for kind, other in combinations(range(len(_KINDS)), 2):
-        for item in range(_SIZE):
-            for count in (1, 2):
-                for numbers in combinations(range(_SIZE), count):
-                    yield kind, item, other, frozenset(numbers)
+@cache
+def _possible() -> list[tuple[int, Allowed]]:
+    """Every clue: its number, and the one or two kinds that it leaves."""
+    sets = [frozenset(kinds) for count in (1, 2) for kinds in combinations(range(_SIZE), count)]
+    return [(clue, allowed) for clue in range(_NUM_CLUES) for allowed in sets]
 
 
-_CLUES = list(_possible())
+def _make(draws: NDArray[np.float64]) -> tuple[str, str, str]:
+    numbers = iter(draws.tolist())
+    world = _worlds()[int(next(numbers) * len(_worlds()))].tolist()
+    clues = _choose(world, next(numbers), [next(numbers) for _ in _possible()])
+    people = [pick(PEOPLE, next(numbers)) for _ in range(_SIZE)]
+    given = [_in_words(clues.get(clue), clue, numbers) for clue in range(_NUM_CLUES)]
+    pairs = [f"the {list(kinds)[n]}" for n, kinds in zip(world, _KINDS, strict=True)]
+    content = f"{world} {sorted((clue, sorted(allowed)) for clue, allowed in clues.items())}"
+    return content, f"{_QUESTION} {_text(people, given)}", f"{_ANSWER} {_text(people, pairs)}"
 
 
-def _holds(clue: Clue, world: World) -> bool:
-    kind, item, other, numbers = clue
-    return world[other][world[kind].index(item)] in numbers
-
-
-def _make(uniform: NDArray[np.float64]) -> tuple[str, str, str]:
-    draws = uniform.tolist()
-    world = _WORLDS[int(draws[0] * len(_WORLDS))]
-    names = [pick_several(items, draws[1 + _SIZE * i : 1 + _SIZE * (i + 1)]) for i, items in enumerate(_ITEMS)]
-    clues = _unique([_CLUES[i] for i in np.argsort(draws[-len(_CLUES) :]).tolist() if _holds(_CLUES[i], world)])
-    people, things, places = names
-    given = [_listed(people), _listed([f"the {t}" for t in things]), _listed([f"the {p}" for p in places])]
-    sentences = [f"{given[0]} have {given[1]} in {given[2]}.", *(_in_words(clue, names) for clue in clues)]
-    answer = " ".join(f"{people[i]} has the {things[world[1][i]]} in the {places[world[2][i]]}." for i in range(_SIZE))
-    content = f"{world} {[(*clue[:3], sorted(clue[3])) for clue in clues]}"
-    return content, " ".join([*sentences, "Who has what, and where?"]), answer
-
-
-_ITEMS = (PEOPLE, SINGLE_THINGS, PLACES)
-
-
-def _unique(clues: Sequence[Clue]) -> list[Clue]:
-    """Of clues that together have one solution, the first ones that are needed: each rules out a world, and no other
-    one makes it superfluous."""
-    left, chosen = list(_WORLDS), []
-    for clue in clues:
-        remaining = [world for world in left if _holds(clue, world)]
-        if len(remaining) < len(left):
-            left = remaining
-            chosen.append(clue)
-    for clue in list(chosen):
-        others = [c for c in chosen if c is not clue]
-        if sum(all(_holds(c, world) for c in others) for world in _WORLDS) == 1:
-            chosen = others
+def _choose(world: Sequence[int], bluntness: float, draws: Sequence[float]) -> dict[int, Allowed]:
+    """Clues that together leave this world alone, each of which ruled out another when it was added. The share of those
+    that say a pair as it is grows with bluntness, in [0, 1)."""
+    left, chosen = _worlds(), dict[int, Allowed]()
+    true = [(clue, allowed) for clue, allowed in _possible() if world[clue] in allowed]
+    order = {c: u + (0.3 - 0.9 * bluntness) * (len(c[1]) == 1) for c, u in zip(_possible(), draws, strict=True)}
+    direct = [c for c in true if len(c[1]) == 1]  # these together always suffice
+    for clue, allowed in [*sorted(true, key=order.__getitem__), *direct]:
+        rest = left[np.isin(left[:, clue], list(allowed))]
+        if len(rest) < len(left) and (clue not in chosen or len(allowed) == 1):
+            left, chosen[clue] = rest, allowed
+        if len(left) == 1:
+            break
     return chosen
 
 
-def _in_words(clue: Clue, names: Sequence[Sequence[str]]) -> str:
-    kind, item, other, numbers = clue
-    verb, negated = ("has", "does not have") if other == 1 else ("is in", "is not in")
-    subject = names[kind][item] if kind == 0 else f"The {names[kind][item]}"
-    allowed = [f"the {names[other][n]}" for n in sorted(numbers)]
-    if len(allowed) == 1:
-        return f"{subject} {verb} {allowed[0]}."
-    (left,) = set(range(_SIZE)) - numbers
-    if (item + left) % 2:  # both say the same; which one is used follows from the clue
-        return f"{subject} {negated} the {names[other][left]}."
-    return f"{subject} {verb} {allowed[0]} or {allowed[1]}."
+def _in_words(allowed: Allowed | None, clue: int, numbers: Iterator[float]) -> str:
+    kinds, words, excludes = _KINDS[clue], [next(numbers), next(numbers)], next(numbers) < 0.5
+    if allowed is None:
+        return _NOTHING
+    named = sorted(set(range(_SIZE)) - allowed if len(allowed) == 2 and excludes else allowed)
+    said = [pick(list(kinds.values())[kind], u) for kind, u in zip(named, words, strict=False)]
+    return " ".join(said) if len(said) == 2 else f"{'is' if len(allowed) == 1 else 'not'} {said[0]}"
 
 
-def _listed(items: Sequence[str]) -> str:
-    return f"{', '.join(items[:-1])} and {items[-1]}"
+def _allowed(first: str, second: str, kinds: Mapping[str, Sequence[str]]) -> Allowed:
+    """The kinds that a clue of two words leaves. Raises UserError for another text."""
+    every = frozenset(range(_SIZE))
+    if f"{first} {second}" == _NOTHING:
+        return every
+    found = [
+        next((number for number, words in enumerate(kinds.values()) if word in words), None)
+        for word in ((second,) if first in ("is", "not") else (first, second))
+    ]
+    if None in found:
+        raise UserError(f"the clue {first!r} {second!r} is none about a {', a '.join(kinds)}")
+    named = frozenset(number for number in found if number is not None)
+    return every - named if first == "not" else named
+
+
+def _text(people: Sequence[str], said: Sequence[str]) -> str:
+    lines = [f"{person} {said[2 * i]} {said[2 * i + 1]}" for i, person in enumerate(people)]
+    return _END.join([*lines, *(f"{kind} {said[2 * _SIZE + k]}" for k, kind in enumerate(_POSSESSIONS))])

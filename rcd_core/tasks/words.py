@@ -73,16 +73,20 @@ PLACES = words(
     porch port school shed shop square stable stadium station studio temple theatre tower valley
     village vineyard workshop"""
 )
+ROOMS = words(
+    """attic balcony bathroom bedroom cellar conservatory corridor hall kitchen lobby loft lounge nursery office pantry
+    parlour porch studio study terrace veranda washroom workshop"""
+)
+BUILDINGS = words(
+    """airport bakery barn brewery cabin castle chapel church cinema clinic cottage factory hospital hostel hotel
+    lighthouse mill monastery museum palace pharmacy prison school shop stable stadium station temple theatre tower"""
+)
+LANDSCAPES = words(
+    """bay beach canyon cape cave cliff desert dune estuary fen field fjord forest glacier gorge heath hill island
+    jungle lagoon lake marsh meadow moor mountain plain pond prairie reef river shore steppe swamp valley volcano"""
+)
 
 
 def pick(items: Sequence[str], u: float) -> str:
     """The item at u in [0, 1)."""
     return items[int(u * len(items))]
-
-
-def pick_several(items: Sequence[str], draws: Sequence[float]) -> list[str]:
-    """As many different items as draws in [0, 1)."""
-    left, found = list(items), []
-    for u in draws:
-        found.append(left.pop(int(u * len(left))))
-    return found

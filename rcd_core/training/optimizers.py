@@ -3,7 +3,7 @@
 Muon orthogonalises the momentum of a matrix (torch.optim.Muon, Newton-Schulz in bf16). Under fsdp2 the products run on
 shards, whose sums are rounded in another order.
 
-Shapes: N small matrices of one shape, R <= C their sides.
+Shapes: N matrices of one shape, R <= C their sides.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rcd_core.training.settings import TrainSettings
 
-_SMALL = 1 << 16  # numbers of a matrix
+_AT_ONCE = 1 << 20  # most numbers of a product, unless one matrix has more
 
 
 def make_optimizers(module: nn.Module, settings: TrainSettings) -> list[torch.optim.Optimizer]:
@@ -25,17 +25,9 @@ def make_optimizers(module: nn.Module, settings: TrainSettings) -> list[torch.op
     if settings.optimizer == "adamw":
         return [adamw([p for _, p in trained], settings)]
     hidden = [p for name, p in trained if _is_hidden(name, p)]
-    kinds = (
-        (SmallMuon, [p for p in hidden if _is_small(p)]),
-        (torch.optim.Muon, [p for p in hidden if not _is_small(p)]),
-    )
     return [
         adamw([p for name, p in trained if not _is_hidden(name, p)], settings),
-        *(
-            kind(parameters, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay)
-            for kind, parameters in kinds
-            if parameters
-        ),
+        Muon(hidden, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay),
     ]
 
 
@@ -49,30 +41,38 @@ def adamw(parameters: Any, settings: TrainSettings) -> torch.optim.AdamW:
     )
 
 
-class SmallMuon(torch.optim.Muon):
-    """torch's Muon for small matrices, with all of one shape in one product, where torch makes 15 products a matrix: a
-    fifth of the demo's step. State and updates are those of torch (nesterov), the latter up to the rounding of bf16."""
+class Muon(torch.optim.Muon):
+    """torch's, with small matrices of one shape in one product, where torch makes 15 products for each: a fifth of the
+    demo's step. The state is torch's, and so are the updates (nesterov), up to the rounding of bf16."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
+        if any(type(p.data) is not Tensor for group in self.param_groups for p in group["params"]):
+            return super().step(closure)  # type: ignore[no-untyped-call]  # shards of fsdp2
         for group in self.param_groups:
-            updates: dict[torch.Size, dict[nn.Parameter, Tensor]] = defaultdict(dict)
+            by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    if "momentum_buffer" not in self.state[p]:
-                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                    momentum = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                    updates[p.shape][p] = torch.lerp(p.grad, momentum, group["momentum"])
-            for (rows, columns), of_shape in updates.items():
-                rate = group["lr"] * max(1.0, rows / columns) ** 0.5
-                orthogonal = _orthogonalised(torch.stack(list(of_shape.values())), group)
-                for p, update in zip(of_shape, orthogonal, strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+                    by_shape[p.shape].append(p)
+            for (rows, columns), parameters in by_shape.items():
+                at_once = max(1, _AT_ONCE // (rows * columns))
+                for start in range(0, len(parameters), at_once):
+                    self._step_together(parameters[start : start + at_once], group)
+        return None
 
-
-def _is_small(parameter: nn.Parameter) -> bool:
-    """Whether its products are too small to keep a processor busy. Shards of fsdp2 are left to torch."""
-    return type(parameter.data) is Tensor and parameter.numel() <= _SMALL
+    def _step_together(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """parameters: N of one shape, with gradients."""
+        updates = []
+        for p in parameters:
+            assert p.grad is not None
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            momentum = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+            updates.append(torch.lerp(p.grad, momentum, group["momentum"]))
+        rows, columns = parameters[0].shape
+        rate = group["lr"] * max(1.0, rows / columns) ** 0.5
+        for p, update in zip(parameters, _orthogonalised(torch.stack(updates), group), strict=True):
+            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
 
 
 def _orthogonalised(updates_nrc: Tensor, group: dict[str, Any]) -> Tensor:

@@ -248,7 +248,7 @@ def _states(
     trained = total if settings.lora is None else float(adapter_parameters(shape, settings.lora))
     if settings.strategy == "ddp":
         copies = 2.0 * total if numbers == 2 else 0.0  # autocast's, kept until the end of the pass
-        copies += FP32 * trained if workers > 1 else 0.0  # DDP's gradient buckets, allocated all the time
+        # Gradients are DDP's buckets, and no further copy.
         return FP32 * total + copies, FP32 * trained, moments(shape, settings, trained), 0.0
     if settings.strategy == "fsdp2":
         # The head stays gathered (or the embedding, in the backward pass), and two layers: the one in use and the next.

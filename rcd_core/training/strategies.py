@@ -160,8 +160,9 @@ class DataParallel(_Native):
         self.device_type = device.type
         if dist.is_initialized() and dist.get_world_size() > 1:
             devices = [device.index] if device.type == "cuda" else None
-            # No training changes the buffers.
-            self.module = DistributedDataParallel(module, device_ids=devices, forward_sync_buffers=False)
+            # No training changes the buffers, and gradients need not exist twice.
+            options: dict[str, Any] = {"forward_sync_buffers": False, "gradient_as_bucket_view": True}
+            self.module = DistributedDataParallel(module, device_ids=devices, **options)
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         if last or not isinstance(self.module, DistributedDataParallel):

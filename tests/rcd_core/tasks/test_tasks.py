@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
-from itertools import permutations
+from itertools import permutations, product
 
 import pytest
 
@@ -15,6 +17,7 @@ from rcd_core.tasks import MASK_TEXT, TASKS, Problem, check, get_task, grade
 from rcd_core.tasks.answers import final_number, same_final_number
 from rcd_core.tasks.boxed import INSTRUCTION
 from rcd_core.tasks.sudoku import SUDOKU
+from rcd_core.tasks.words import ANIMALS, BUILDINGS, FOODS, LANDSCAPES, PEOPLE, ROOMS, SINGLE_THINGS
 from rcd_core.text.tokenizer import train_tokenizer
 
 GENERATORS = ("sudoku", "sudoku9", "arithmetic", "stories", "chain", "grid", "album")
@@ -56,8 +59,25 @@ def test_synthetic_rows_are_a_function_of_index_split_and_seed(name: str) -> Non
 @pytest.mark.parametrize("name", GENERATORS)
 def test_train_and_test_never_share_a_solution(name: str) -> None:
     task = get_task(name)
-    train, test = ({task.synthetic(i, split, 3)["answer"] for i in range(3000)} for split in ("train", "test"))
-    assert not train & test
+
+    def solution(row: dict[str, str]) -> str:
+        """Of a grid, with 36 solutions, the clues by kind."""
+        return grid_clues(row["question"]) if name == "grid" else row["answer"]
+
+    train, test = ({solution(task.synthetic(i, split, 3)) for i in range(3000)} for split in ("train", "test"))
+    assert not train & test and len(train) > 1000
+
+
+def grid_clues(question: str) -> str:
+    lists = (SINGLE_THINGS, FOODS, ANIMALS, ROOMS, BUILDINGS, LANDSCAPES, PEOPLE)
+    kinds = {word: str(number) for number, words in enumerate(lists) for word in words}
+    return " ".join(sorted_pairs(kinds.get(word, word) for word in question.split()))
+
+
+def sorted_pairs(words: Iterable[str]) -> list[str]:
+    """Two words that are offered in one order."""
+    text = " ".join(words)
+    return re.sub(r"(?<=[0-9/] )([0-5]) ([0-5])", lambda two: " ".join(sorted(two.groups())), text).split()
 
 
 # -- sudoku
@@ -181,24 +201,29 @@ def test_arithmetic_working_is_right_step_by_step() -> None:
 
 
 def test_a_grid_has_one_solution() -> None:
-    """Judged from the prompt alone: of all 36 arrangements the answer's is the only right one. No clue is idle."""
-    task = get_task("grid")
-    for i in range(100):
+    """Judged from the prompt alone: of all 36 arrangements the answer's is the only right one."""
+    possessions, places = ("thing", "food", "animal"), ("room", "building", "landscape")
+    kinds = (
+        [set(words) for words in (SINGLE_THINGS, FOODS, ANIMALS)],
+        [set(words) for words in (ROOMS, BUILDINGS, LANDSCAPES)],
+    )
+    assert all(len(set.union(*sets)) == sum(map(len, sets)) for sets in kinds), "the kind of a word is clear"
+    task, seen = get_task("grid"), Counter[str]()
+    for i in range(200):
         problem = task.problem(task.synthetic(i, "test", 0))
-        people, things, places = zip(*re.findall(r"(\w+) has the (\w+) in the (\w+)", problem.response), strict=True)
-        arrangements = [
-            " ".join(f"{who} has the {thing} in the {place}." for who, thing, place in zip(people, a, b, strict=True))
-            for a in permutations(things)
-            for b in permutations(places)
-        ]
+        people = re.findall(r"[A-Z][a-z]+(?= )", problem.response)
+        arrangements = []
+        for has, where in product(permutations(possessions), permutations(places)):
+            lines = [f"{who} the {what} the {place}" for who, what, place in zip(people, has, where, strict=True)]
+            lines += [f"{what} the {where[has.index(what)]}" for what in possessions]
+            arrangements.append(f"Pairs: {' / '.join(lines)}")
         right = [text for text in arrangements if check("grid", problem.prompt, text)]
         assert right == [problem.response]
         assert [text for text in arrangements if grade("grid", text, problem.answer)] == right
-        given, *clues, _ = re.findall(r"[^.?]+[.?]", problem.prompt)
-        for clue in clues:
-            fewer = problem.prompt.replace(clue, "")
-            assert sum(bool(check("grid", fewer, text)) for text in arrangements) > 1, clue
-    assert not check("grid", problem.prompt, f"{problem.response} {problem.response}".replace(people[0], "Nobody"))
+        seen.update(re.findall(r" is | not |\? \?", problem.prompt))
+    assert min(seen.values()) > 100 and len(seen) == 3
+    for wrong in ("", problem.response[:-5], problem.response + " / x", problem.response.replace(people[0], "Nobody")):
+        assert check("grid", problem.prompt, wrong) is False
     assert check("grid", "Who has what?", problem.response) is None
 
 
@@ -312,8 +337,11 @@ def test_an_answer_that_repeats_a_digit_is_wrong_and_ends_nothing(task: str) -> 
 
 
 def test_a_grid_that_is_none_is_not_judged() -> None:
-    given = "Ben, Mia and Tom have the lamp, the key and the pen in Rome, Oslo and Bern."
-    answer = "Ben has the lamp in the Rome, Mia has the key in the Oslo, Tom has the pen in the Bern."
-    assert check("grid", f"{given} The lamp is in the Rome.", answer) is True
-    assert check("grid", f"{given} Zed does not have the lamp.", answer) is None
-    assert check("grid", "a have b in " * 20_000, answer) is None  # in milliseconds
+    given = "Grid: Mia not oboe ? ? / Tom is lute is attic / Ida lute fig ? ? / thing ? ? / food is cliff / animal ? ?"
+    answer = "Pairs: Mia the animal the building / Tom the thing the room / Ida the food the landscape"
+    links = "thing the room / food the landscape / animal the building"
+    assert check("grid", given, f"{answer} / {links}") is True
+    assert check("grid", given, f"{answer} / {links}".replace("landscape", "building")) is False
+    for none in (given.replace("attic", "lute"), given.replace("is attic", "is"), given.replace(" thing", " things")):
+        assert check("grid", none, f"{answer} / {links}") is None
+    assert check("grid", "Grid: a ? ? / " * 20_000, answer) is None  # in milliseconds

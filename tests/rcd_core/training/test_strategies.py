@@ -15,9 +15,9 @@ from torch import nn
 
 from rcd_core import UserError, load_model
 from rcd_core.noise import NoiseSettings
+from rcd_core.training import optimizers
 from rcd_core.training.data.examples import ExampleSource
 from rcd_core.training.loop import Callbacks, train
-from rcd_core.training.optimizers import SmallMuon, make_optimizers
 from rcd_core.training.settings import LoraSettings, ResidualSettings, TrainSettings
 from rcd_core.training.strategies import read_progress
 from tests.rcd_core.training.helpers import BLOCK, GOLDEN, spawn, write_examples
@@ -121,12 +121,14 @@ def test_muon_trains_the_layers_matrices_and_resumes_exactly(examples: str, tmp_
     assert logged[-1]["learning_rate"] == pytest.approx(1e-3 / 3)
 
 
-def test_small_matrices_are_trained_as_by_torch() -> None:
+@pytest.mark.parametrize("at_once", [1, 50, 1 << 20])
+def test_muon_of_many_matrices_is_torch_s(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one optimiser's state in the other."""
+    monkeypatch.setattr(optimizers, "_AT_ONCE", at_once)
     torch.manual_seed(0)
     shapes = [(6, 4), (4, 6), (6, 4), (5, 5), (1, 3)]
     ours, theirs = ([nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
-    small, whole = SmallMuon(ours, lr=0.02, weight_decay=0.1), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)
+    small, whole = optimizers.Muon(ours, lr=0.02, weight_decay=0.1), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)
     for step in range(4):
         for one, other in zip(ours, theirs, strict=True):
             one.grad = torch.randn_like(one) if (step, one.shape) != (1, (1, 3)) else None
@@ -138,13 +140,6 @@ def test_small_matrices_are_trained_as_by_torch() -> None:
     for one, other in zip(ours, theirs, strict=True):
         assert (one - 1).abs().max() > 0.02
         torch.testing.assert_close(one, other, atol=1e-3, rtol=0)
-
-
-def test_large_matrices_are_left_to_torch() -> None:
-    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(300, 300), nn.Linear(8, 8)])})
-    optimizers = make_optimizers(nn.ModuleDict({"model": model}), settings(**MUON))
-    found = [(type(o), [p.shape[0] for g in o.param_groups for p in g["params"]]) for o in optimizers[1:]]
-    assert found == [(SmallMuon, [8]), (torch.optim.Muon, [300])]
 
 
 @pytest.mark.parametrize("changes", [{"strategy": "deepspeed"}, {"lora": LoraSettings()}])
