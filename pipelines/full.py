@@ -18,10 +18,6 @@ from pathlib import Path
 if __name__ == "__main__":  # import from the repository's root, not from pipelines/, whose file names are too common
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-    from pipelines.ray_cluster.worker_start import collect_rarely
-
-    collect_rarely()  # before the slow imports
-
 from pipelines.run.driver import main  # noqa: E402
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ def connect(verbose: bool = False) -> None:
 
     if ray.is_initialized():
         return
+    worker_start.collect_rarely()  # the stages import as much here
     _require_answer(address or "")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

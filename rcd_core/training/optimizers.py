@@ -42,8 +42,8 @@ def adamw(parameters: Any, settings: TrainSettings) -> torch.optim.AdamW:
 
 
 class Muon(torch.optim.Muon):
-    """torch's, with small matrices of one shape in one product, where torch makes 15 products for each: a fifth of the
-    demo's step. The state is torch's, and so are the updates (nesterov), up to the rounding of bf16."""
+    """torch's, with small matrices of one shape in one product, where torch makes 15 products for each: an eighth of
+    the demo's step. The state is torch's, and so are the updates (nesterov), up to the rounding of bf16."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:

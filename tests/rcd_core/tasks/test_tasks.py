@@ -6,7 +6,6 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable
 from contextlib import suppress
 from itertools import permutations, product
 
@@ -69,15 +68,12 @@ def test_train_and_test_never_share_a_solution(name: str) -> None:
 
 
 def grid_clues(question: str) -> str:
+    """Two words that are offered exclude the third kind."""
     lists = (SINGLE_THINGS, FOODS, ANIMALS, ROOMS, BUILDINGS, LANDSCAPES, PEOPLE)
     kinds = {word: str(number) for number, words in enumerate(lists) for word in words}
-    return " ".join(sorted_pairs(kinds.get(word, word) for word in question.split()))
-
-
-def sorted_pairs(words: Iterable[str]) -> list[str]:
-    """Two words that are offered in one order."""
-    text = " ".join(words)
-    return re.sub(r"(?<=[0-9/] )([0-5]) ([0-5])", lambda two: " ".join(sorted(two.groups())), text).split()
+    text = " ".join(kinds.get(word, word) for word in question.split())
+    third = {frozenset(group) - {kind}: kind for group in ("012", "345") for kind in group}
+    return re.sub(r"(?<!is )(?<!not )([0-5]) ([0-5])", lambda two: f"not {third[frozenset(two.groups())]}", text)
 
 
 # -- sudoku
