@@ -21,7 +21,7 @@ from rcd_core.dense_signals import HiddenSignals
 from rcd_core.families.base import DiffusionModel
 from rcd_core.ops.encode import LOWEST, encode_tile, rest_sums, sums_below
 from rcd_core.ops.reduce import Feedback, Reduced, Table, reduce_encoded, reduce_greedy
-from rcd_core.ops.top_k import top_k
+from rcd_core.ops.top_k import largest, top_k
 from rcd_core.signals import ReferenceSignals, Signals, residual_state
 
 
@@ -135,13 +135,13 @@ class SplitVocabulary(Vocabulary):
 
     def _best(self, z: Tensor, temperatures: tuple[float, ...]) -> _Best:
         """temperatures: of the moments, 1 among them."""
-        peak, first = z.max(-1)
+        peak, first = largest(z)
         columns = [peak, first + self.ids.start]
         allowed, mask = z, self.model.mask_token_id
         if mask in self.ids:
             allowed = z.clone()
             allowed.select(1, mask - self.ids.start).fill_(float("-inf"))
-        value, token = allowed.max(-1)
+        value, token = largest(allowed)
         columns += [value, token + self.ids.start]
         temperatures = tuple(dict.fromkeys(temperatures))
         for temperature in temperatures:

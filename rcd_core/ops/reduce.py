@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from rcd_core.alpha import LearnedAlpha, alpha_from_statistics
 from rcd_core.decode_settings import AlphaRule
 from rcd_core.ops.encode import LOWEST, Encoded, encode
+from rcd_core.ops.top_k import largest
 from rcd_core.precision import at_least_fp32, reduction_dtype
 
 
@@ -96,7 +97,7 @@ def _plain(z: Tensor, mask_token_id: int, with_entropy: bool) -> Reduced:
 def _best(logp: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
     """The most probable token other than the mask, and its probability. Overwrites the mask's column."""
     logp.select(1, mask_token_id).fill_(float("-inf"))
-    best, tokens = logp.max(-1)
+    best, tokens = largest(logp)
     return tokens, best.exp()
 
 
@@ -113,7 +114,7 @@ def _dense(z: Tensor, mask_token_id: int, feedback: Feedback, table: Table) -> R
         feedback.rule, tempered_entropy, tempered.amax(-1), z.shape[1], feedback.alpha_scale, learned=table.learned
     )
     if feedback.rule == "top1":
-        delta = table.weight[p.argmax(-1)]
+        delta = table.weight[largest(p)[1]]
     else:
         if feedback.delta_temperature != 1.0:
             same = feedback.delta_temperature == feedback.alpha_temperature

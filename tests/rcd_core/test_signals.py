@@ -14,7 +14,7 @@ from rcd_core import ReferenceSignals, UserError
 from rcd_core.alpha import entropy
 from rcd_core.dense_signals import DenseSignals, HiddenSignals
 from rcd_core.ops.encode import TailSums, encode, tail_sums_fused, tail_sums_plain
-from rcd_core.ops.top_k import top_k
+from rcd_core.ops.top_k import largest, top_k
 from rcd_core.signals import residual_state
 from tests.rcd_core.tensor_sizes import LargestTensor
 
@@ -204,6 +204,18 @@ def sums_agree(fused: TailSums, z: torch.Tensor, k: int, temperature: float) -> 
     top, ids = top_k(z.float(), k)
     for a, b in zip(fused(z, top, ids, temperature), tail_sums_plain(z, top, ids, temperature), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_largest_is_the_first_of_equals_and_nan_before_all(dtype: torch.dtype) -> None:
+    z = hard_logits().to(dtype)
+    z[5, 100:200:50], z[6] = math.nan, -math.inf
+    for rows in (z, z.T.contiguous().T, z[:, 3:]):
+        values, ids = largest(rows)
+        torch.testing.assert_close(values, rows.amax(-1), rtol=0, atol=0, equal_nan=True)
+        first = [next(i for i, x in enumerate(row) if math.isnan(x) or x == max(row)) for row in rows.tolist()]
+        first[5] = next(i for i, x in enumerate(rows[5].tolist()) if math.isnan(x))
+        assert ids.tolist() == first
 
 
 def test_top_k_covers_every_block_of_the_vocabulary() -> None:
