@@ -57,12 +57,15 @@ class PassShape:
 @dataclass(frozen=True)
 class Packed:
     """integers: (4 T,) of the tokens, with Loopholing (5 T,), then the attention backend's. place (T',): where each
-    real token stands among the T."""
+    real token stands among the T. starts, shifts (chunks,): a chunk's first position, and what makes a position of it
+    an index into `place`."""
 
     integers: Integers
     shape: PassShape
     rows: Rows
     place: Integers
+    starts: Integers
+    shifts: Integers
 
 
 class Forward:
@@ -96,25 +99,26 @@ class Forward:
         )  # fmt: skip
         lengths = columns[:, 0]
         chunk_ends = np.cumsum(lengths)
+        shifts = chunk_ends - lengths - columns[:, 1]
         chunk = np.repeat(np.arange(len(chunks)), lengths)
         start, keys, block, slot, first, end, grid = columns[chunk, 1:].T
-        positions = np.arange(len(ids)) - (chunk_ends - lengths)[chunk] + start
+        positions = np.arange(len(ids)) - shifts[chunk]
         begins = ((positions - grid) % block == 0) | (positions == start)
-        starts = np.append(np.flatnonzero(begins), len(ids))
-        head = starts[:-1]
+        head = np.flatnonzero(begins)
+        starts = np.concatenate([head, [len(ids)]])
         block_end = ((positions[head] - grid[head]) // block[head] + 1) * block[head] + grid[head]
         num_keys = np.minimum(keys[head], block_end)
         tables = self.tables.array
-        write = tables[slot, positions // page] * page + positions % page
-        residual_rows = np.full(len(ids), self.state.zero_row)
+        tokens = np.empty((_PER_TOKEN, len(ids)), dtype=np.int64)
+        tokens[0], tokens[1], tokens[3] = ids, positions, self.state.zero_row
+        tokens[2] = tables[slot, positions // page] * page + positions % page
         inside = (positions >= first) & (positions < end)
         if self.model.loophole is None:
             inside &= ids == mask
         has_residual = bool(inside.any())
         if has_residual:
             width = self.state.positions_per_slot
-            residual_rows[inside] = slot[inside] * width + positions[inside] % width
-        tokens = np.stack([ids, positions, write, residual_rows])
+            tokens[3, inside] = slot[inside] * width + positions[inside] % width
         if self.model.loophole is not None:
             spans = np.array([c.keeps or (0, 0) for _, c in chunks], dtype=np.int64)[chunk]
             tokens = np.concatenate([tokens, self._written(positions, slot, spans)[None]])
@@ -133,11 +137,12 @@ class Forward:
             num_keys = np.append(num_keys, np.ones(extra, np.int64))
             request = np.append(request, np.full(extra, len(tables) - 1))  # the table of nobody
         rows = Rows(starts, num_keys, request, tables, self.tables.lane_pages)
-        longest = queries or int(np.diff(starts).max())
+        longest = queries or int((starts[1:] - starts[:-1]).max())
         if queries is not None:  # one shape whether or not a request has residuals in this pass
             has_residual = self.state.positions_per_slot > 0
         shape = PassShape(tokens.shape[1], len(num_keys), longest, has_residual)
-        return Packed(np.concatenate([tokens.ravel(), self.backend.integers(rows)]), shape, rows, place)
+        integers = np.concatenate([tokens.ravel(), self.backend.integers(rows)])
+        return Packed(integers, shape, rows, place, columns[:, 1], shifts)
 
     def _written(self, positions: Integers, slot: Integers, spans: Integers) -> Integers:
         """(T,) rows of the state that the tokens' own states go to: of the token that a row predicts. spans (T, 2): the
@@ -224,7 +229,8 @@ class ModelRunner:
             if part.start == part.stop:  # nothing to predict: prefills and stores
                 continue
             begun = time.perf_counter()
-            index = packed.place[_predicted(self.model, requests, masked, part, first_block)]
+            blocks = first_block, num_blocks
+            index = packed.place[_predicted(self.model, requests, packed, masked, part, blocks)]
             unconditional = None
             if any(r.sequence.settings.cfg_scale for r in requests):
                 states = states.clone() if fixed else states
@@ -301,30 +307,33 @@ def _row_length(longest: int) -> int:
 
 
 def _predicted(
-    model: DiffusionModel, requests: Many[RequestPass], masked: MaskedPositions, part: slice, first_block: int
+    model: DiffusionModel,
+    requests: Many[RequestPass],
+    packed: Packed,
+    masked: MaskedPositions,
+    part: slice,
+    blocks: tuple[int, int],
 ) -> Integers:
-    """(n,) the tokens of a pass, before padding, that predict its masked positions. first_block: of the pass, in
-    masked.blocks."""
-    positions, owners = masked.positions[part], masked.owner[part] - first_block
-    if all([len(request.chunks) == 1 and len(request.sequence.live) == 1 for request in requests]):
-        first = np.array([(request.chunks[0].start, request.num_tokens) for request in requests])
-        at, denoises = np.cumsum(first[:, 1]) - first[:, 1], np.array([request.denoises for request in requests])
-        starts = first[denoises, 0]
-        shifts = at[denoises] - starts
-        found: Integers = model.predictors(positions + shifts[owners], positions == starts[owners])
-        return found
-    offsets: list[tuple[int, int]] = []  # of each block of this pass, in the order of `masked`, and its chunk's start
-    at = 0
-    for request in requests:
-        blocks = iter(request.sequence.live if request.denoises else ())
-        block = next(blocks, None)
-        for chunk in request.chunks:
-            while block is not None and block.start < chunk.end:
-                offsets.append((at - chunk.start, chunk.start))
-                block = next(blocks, None)
-            at += len(chunk.token_ids)
-    shifts, starts = np.array(offsets, dtype=np.int64)[owners].T
-    rows: Integers = model.predictors(positions + shifts, positions == starts)
+    """(n,) the tokens of a pass, before padding, that predict its masked positions. blocks: first and end of the
+    pass's in masked.blocks."""
+    positions, owners = masked.positions[part], masked.owner[part]
+    if blocks[0]:
+        owners = owners - blocks[0]
+    starts, shifts = packed.starts, packed.shifts
+    simple = len(starts) == len(requests) == blocks[1] - blocks[0] and all([r.kind == "denoise" for r in requests])
+    if not simple:  # not one chunk with one block of each request
+        chunk_of: list[int] = []  # of each block of this pass, in the order of `masked`
+        at = 0
+        for request in requests:
+            live = iter(request.sequence.live if request.denoises else ())
+            block = next(live, None)
+            for chunk in request.chunks:
+                while block is not None and (block.start < chunk.end or chunk is request.chunks[-1]):
+                    chunk_of.append(at)
+                    block = next(live, None)
+                at += 1
+        starts, shifts = starts[chunk_of], shifts[chunk_of]
+    rows: Integers = model.predictors(positions + shifts[owners], positions == starts[owners])
     return rows
 
 

@@ -42,9 +42,12 @@ class BlockView:
 def _lowest(scores: Floats, masked: Bools, count: NDArray[np.int64]) -> Bools:
     """The `count` (R,) masked columns with the lowest scores of each block; ties go to the left."""
     num_rows, num_columns = masked.shape
-    order = np.argsort(np.where(masked, scores, np.inf), axis=1, kind="stable")
-    chosen = np.zeros_like(masked)
-    chosen[np.arange(num_rows)[:, None], order] = np.arange(num_columns) < count[:, None]
+    scores, rows, chosen = np.where(masked, scores, np.inf), np.arange(num_rows), np.zeros_like(masked)
+    if count.max(initial=0) <= 1:
+        chosen[rows, scores.argmin(1)] = count > 0
+    else:
+        order = scores.argsort(axis=1, kind="stable")
+        chosen[rows[:, None], order] = np.arange(num_columns) < count[:, None]
     return chosen & masked
 
 

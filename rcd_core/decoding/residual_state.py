@@ -72,9 +72,11 @@ class ResidualState:
         return True
 
     def rows_of(self, masked: MaskedPositions) -> Positions:
-        """(N,) rows of the state."""
+        """(N,) rows of the state, 0 where it has none."""
+        if not self.positions_per_slot:
+            return np.zeros(len(masked.positions), dtype=np.int64)
         slots = np.array([b.sequence.slot for b in masked.blocks], np.int64)[masked.owner]
-        return slots * self.positions_per_slot + masked.positions % max(1, self.positions_per_slot)
+        return slots * self.positions_per_slot + masked.positions % self.positions_per_slot
 
     def blend(self, embeds: Tensor, rows: Tensor) -> Tensor:
         """Eq. 2: (T, D) token embeddings, (T,) rows of the state -> (T, D) inputs. Where alpha is 0 they are the

@@ -11,6 +11,7 @@ Shapes: N masked positions of a pass, n of a tile, V vocabulary, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from rcd_core.families.base import DiffusionModel
 from rcd_core.ops.random import position_keys, uniforms
 from rcd_core.ops.reduce import Feedback
 from rcd_core.ops.tiles import tile_rows
+from rcd_core.ops.top_k import largest
 from rcd_core.precision import reduction_dtype, running_sum
 
 NUM_RESULTS = 4  # token, confidence, entropy, margin
@@ -136,15 +138,16 @@ class Sampler:
         """Predict masked.positions[part] (n,) from rows `index` (n,) of hidden (T, D), into columns `part` of results
         (NUM_RESULTS, N): token, confidence, entropy, margin. unconditional (T, D): the pass without the prompt. graphs:
         run in tiles of fixed shape; hidden must be the same tensor in every call then."""
-        owner = masked.owner[part]
-        kinds = np.array([block.sequence.kind for block in masked.blocks])[owner]
-        packed = np.stack([index, self.state.rows_of(masked)[part], np.arange(part.start, part.stop)])
-        present = [(number, self._kinds[number]) for number in np.unique(kinds).tolist()]
+        of_blocks = [block.sequence.kind for block in masked.blocks]
+        present = [(number, self._kinds[number]) for number in sorted(set(of_blocks))]
+        kinds = np.array(of_blocks)[masked.owner[part]] if len(present) > 1 else None
+        packed = np.empty((3, len(index)), dtype=np.int64)
+        packed[0], packed[1], packed[2] = index, self.state.rows_of(masked)[part], np.arange(part.start, part.stop)
         numbers = None
         if any(kind.needs_numbers for _, kind in present):
             numbers = _numbers(self.model, masked, part).view(np.int64)
         for number, kind in present:
-            of_kind = slice(None) if len(present) == 1 else kinds == number
+            of_kind: Any = slice(None) if kinds is None else kinds == number
             integers = packed[:, of_kind]
             if numbers is not None and kind.needs_numbers:  # a tile of a kind always has the same shape
                 integers = np.concatenate([integers, numbers[:, of_kind]])
@@ -241,13 +244,14 @@ def _keyed_uniforms(masked: MaskedPositions, purpose: str) -> NDArray[np.float64
 def choose_commits(masked: MaskedPositions, confidence: Floats, entropy: Floats, margin: Floats) -> NDArray[np.bool_]:
     """(N,) bool: the positions that are committed, chosen in each block by its request's policy."""
     blocks, owner = masked.blocks, masked.owner
-    numbers, quota = np.array([b.numbers for b in blocks]), np.array([b.quota() for b in blocks])
+    numbers = np.fromiter(chain.from_iterable([b.numbers for b in blocks]), np.float64).reshape(len(blocks), -1)
+    quota = np.array([b.quota() for b in blocks])
     starts, ends = numbers[:, :2].astype(np.int64).T
     threshold, inclusive, bound, policy_of, rank_of = numbers[:, 2:].T
     inside: Any = masked.positions < ends[owner] if any(b.sequence.wide for b in blocks) else slice(None)
     if masked.filled is not None:
         inside = (masked.positions < ends[owner]) & ~masked.filled
-    shape = (len(blocks), int((ends - starts).max()))
+    shape = (len(blocks), max([int(b.numbers[1] - b.numbers[0]) for b in blocks]))
     cells = (owner * shape[1] + masked.positions - starts[owner])[inside]  # in the flattened grids below
     is_masked = np.zeros(shape, dtype=bool)
     is_masked.ravel()[cells] = True
@@ -322,7 +326,7 @@ def choose_tokens(
     allowed = _without(logits, (special.mask,))
     rest = _without(logits, special.ends) if kind.eos_last else logits
     if not kind.drawn or draws is None:
-        tokens = allowed.argmax(-1)
+        _, tokens = largest(allowed)
         if kind.filtered_confidence:
             return tokens, _filtered(logits, kind, draws).gather(1, tokens[:, None])[:, 0]
         return tokens, torch.log_softmax(rest, dim=-1).gather(1, tokens[:, None])[:, 0].exp()
