@@ -29,6 +29,7 @@ from rcd_core.io import checksums
 from rcd_core.loopholing import Loophole
 from rcd_core.ops.checkpointing import Mode, checkpointed
 from rcd_core.ops.ranks import ALONE, Ranks
+from rcd_core.ops.rms_norm import use_rms_norm
 
 # transformers imports torchao where it is installed, which then warns of each GPU kernel that it cannot load.
 logging.getLogger("torchao").setLevel(logging.ERROR)
@@ -113,6 +114,7 @@ class DiffusionModel(nn.Module):
         self.register_parameter("mask_shift", None)
         if type(backbone.model.embed_tokens) is nn.Embedding:  # not split over ranks, which is for decoding only
             backbone.model.embed_tokens.__class__, backbone.lm_head.__class__ = _Embedding, _Head
+        use_rms_norm(backbone)
         self.info = info
         self.name = "this model"  # the checkpoint's path, for messages
         self.attention = "auto"  # the backend of decoding
