@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from itertools import islice
 from typing import Any
@@ -151,4 +151,5 @@ def _example(encoder: Encoder, split: str, record: dict[str, Any]) -> dict[str, 
     else:
         row = Row(record["row"], values=dict(zip(encoder.task.fields, record["values"], strict=True)))
     name, example = encoder.train_row(row) if split == "train" else encoder.test_row(row)
-    return {"example_id": f"{row.number:08d}" if record["source"] == SYNTHETIC else name, **asdict(example)}
+    columns = {field.name: getattr(example, field.name) for field in fields(example)}  # asdict copies each token id
+    return {"example_id": f"{row.number:08d}" if record["source"] == SYNTHETIC else name, **columns}

@@ -85,7 +85,7 @@ class Encoder:
             return content_id(item), self.test(item)
         problem = self.problem({"question": messages[-2]["content"], "answer": messages[-1]["content"]})
         text = self._rendered(lambda: render_chat(self.tokenizer, messages[:-1], add_generation_prompt=True))
-        prompt = self._tokenize(text)
+        (prompt,) = self._tokenize(text)
         self._check_length(len(prompt), "the prompt")
         return content_id(item), PromptExample(prompt, problem.prompt, problem.answer)
 
@@ -105,7 +105,7 @@ class Encoder:
         ids: list[int] = []
         labels: list[int] = []
         for text, is_answer in segments:
-            part = self._tokenize(text)
+            (part,) = self._tokenize(text)
             ids += part
             labels += part if is_answer else [UNLABELLED] * len(part)
         if self.mask_id in ids:
@@ -140,7 +140,7 @@ class Encoder:
             texts = problem.prompt.replace(MASK_TEXT, str(mask_text)), problem.response
         else:
             texts = self._rendered(lambda: chat_texts(self.tokenizer, problem.prompt, problem.response))
-        prompt, response = (self._tokenize(text) for text in texts)
+        prompt, response = self._tokenize(*texts)
         if self.mask_id in response or (not self.task.infill and self.mask_id in prompt):
             raise BadRow("mask token in the text", problem.prompt)
         if self.task.infill:
@@ -152,8 +152,8 @@ class Encoder:
                 raise BadRow("infill: nothing to fill", problem.prompt)
         return prompt, response
 
-    def _tokenize(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _tokenize(self, *texts: str) -> list[list[int]]:
+        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]  # one slow call
         return ids
 
     def _check_length(self, length: int, what: str) -> None:
