@@ -1,4 +1,4 @@
-"""Names, animals, trades, things, foods and places of the tasks in words."""
+"""Names, animals, trades, things, foods, vehicles and places of the tasks in words."""
 
 from __future__ import annotations
 
@@ -84,6 +84,19 @@ BUILDINGS = words(
 LANDSCAPES = words(
     """bay beach canyon cape cave cliff desert dune estuary fen field fjord forest glacier gorge heath hill island
     jungle lagoon lake marsh meadow moor mountain plain pond prairie reef river shore steppe swamp valley volcano"""
+)
+
+VEHICLES = words(
+    """ambulance barge bicycle boat bus canoe caravan carriage cart coach convertible dinghy ferry forklift
+    frigate gondola hatchback helicopter jeep kayak lorry minibus moped motorbike raft rickshaw rowboat schooner
+    scooter sledge steamer submarine taxi tractor train tram tricycle truck trolley van wagon wheelbarrow yacht
+    zeppelin"""
+)
+CITIES = words(
+    """Accra Amman Ankara Athens Baghdad Bangkok Berlin Bern Bogota Brussels Bucharest Budapest Cairo Canberra
+    Caracas Dakar Delhi Dublin Hanoi Harare Havana Helsinki Jakarta Kabul Lagos Lima Lisbon London Luanda Lusaka
+    Madrid Manila Minsk Nairobi Nicosia Oslo Ottawa Paris Prague Quito Riga Rome Santiago Seoul Stockholm
+    Tallinn Tehran Tokyo Tripoli Tunis Vienna Vilnius Warsaw Yerevan Zagreb"""
 )
 
 
