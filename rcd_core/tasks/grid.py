@@ -161,7 +161,7 @@ def _choose(at: int, bluntness: float, draws: NDArray[np.float64]) -> dict[tuple
     those that say a pair as it is grows with bluntness, in [0, 1)."""
     clues, holds = _possible()
     direct = np.array([clue.direct for clue in clues])
-    order = np.argsort(draws + (0.3 - 0.9 * bluntness) * direct)
+    order = np.argsort(draws - 0.8 * bluntness * direct)
     order = order[holds[order, at]]
     left, chosen = np.ones(holds.shape[1], dtype=bool), dict[tuple[int, bool, bool], _Clue]()
     for number in [*order, *order[direct[order]]]:  # the direct ones together always suffice
