@@ -52,13 +52,21 @@ class Layers:
         self.layers = [Layer(layer, config, compiled) for layer in body.layers]
         self.norm, self.eps = body.norm.weight, config.rms_norm_eps
 
-    def __call__(self, embeds: Tensor, positions: Tensor, write: Tensor, attend: Attend, cache: PagedCache) -> Tensor:
+    def __call__(
+        self,
+        embeds: Tensor,
+        positions: Tensor,
+        write: Tensor,
+        attend: Attend,
+        cache: PagedCache,
+        at: Tensor | None = None,
+    ) -> Tensor:
         """(T, D) input embeddings of tokens at positions (T,), whose keys and values go to rows `write` (T,) of the
-        cache -> (T, D) residual stream behind the last layer."""
+        cache -> (T, D) residual stream behind the last layer. at (N,): only of these tokens, (N, D)."""
         b = self._buffers(embeds, positions)
-        hidden = embeds
+        hidden, last = embeds, self.layers[-1]
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-            hidden = layer(hidden, b, write, attend, keys, values)
+            hidden = layer(hidden, b, write, attend, keys, values, at if layer is last else None)
         return hidden
 
     def final_norm(self, stream: Tensor) -> Tensor:
@@ -107,7 +115,17 @@ class Layer:
             query, key = attention.q_norm.weight.detach(), attention.k_norm.weight.detach()
             self.head_norms = torch.stack([query] * self.queries + [key] * self.groups)
 
-    def __call__(self, x: Tensor, b: Buffers, write: Tensor, attend: Attend, keys: Tensor, values: Tensor) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        b: Buffers,
+        write: Tensor,
+        attend: Attend,
+        keys: Tensor,
+        values: Tensor,
+        at: Tensor | None = None,
+    ) -> Tensor:
+        """(T, D) -> (T, D), or of tokens `at` (N,): what they do not need is not computed. `at` may name one twice."""
         normed = F.rms_norm(x, x.shape[-1:], self.norms[0], self.eps)
         self.qkv(normed, out=b.flat)
         self.rotate(b.rotated, self.head_norms, b.cos, b.sin, self.eps, self.clip)
@@ -117,12 +135,16 @@ class Layer:
         keys.index_copy_(0, write, key)
         values.index_copy_(0, write, value)
         attended = attend(query, keys, values, self.scaling).reshape(len(x), -1)
+        gate_up = b.gate_up
+        if at is not None:
+            x, attended = x.index_select(0, at), attended.index_select(0, at)
+            gate_up = gate_up.new_empty(len(at), gate_up.shape[1])
         x = self.out.added(x, attended)
         normed = F.rms_norm(x, x.shape[-1:], self.norms[1], self.eps)
         if self.experts is not None:
             return x + self.experts(normed[None])[0]  # type: ignore[no-any-return]
-        self.gate_up(normed, out=b.gate_up)
-        return self.down.added(x, self.gate(b.gate_up))
+        self.gate_up(normed, out=gate_up)
+        return self.down.added(x, self.gate(gate_up))
 
 
 def normed_and_rotated(

@@ -152,12 +152,18 @@ class Forward:
         kept = (of >= spans[:, 0]) & (of < spans[:, 1])
         return np.where(kept, slot * width + of % width, self.state.discard_row)
 
-    def hidden(self, packed: Packed) -> Tensor:
-        """(T, D) final hidden states."""
+    def hidden(self, packed: Packed, at: Integers | None = None) -> Tensor:
+        """(T, D) final hidden states. at (N,): only of these tokens, (N, D). On a CPU the last layer is not computed for
+        the others beyond their keys and values; on a GPU it would be compiled once more for passes without any."""
         integers = torch.from_numpy(packed.integers).to(self.model.device)
-        return self.run(integers, packed.shape, packed.rows)
+        if at is None:
+            return self.run(integers, packed.shape, packed.rows)
+        some = torch.from_numpy(at).to(self.model.device)
+        if self.model.device.type == "cpu":
+            return self.run(integers, packed.shape, packed.rows, some)
+        return self.run(integers, packed.shape, packed.rows).index_select(0, some)
 
-    def run(self, integers: Tensor, shape: PassShape, rows: Rows) -> Tensor:
+    def run(self, integers: Tensor, shape: PassShape, rows: Rows, at: Tensor | None = None) -> Tensor:
         """The same from integers on the device, which may be longer than the pass needs. rows: only for backends that
         plan on the host."""
         num_tokens = self.per_token * shape.tokens
@@ -166,9 +172,10 @@ class Forward:
         if shape.has_residual or kept_at:
             embeds = self.state.blend(embeds, residual_rows)
         attend = self.backend.plan(integers[num_tokens:], rows, shape.rows, shape.queries, self.max_length, embeds)
-        stream = self.layers(embeds, positions, write, attend, self.cache)
+        stream = self.layers(embeds, positions, write, attend, self.cache, None if kept_at else at)
         if kept_at:
             self.state.keep(kept_at[0], stream)
+            stream = stream if at is None else stream.index_select(0, at)
         return self.layers.final_norm(stream)
 
 
@@ -220,19 +227,23 @@ class ModelRunner:
                 [(r.sequence.slot, r.chunks) for r in requests],
                 queries=_row_length(max(r.longest_row for r in requests)) if fixed else None,
             )
-            states = self._run_fixed(packed) if fixed else self.forward.hidden(packed)
+            part = slice(done, done + sum(r.num_masked for r in requests))
+            blocks = num_blocks, num_blocks + sum(len(r.sequence.live) for r in requests if r.denoises)
+            num_blocks = blocks[1]
+            index = packed.place[_predicted(self.model, requests, packed, masked, part, blocks)]
+            guided = any(r.sequence.settings.cfg_scale for r in requests)
+            if fixed or guided:
+                states = self._run_fixed(packed) if fixed else self.forward.hidden(packed)
+            else:
+                states, index = self.forward.hidden(packed, index), np.arange(len(index))
             kinds = [r.kind for r in requests]
             most = max(dict.fromkeys(kinds), key=kinds.count)
             self.statistics.add(most, len(requests), time.perf_counter() - begun)
-            part = slice(done, done + sum(r.num_masked for r in requests))
-            first_block, num_blocks = num_blocks, num_blocks + sum(len(r.sequence.live) for r in requests if r.denoises)
             if part.start == part.stop:  # nothing to predict: prefills and stores
                 continue
             begun = time.perf_counter()
-            blocks = first_block, num_blocks
-            index = packed.place[_predicted(self.model, requests, packed, masked, part, blocks)]
             unconditional = None
-            if any(r.sequence.settings.cfg_scale for r in requests):
+            if guided:
                 states = states.clone() if fixed else states
                 unconditional = self._unconditional(requests, packed, states)
             self.sampler.predict(masked, part, states, index, unconditional, results, self.graphs if fixed else None)

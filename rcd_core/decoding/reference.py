@@ -158,13 +158,15 @@ class LocalReference:
                 tokens += len(rows[count][1].token_ids)
                 count += 1
             group, rows = rows[:count], rows[count:]
-            states = forward.hidden(forward.pack([(slot, [chunk]) for slot, chunk, _ in group]))
-            at = 0
-            for slot, chunk, i in group:
-                within = np.asarray(requests[i].positions) - chunk.start
-                index = self.model.predictors(within + at, within == 0)
-                hidden[i] = states[torch.from_numpy(index).to(states.device)]
+            index, at = list[Positions](), 0
+            for _, chunk, i in group:
+                within = np.asarray(requests[i].positions, dtype=np.int64) - chunk.start
+                index.append(self.model.predictors(within + at, within == 0))
                 at += len(chunk.token_ids)
+            packed = forward.pack([(slot, [chunk]) for slot, chunk, _ in group])
+            states = torch.split(forward.hidden(packed, np.concatenate(index)), [len(part) for part in index])
+            for (slot, chunk, i), part in zip(group, states, strict=True):
+                hidden[i] = part
                 self._contexts[slot].stored = requests[i].context_length if chunk.block_length is not None else 0
                 self._free.append(slot)
         return self._reduce(requests, hidden)

@@ -30,6 +30,7 @@ from rcd_core.loopholing import Loophole
 from rcd_core.ops.checkpointing import Mode, checkpointed
 from rcd_core.ops.ranks import ALONE, Ranks
 from rcd_core.ops.rms_norm import use_rms_norm
+from rcd_core.ops.some_rows import with_mlp_at
 
 # transformers imports torchao where it is installed, which then warns of each GPU kernel that it cannot load.
 logging.getLogger("torchao").setLevel(logging.ERROR)
@@ -244,25 +245,41 @@ class DiffusionModel(nn.Module):
 
     # -- computation
     def hidden(
-        self, embeds: Tensor, positions: Tensor, layout: Layout | None = None, cache: KVCache | None = None
+        self,
+        embeds: Tensor,
+        positions: Tensor,
+        layout: Layout | None = None,
+        cache: KVCache | None = None,
+        at: Tensor | None = None,
     ) -> Tensor:
-        """(B, Q, D) input embeddings at absolute positions (B, Q) -> (B, Q, D) final hidden states.
+        """(B, Q, D) input embeddings at absolute positions (B, Q) -> (B, Q, D) final hidden states. at (N,): only of
+        these of the B Q tokens, (N, D).
 
         layout None: every token sees every token.
         """
-        return self.backbone.model.norm(self.stream(embeds, positions, layout, cache))  # type: ignore[no-any-return]
+        stream = self.stream(embeds, positions, layout, cache, at)
+        if at is not None:
+            stream = stream.flatten(0, 1)[at]
+        return self.backbone.model.norm(stream)  # type: ignore[no-any-return]
 
     def stream(
-        self, embeds: Tensor, positions: Tensor, layout: Layout | None = None, cache: KVCache | None = None
+        self,
+        embeds: Tensor,
+        positions: Tensor,
+        layout: Layout | None = None,
+        cache: KVCache | None = None,
+        at: Tensor | None = None,
     ) -> Tensor:
-        """`hidden` before the final norm."""
+        """`hidden` before the final norm, of all tokens; right only at `at`, if given."""
         body = self.backbone.model
         rotary = body.rotary_emb(embeds, positions)
-        h = embeds
+        h, last = embeds, body.layers[-1]
         for layer in body.layers:
             call = partial(
                 layer, attention_mask=layout, position_ids=positions, position_embeddings=rotary, past_key_values=cache
             )
+            if layer is last and at is not None and h.device.type == "cpu":  # of few layers it is much of the work
+                call = partial(with_mlp_at, layer.mlp, torch.unique(at) if self.shifted else at, call)
             h = checkpointed(call, h, self.activation_checkpointing)
         return h
 

@@ -148,12 +148,11 @@ def masked_hidden(
         embeds = _shifted(embeds, at, model.mask_shift, residual)
     if model.loophole is not None:
         embeds = model.loophole(embeds, states)
-    hidden = model.hidden(embeds, positions, tokens.layout)
     rows = model.predictors(at, positions.flatten()[at] == 0)
     if packed is not None and model.shifted:
         num_tokens = ids.shape[1]
         rows = packed.before.flatten()[at] + at // num_tokens * num_tokens
-    return hidden.flatten(0, 1)[rows]
+    return model.hidden(embeds, positions, tokens.layout, at=rows)
 
 
 def _shifted(embeds: Tensor, at: Tensor, shift: Tensor, residual: Residual | None) -> Tensor:

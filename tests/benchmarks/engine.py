@@ -78,15 +78,18 @@ def requests(model: DiffusionModel, count: int, block_length: int, new_tokens: i
     return prompts, settings
 
 
-def record_passes(engine: Engine) -> list[Packed]:
+Call = tuple[Packed, Any]  # a pass and the tokens whose hidden states were asked for
+
+
+def record_passes(engine: Engine) -> list[Call]:
     """Records the input of each pass, so that the bare forwards can be repeated without the engine."""
-    calls: list[Packed] = []
+    calls: list[Call] = []
     inner = engine._runner.forward.hidden
 
-    def hidden(packed: Packed) -> torch.Tensor:
+    def hidden(packed: Packed, at: Any = None) -> torch.Tensor:
         rows = replace(packed.rows, tables=packed.rows.tables.copy())
-        calls.append(replace(packed, shape=replace(packed.shape, has_residual=False), rows=rows))
-        return inner(packed)
+        calls.append((replace(packed, shape=replace(packed.shape, has_residual=False), rows=rows), at))
+        return inner(packed, at)
 
     engine._runner.forward.hidden = hidden  # type: ignore[method-assign]
     return calls
@@ -118,14 +121,14 @@ def boards(model: DiffusionModel, count: int) -> tuple[list[list[int]], DecodeSe
 
 
 @torch.inference_mode()
-def run_bare(model: DiffusionModel, calls: list[Packed], engine: Engine) -> float:
-    """The same forwards with prepared inputs and the head on the masked rows, without residuals and sampling."""
+def run_bare(model: DiffusionModel, calls: list[Call], engine: Engine, whole: bool = False) -> float:
+    """The same forwards with prepared inputs and the head on the masked rows, without residuals and sampling. whole:
+    with the last layer of all tokens."""
     forward = engine._runner.forward
-    inputs = [torch.from_numpy(packed.integers) for packed in calls]
-    masks = [int((p.integers[: p.shape.tokens] == model.mask_token_id).sum()) for p in calls]
+    inputs = [(torch.from_numpy(p.integers), p, torch.from_numpy(at), len(at)) for p, at in calls]
     start = time.perf_counter()
-    for packed, integers, count in zip(calls, inputs, masks, strict=True):
-        hidden = forward.run(integers, packed.shape, packed.rows)
+    for integers, packed, at, count in inputs:
+        hidden = forward.run(integers, packed.shape, packed.rows, None if whole else at)
         if count:
             model.head(hidden[:count])
     return time.perf_counter() - start
@@ -143,15 +146,17 @@ def against_bare_forwards(model: DiffusionModel, options: argparse.Namespace) ->
             runs = -(-PASSES_PER_SAMPLE // len(calls))  # short samples are dominated by noise
             for _ in range(options.repeats + 1):
                 ours = sum(run_engine(model, prompts, s, infill=infill)[0] for _ in range(runs)) / runs
-                pairs.append((ours, sum(run_bare(model, calls, engine) for _ in range(runs)) / runs))
-            ratios = [a / b for a, b in pairs[1:]]
-            found[f"{name}_engine_vs_bare_{task}"] = statistics.median(ratios)
-            print(
-                f"engine / bare forwards, {task}, {name}: {statistics.median(ratios):.3f} "
-                f"({min(ratios):.3f} to {max(ratios):.3f}), "
-                f"{len(calls)} passes, engine {statistics.median(a for a, _ in pairs[1:]):.2f} s",
-                flush=True,
-            )
+                bare = [sum(run_bare(model, calls, engine, w) for _ in range(runs)) / runs for w in (False, True)]
+                pairs.append((ours, *bare))
+            for column, what in ((1, "bare"), (2, "whole")):
+                ratios = [times[0] / times[column] for times in pairs[1:]]
+                found[f"{name}_engine_vs_{what}_{task}"] = statistics.median(ratios)
+                print(
+                    f"engine / {what} forwards, {task}, {name}: {statistics.median(ratios):.3f} "
+                    f"({min(ratios):.3f} to {max(ratios):.3f}), "
+                    f"{len(calls)} passes, engine {statistics.median(times[0] for times in pairs[1:]):.2f} s",
+                    flush=True,
+                )
             found["store_passes_saved"] = engine.statistics.merged_stores
     # The worse of the two.
     found["engine_vs_bare_passes"] = max(found[f"seqd_engine_vs_bare_{task}"] for task in ("boards", "blocks_of_8"))

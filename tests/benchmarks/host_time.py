@@ -87,8 +87,8 @@ def no_device_work() -> Iterator[None]:
     made_up = torch.rand(4, 1 << 16, generator=torch.Generator().manual_seed(0)).clamp(max=0.89)
     made_up[0], made_up[1, ::3] = 5, 0.95
 
-    def hidden(_: Forward, packed: Any) -> torch.Tensor:
-        tokens = packed.shape.tokens
+    def hidden(_: Forward, packed: Any, at: Any = None) -> torch.Tensor:
+        tokens = packed.shape.tokens if at is None else len(at)
         return states.setdefault(tokens, torch.zeros(tokens, SIZES.hidden_size))
 
     def tiles(_: Sampler, *inputs: Any) -> None:

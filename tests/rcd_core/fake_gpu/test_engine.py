@@ -116,9 +116,9 @@ def uncaptured(engine: Engine) -> list[int]:
     forward, found = engine._runner.forward, []
     inner = forward.hidden
 
-    def hidden(packed: Any) -> Any:
+    def hidden(packed: Any, at: Any = None) -> Any:
         found.append(packed.shape.tokens)
-        return inner(packed)
+        return inner(packed, at)
 
     forward.hidden = hidden  # type: ignore[method-assign]
     return found
