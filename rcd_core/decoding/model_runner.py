@@ -153,8 +153,8 @@ class Forward:
         return np.where(kept, slot * width + of % width, self.state.discard_row)
 
     def hidden(self, packed: Packed, at: Integers | None = None) -> Tensor:
-        """(T, D) final hidden states. at (N,): only of these tokens, (N, D). On a CPU the last layer is not computed for
-        the others beyond their keys and values; on a GPU it would be compiled once more for passes without any."""
+        """(T, D) final hidden states. at (N,): only of these tokens, (N, D). On a CPU the last layer is not computed
+        for the others beyond their keys and values; on a GPU it would be compiled once more for passes without any."""
         integers = torch.from_numpy(packed.integers).to(self.model.device)
         if at is None:
             return self.run(integers, packed.shape, packed.rows)
