@@ -278,7 +278,8 @@ class DiffusionModel(nn.Module):
             call = partial(
                 layer, attention_mask=layout, position_ids=positions, position_embeddings=rotary, past_key_values=cache
             )
-            if layer is last and at is not None and h.device.type == "cpu":  # of few layers it is much of the work
+            compiled = "forward" in vars(layer)  # once, for all numbers of tokens (strategies.py)
+            if layer is last and at is not None and h.device.type == "cpu" and not compiled:
                 call = partial(with_mlp_at, layer.mlp, torch.unique(at) if self.shifted else at, call)
             h = checkpointed(call, h, self.activation_checkpointing)
         return h
