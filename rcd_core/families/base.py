@@ -1,6 +1,6 @@
 """DiffusionModel: the interface of every model family, over transformers' own layers.
 
-Shapes: B rows, Q query tokens, L tokens, V vocabulary, D width.
+Shapes: B rows, Q query tokens, N of them, L tokens, V vocabulary, D width.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -65,12 +65,6 @@ def read_ids(
         block_length=files.block_length(fields, block_length),
         rcd=files.rcd(),
     )
-
-
-class KVCache(Protocol):
-    """Cache interface of a transformer layer: store new keys and values, return all that the queries may see."""
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]: ...
 
 
 class _Embedding(nn.Embedding):
@@ -245,39 +239,27 @@ class DiffusionModel(nn.Module):
 
     # -- computation
     def hidden(
-        self,
-        embeds: Tensor,
-        positions: Tensor,
-        layout: Layout | None = None,
-        cache: KVCache | None = None,
-        at: Tensor | None = None,
+        self, embeds: Tensor, positions: Tensor, layout: Layout | None = None, at: Tensor | None = None
     ) -> Tensor:
         """(B, Q, D) input embeddings at absolute positions (B, Q) -> (B, Q, D) final hidden states. at (N,): only of
         these of the B Q tokens, (N, D).
 
         layout None: every token sees every token.
         """
-        stream = self.stream(embeds, positions, layout, cache, at)
+        stream = self.stream(embeds, positions, layout, at)
         if at is not None:
             stream = stream.flatten(0, 1)[at]
         return self.backbone.model.norm(stream)  # type: ignore[no-any-return]
 
     def stream(
-        self,
-        embeds: Tensor,
-        positions: Tensor,
-        layout: Layout | None = None,
-        cache: KVCache | None = None,
-        at: Tensor | None = None,
+        self, embeds: Tensor, positions: Tensor, layout: Layout | None = None, at: Tensor | None = None
     ) -> Tensor:
         """`hidden` before the final norm, of all tokens; right only at `at`, if given."""
         body = self.backbone.model
         rotary = body.rotary_emb(embeds, positions)
         h, last = embeds, body.layers[-1]
         for layer in body.layers:
-            call = partial(
-                layer, attention_mask=layout, position_ids=positions, position_embeddings=rotary, past_key_values=cache
-            )
+            call = partial(layer, attention_mask=layout, position_ids=positions, position_embeddings=rotary)
             compiled = "forward" in vars(layer)  # once, for all numbers of tokens (strategies.py)
             if layer is last and at is not None and h.device.type == "cpu" and not compiled:
                 call = partial(with_mlp_at, layer.mlp, torch.unique(at) if self.shifted else at, call)

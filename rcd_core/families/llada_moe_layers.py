@@ -34,7 +34,7 @@ class Attention(Qwen3MoeAttention):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Any,
-        past_key_values: Any = None,
+        past_key_values: Any = None,  # of transformers; there is no cache here
         **more: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, Q, D) -> (B, Q, D), and the weights where the attention function returns them."""
@@ -46,8 +46,6 @@ class Attention(Qwen3MoeAttention):
             query, key, value = (x.clamp(-self.clip, self.clip) for x in (query, key, value))
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)  # type: ignore[no-untyped-call]
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         out, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, **more)
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
