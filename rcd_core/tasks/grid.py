@@ -100,7 +100,8 @@ class Grid:
         if any([*line[1:3], *line[4:6]] != ["has", "the", "in", "the"] for line in found):
             return False
         world = [_number(line[3], _POSSESSIONS) for line in found] + [_number(line[6], _PLACES) for line in found]
-        return world in _worlds().tolist() and all(_holds(clue, np.array([world])).all() for clue in clues)
+        each_once = sorted(world[:_SIZE]) == sorted(world[_SIZE:]) == sorted(_EVERY)
+        return each_once and all(_holds(clue, np.array([world])).all() for clue in clues)
 
     def layout(self, text: str) -> str:
         """A question or an answer as lines for people."""
