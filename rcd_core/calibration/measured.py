@@ -23,6 +23,7 @@ MEASURED = (
     Measured("a walk round a ring", (0.83, 0.83), (0.00, 0.00), (0.00, 0.00), (0.80, 0.80)),
     Measured("a way through six rooms, as a text", (0.90, 0.90), (0.00, 0.00), (0.00, 0.00), (0.96, 0.96)),
     Measured("digits in any order, row by row", (0.00, 0.00), (0.60, 0.60), (0.00, 0.00), (1.00, 1.00)),
+    Measured("a logic puzzle, as a text", (0.00, 0.00), (0.00, 0.00), (0.00, 0.00), (0.94, 0.94)),
     Measured("half such rows, half a walk", (0.38, 0.38), (0.33, 0.33), (0.00, 0.00), (0.94, 0.94)),
     Measured("6x6 Sudoku with one solution", (0.31, 0.31), (0.00, 0.00), (0.00, 0.00), (0.92, 0.92)),
     Measured("9x9 Sudoku with 46 to 56 givens", (0.33, 0.33), (0.01, 0.01), (0.00, 0.00), (1.00, 1.00)),
